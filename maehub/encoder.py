@@ -1,0 +1,356 @@
+"""The encoder: a Vision Transformer (Dosovitskiy et al. 2020) as MAE trains it (He et al. 2021, section 3).
+
+Pre-norm blocks, exact GELU, LayerNorm with eps 1e-6, no dropout, a learned class token. Parameter names equal those of
+the published files, so official and timm weights need no renaming.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maehub.errors import UsageError
+from maehub.images import Preprocess
+from maehub.patches import Size, as_size, grid_size, patchify
+from maehub.positions import ResizeRule, resize_table, sincos_table, with_cls_row
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from; written into what is made with them. Unknown fields are empty."""
+
+    name: str
+    revision: str = ""
+    sha256: str = ""
+    licence: str = ""
+
+
+Pool = Literal["cls", "mean"]
+"""How a forward pools: the class token after ``norm``, or the mean of the patch tokens before ``fc_norm``."""
+
+FeaturePool = Literal["cls", "mean", "cls+mean", "tokens", "map"]
+"""What `Encoder.features` can give."""
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The network of an `Encoder`; saved beside its weights.
+
+    ``image_size`` (height, width; one int means a square) is the native size that the position table is stored for,
+    in pixels. ``classes`` = 0 means no head. ``positions`` says how the table is resized for other sizes.
+    """
+
+    image_size: int | Size = 224
+    patch_size: int = 16
+    channels: int = 3
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    classes: int = 0
+    pool: Pool = "cls"
+    positions: ResizeRule = "bicubic"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", as_size(self.image_size, "image_size"))
+        for name in ("patch_size", "channels", "width", "depth", "heads", "classes"):
+            value, least = getattr(self, name), 0 if name in ("depth", "classes") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} must be an int of at least {least}, not {value!r}")
+        if self.width % self.heads:
+            raise UsageError(f"width={self.width} is not divisible by heads={self.heads}")
+        if self.width % 4:
+            raise UsageError(f"width={self.width} is not divisible by 4, which the sine-cosine positions need")
+        if not self.mlp_ratio > 0:
+            raise UsageError(f"mlp_ratio must be above 0, not {self.mlp_ratio}")
+        if self.pool not in get_args(Pool):
+            raise UsageError(f"pool={self.pool!r} is not one of {', '.join(get_args(Pool))}")
+        if self.positions not in get_args(ResizeRule):
+            raise UsageError(f"positions={self.positions!r} is not one of {', '.join(get_args(ResizeRule))}")
+        grid_size(*self.size, self.patch_size)
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of the native image, pixels."""
+        return as_size(self.image_size)
+
+    @property
+    def grid(self) -> Size:
+        """(rows, columns) of patches at the native size."""
+        return grid_size(*self.size, self.patch_size)
+
+
+PRESETS = {
+    # He et al. 2021, section 4 and Dosovitskiy et al. 2020, table 1: B, L, H
+    "vit-b": EncoderConfig(224, 16, 3, 768, 12, 12),
+    "vit-l": EncoderConfig(224, 16, 3, 1024, 24, 16),
+    "vit-h": EncoderConfig(224, 14, 3, 1280, 32, 16),
+    # Touvron et al. 2020 (DeiT), table 1: Ti, S
+    "vit-s": EncoderConfig(224, 16, 3, 384, 12, 6),
+    "vit-ti": EncoderConfig(224, 16, 3, 192, 12, 3),
+    # ours: the embedded model
+    "vit-nano": EncoderConfig(96, 8, 3, 192, 8, 4),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Attend from every token, or only from some.
+
+        Args:
+            x: (B, T, D), normalised tokens.
+            queries: (B, M, D), the tokens that ask; None means all of ``x``.
+
+        Returns:
+            (B, T, D), or (B, M, D).
+        """
+        if queries is None:
+            query, key, value = self._heads(self.qkv(x), 3)
+        else:
+            width = x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            (query,) = self._heads(F.linear(queries, weight[:width], bias[:width]), 1)
+            key, value = self._heads(F.linear(x, weight[width:], bias[width:]), 2)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, heads, T or M, D/heads)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention probabilities, (B, heads, T, T), rows sum to 1."""
+        query, key, _ = self._heads(self.qkv(x), 3)
+        return (query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])).softmax(dim=-1)
+
+    def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, T, parts·D) to ``parts`` tensors of (B, heads, T, D/heads)."""
+        batch, tokens, _ = projected.shape
+        return projected.reshape(batch, tokens, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: (B, T, D) to (B, T, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Run the block; with ``wanted`` (B, M) int64 only those tokens leave it, all of them being attended to."""
+        normed = self.norm1(x)
+        if wanted is None:
+            x = x + self.attn(normed)
+        else:
+            x = take(x, wanted) + self.attn(normed, take(normed, wanted))  # (B, M, D)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """One linear map from the pixels of a patch to a token, stored as the published convolution ``proj``."""
+
+    def __init__(self, patch_size: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, N, P·P·C) from `patchify` to (B, N, D)."""
+        # The kernel runs channel, row, column and a patch runs row, column, channel. Multiplying patches lets the
+        # visible ones be embedded alone.
+        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows of each sequence: (B, T, D) and (B, M) int64 to (B, M, D)."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+class Encoder(nn.Module):
+    """A Vision Transformer for features, and with a head a classifier.
+
+    ``config`` is its `EncoderConfig`, ``preprocess`` the `Preprocess` that turns a picture into its input, and
+    ``origin`` says where the weights come from, None for fresh ones.
+    """
+
+    origin: Origin | None = None
+
+    def __init__(self, config: EncoderConfig, preprocess: Preprocess | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.preprocess = preprocess or Preprocess.evaluation(config.size, config.channels, config.patch_size)
+        self.patch_embed = PatchEmbed(config.patch_size, config.channels, config.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(with_cls_row(sincos_table(config.width, config.grid)), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        )  # fmt: skip
+        if config.pool == "mean":
+            self.fc_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        else:
+            self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        if config.classes:
+            self.head = nn.Linear(config.width, config.classes)
+        initialise(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) if there is a head, else the feature (B, D) of ``config.pool``.
+
+        Args:
+            images: (B, C, H, W), the dtype of the weights, preprocessed; H and W divisible by the patch.
+        """
+        feature = self.features(images)
+        return self.head(feature) if self.config.classes else feature
+
+    def features(
+        self,
+        images: Tensor,
+        *,
+        pool: FeaturePool | None = None,
+        layers: Sequence[int] | None = None,
+        norm: bool = True,
+    ) -> Tensor:
+        """Features of every patch, unmasked, in spatial order, deterministic.
+
+        Args:
+            images: (B, C, H, W), the dtype of the weights, preprocessed; H and W divisible by the patch.
+            pool: ``"cls"``, ``"mean"`` (patch tokens only), ``"cls+mean"``, ``"tokens"`` or ``"map"``; None is the
+                pooling that the weights were trained with.
+            layers: blocks whose outputs to take, 0 the first, −1 the last; None gives the last block's alone.
+            norm: apply the final LayerNorm. A model trained on the class token normalises tokens and then pools; one
+                trained on the mean (``fc_norm``) pools and then normalises, as it was trained.
+
+        Returns:
+            (B, D), (B, D), (B, 2·D), (B, N, D) or (B, D, H/P, W/P), in the order of the names above; with ``layers``
+            a dimension after the first: (B, layers, …).
+        """
+        pool = pool or self.config.pool
+        if pool not in get_args(FeaturePool):
+            raise UsageError(f"pool={pool!r} is not one of {', '.join(get_args(FeaturePool))}")
+        grid = grid_size(images.shape[2], images.shape[3], self.config.patch_size)
+        if layers is None:
+            tokens = self.encode(self.embed(images))
+            return self._pooled(tokens, pool, norm, grid)
+        depth = self.config.depth
+        if not layers or any(not -depth <= layer < depth for layer in layers):
+            raise UsageError(f"layers={list(layers)} must name blocks from {-depth} to {depth - 1} of {depth}")
+        wanted = [layer % depth for layer in layers]
+        tokens = self.embed(images)
+        outputs = {}
+        for number, block in enumerate(self.blocks[: max(wanted) + 1]):
+            tokens = block(tokens)
+            if number in wanted:
+                outputs[number] = self._pooled(tokens, pool, norm, grid)
+        return torch.stack([outputs[layer] for layer in wanted], dim=1)
+
+    def attention(self, images: Tensor, *, layer: int = -1) -> Tensor:
+        """Attention probabilities of one block: (B, heads, N + 1, N + 1); row and column 0 are the class token."""
+        depth = self.config.depth
+        if not -depth <= layer < depth:
+            raise UsageError(f"layer={layer} must name a block from {-depth} to {depth - 1} of {depth}")
+        tokens = self.embed(images)
+        *before, last = self.blocks[: layer % depth + 1]
+        for block in before:
+            tokens = block(tokens)
+        return last.attn.weights(last.norm1(tokens))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, N + 1, D) with positions, the class token first."""
+        self.check_channels(images)
+        positions = self.position_table(grid_size(images.shape[2], images.shape[3], self.config.patch_size))
+        tokens = self.patch_embed(patchify(images, self.config.patch_size)) + positions[:, 1:]
+        return self.with_cls(tokens, positions)
+
+    def with_cls(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Put the class token and its position in front: (B, T, D) to (B, T + 1, D)."""
+        cls = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)
+        return torch.cat([cls, tokens], dim=1)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """All blocks: (B, T, D) to (B, T, D), before the final norm."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    def position_table(self, grid: Size) -> Tensor:
+        """The positions for a grid, (1, N + 1, D): the stored table, resized where the grid is not the native one."""
+        return resize_table(self.pos_embed, self.config.grid, grid, self.config.positions)
+
+    def check_channels(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != self.config.channels:
+            raise UsageError(
+                f"images must be (B, {self.config.channels}, H, W), not {tuple(images.shape)}; "
+                "load(..., channels=) adapts a model to another number of channels"
+            )
+
+    @property
+    def final_norm(self) -> nn.LayerNorm:
+        """``norm``, or ``fc_norm`` in a model that was trained on the mean."""
+        return self.fc_norm if self.config.pool == "mean" else self.norm
+
+    def _pooled(self, tokens: Tensor, pool: FeaturePool, norm: bool, grid: Size) -> Tensor:
+        """The last step of `features`: (B, N + 1, D) to what ``pool`` names."""
+        finish = self.final_norm if norm else nn.Identity()
+        pools_first = self.config.pool == "mean" and pool in ("mean", "cls+mean")
+        if not pools_first:
+            tokens = finish(tokens)
+        cls, patches = tokens[:, 0], tokens[:, 1:]
+        if pool == "cls":
+            return cls
+        if pool == "tokens":
+            return patches
+        if pool == "map":
+            return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
+        mean = patches.mean(dim=1)
+        if pools_first:
+            cls, mean = finish(cls), finish(mean)
+        return mean if pool == "mean" else torch.cat([cls, mean], dim=1)
+
+    def resized(self, image_size: int | Size) -> Self:
+        """This encoder with its position table stored for another native size; the weights are shared."""
+        config = replace(self.config, image_size=image_size)
+        with torch.device("meta"):
+            other = type(self)(config, replace(self.preprocess, size=config.size))
+        state = self.state_dict()
+        state["pos_embed"] = self.position_table(config.grid)
+        other.load_state_dict(state, assign=True)
+        other.origin = self.origin
+        return other.train(self.training)
+
+
+def initialise(module: nn.Module) -> None:
+    """The published initialisation: Xavier-uniform linear maps, zero biases, LayerNorms at one and zero.
+
+    The fused qkv matrix and the flattened patch kernel each count as one matrix; the bias of the patch kernel keeps
+    torch's default.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, PatchEmbed):
+            nn.init.xavier_uniform_(part.proj.weight.view(len(part.proj.weight), -1))
