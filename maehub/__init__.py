@@ -1,1 +1,73 @@
+"""Masked autoencoders: load every published one, take features, look at reconstructions, train, publish.
+
+    import maehub
+
+    encoder = maehub.load("vit-b")
+    table = maehub.extract_features(encoder, "photos/")
+
+    autoencoder = maehub.load_autoencoder("vit-l")
+    maehub.reconstruct(autoencoder, "dog.jpg").save("dog_mae.png")
+
+Names are imported when they are first used, so that ``import maehub`` is fast and imports no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from maehub.autoencoder import AutoencoderConfig as AutoencoderConfig
+    from maehub.autoencoder import MaskedAutoencoder as MaskedAutoencoder
+    from maehub.catalog import ModelInfo as ModelInfo
+    from maehub.catalog import list_models as list_models
+    from maehub.catalog import model_info as model_info
+    from maehub.conversion import convert as convert
+    from maehub.encoder import Encoder as Encoder
+    from maehub.encoder import EncoderConfig as EncoderConfig
+    from maehub.errors import MaehubError as MaehubError
+    from maehub.features import FeatureTable as FeatureTable
+    from maehub.features import extract_features as extract_features
+    from maehub.fetching import download as download
+    from maehub.fetching import verify as verify
+    from maehub.figures import Panels as Panels
+    from maehub.figures import reconstruct as reconstruct
+    from maehub.hub import load as load
+    from maehub.hub import load_autoencoder as load_autoencoder
+    from maehub.images import Preprocess as Preprocess
+    from maehub.weights import save as save
+
+_HOMES = {
+    "AutoencoderConfig": "maehub.autoencoder",
+    "Encoder": "maehub.encoder",
+    "EncoderConfig": "maehub.encoder",
+    "FeatureTable": "maehub.features",
+    "MaehubError": "maehub.errors",
+    "MaskedAutoencoder": "maehub.autoencoder",
+    "ModelInfo": "maehub.catalog",
+    "Panels": "maehub.figures",
+    "Preprocess": "maehub.images",
+    "convert": "maehub.conversion",
+    "download": "maehub.fetching",
+    "extract_features": "maehub.features",
+    "list_models": "maehub.catalog",
+    "load": "maehub.hub",
+    "load_autoencoder": "maehub.hub",
+    "model_info": "maehub.catalog",
+    "reconstruct": "maehub.figures",
+    "save": "maehub.weights",
+    "verify": "maehub.fetching",
+}
+
+__all__ = sorted(_HOMES, key=str.lower)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "train"]

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from maehub.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, take
+from maehub.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
 from maehub.errors import UsageError
 from maehub.images import Preprocess
 from maehub.masking import kept_count, random_masks, split_index, visible_count
@@ -123,7 +123,7 @@ class MaskedAutoencoder(nn.Module):
         if config.mask_tokens == "encoder":
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.encoder.width))
         token = self.mask_token if config.mask_tokens == "encoder" else self.decoder.mask_token
-        nn.init.normal_(token, std=0.02)
+        initialise_token(token)
 
     @property
     def preprocess(self) -> Preprocess:

@@ -5,6 +5,7 @@ the published files, so official and timm weights need no renaming.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
@@ -94,7 +95,7 @@ PRESETS = {
     "vit-s": EncoderConfig(224, 16, 3, 384, 12, 6),
     "vit-ti": EncoderConfig(224, 16, 3, 192, 12, 3),
     # ours: the embedded model
-    "vit-nano": EncoderConfig(96, 8, 3, 192, 8, 4),
+    "vit-nano": EncoderConfig(96, 8, 3, 192, 5, 6),
 }
 
 
@@ -215,7 +216,7 @@ class Encoder(nn.Module):
         if config.classes:
             self.head = nn.Linear(config.width, config.classes)
         initialise(self)
-        nn.init.normal_(self.cls_token, std=0.02)
+        initialise_token(self.cls_token)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) if there is a head, else the feature (B, D) of ``config.pool``.
@@ -251,6 +252,12 @@ class Encoder(nn.Module):
         pool = pool or self.config.pool
         if pool not in get_args(FeaturePool):
             raise UsageError(f"pool={pool!r} is not one of {', '.join(get_args(FeaturePool))}")
+        if pool in ("cls", "cls+mean") and self.config.pool == "mean":
+            warnings.warn(
+                "the class token of a model that was trained on the mean of its patches is not a trained feature; "
+                "pool='mean' is",
+                stacklevel=2,
+            )
         grid = grid_size(images.shape[2], images.shape[3], self.config.patch_size)
         if layers is None:
             tokens = self.encode(self.embed(images))
@@ -354,3 +361,9 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
         elif isinstance(part, PatchEmbed):
             nn.init.xavier_uniform_(part.proj.weight.view(len(part.proj.weight), -1))
+
+
+def initialise_token(token: Tensor) -> None:
+    """A class or mask token: normal, standard deviation 0.02. On the meta device nothing: a file's values follow."""
+    if not token.is_meta:  # where normal_ would make torch load a second's worth of modules
+        nn.init.normal_(token, std=0.02)

@@ -28,15 +28,17 @@ def sincos_table(width: int, grid: Size) -> Tensor:
         grid: (rows, columns).
 
     Returns:
-        (rows · columns, D) float32, row by row.
+        (rows · columns, D) float32 on the CPU, row by row.
     """
     if width % 4:
         raise UsageError(f"a sine-cosine table needs a width divisible by 4, not {width}")
     rows, columns = grid
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    # On the CPU whatever the default device: some devices have no float64, and arange on the meta device makes torch
+    # load a second's worth of modules.
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
 
     def axis(count: int) -> Tensor:
-        angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies
+        angles = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (count, D/2)
 
     column_half = axis(columns)[None].expand(rows, columns, -1)
@@ -45,8 +47,9 @@ def sincos_table(width: int, grid: Size) -> Tensor:
 
 
 def with_cls_row(table: Tensor) -> Tensor:
-    """A table with the class token's row of zeros in front: (N, D) to (1, N + 1, D)."""
-    return torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
+    """A table with the class token's row of zeros in front: (N, D) to (1, N + 1, D), on the default device."""
+    whole = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
+    return whole.to(torch.empty(0).device)  # moved last, see `sincos_table` on the meta device
 
 
 def resize_table(table: Tensor, source: Size, target: Size, rule: ResizeRule = "bicubic") -> Tensor:

@@ -1,0 +1,398 @@
+"""From tensors to networks: the strict way in, without initialising anything twice.
+
+A network is built on the meta device, where it costs no memory and no time, and then takes the tensors of a file as
+they are. What a file lacks or has too much is an error; the three legal departures (image size, channels, classes) are
+parameters.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
+from maehub.encoder import PRESETS, Encoder, EncoderConfig, Origin
+from maehub.errors import IntegrityError, UsageError
+from maehub.images import Preprocess
+from maehub.keys import ENCODER_MASK_TOKEN, from_official, is_decoder, to_official
+from maehub.patches import Size, as_size, grid_size
+from maehub.positions import ResizeRule, resize_table
+
+log = logging.getLogger("maehub")
+
+Network = TypeVar("Network", Encoder, MaskedAutoencoder)
+
+HEAD_STD = 2e-5
+"""Standard deviation of a new head's weights, as published for fine-tuning."""
+
+_MOST_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How the network should differ from its file. None leaves a thing as the file has it.
+
+    Args:
+        image_size: native size in pixels, an int or (height, width); position tables are resized on their grid.
+        channels: image channels. The kernels of the stem are summed for one channel; otherwise they are taken in turn
+            and scaled by (old / new), so that a grey picture gives the same tokens. The pixel head predicts the mean
+            for one channel, otherwise each channel in turn.
+        classes: a new head with this many outputs (unless the file has just that one), or 0 for none.
+        positions: the rule by which position tables are resized, now and in a forward at another size.
+        dtype: of the weights; None means float32, whatever the file holds.
+        device: where the weights go.
+        check_finite: look for NaN and infinity, which reads every byte; False where that is known already.
+    """
+
+    image_size: int | Size | None = None
+    channels: int | None = None
+    classes: int | None = None
+    positions: ResizeRule | None = None
+    dtype: torch.dtype | None = None
+    device: str | torch.device = "cpu"
+    check_finite: bool = True
+
+
+AS_STORED = Wanted()
+
+
+def infer_config(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    target: Target | None = None,
+    image_size: int | Size | None = None,
+    where: str = "these weights",
+) -> EncoderConfig | AutoencoderConfig:
+    """Read the network off the shapes of its tensors, where no configuration says it.
+
+    Args:
+        state: official names.
+        heads: attention heads of the encoder. Shapes do not tell them: None takes those of the published network with
+            the same width, depth and patch.
+        decoder_heads: heads of the decoder; None means 16 at width 512, as published.
+        target: what the decoder was trained to predict, which shapes do not tell either; None means unknown.
+        image_size: the size that the position table is for, in pixels; None means square.
+        where: what the tensors are, for messages.
+
+    Returns:
+        An `AutoencoderConfig` if there is a decoder, else an `EncoderConfig`.
+
+    Raises:
+        IntegrityError: these are not the tensors of a Vision Transformer.
+        UsageError: heads or size cannot be known; the text names the argument that says them.
+    """
+    shape = {name: tuple(value.shape) for name, value in state.items()}
+    kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())
+    hidden = shape.get("blocks.0.mlp.fc1.weight", ())
+    if (
+        len(kernel) != 4
+        or not all(kernel)
+        or kernel[2] != kernel[3]
+        or len(table) != 3
+        or table[1] < 2
+        or (hidden and len(hidden) != 2)
+    ):
+        raise IntegrityError(
+            f"{where}: no Vision Transformer with a class token and one position table; "
+            f"patch_embed.proj.weight is {kernel or 'missing'}, pos_embed {table or 'missing'}"
+        )
+    width, channels, patch, _ = kernel
+    depth = _depth(shape, "blocks.")
+    if heads is None:
+        heads = next(
+            (p.heads for p in PRESETS.values() if (p.width, p.depth, p.patch_size) == (width, depth, patch)), None
+        )
+        if heads is None:
+            raise UsageError(
+                f"{where}: no published network has width {width}, depth {depth} and patch {patch}, and "
+                f"tensors do not tell the number of attention heads; say it: heads={max(1, width // 64)}, for example"
+            )
+    if image_size is None:
+        side = math.isqrt(table[1] - 1)
+        if side * side != table[1] - 1:
+            raise UsageError(
+                f"{where}: positions for {table[1] - 1} patches, which are no square; say the native size: "
+                "image_size=(height, width)"
+            )
+        image_size = side * patch
+    head = shape.get("head.weight", ())
+    encoder = EncoderConfig(
+        image_size,
+        patch,
+        channels,
+        width,
+        depth,
+        heads,
+        mlp_ratio=_ratio(width, hidden[0]) if hidden else 4.0,
+        classes=head[0] if head else 0,
+        pool="mean" if "fc_norm.weight" in shape else "cls",
+    )
+    if not any(is_decoder(name) for name in shape):
+        return encoder
+    embed = shape.get("decoder_embed.weight", ())
+    if len(embed) != 2:
+        raise IntegrityError(f"{where}: tensors of a decoder but no decoder_embed.weight: {describe(state)}")
+    if decoder_heads is None:
+        if embed[0] != 512:
+            raise UsageError(
+                f"{where}: a decoder of width {embed[0]}, and tensors do not tell its number of attention heads; "
+                f"say it: decoder_heads={max(1, embed[0] // 32)}, for example"
+            )
+        decoder_heads = 16
+    return AutoencoderConfig(
+        encoder,
+        embed[0],
+        _depth(shape, "decoder_blocks."),
+        decoder_heads,
+        target or "unknown",
+        "encoder" if ENCODER_MASK_TOKEN in shape else "decoder",
+    )
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What a state dictionary (official names) looks like, in a few words, from whatever it has."""
+    shape = {name: tuple(value.shape) for name, value in state.items()}
+    kernel = shape.get("patch_embed.proj.weight", ())
+    if len(kernel) != 4:
+        return "not a Vision Transformer (it has no patch_embed.proj.weight)"
+    width, depth, patch = kernel[0], _depth(shape, "blocks."), kernel[2]
+    same = [name for name, preset in PRESETS.items() if (preset.width, preset.depth) == (width, depth)]
+    size = (
+        f"ViT-{same[0].removeprefix('vit-').title()}/{patch}"
+        if same
+        else f"ViT of width {width}, depth {depth}, patch {patch}"
+    )
+    if "decoder_embed.weight" in shape:
+        return f"an autoencoder {size} with {_depth(shape, 'decoder_blocks.')} decoder blocks"
+    if "head.weight" in shape:
+        return f"a classifier {size} with {shape['head.weight'][0]} classes"
+    return f"an encoder-only {size}"
+
+
+def build_encoder(
+    state: Mapping[str, Tensor],
+    config: EncoderConfig | AutoencoderConfig,
+    preprocess: Preprocess | None = None,
+    *,
+    wanted: Wanted = AS_STORED,
+    origin: Origin | None = None,
+    where: str = "these weights",
+) -> Encoder:
+    """An `Encoder` in eval mode that holds these tensors.
+
+    Args:
+        state: official names. Of an autoencoder the decoder is left out.
+        config: the network that the tensors are for, before any departure.
+        preprocess: its transform; None means the published evaluation.
+        wanted: the departures from the file, dtype and device.
+        origin: where the weights come from.
+        where: what the tensors are, for messages.
+
+    Raises:
+        IntegrityError: tensors are missing, too many, misshaped, not floating or not finite.
+        UsageError: a departure that cannot be.
+    """
+    if isinstance(config, AutoencoderConfig):
+        config = config.encoder
+    dropped = [name for name in state if is_decoder(name)]
+    if dropped:
+        log.debug("%s: the encoder alone, without %d tensors of the decoder", where, len(dropped))
+    tensors = {name: value for name, value in state.items() if not is_decoder(name)}
+    _check_size(tensors, config, 0, where)
+    model = _empty(Encoder, config, preprocess)
+    _check(tensors, model, where, describe(state))
+    changed = _changed(config, wanted)
+    if changed != config:
+        tensors = _adapted(tensors, config, changed)
+        model = _empty(Encoder, changed, _changed_preprocess(model.preprocess, config, changed))
+    model = _filled(model, tensors, wanted, where)
+    model.origin = origin
+    return model
+
+
+def build_autoencoder(
+    state: Mapping[str, Tensor],
+    config: EncoderConfig | AutoencoderConfig,
+    preprocess: Preprocess | None = None,
+    *,
+    wanted: Wanted = AS_STORED,
+    origin: Origin | None = None,
+    where: str = "these weights",
+) -> MaskedAutoencoder:
+    """A `MaskedAutoencoder` in eval mode that holds these tensors; arguments and errors as in `build_encoder`.
+
+    Raises:
+        IntegrityError: also where there is an encoder alone.
+    """
+    if isinstance(config, EncoderConfig):
+        raise IntegrityError(
+            f"{where}: this is {describe(state)}, without the decoder that an autoencoder needs; "
+            "load it with maehub.load(...), or name an autoencoder such as vit-b-pixel"
+        )
+    if wanted.classes:
+        raise UsageError("an autoencoder has no head; classes= belongs to maehub.load(...)")
+    _check_size(state, config.encoder, config.decoder_depth, where)
+    model = _empty(MaskedAutoencoder, config, preprocess)
+    _check(state, model, where, describe(state))
+    tensors, encoder = dict(state), _changed(config.encoder, wanted)
+    if encoder != config.encoder:
+        tensors = _adapted(tensors, config.encoder, encoder)
+        transform = _changed_preprocess(model.preprocess, config.encoder, encoder)
+        model = _empty(MaskedAutoencoder, replace(config, encoder=encoder), transform)
+    model = _filled(model, tensors, wanted, where)
+    model.encoder.origin = origin
+    return model
+
+
+def check_finite(state: Mapping[str, Tensor], where: str = "these weights") -> None:
+    """Refuse NaN and infinity.
+
+    One sum a tensor: it is finite only if every value is, or else the values themselves are looked at.
+
+    Raises:
+        IntegrityError: the text names the tensors.
+    """
+    bad = []
+    for name, tensor in state.items():
+        exact = tensor if tensor.itemsize > 1 else tensor.float()  # the 8-bit floats have no isfinite
+        if not math.isfinite(exact.sum(dtype=torch.float32).item()) and not exact.isfinite().all():
+            bad.append(name)
+    if bad:
+        raise IntegrityError(
+            f"{where}: NaN or infinity in {_listed(bad)}; the weights were damaged or training diverged"
+        )
+
+
+def _empty(kind: type[Network], config: EncoderConfig | AutoencoderConfig, preprocess: Preprocess | None) -> Network:
+    with torch.device("meta"):
+        return kind(config, preprocess)  # type: ignore[arg-type]
+
+
+def _check_size(state: Mapping[str, Tensor], config: EncoderConfig, decoder_depth: int, where: str) -> None:
+    """Refuse a configuration that is far too large for its tensors, before a network of that size is built."""
+    rows, columns = config.grid
+    if config.depth + decoder_depth > len(state) or rows * columns * config.width > sum(
+        v.numel() for v in state.values()
+    ):
+        raise IntegrityError(
+            f"{where}: too few tensors for the configuration, depth {config.depth}, width {config.width}, grid "
+            f"{rows}×{columns}; it looks like: {describe(state)}. Nothing was loaded"
+        )
+
+
+def _check(state: Mapping[str, Tensor], model: Encoder | MaskedAutoencoder, where: str, looks: str) -> None:
+    """Every tensor is there, none is too many, each has its shape and is floating."""
+    expected = to_official(model.state_dict()).state
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    both = [name for name in expected if name in state]
+    misshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in both
+        if state[name].shape != expected[name].shape
+    ]
+    unusable = [f"{name} {state[name].dtype}" for name in both if not state[name].is_floating_point()]
+    problems = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", misshaped),
+        ("not floating", unusable),
+    )
+    if not any(names for _, names in problems):
+        return
+    lines = [f"{what}, {len(names)} of {len(expected)}: {_listed(names)}" for what, names in problems if names]
+    first = f"{where}: the tensors do not fit the network that was asked for; nothing was loaded"
+    raise IntegrityError("\n".join([f"{first}. It looks like: {looks}", *lines]))
+
+
+def _changed(config: EncoderConfig, wanted: Wanted) -> EncoderConfig:
+    """The configuration after the departures that were asked for."""
+    size = config.size if wanted.image_size is None else as_size(wanted.image_size, "image_size")
+    grid_size(*size, config.patch_size)
+    return replace(
+        config,
+        image_size=size,
+        channels=config.channels if wanted.channels is None else wanted.channels,
+        classes=config.classes if wanted.classes is None else wanted.classes,
+        positions=config.positions if wanted.positions is None else wanted.positions,
+    )
+
+
+def _changed_preprocess(preprocess: Preprocess, old: EncoderConfig, new: EncoderConfig) -> Preprocess:
+    if new.channels != old.channels:  # its statistics were for other channels
+        return Preprocess.evaluation(new.size, new.channels, new.patch_size)
+    return preprocess if new.size == old.size else preprocess.with_size(new.size)
+
+
+def _adapted(state: Mapping[str, Tensor], old: EncoderConfig, new: EncoderConfig) -> dict[str, Tensor]:
+    """The tensors after the departures, each from the file's own."""
+    state = dict(state)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in state:
+            state[name] = resize_table(state[name], old.grid, new.grid, new.positions)
+    if new.channels != old.channels:
+        state["patch_embed.proj.weight"] = _with_channels(state["patch_embed.proj.weight"], new.channels)
+        if "decoder_pred.weight" in state:
+            for name in ("decoder_pred.weight", "decoder_pred.bias"):
+                state[name] = _predicting_channels(state[name], old.channels, new.channels)
+    if new.classes != old.classes:
+        for name in ("head.weight", "head.bias"):
+            state.pop(name, None)
+        if new.classes:
+            weight = torch.empty(new.classes, new.width)
+            state["head.weight"] = nn.init.trunc_normal_(weight, std=HEAD_STD)
+            state["head.bias"] = torch.zeros(new.classes)
+    return state
+
+
+def _with_channels(kernel: Tensor, channels: int) -> Tensor:
+    """The stem (D, C, P, P) for other channels, (D, ``channels``, P, P); see `Wanted`."""
+    kernel = kernel.float()
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    old = kernel.shape[1]
+    return kernel[:, torch.arange(channels) % old] * (old / channels)
+
+
+def _predicting_channels(values: Tensor, old: int, channels: int) -> Tensor:
+    """The pixel head's weight (P·P·C, d) or bias (P·P·C,) for other channels; see `Wanted`."""
+    pixels = values.float().unflatten(0, (-1, old))  # (P·P, C) or (P·P, C, d): channels are fastest
+    if channels == 1:
+        return pixels.mean(dim=1)
+    return pixels[:, torch.arange(channels) % old].flatten(0, 1)
+
+
+def _filled(model: Network, state: Mapping[str, Tensor], wanted: Wanted, where: str) -> Network:
+    """Give an empty network its tensors, in eval mode."""
+    if wanted.check_finite:
+        check_finite(state, where)
+    dtype = wanted.dtype or torch.float32
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating one, not {dtype}")
+    tensors = {name: value.to(wanted.device, dtype) for name, value in state.items()}
+    dialect = from_official(tensors, "module") if isinstance(model, MaskedAutoencoder) else tensors
+    model.load_state_dict(dialect, strict=True, assign=True)
+    return model.eval()
+
+
+def _depth(names: Iterable[str], stack: str) -> int:
+    """Blocks of a stack: one more than the highest number in a name."""
+    numbers = [name.removeprefix(stack).split(".")[0] for name in names if name.startswith(stack)]
+    return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 4), default=-1)
+
+
+def _ratio(width: int, hidden: int) -> float:
+    """The mlp_ratio with int(width · ratio) = hidden."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + rest

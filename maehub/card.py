@@ -1,0 +1,120 @@
+"""The model card: ``README.md`` of a model folder, with the head that the Hub reads."""
+
+from huggingface_hub import ModelCardData
+
+from maehub.autoencoder import AutoencoderConfig
+from maehub.encoder import EncoderConfig, Origin
+from maehub.images import Preprocess
+from maehub.layouts import why_not_transformers
+
+_TARGETS = {
+    "pixels": "pixels",
+    "normalised_pixels": "pixels normalised per patch",
+    "unknown": "an unknown target",
+}
+
+
+def model_card(
+    name: str,
+    config: EncoderConfig | AutoencoderConfig,
+    preprocess: Preprocess,
+    origin: Origin | None = None,
+    text: str | None = None,
+) -> str:
+    """The card of a model folder, Markdown.
+
+    Args:
+        name: how the model is called, for the title and the usage.
+        config: its network.
+        preprocess: its transform.
+        origin: where its weights come from; names the licence.
+        text: Markdown that follows the title: what it was trained on, what was measured. None says nothing of either.
+    """
+    body = [f"# {name}", _summary(config)]
+    if text:
+        body.append(text.strip())
+    body += ["## Use", _usage(name, config), "## Details", _details(config, preprocess, origin)]
+    return f"---\n{_head(config, origin)}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def _head(config: EncoderConfig | AutoencoderConfig, origin: Origin | None) -> str:
+    tags = ["mae", "masked-autoencoder", "vision"]
+    if isinstance(config, EncoderConfig):
+        tags.append("timm")
+    elif not why_not_transformers(config):
+        tags += ["timm", "transformers"]
+    is_classifier = isinstance(config, EncoderConfig) and config.classes
+    data = ModelCardData(
+        license=origin.licence.lower() if origin and origin.licence else None,
+        library_name="maehub",
+        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        tags=tags,
+    )
+    return data.to_yaml()
+
+
+def _summary(config: EncoderConfig | AutoencoderConfig) -> str:
+    encoder = config if isinstance(config, EncoderConfig) else config.encoder
+    height, width = encoder.size
+    network = (
+        f"a Vision Transformer of width {encoder.width}, {encoder.depth} blocks and {encoder.heads} heads, for images "
+        f"of {height}×{width} pixels and {encoder.channels} channels in square patches of {encoder.patch_size} pixels"
+    )
+    source = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377) (He et al. 2021)"
+    if isinstance(config, AutoencoderConfig):
+        blocks = f"{config.decoder_depth} block{'' if config.decoder_depth == 1 else 's'}"
+        decoder = f"a decoder of width {config.decoder_width} and {blocks}"
+        return f"A masked autoencoder after {source}: {network}, and {decoder} that predicts {_TARGETS[config.target]}."
+    if config.classes:
+        return f"A classifier of {config.classes} classes whose network is the encoder of {source}: {network}."
+    return f"The encoder of a masked autoencoder after {source}: {network}."
+
+
+def _usage(name: str, config: EncoderConfig | AutoencoderConfig) -> str:
+    lines = [
+        "```python",
+        "import maehub",
+        "",
+        f'encoder = maehub.load("{name}")  # this folder, or user/repo on the Hub',
+    ]
+    if isinstance(config, EncoderConfig) and config.classes:
+        lines[-1] = f'classifier = maehub.load("{name}")  # this folder, or user/repo on the Hub'
+    else:
+        lines.append('table = maehub.extract_features(encoder, "photos/")')
+    if isinstance(config, AutoencoderConfig) and config.target != "unknown":
+        lines += ["", f'autoencoder = maehub.load_autoencoder("{name}")']
+        lines.append('maehub.reconstruct(autoencoder, "photo.jpg").save("reconstruction.png")')
+    text = "\n".join([*lines, "```"])
+    if isinstance(config, EncoderConfig):
+        return text + "\n\ntimm reads this folder too: `timm.create_model('hf-hub:user/repo', pretrained=True)`."
+    reason = why_not_transformers(config)
+    if reason:
+        return text + f"\n\nOnly maehub reads this folder: transformers would not compute the same, since {reason}."
+    return (
+        text
+        + "\n\ntransformers reads this folder as `ViTMAEForPreTraining.from_pretrained('user/repo')`, and timm its "
+        "encoder as `timm.create_model('hf-hub:user/repo', pretrained=True)`."
+    )
+
+
+def _details(config: EncoderConfig | AutoencoderConfig, preprocess: Preprocess, origin: Origin | None) -> str:
+    height, width = preprocess.size
+    transform = f"{preprocess.resize} to {height}×{width}, {preprocess.interpolation}"
+    if preprocess.resize == "centre-crop":
+        transform += f", crop fraction {preprocess.crop_fraction:g}"
+    numbers = [", ".join(f"{value:g}" for value in values) for values in (preprocess.mean, preprocess.std)]
+    lines = [f"- Transform: {transform}; channel means {numbers[0]}; deviations {numbers[1]}."]
+    if isinstance(config, AutoencoderConfig) and preprocess.resize in ("pad", "native"):
+        lines.append(
+            f"- The image processor of transformers crops the centre where this transform says {preprocess.resize}."
+        )
+    if origin:
+        parts = [
+            origin.name,
+            origin.revision and f"revision {origin.revision}",
+            origin.sha256 and f"sha256 {origin.sha256}",
+        ]
+        lines.append(f"- Weights from: {', '.join(part for part in parts if part)}.")
+    licence = origin.licence if origin else ""
+    lines.append(f"- Licence of the weights: {licence or 'not stated'}.")
+    return "\n".join(lines)

@@ -1,0 +1,338 @@
+"""Tables of features, and the files that hold them: .safetensors, .npz, .parquet and .csv.
+
+Every writer takes the rows piece by piece, so a table may be larger than memory, and writes nothing that depends on the
+time or the machine: equal tables are equal files. Paths need not be UTF-8; safetensors and npz keep them as bytes.
+"""
+
+import csv
+import itertools
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from maehub.errors import DataError, IntegrityError, MissingDependencyError, UsageError
+from maehub.files import atomic_write
+
+Provenance = dict[str, Any]
+
+_KEY = "maehub"  # under which a file keeps the provenance
+_COMMENT = "# "  # before it, in the first line of a .csv
+_PIECE_BYTES = 2**24
+_MANY_DIMENSIONS = ("tokens", "map")
+_NOT_A_TABLE = (ValueError, TypeError, KeyError, OSError, EOFError, StopIteration, zipfile.BadZipFile, SafetensorError)
+
+
+class Skipped(NamedTuple):
+    """A picture that is not in the table."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class FeatureTable:
+    """One row of features a picture.
+
+    ``paths``: one a row, as `os.fsdecode` gives them; a picture that came without a file is called by its place in the
+    source. ``features``: (rows, …) float32. ``provenance`` says what they were made with. ``skipped``: pictures that
+    could not be read.
+    """
+
+    paths: list[str]
+    features: Tensor
+    provenance: Provenance = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a file; its ending says which kind.
+
+        Raises:
+            UsageError: an ending that is not known or cannot hold these rows, or the file exists.
+            CheckpointError: the disk is full or read-only.
+        """
+        target = Path(path)
+        check_ending(target, self.provenance.get("pool"))
+        if target.exists() and not overwrite:
+            raise UsageError(f"{target} exists; overwrite=True replaces it")
+        rows = self.features.detach().float().cpu().numpy()
+        step = piece_rows(rows.shape[1:])
+        pieces = (rows[start : start + step] for start in range(0, len(rows), step))
+        facts = self.provenance | {"skipped": [list(item) for item in self.skipped]}
+        write_features(target, pieces, rows.shape, [os.fsencode(path) for path in self.paths], facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save` or `extract_features` wrote. Those of .safetensors are mapped, not read.
+
+        Raises:
+            IntegrityError: it is not such a file.
+            UsageError: an ending that is not known, or no file.
+        """
+        target = Path(path)
+        kind = _kind(target)
+        if not target.is_file():
+            raise UsageError(f"{target} does not exist")
+        try:
+            paths, features, facts = kind.reader(target)
+        except _NOT_A_TABLE as error:
+            raise IntegrityError(f"{target} is not a file of features: {error}") from error
+        skipped = [Skipped(*item) for item in facts.pop("skipped", [])]
+        return cls([os.fsdecode(name) for name in paths], features, facts, skipped)
+
+
+def piece_rows(row_shape: tuple[int, ...]) -> int:
+    """How many rows are written at once; fixed by their shape alone, since a parquet file shows it."""
+    return max(1, _PIECE_BYTES // (4 * int(np.prod(row_shape, dtype=np.int64))))
+
+
+def check_ending(path: Path, pool: str | None) -> None:
+    """Whether a file of this ending can hold features of this pool, and what it needs is installed.
+
+    Raises:
+        UsageError: it cannot, or the ending is not known.
+        MissingDependencyError: pyarrow is missing.
+    """
+    kind = _kind(path)
+    if pool in _MANY_DIMENSIONS and not kind.many_dimensions:
+        raise UsageError(f"{path.suffix} holds one vector a picture, not pool={pool!r}; take .safetensors or .npz")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise MissingDependencyError(".parquet needs pyarrow: pip install 'maehub[parquet]'") from error
+
+
+def write_features(
+    path: Path,
+    pieces: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    paths: list[bytes],
+    provenance: Provenance,
+) -> None:
+    """Write a table piece by piece.
+
+    Args:
+        path: its ending says which kind of file.
+        pieces: (k, …) float32, together ``shape``, each but the last of `piece_rows` rows.
+        shape: (rows, …).
+        paths: one a row.
+        provenance: goes into the file.
+    """
+    facts = json.dumps(provenance | {"shape": list(shape)}, sort_keys=True)
+    with atomic_write(path) as temporary:
+        _kind(path).writer(temporary, iter(pieces), shape, paths, facts)
+
+
+def read_provenance(path: Path) -> Provenance | None:
+    """The provenance of a file of features without its rows; None if it is another file."""
+    try:
+        return _kind(path).provenance(path)
+    except _NOT_A_TABLE:
+        return None
+
+
+def write_bad_files(path: Path, skipped: list[Skipped]) -> None:
+    """A .csv of path and reason."""
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        csv.writer(file).writerows([Skipped._fields, *skipped])
+
+
+def _offsets(paths: list[bytes]) -> np.ndarray:
+    """(rows + 1,) int64: name i is bytes offsets[i] to offsets[i + 1]."""
+    return np.cumsum([0, *(len(path) for path in paths)], dtype="<i8")
+
+
+def _names(buffer: bytes, offsets: np.ndarray) -> list[bytes]:
+    return [buffer[start:stop] for start, stop in itertools.pairwise(offsets.tolist())]
+
+
+def _write_safetensors(
+    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
+) -> None:
+    # By hand, since the library takes whole tensors. The 8-byte integers stand first so that all are aligned.
+    offsets, names = _offsets(paths), b"".join(paths)
+    size = 4 * int(np.prod(shape, dtype=np.int64))
+    ends = [0, offsets.nbytes, offsets.nbytes + size, offsets.nbytes + size + len(names)]
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", _KEY: facts},
+        "path_offsets": {"dtype": "I64", "shape": list(offsets.shape), "data_offsets": ends[0:2]},
+        "features": {"dtype": "F32", "shape": list(shape), "data_offsets": ends[1:3]},
+        "paths": {"dtype": "U8", "shape": [len(names)], "data_offsets": ends[2:4]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file_path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(offsets.data)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, "<f4").data)
+        file.write(names)
+
+
+def _read_safetensors(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()[_KEY])
+        names = _names(file.get_tensor("paths").numpy().tobytes(), file.get_tensor("path_offsets").numpy())
+        return names, file.get_tensor("features"), facts
+
+
+def _safetensors_provenance(path: Path) -> Provenance:
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {})[_KEY])
+
+
+def _write_npz(
+    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
+) -> None:
+    with zipfile.ZipFile(file_path, "w") as archive:
+        # `ZipInfo` by name has the fixed date of 1980.
+        with archive.open(zipfile.ZipInfo("features.npy"), "w", force_zip64=True) as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for piece in pieces:
+                file.write(np.ascontiguousarray(piece, "<f4").data)
+        small = {
+            "paths": np.frombuffer(b"".join(paths), np.uint8),
+            "path_offsets": _offsets(paths),
+            _KEY: np.frombuffer(facts.encode(), np.uint8),
+        }
+        for name, array in small.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _read_npz(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        names = _names(arrays["paths"].tobytes(), arrays["path_offsets"])
+        return names, torch.from_numpy(arrays["features"]), json.loads(arrays[_KEY].tobytes())
+
+
+def _npz_provenance(path: Path) -> Provenance:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return json.loads(arrays[_KEY].tobytes())
+
+
+def _write_parquet(
+    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    width = int(np.prod(shape[1:], dtype=np.int64))
+    # Text where it can be, since that is what people look for; bytes as soon as one name is not UTF-8.
+    text = pyarrow.string() if all(_is_utf8(path) for path in paths) else pyarrow.binary()
+    schema = pyarrow.schema(
+        [("path", text), ("features", pyarrow.list_(pyarrow.float32(), width))], metadata={_KEY: facts}
+    )
+    remaining = iter(paths)
+    with parquet.ParquetWriter(file_path, schema, use_dictionary=False) as writer:
+        for piece in pieces:
+            values = pyarrow.array(piece.reshape(-1), pyarrow.float32())
+            names = list(itertools.islice(remaining, len(piece)))
+            if text == pyarrow.string():
+                column = pyarrow.array([name.decode() for name in names], text)
+            else:
+                column = pyarrow.array(names, text)
+            rows = pyarrow.FixedSizeListArray.from_arrays(values, width)
+            writer.write_table(pyarrow.Table.from_arrays([column, rows], schema=schema), row_group_size=len(piece))
+
+
+def _read_parquet(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
+    from pyarrow import parquet
+
+    facts = _parquet_provenance(path)
+    table = parquet.read_table(path)
+    names = [os.fsencode(name) for name in table["path"].to_pylist()]
+    rows = np.concatenate([chunk.flatten().to_numpy() for chunk in table["features"].chunks] or [np.empty(0, "f4")])
+    return names, torch.from_numpy(rows.reshape(facts["shape"])), facts
+
+
+def _parquet_provenance(path: Path) -> Provenance:
+    from pyarrow import parquet
+
+    return json.loads((parquet.read_schema(path).metadata or {})[_KEY.encode()])
+
+
+def _is_utf8(path: bytes) -> bool:
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _write_csv(
+    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
+) -> None:
+    width = int(np.prod(shape[1:], dtype=np.int64))
+    numbers = ",%.9g" * width + "\n"  # nine digits bring a float32 back exactly
+    remaining = iter(paths)
+    with open(file_path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(f"{_COMMENT}{facts}\n")
+        file.write("path," + ",".join(f"f{number}" for number in range(width)) + "\n")
+        for piece in pieces:
+            for row in piece.reshape(len(piece), width).tolist():
+                file.write(_quoted(os.fsdecode(next(remaining))) + numbers % tuple(row))
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"' if any(mark in name for mark in ',"\r\n#') else name
+
+
+def _read_csv(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
+    facts = _csv_provenance(path)
+    names, rows = [], []
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.readline()
+        lines = csv.reader(file)
+        next(lines)
+        for name, *numbers in lines:
+            names.append(os.fsencode(name))
+            rows.append(np.array(numbers, np.float32))
+    features = np.stack(rows) if rows else np.empty(0, np.float32)
+    return names, torch.from_numpy(features.reshape(facts["shape"])), facts
+
+
+def _csv_provenance(path: Path) -> Provenance:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        first = file.readline()
+    if not first.startswith(_COMMENT + "{"):
+        raise DataError("its first line holds no provenance")
+    return json.loads(first.removeprefix(_COMMENT))
+
+
+class _Kind(NamedTuple):
+    writer: Callable[[Path, Iterator[np.ndarray], tuple[int, ...], list[bytes], str], None]
+    reader: Callable[[Path], tuple[list[bytes], Tensor, Provenance]]
+    provenance: Callable[[Path], Provenance]
+    many_dimensions: bool
+
+
+_KINDS = {
+    ".safetensors": _Kind(_write_safetensors, _read_safetensors, _safetensors_provenance, True),
+    ".npz": _Kind(_write_npz, _read_npz, _npz_provenance, True),
+    ".parquet": _Kind(_write_parquet, _read_parquet, _parquet_provenance, False),
+    ".csv": _Kind(_write_csv, _read_csv, _csv_provenance, False),
+}
+
+
+def _kind(path: Path) -> _Kind:
+    if path.suffix not in _KINDS:
+        raise UsageError(f"{path}: the ending must be one of {', '.join(_KINDS)}")
+    return _KINDS[path.suffix]

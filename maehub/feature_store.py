@@ -1,0 +1,172 @@
+"""Unfinished features on the disk: what is computed is kept, and a second run goes on after it.
+
+``OUT.partial/`` holds ``features.bin``, the finished rows as raw float32, ``commits.jsonl``, one line for each chunk of
+samples whose rows are safely in it, and ``run.json``, what they are computed with. A chunk counts only if its samples,
+their sizes included, are still the same.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from maehub.errors import UsageError
+from maehub.feature_files import Skipped, piece_rows
+from maehub.files import atomic_write, write_error
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A finished chunk."""
+
+    chunk: int
+    key: str
+    """A digest of its samples."""
+    rows: int
+    skipped: list[tuple[int, str]]
+    """Index of each sample that could not be read, and why."""
+
+
+class FeatureStore:
+    """The folder ``OUT.partial/``; a context manager that one process at a time can hold.
+
+    Args:
+        out: the file that the rows are for.
+        run: what the rows depend on; rows of another run are never mixed in.
+        row_shape: of one row.
+        overwrite: throw away what another run left.
+
+    Raises:
+        UsageError: it holds the work of another run, or another process is at it.
+        CheckpointError: the folder cannot be written.
+    """
+
+    def __init__(self, out: Path, run: dict[str, Any], row_shape: tuple[int, ...], *, overwrite: bool) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self.run = run
+        self.row_shape = row_shape
+        self.overwrite = overwrite
+        self.commits: list[Commit] = []
+        self._row_bytes = 4 * int(np.prod(row_shape, dtype=np.int64))
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock = open(self.folder / "lock", "w")
+        except OSError as error:
+            raise write_error(self.out, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise UsageError(f"another process is writing {self.out}; wait for it, or name another file") from error
+        except OSError:
+            pass  # a filesystem without locks
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._features, self._journal, self._lock):
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _open(self) -> None:
+        description = self.folder / "run.json"
+        text = json.dumps(self.run, sort_keys=True, indent=1)
+        known = description.read_text() if description.exists() else None
+        if known not in (None, text) and not self.overwrite:
+            raise UsageError(
+                f"{self.folder} holds unfinished features that were made differently. "
+                "Finish them with the same options, delete the folder, or overwrite"
+            )
+        if known != text:
+            for name in ("commits.jsonl", "features.bin"):
+                (self.folder / name).unlink(missing_ok=True)
+            with atomic_write(description) as temporary:
+                temporary.write_text(text)
+        try:
+            self._features = open(self.folder / "features.bin", "a+b")  # noqa: SIM115
+            self._journal = open(self.folder / "commits.jsonl", "a+b")  # noqa: SIM115
+        except OSError as error:
+            raise write_error(self.out, error) from error
+
+    def resume(self, keys: Iterator[str], skip_bad: bool) -> int:
+        """Keep the committed chunks from the first on whose keys are these; drop what follows.
+
+        Without ``skip_bad`` a chunk that left a picture out does not count.
+
+        Returns:
+            How many chunks are kept.
+        """
+        self._journal.seek(0)
+        kept = journal_bytes = row_bytes = 0
+        room = os.fstat(self._features.fileno()).st_size
+        for line, key in zip(self._journal, keys, strict=False):
+            try:
+                commit = Commit(**json.loads(line))
+            except (ValueError, TypeError):
+                break  # half a line
+            row_bytes += commit.rows * self._row_bytes
+            fits = commit.chunk == kept and commit.key == key and row_bytes <= room
+            if not fits or (commit.skipped and not skip_bad):
+                row_bytes -= commit.rows * self._row_bytes
+                break
+            self.commits.append(commit)
+            kept += 1
+            journal_bytes += len(line)
+        self._features.truncate(row_bytes)
+        self._journal.truncate(journal_bytes)
+        return kept
+
+    def append(self, key: str, rows: np.ndarray, skipped: list[tuple[int, str]]) -> None:
+        """Commit the next chunk: the rows are on the disk before the line that says so."""
+        commit = Commit(len(self.commits), key, len(rows), skipped)
+        try:
+            self._features.write(np.ascontiguousarray(rows, "<f4").data)
+            self._features.flush()
+            os.fsync(self._features.fileno())
+            self._journal.write(json.dumps(vars(commit)).encode() + b"\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
+        except OSError as error:
+            raise write_error(self.out, error) from error
+        self.commits.append(commit)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return sum(commit.rows for commit in self.commits)
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Why each sample that is left out could not be read."""
+        return {index: reason for commit in self.commits for index, reason in commit.skipped}
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All rows, piece by piece, for `write_features`."""
+        step = piece_rows(self.row_shape)
+        with open(self.folder / "features.bin", "rb") as file:
+            for start in range(0, self.rows, step):
+                count = min(step, self.rows - start) * self._row_bytes // 4
+                yield np.fromfile(file, "<f4", count).reshape(-1, *self.row_shape)
+
+    def remove(self) -> None:
+        """Delete the folder; the rows are elsewhere now."""
+        shutil.rmtree(self.folder)
+
+
+def skipped_list(skipped: dict[int, str], paths: list[str]) -> list[Skipped]:
+    """With the paths of all samples."""
+    return [Skipped(paths[index], reason) for index, reason in sorted(skipped.items())]

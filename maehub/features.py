@@ -1,0 +1,391 @@
+"""A folder of pictures to a table of features."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, NoReturn, get_args
+
+import numpy as np
+import PIL
+import PIL.features
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from maehub import __version__
+from maehub.encoder import Encoder, FeaturePool
+from maehub.errors import DataError, UsageError
+from maehub.feature_files import (
+    FeatureTable,
+    Provenance,
+    Skipped,
+    check_ending,
+    read_provenance,
+    write_bad_files,
+    write_features,
+)
+from maehub.feature_store import FeatureStore
+from maehub.files import free_space_guard
+from maehub.images import Preprocess, TransformName
+from maehub.patches import grid_size
+from maehub.reading import Readers, reader_count
+from maehub.sources import Pictures, Samples, Source, as_samples
+
+_Input = np.ndarray | Tensor
+"""(H, W, C) uint8 pixels, or (C, H, W) floats that are preprocessed."""
+
+log = logging.getLogger("maehub")
+
+_CHUNK_BATCHES = 8  # batches between two commits
+_CHUNK_BYTES = 2**25  # of rows in a chunk, unless one batch has more
+_WAITING_BYTES = 2**28  # of pixels that wait for others of their size
+_TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**15}  # in a batch whose size nobody chose
+
+
+def extract_features(
+    encoder: Encoder,
+    source: Source,
+    *,
+    pool: FeaturePool | None = None,
+    layers: Sequence[int] | None = None,
+    preprocess: Preprocess | TransformName | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    out: str | Path | None = None,
+    skip_bad: bool = False,
+    exact_decode: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FeatureTable:
+    """Features of every picture of a source, unmasked, in the order of the source.
+
+    Args:
+        encoder: on the device where it shall compute.
+        source: a folder (every picture at any depth, sorted), a file, a list of paths, PIL images or (H, W, C) uint8
+            arrays, a (B, H, W, C) uint8 array, a (B, C, H, W) uint8 tensor, or a floating (B, C, H, W) tensor that is
+            preprocessed already.
+        pool, layers: see `Encoder.features`.
+        preprocess: None is the model's own; or the name of another library's.
+        batch_size: pictures computed at once; None chooses.
+        workers: processes that read files; None takes as many as there are cores and work, 0 reads in this one.
+        out: a file to write, .safetensors, .npz, .parquet or .csv. Memory then does not grow with the source. What
+            is finished lies in ``OUT.partial/`` meanwhile, and the same call goes on there after an interruption,
+            to the same bytes. A file with the same provenance and source is not computed again.
+        skip_bad: leave out pictures that cannot be read, and list them in ``skipped`` and, beside ``out``, in
+            ``bad_files.csv``; else the first one stops everything.
+        exact_decode: decode JPEGs at full size, not at 1/2, 1/4 or 1/8 where that is still large enough.
+        overwrite: replace ``out``, and what lies unfinished beside it.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Returns:
+        The table. Its features are (rows, …) float32 on the CPU, … as `Encoder.features` gives them.
+
+    Raises:
+        UsageError: arguments that do not go together, or ``out`` exists and is another table.
+        DataError: no pictures, one that cannot be read, or a reading process died.
+        CheckpointError: ``out`` cannot be written.
+    """
+    job = _checked_job(encoder, pool, layers, preprocess, batch_size)
+    target = None if out is None else Path(out)
+    if target is not None:
+        _check_target(target, job.pool)
+    pictures = as_samples(source)
+    if isinstance(pictures, Pictures) and isinstance(pictures.items[0], Tensor):
+        height, width = pictures.items[0].shape[1:]  # of network inputs, whatever the transform would give
+        job = replace(job, preprocess=replace(job.preprocess, size=(height, width)))
+    processes = reader_count(workers, len(pictures) if isinstance(pictures, Samples) else 0)
+    made_with = _provenance(job, exact_decode)
+    whole = made_with | {"source": {"images": len(pictures), "sha256": pictures.digest()}}
+    if target is not None and target.exists() and not overwrite:
+        return _finished(target, whole, skip_bad)
+
+    readers = Readers(processes, job.preprocess, exact_decode=exact_decode)
+    bar = tqdm(total=len(pictures), unit=" images", disable=None if progress else True, file=sys.stderr)
+    with readers, bar:
+        work = _Work(job, pictures, readers, bar, skip_bad)
+        if target is None:
+            return _in_memory(work, whole)
+        run = made_with | {"batch_size": job.batch_size, "device": job.device.type, "torch": torch.__version__}
+        with FeatureStore(target, run, job.row_shape, overwrite=overwrite) as store:
+            return _on_disk(work, store, whole)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is computed for every picture."""
+
+    encoder: Encoder
+    pool: FeaturePool
+    layers: tuple[int, ...] | None
+    preprocess: Preprocess
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.cls_token.device
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one picture's features, as `Encoder.features` gives them after the batch."""
+        width, patch = self.encoder.config.width, self.encoder.config.patch_size
+        rows, columns = (math.ceil(side / patch) for side in self.preprocess.size)
+        shapes = {"tokens": (rows * columns, width), "map": (width, rows, columns), "cls+mean": (2 * width,)}
+        shape = shapes.get(self.pool, (width,))
+        return shape if self.layers is None else (len(self.layers), *shape)
+
+    @property
+    def chunk_size(self) -> int:
+        """Pictures between two commits: whole batches, so that a resumed run computes the same ones."""
+        batch_bytes = self.batch_size * 4 * math.prod(self.row_shape)
+        return self.batch_size * max(1, min(_CHUNK_BATCHES, _CHUNK_BYTES // batch_bytes))
+
+    def features(self, pictures: list[_Input]) -> Tensor:
+        """(H, W, C) uint8 pixels, or (C, H, W) floats that are preprocessed: (B, …) float32, on the device."""
+        if isinstance(pictures[0], Tensor):
+            images = torch.stack([picture for picture in pictures if isinstance(picture, Tensor)]).to(self.device)
+        else:
+            # By numpy: the many threads of torch would only wait for the cores that decode.
+            pixels = torch.from_numpy(np.stack([picture for picture in pictures if isinstance(picture, np.ndarray)]))
+            images = self.preprocess.normalise(pixels.to(self.device))
+        images = images.to(self.encoder.cls_token.dtype)
+        try:
+            return self.encoder.features(images, pool=self.pool, layers=self.layers).float()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise UsageError(
+                    f"a batch of {len(images)} pictures of {images.shape[2]}×{images.shape[3]} does not fit into the "
+                    f"memory of {self.device}; choose a smaller batch_size"
+                ) from error
+            raise
+
+
+def _checked_job(
+    encoder: Encoder,
+    pool: FeaturePool | None,
+    layers: Sequence[int] | None,
+    preprocess: Preprocess | TransformName | None,
+    batch_size: int | None,
+) -> _Job:
+    """Whatever can be refused before a file is opened."""
+    if not isinstance(encoder, Encoder):
+        raise UsageError(f"features come from an Encoder, not {type(encoder).__name__}; an autoencoder's is .encoder")
+    config = encoder.config
+    if isinstance(preprocess, str):
+        preprocess = Preprocess.named(preprocess, encoder.preprocess.size, config.channels)
+    # The patches are the model's, whatever the transform was made for.
+    preprocess = replace(preprocess or encoder.preprocess, patch_size=config.patch_size)
+    if preprocess.channels != config.channels:
+        raise UsageError(f"the transform gives {preprocess.channels} channels and the model takes {config.channels}")
+    if preprocess.resize in ("centre-crop", "squash"):
+        grid_size(*preprocess.size, config.patch_size)
+    chosen = pool or config.pool
+    if chosen not in get_args(FeaturePool):
+        raise UsageError(f"pool={pool!r} is not one of {', '.join(get_args(FeaturePool))}")
+    if preprocess.resize == "native" and chosen in ("tokens", "map"):
+        raise UsageError(f"pool={chosen!r} has another shape for each picture of native size; choose another pool")
+    if layers is not None and (not layers or any(not -config.depth <= layer < config.depth for layer in layers)):
+        raise UsageError(f"layers={list(layers)} must name blocks from {-config.depth} to {config.depth - 1}")
+    if batch_size is None:
+        tokens = math.prod(math.ceil(side / config.patch_size) for side in preprocess.size)
+        budget = _TOKENS_AT_ONCE["cpu" if encoder.cls_token.device.type == "cpu" else "cuda"]
+        batch_size = 2 ** int(math.log2(max(1, budget // tokens)))
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be 1 or more, not {batch_size}")
+    return _Job(encoder, chosen, None if layers is None else tuple(layers), preprocess, batch_size)
+
+
+@dataclass
+class _Work:
+    """A job, what it is done to, and what helps."""
+
+    job: _Job
+    pictures: Samples | Pictures
+    readers: Readers
+    bar: "tqdm[NoReturn]"
+    skip_bad: bool
+    kept_in: Path | None = None
+    done: int = 0
+
+    def paths(self) -> list[str]:
+        return [os.fsdecode(self.pictures.path(index)) for index in range(len(self.pictures))]
+
+    def chunks(self, first: int) -> Iterator[range]:
+        """The places of the pictures of each chunk, from chunk ``first`` on."""
+        size, count = self.job.chunk_size, len(self.pictures)
+        return (range(start, min(start + size, count)) for start in range(first * size, count, size))
+
+    def results(self, first: int) -> Iterator["_Chunk"]:
+        """Every chunk from ``first`` on, computed."""
+        readings = self._readings(first * self.job.chunk_size)
+        with torch.inference_mode():
+            for places in self.chunks(first):
+                yield self._computed(zip(places, readings, strict=False))
+
+    def _readings(self, first: int) -> Iterator[_Input | DataError]:
+        places = range(first, len(self.pictures))
+        if isinstance(self.pictures, Samples):
+            yield from self.readers.read(self.pictures.path(place) for place in places)
+            return
+        for place in places:
+            picture = self.pictures.items[place]
+            try:
+                yield picture if isinstance(picture, Tensor) else self.job.preprocess.pixels(picture)
+            except DataError as error:
+                yield DataError(f"picture {place}: {error}")
+
+    def _computed(self, readings: Iterator[tuple[int, _Input | DataError]]) -> "_Chunk":
+        """Features of one chunk. Pictures of one size make a batch; the rows are put back in order."""
+        waiting: defaultdict[tuple[int, ...], list[tuple[int, _Input]]] = defaultdict(list)
+        waiting_bytes = 0
+        results: list[tuple[list[int], Tensor]] = []
+        skipped: list[tuple[int, str]] = []
+
+        def compute(group: list[tuple[int, _Input]]) -> None:
+            results.append(([place for place, _ in group], self.job.features([pixels for _, pixels in group])))
+            self._count(len(group))
+
+        for place, reading in readings:
+            if isinstance(reading, DataError):
+                self._bad(reading)
+                skipped.append((place, str(reading)))
+                self._count(1)
+                continue
+            group = waiting[tuple(reading.shape)]
+            group.append((place, reading))
+            waiting_bytes += reading.nbytes
+            if len(group) == self.job.batch_size:
+                waiting_bytes -= len(group) * reading.nbytes
+                compute(waiting.pop(tuple(reading.shape)))
+            elif waiting_bytes > _WAITING_BYTES:
+                waiting_bytes = 0
+                for remaining in (waiting.pop(shape) for shape in list(waiting)):
+                    compute(remaining)
+        for remaining in waiting.values():
+            compute(remaining)
+        # Only now: until here a GPU was never waited for.
+        order = {place: row for row, place in enumerate(sorted(place for places, _ in results for place in places))}
+        rows = np.empty((len(order), *self.job.row_shape), np.float32)
+        for places, features in results:
+            rows[[order[place] for place in places]] = features.cpu().numpy()
+        return _Chunk(rows, skipped)
+
+    def _count(self, pictures: int) -> None:
+        self.done += pictures
+        self.bar.update(pictures)
+
+    def _bad(self, error: DataError) -> None:
+        if not self.skip_bad:
+            kept = f" and kept in {self.kept_in}" if self.kept_in else ""
+            raise DataError(
+                f"{error}. {self.done} of {len(self.pictures)} pictures are done{kept}. "
+                "Mend or remove the file, or skip_bad (--skip-bad) leaves such files out and lists them"
+            ) from error
+
+
+class _Chunk(NamedTuple):
+    rows: np.ndarray  # (k, …) float32, in the order of the source
+    skipped: list[tuple[int, str]]
+
+
+def _in_memory(work: _Work, provenance: Provenance) -> FeatureTable:
+    rows = np.empty((len(work.pictures), *work.job.row_shape), np.float32)
+    count = 0
+    skipped: dict[int, str] = {}
+    for chunk in work.results(0):
+        rows[count : count + len(chunk.rows)] = chunk.rows
+        count += len(chunk.rows)
+        skipped |= dict(chunk.skipped)
+    paths, left_out = _split(work, skipped)
+    return FeatureTable(paths, torch.from_numpy(rows[:count]), provenance, left_out)
+
+
+def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> FeatureTable:
+    work.kept_in = store.folder
+    keys = (work.pictures.digest(places.start, places.stop) for places in work.chunks(0))
+    first = store.resume(keys, work.skip_bad)
+    if first:
+        log.info("%s: %d pictures are there already", store.folder, store.rows)
+    work.done = work.bar.initial = work.bar.n = store.rows + len(store.skipped)
+    # Each row once more in the file that is made of them.
+    missing = 2 * len(work.pictures) - store.rows
+    free_space_guard(store.out, missing * 4 * math.prod(store.row_shape))
+    for places, chunk in zip(work.chunks(first), work.results(first), strict=True):
+        store.append(work.pictures.digest(places.start, places.stop), chunk.rows, chunk.skipped)
+    paths, skipped = _split(work, store.skipped)
+    facts = provenance | {"skipped": [list(item) for item in skipped]}
+    shape = (store.rows, *store.row_shape)
+    write_features(store.out, store.pieces(), shape, [os.fsencode(path) for path in paths], facts)
+    if skipped:
+        write_bad_files(store.out.with_name("bad_files.csv"), skipped)
+    store.remove()
+    return FeatureTable.load(store.out)
+
+
+def _split(work: _Work, skipped: dict[int, str]) -> tuple[list[str], list[Skipped]]:
+    """Paths with a row, and those without."""
+    paths = work.paths()
+    good = [path for place, path in enumerate(paths) if place not in skipped]
+    if not good:
+        raise DataError(f"none of {len(paths)} pictures can be read; the first: {min(skipped.items())[1]}")
+    return good, [Skipped(paths[place], reason) for place, reason in sorted(skipped.items())]
+
+
+def _check_target(target: Path, pool: str) -> None:
+    check_ending(target, pool)
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder; name a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder of {target} does not exist; make it first")
+
+
+def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTable:
+    """The table that is there, if it is the one that is asked for."""
+    known = read_provenance(target)
+    if known is None:
+        raise UsageError(f"{target} exists and is no table of features; name another file, or overwrite (--overwrite)")
+    skipped = known.pop("skipped", [])
+    known.pop("shape", None)
+    wanted = json.loads(json.dumps(provenance))
+    differing = [key for key in sorted(wanted.keys() | known.keys()) if wanted.get(key) != known.get(key)]
+    if differing:
+        raise UsageError(
+            f"{target} exists and was made with another {', '.join(differing)}; "
+            "name another file, or overwrite (--overwrite)"
+        )
+    if skipped and not skip_bad:
+        raise UsageError(f"{target} exists and leaves out {len(skipped)} pictures; skip_bad (--skip-bad) accepts it")
+    log.info("%s is done: same model, transform and pictures", target)
+    return FeatureTable.load(target)
+
+
+def _provenance(job: _Job, exact_decode: bool) -> Provenance:
+    """What the rows follow from, all but the pictures."""
+    origin = job.encoder.origin
+    libraries = {"pillow": PIL.__version__, "libjpeg_turbo": PIL.features.version("libjpeg_turbo")}
+    return {
+        "maehub": __version__,
+        "model": asdict(origin) if origin else None,
+        "network": asdict(job.encoder.config),
+        "weights": _fingerprint(job.encoder),
+        "pool": job.pool,
+        "layers": None if job.layers is None else list(job.layers),
+        "transform": job.preprocess.to_dict(),
+        "decode": {"jpeg": "exact" if exact_decode else "scaled", **libraries},
+    }
+
+
+def _fingerprint(encoder: Encoder) -> str:
+    """Tells weights apart, those that never were a file too. Integer sums are exact on every device."""
+    whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    hasher = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        bits = tensor.detach().contiguous().view(whole_numbers[tensor.element_size()])
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode())
+    return hasher.hexdigest()[:16]

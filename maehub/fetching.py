@@ -1,0 +1,299 @@
+"""From a catalog row or a Hub id to a verified file on this machine.
+
+Only safetensors are taken from the Hub. Nothing here reads a tensor or runs code that came with a model: config.json is
+read as plain values, to find the weights beside it.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maehub.catalog import ModelInfo, Source, Want, is_model, model_info
+from maehub.delivery import COMMIT, Place, cached_path, from_here, from_there, not_here, place_of
+from maehub.delivery import Fetched as Fetched
+from maehub.delivery import PathLike as PathLike
+from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.transport import NoFile, NotThere, Unreachable, check_filename, list_hub_files
+from maehub.verification import Differs, check, expected_bytes, expected_here, stated_hash
+
+logger = logging.getLogger("maehub")
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LARGEST_CONFIG = 4_000_000  # bytes; real ones have a few hundred
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+
+class Verified(NamedTuple):
+    """One file that was hashed anew."""
+
+    path: Path
+    sha256: str
+    compared_with: str  # "the catalog", "the Hub", "the first download", or "nothing"
+
+
+def fetch(
+    info: ModelInfo,
+    *,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    offline: bool = False,
+    verify: bool = False,
+) -> Fetched:
+    """The file of a catalog row: from the cache if it is there, else from the first source that has it.
+
+    Args:
+        info: the row.
+        revision: branch, tag or commit of the row's Hub repository, instead of the catalog's; nothing is pinned then.
+        cache_dir: the Hub's cache folder; None is its own ($HF_HOME, $HF_HUB_CACHE).
+        offline: use no network. $HF_HUB_OFFLINE says the same.
+        verify: hash the file even if its stamp is unchanged.
+
+    Raises:
+        HubError: no source has it, or none answers, or it is not cached and there is no network.
+        IntegrityError: the bytes are not the expected ones, and a second download was no better.
+    """
+    place = place_of(cache_dir, offline, verify)
+    return _first_source(info, _asked(info, revision), place, look_here=True)
+
+
+def fetch_repo(
+    repo_id: str,
+    filenames: Sequence[str] = (),
+    *,
+    want: Want = "encoder",
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    offline: bool = False,
+    verify: bool = False,
+) -> Fetched:
+    """Weights and config.json of any repository on the Hub, at one commit.
+
+    Args:
+        repo_id: ``user/repo`` or ``user/repo@revision``.
+        filenames: weight files to try, in order. Empty means: asked for an encoder, the one with fused qkv that
+            config.json names for timm, if it does; then ``model.safetensors``.
+        want: see above.
+        revision, cache_dir, offline, verify: as in `fetch`. A branch is looked up on the Hub at each call, and taken
+            from the cache, with a warning, where the Hub does not answer.
+
+    Raises:
+        HubError, IntegrityError: as in `fetch`. IntegrityError also where the repository has no safetensors, or names
+            that lead out of its folder.
+    """
+    place = place_of(cache_dir, offline, verify)
+    repo, revision = _split(repo_id, revision)
+    try:
+        config = _repo_file(repo_id, Source("hub", "config.json", "safetensors", repo, revision), place)
+    except NoFile:
+        config = None
+    content = _read_config(config.path, repo) if config else {}
+    at = config.revision if config else revision
+    candidates = list(filenames) or _weight_names(content, want)
+    for filename in candidates:
+        check_filename(filename, repo)
+        if not filename.endswith(".safetensors"):
+            raise _only_safetensors(repo, [filename])
+    sources = [Source("hub", filename, "safetensors", repo, at) for filename in candidates]
+    weights = _first_file(repo_id, sources, place)
+    pretrained = content.get("pretrained_cfg")
+    licence = pretrained.get("license") if isinstance(pretrained, dict) else None
+    licence = licence if isinstance(licence, str) else ""
+    found = replace(weights, licence=licence, config=config.path if config else None)
+    _tell(found)
+    return found
+
+
+def download(name: str, *, revision: str | None = None, cache_dir: PathLike | None = None) -> Path:
+    """Bring a model's files to this machine and verify them, so that it loads without a network.
+
+    Args:
+        name: a catalog name, or a Hub id ``user/repo[@revision]``.
+        revision, cache_dir: as in `fetch`.
+
+    Returns:
+        The path of the weights; of a repository with several layouts, of the one that `maehub.load` reads.
+    """
+    if "/" not in name:
+        info = model_info(name)
+        return _first_source(info, _asked(info, revision), place_of(cache_dir, False, False), look_here=False).path
+    encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir)
+    if encoder.filename != "model.safetensors":
+        fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir)
+    return encoder.path
+
+
+def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verified]:
+    """Hash files again and compare.
+
+    Args:
+        source: a catalog name or Hub id that was downloaded, or a file or folder.
+        cache_dir: as in `fetch`.
+
+    Raises:
+        HubError: nothing of it is on this machine.
+        IntegrityError: some files are not what they should be; the text names them. They are left as they are.
+    """
+    place = place_of(cache_dir, offline=True, verify=True)
+    text = os.fspath(source)
+    if Path(text).exists():
+        below = sorted(Path(text).rglob("*.safetensors")) if Path(text).is_dir() else [Path(text)]
+        files = [(path, expected_bytes(None, stated_hash(path))) for path in below]
+    elif is_model(text):
+        rows = [(cached_path(one, place), one) for one in model_info(text).sources]
+        files = [(path, expected_here(one, path, place.own)) for path, one in rows if path]
+    else:
+        repo, revision = _split(text, None)
+        config = cached_path(Source("hub", "config.json", "safetensors", repo, revision), place)
+        below = sorted(path for path in config.parent.rglob("*") if path.is_file()) if config else []
+        files = [(path, expected_bytes(None, stated_hash(path))) for path in below]
+    if not files:
+        raise HubError(f"nothing of {text} is on this machine, so there is nothing to verify; `maehub download {text}`")
+    checked, wrong = [], []
+    for path, expected in files:
+        try:
+            checked.append(Verified(path, check(path, expected, place.own, place.verify), expected.by))
+        except Differs as difference:
+            wanted, actual, by = difference.args
+            wrong.append(f"{path}: the bytes have hash {actual[:12]}, but {by} has {wanted[:12]}")
+    if wrong:
+        more = f"\n… and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise IntegrityError("\n".join(wrong[:3]) + f"{more}\ndelete what differs; it is downloaded again when needed")
+    return checked
+
+
+def _asked(info: ModelInfo, revision: str | None) -> list[Source]:
+    """The sources of a row, or its Hub repositories at another revision."""
+    if revision is None:
+        return list(info.sources)
+    _check_revision(revision)
+    bare = [replace(one, revision=revision, commit="", sha256="") for one in info.sources if one.kind == "hub"]
+    if not bare:
+        raise UsageError(f"{info.name} does not come from the Hub, so it has no revision {revision!r}; leave it out")
+    return list(dict.fromkeys(bare))
+
+
+def _first_source(info: ModelInfo, sources: list[Source], place: Place, look_here: bool) -> Fetched:
+    for source in sources if look_here or place.offline else []:
+        if found := from_here(info.name, source, place):
+            return _named(info, found)
+    if place.offline:
+        raise not_here(info.name, sources[0], place)
+    missing: list[NotThere] = []
+    for source in sources:
+        try:
+            found = from_there(info.name, source, place)
+        except NotThere as error:
+            missing.append(error)
+            logger.info("%s: %s", info.name, str(error).splitlines()[0])
+        else:
+            return _named(info, found)
+    if len(missing) == 1:
+        raise missing[0]
+    lines = [str(error).splitlines()[0] for error in missing]
+    raise HubError(f"no source of {info.name} has it any more:\n" + "\n".join(lines)) from missing[0]
+
+
+def _named(info: ModelInfo, found: Fetched) -> Fetched:
+    found = replace(found, licence=info.licence)
+    _tell(found)
+    return found
+
+
+def _tell(found: Fetched) -> None:
+    at = f"{found.repo}@{found.revision[:7]} {found.filename}" if found.repo else found.url or str(found.path)
+    logger.info("%s: %s%s", found.name, at, f", licence {found.licence}" if found.licence else "")
+
+
+def _repo_file(name: str, source: Source, place: Place) -> Fetched:
+    """A file of a repository: a commit from the cache, a branch from the Hub, and from the cache if that is silent."""
+    fixed = COMMIT.fullmatch(source.revision) is not None
+    if (fixed or place.offline) and (found := from_here(name, source, place)):
+        return found
+    if place.offline:
+        raise NoFile(str(not_here(name, source, place)))
+    try:
+        return from_there(name, source, place)
+    except Unreachable as error:
+        found = from_here(name, source, place)
+        if not found:
+            raise
+        first = str(error).splitlines()[0]
+        logger.warning("%s; taking the copy on this machine, commit %s", first, found.revision[:12])
+        return found
+
+
+def _first_file(name: str, sources: list[Source], place: Place) -> Fetched:
+    """The first of several files of one repository."""
+    for source in sources:
+        if found := from_here(name, source, place) if COMMIT.fullmatch(source.revision) else None:
+            return found
+    repo, revision = sources[0].repo, sources[0].revision
+    names = [] if place.offline else list_hub_files(repo, revision)
+    for source in sources:
+        if names and source.filename not in names:
+            continue
+        try:
+            return _repo_file(name, source, place)
+        except NoFile:
+            continue
+    if place.offline:
+        raise not_here(name, sources[0], place)
+    if any(one.endswith(".safetensors.index.json") for one in names):
+        raise HubError(f"the weights of {repo} are cut into several files, which maehub does not read yet")
+    if pickles := [one for one in names if one.endswith(_PICKLES)]:
+        raise _only_safetensors(repo, pickles)
+    wanted = " or ".join(source.filename for source in sources)
+    raise HubError(f"{repo}@{revision[:12]} has no {wanted}\nits files: {', '.join(names[:12]) or 'not to be had'}")
+
+
+def _only_safetensors(repo: str, names: Iterable[str]) -> IntegrityError:
+    return IntegrityError(
+        f"maehub loads only safetensors from the Hub, and {repo} has {', '.join(sorted(names)[:3])}: pickles can run "
+        "code when they are read, so nothing was downloaded\n"
+        "ask its owner for model.safetensors, or download the file yourself and run `maehub convert FILE -o FOLDER`"
+    )
+
+
+def _split(repo_id: str, revision: str | None) -> tuple[str, str]:
+    """``user/repo[@revision]`` and an argument to repository and revision."""
+    repo, _, own = repo_id.partition("@")
+    if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+        raise UsageError(f"{repo_id!r} is not a Hub id; one looks like user/repo or user/repo@revision")
+    if own and revision and own != revision:
+        raise UsageError(f"{repo_id!r} and revision={revision!r} name two revisions; give one")
+    return repo, _check_revision(own or revision or "main")
+
+
+def _check_revision(revision: str) -> str:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:
+        raise UsageError(f"revision={revision!r} is not a branch, tag, commit or reference such as refs/pr/1")
+    return revision
+
+
+def _read_config(path: Path, repo: str) -> dict[str, Any]:
+    """config.json as plain values. Whatever it asks to import or run is ignored: it is only read."""
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"config.json of {repo} cannot be read: {error}\nnothing of it was loaded") from error
+    return content
+
+
+def _weight_names(config: dict[str, Any], want: Want) -> list[str]:
+    """Weight files to try: the one with fused qkv, which needs no renaming, if an encoder is enough."""
+    names = ["model.safetensors"]
+    pretrained = config.get("pretrained_cfg")
+    if want == "encoder" and isinstance(pretrained, dict):
+        other = pretrained.get("hf_hub_filename")
+        if isinstance(other, str) and other.endswith(".safetensors"):
+            names.insert(0, other)
+    return list(dict.fromkeys(names))

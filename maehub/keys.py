@@ -1,0 +1,264 @@
+"""The names of tensors: every dialect in which a masked autoencoder or a Vision Transformer is published.
+
+The official names are the canonical ones: everything is read into them and written from them. Functions here take and
+give dictionaries and know nothing of files; tensors are touched only where a dialect splits queries, keys and values.
+
+    official                  transformers 4.x                        transformers 5.x, in memory   our modules
+    blocks.0.attn.qkv         vit.encoder.layer.0.attention.attention vit.layers.0.attention        encoder.blocks.0.…
+                              .query, .key, .value                    .q_proj, .k_proj, .v_proj
+    decoder_blocks.0          decoder.decoder_layers.0                decoder.decoder_layers.0      decoder.blocks.0
+
+transformers 5.23 saves the decoder as ``decoder.decoder_encoder.layer.0``, a dialect of its own. timm writes the
+official names, encoder only.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maehub.errors import IntegrityError, UsageError
+
+Dialect = Literal["official", "module", "transformers-4", "transformers-5", "transformers-5-saved"]
+"""How a state dictionary names its tensors; timm's is ``official``."""
+
+WrittenDialect = Literal["official", "timm", "transformers-4", "module"]
+"""The dialects that are written; ``timm`` is ``official`` without a decoder."""
+
+
+class OfficialState(NamedTuple):
+    """A state dictionary under official names."""
+
+    state: dict[str, Tensor]
+    dialect: Dialect  # what the names were
+    dropped: tuple[str, ...]  # names of `HARMLESS_EXTRAS` that were left out
+
+
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes of DistributedDataParallel, torch.compile and training scripts, stripped where every key has them."""
+
+ENCODER_MASK_TOKEN = "encoder_mask_token"
+"""The mask token of an autoencoder whose encoder sees it. No published file has one, so the name is ours."""
+
+# official, transformers (all versions; the encoder's behind an optional "vit.")
+_ENCODER_PARTS = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("norm", "layernorm"),
+    ("head", "classifier"),
+)
+
+# official, transformers (all versions), our modules
+_DECODER_PARTS = (
+    ("mask_token", "decoder.mask_token", "decoder.mask_token"),
+    ("decoder_embed", "decoder.decoder_embed", "decoder.embed"),
+    ("decoder_pos_embed", "decoder.decoder_pos_embed", "decoder.pos_embed"),
+    ("decoder_norm", "decoder.decoder_norm", "decoder.norm"),
+    ("decoder_pred", "decoder.decoder_pred", "decoder.pred"),
+)
+
+# official, transformers 4.x, transformers 5.x
+_BLOCK_PARTS = (
+    ("norm1", "layernorm_before", "layernorm_before"),
+    ("attn.query", "attention.attention.query", "attention.q_proj"),
+    ("attn.key", "attention.attention.key", "attention.k_proj"),
+    ("attn.value", "attention.attention.value", "attention.v_proj"),
+    ("attn.proj", "attention.output.dense", "attention.o_proj"),
+    ("norm2", "layernorm_after", "layernorm_after"),
+    ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
+    ("mlp.fc2", "output.dense", "mlp.fc2"),
+)
+
+# dialect: the encoder's stack of blocks, the decoder's, the column of _BLOCK_PARTS
+_STACKS = {
+    "transformers-4": ("encoder.layer", "decoder.decoder_layers", 1),
+    "transformers-5": ("layers", "decoder.decoder_layers", 2),
+    "transformers-5-saved": ("encoder.layer", "decoder.decoder_encoder.layer", 1),
+}
+
+HARMLESS_EXTRAS = {
+    "pooler.dense.weight": "the tanh pooler of transformers' ViTModel, which MAE does not train",
+    "pooler.dense.bias": "the tanh pooler of transformers' ViTModel, which MAE does not train",
+    "embeddings.mask_token": "the mask token of transformers' ViTForMaskedImageModeling, which no forward here uses",
+}
+"""transformers names that are left out on purpose, and why; every other unknown name stays for the strict check."""
+
+
+def is_decoder(name: str) -> bool:
+    """Whether an official name belongs to the decoder, or to the hiding of patches, rather than to the encoder."""
+    return name.startswith("decoder_") or name in ("mask_token", ENCODER_MASK_TOKEN)
+
+
+def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
+    """The keys without the `WRAPPERS` that all of them share: old name to new name."""
+    names = {key: key for key in keys}
+    while prefix := next((p for p in WRAPPERS if names and all(n.startswith(p) for n in names.values())), None):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    return names
+
+
+def detect(keys: Iterable[str]) -> Dialect:
+    """The dialect of a state dictionary's keys, wrappers allowed.
+
+    Raises:
+        IntegrityError: the names are no dialect that is known here.
+    """
+    names = [name.removeprefix("vit.") for name in strip_wrappers(keys).values()]
+
+    def has(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in names)
+
+    if has("embeddings.", "decoder.decoder_"):
+        if has("decoder.decoder_encoder."):
+            return "transformers-5-saved"
+        return "transformers-5" if has("layers.") else "transformers-4"
+    if has("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed.", "encoder.blocks.", "decoder.embed."):
+        return "module"
+    if has("cls_token", "pos_embed", "patch_embed.", "blocks.", "decoder_embed."):
+        return "official"
+    raise IntegrityError(
+        f"these tensors are not of a Vision Transformer or masked autoencoder that is known here: {_some(names)}; "
+        "known are the official, timm and transformers names"
+    )
+
+
+def to_official(state: Mapping[str, Tensor]) -> OfficialState:
+    """Rename any dialect to the official names; separate queries, keys and values become one tensor.
+
+    Names that the dialect does not have stay as they are, so that the strict check lists them.
+
+    Args:
+        state: the tensors of a file or of a module, without an outer ``{"model": …}``.
+
+    Raises:
+        IntegrityError: no known dialect, or two names mean the same tensor.
+    """
+    dialect = detect(state)
+    renamed: dict[str, Tensor] = {}
+    dropped = []
+    for key, name in strip_wrappers(state).items():
+        if dialect.startswith("transformers") and name.removeprefix("vit.") in HARMLESS_EXTRAS:
+            dropped.append(name)
+            continue
+        official = _official_name(name, dialect)
+        if official in renamed:
+            raise IntegrityError(f"two tensors of this file are both {official}; one of them is {key}")
+        renamed[official] = state[key]
+    return OfficialState(_fuse(renamed), dialect, tuple(dropped))
+
+
+def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[str, Tensor]:
+    """Rename official names to a dialect.
+
+    ``timm`` leaves the decoder out. ``transformers-4`` names ViTMAEForPreTraining's tensors where there is a decoder,
+    ViTForImageClassification's where there is a head, else ViTModel's; queries, keys and values are views of the
+    fused tensors. ``module`` names `MaskedAutoencoder`'s tensors where there is a decoder, else `Encoder`'s.
+
+    Raises:
+        UsageError: the dialect cannot say it (a mean-pooled classifier in transformers' names).
+    """
+    if dialect == "official":
+        return dict(state)
+    if dialect == "timm":
+        return {name: value for name, value in state.items() if not is_decoder(name)}
+    if dialect == "module":
+        if not any(is_decoder(name) for name in state):
+            return dict(state)
+        return {_module_name(name): value for name, value in state.items()}
+    return _to_transformers(state)
+
+
+def _official_name(name: str, dialect: Dialect) -> str:
+    """One name, wrappers stripped; unknown names come back as they are."""
+    if dialect == "official":
+        return name
+    if dialect == "module":
+        if name == "mask_token":
+            return ENCODER_MASK_TOKEN
+        if name.startswith("decoder.blocks."):
+            return name.replace("decoder.blocks.", "decoder_blocks.", 1)
+        for official, _, module in _DECODER_PARTS:
+            if name == module or name.startswith(module + "."):
+                return official + name.removeprefix(module)
+        return name.removeprefix("encoder.")
+    bare = name.removeprefix("vit.")
+    encoder_stack, decoder_stack, column = _STACKS[dialect]
+    for stack, blocks in ((encoder_stack, "blocks"), (decoder_stack, "decoder_blocks")):
+        if match := re.fullmatch(re.escape(stack) + r"\.(\d+)\.(.+)\.(weight|bias)", bare):
+            number, part, leaf = match.groups()
+            for row in _BLOCK_PARTS:
+                if row[column] == part:
+                    return f"{blocks}.{number}.{row[0]}.{leaf}"
+    for official, theirs, *_ in (*_ENCODER_PARTS, *_DECODER_PARTS):
+        if bare == theirs or bare in (f"{theirs}.weight", f"{theirs}.bias"):
+            return official + bare.removeprefix(theirs)
+    return name
+
+
+def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join ``attn.query``, ``attn.key`` and ``attn.value`` to ``attn.qkv``, in that order along the first dimension."""
+    fused = {}
+    for name, value in state.items():
+        if not (match := re.fullmatch(r"(.*\.attn)\.(query|key|value)\.(weight|bias)", name)):
+            fused[name] = value
+            continue
+        stem, part, leaf = match.groups()
+        parts = [state.get(f"{stem}.{one}.{leaf}") for one in ("query", "key", "value")]
+        whole = [tensor for tensor in parts if tensor is not None]
+        if len(whole) < 3 or len({(tensor.shape, tensor.dtype) for tensor in whole}) > 1:
+            fused[name] = value  # a part is missing or does not fit: left for the strict check to name
+        elif part == "query":
+            fused[f"{stem}.qkv.{leaf}"] = torch.cat(whole)
+    return fused
+
+
+def _module_name(official: str) -> str:
+    if official == ENCODER_MASK_TOKEN:
+        return "mask_token"
+    if official.startswith("decoder_blocks."):
+        return official.replace("decoder_blocks.", "decoder.blocks.", 1)
+    for name, _, module in _DECODER_PARTS:
+        if official == name or official.startswith(name + "."):
+            return module + official.removeprefix(name)
+    return f"encoder.{official}"
+
+
+def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of transformers 4.x, which every version reads."""
+    if any(name.startswith("fc_norm.") for name in state):
+        raise UsageError(
+            "a classifier that pools the mean (fc_norm) has no transformers form: its ViT pools the class token; "
+            "write to='timm' or to='maehub'"
+        )
+    if ENCODER_MASK_TOKEN in state:
+        raise UsageError("an autoencoder whose encoder sees mask tokens has no transformers form; write to='maehub'")
+    encoder_stack, decoder_stack, column = _STACKS["transformers-4"]
+    prefix = "vit." if any(is_decoder(name) or name.startswith("head.") for name in state) else ""
+    blocks = {row[0]: str(row[column]) for row in _BLOCK_PARTS}
+    parts = {official: prefix + theirs for official, theirs in _ENCODER_PARTS} | {"head": "classifier"}
+    parts |= {official: theirs for official, theirs, _ in _DECODER_PARTS}
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if match := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name):
+            decoder, number, part, leaf = match.groups()
+            layer = f"{decoder_stack if decoder else prefix + encoder_stack}.{number}"
+            if part == "attn.qkv":
+                for one, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                    renamed[f"{layer}.{blocks[f'attn.{one}']}.{leaf}"] = piece
+            else:
+                renamed[f"{layer}.{blocks[part]}.{leaf}"] = value
+            continue
+        stem, dot, leaf = name.rpartition(".")
+        if leaf not in ("weight", "bias"):
+            stem, dot, leaf = name, "", ""
+        renamed[parts[stem] + dot + leaf] = value
+    return renamed
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return (
+        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
+    )

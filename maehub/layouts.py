@@ -1,0 +1,350 @@
+"""What ``config.json`` says, in the words of three libraries: transformers, timm and our own block.
+
+Dictionaries in, dictionaries out; files are written and read in `maehub.weights`. One ``config.json`` serves all three:
+transformers and timm ignore top-level keys that they do not know, and our block lies under ``"maehub"``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+
+from maehub import __version__
+from maehub.autoencoder import AutoencoderConfig
+from maehub.encoder import EncoderConfig, Origin
+from maehub.errors import IntegrityError, UsageError
+from maehub.images import Preprocess
+
+FORMAT = 1
+"""Version of our block; a reader refuses a newer one."""
+
+VERIFIED = {"timm": "1.0.31", "transformers": "5.23.0"}
+"""The versions with which a folder of each kind was loaded and gave the same outputs."""
+
+TIMM_ENCODER = "timm/model.safetensors"
+"""Where an autoencoder's folder has its encoder for timm, with fused queries, keys and values."""
+
+# (width, depth, heads, patch) to the timm architecture that is just this network
+_TIMM_ARCHITECTURES = {
+    (192, 12, 3, 16): "vit_tiny_patch16_224",
+    (384, 12, 6, 16): "vit_small_patch16_224",
+    (768, 12, 12, 16): "vit_base_patch16_224",
+    (1024, 24, 16, 16): "vit_large_patch16_224",
+    (1280, 32, 16, 14): "vit_huge_patch14_224",
+}
+
+# transformers' field, what the networks here always have
+_TRANSFORMERS_FIXED = {"hidden_act": "gelu", "qkv_bias": True}
+
+# 1e-12 is what the conversions to transformers of the published weights say; the weights were trained with 1e-6.
+_KNOWN_EPS = (1e-6, 1e-12)
+
+Config = EncoderConfig | AutoencoderConfig
+Fields = TypeVar("Fields", EncoderConfig, AutoencoderConfig, Origin)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Our part of ``config.json``."""
+
+    config: Config
+    preprocess: Preprocess
+    origin: Origin | None
+    sha256: dict[str, str]  # of the tensor files, by name inside the folder
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What another library's configuration says beyond the shapes of the tensors; None where it does not."""
+
+    heads: int | None = None
+    decoder_heads: int | None = None
+    norm_pix_loss: bool | None = None
+    image_size: tuple[int, int] | None = None
+
+
+def why_not_transformers(config: AutoencoderConfig) -> str | None:
+    """Why transformers' ViTMAEForPreTraining would not compute the same, or None if it does."""
+    height, width = config.encoder.size
+    if height != width:
+        return "its ViTMAE takes square images alone"
+    if config.mask_tokens == "encoder":
+        return "its encoder never sees mask tokens"
+    if config.decoder_depth == 0:
+        return "its decoder has at least one block"
+    if config.target == "unknown":
+        return "what this decoder was trained to predict is unknown"
+    return None
+
+
+def our_block(
+    config: Config, preprocess: Preprocess, origin: Origin | None, dtype: torch.dtype, sha256: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that maehub needs to build the network again."""
+    verified = dict(VERIFIED)
+    if isinstance(config, EncoderConfig):
+        del verified["transformers"]
+    elif why_not_transformers(config):
+        verified = {}
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "kind": "encoder" if isinstance(config, EncoderConfig) else "autoencoder",
+        "network": _plain(asdict(config)),
+        "preprocess": preprocess.to_dict(),
+        "origin": asdict(origin) if origin else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "verified": verified,
+        "sha256": dict(sha256),
+    }
+
+
+def read_block(block: Any, where: str) -> Block:
+    """The inverse of `our_block`.
+
+    Raises:
+        IntegrityError: an unknown key, or a value that cannot be.
+        UsageError: a newer maehub wrote it.
+    """
+    known = {"format", "version", "kind", "network", "preprocess", "origin", "dtype", "verified", "sha256"}
+    if not isinstance(block, dict):
+        raise IntegrityError(f"{where}: the maehub block must be an object, not {type(block).__name__}")
+    if isinstance(block.get("format"), int) and block["format"] > FORMAT:
+        raise UsageError(
+            f"{where} is of format {block['format']}, written by maehub {block.get('version')}; this is {__version__}, "
+            f"which reads up to format {FORMAT}: update maehub"
+        )
+    _only_known(block, known, f"{where}: the maehub block")
+    if block.get("format") != FORMAT or block.get("kind") not in ("encoder", "autoencoder"):
+        raise IntegrityError(
+            f"{where}: the maehub block has format={block.get('format')!r}, kind={block.get('kind')!r}"
+        )
+    network, preprocess, hashes = block.get("network"), block.get("preprocess"), block.get("sha256", {})
+    if not isinstance(network, dict) or not isinstance(preprocess, dict):
+        raise IntegrityError(f"{where}: the maehub block needs the objects network and preprocess")
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        raise IntegrityError(f"{where}: sha256 in the maehub block must map file names to hexadecimal digits")
+    config: Config
+    if block["kind"] == "autoencoder":
+        encoder = _from_fields(EncoderConfig, network.get("encoder"), where)
+        config = _from_fields(AutoencoderConfig, network | {"encoder": encoder}, where)
+    else:
+        config = _from_fields(EncoderConfig, network, where)
+    origin = _from_fields(Origin, block["origin"], where) if block.get("origin") is not None else None
+    try:
+        transform = Preprocess.from_dict(preprocess)
+    except IntegrityError as error:
+        raise IntegrityError(f"{where}: {error}") from error
+    return Block(config, transform, origin, hashes)
+
+
+def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | None, filename: str) -> dict[str, Any]:
+    """timm's part: a registered architecture, arguments for what differs from it, and the transform."""
+    height, width = config.size
+    key = (config.width, config.depth, config.heads, config.patch_size)
+    arguments: dict[str, Any] = {}
+    if key not in _TIMM_ARCHITECTURES:
+        arguments |= {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
+        arguments |= {"num_heads": config.heads}
+    if config.size != (224, 224):
+        arguments["img_size"] = height if height == width else [height, width]
+    if config.mlp_ratio != 4:
+        arguments["mlp_ratio"] = config.mlp_ratio
+    if config.channels != 3:
+        arguments["in_chans"] = config.channels
+    if config.pool == "mean":
+        arguments["global_pool"] = "avg"
+    pretrained = {
+        "tag": "mae",
+        "custom_load": False,
+        "input_size": [config.channels, height, width],
+        "fixed_input_size": True,
+        "interpolation": preprocess.interpolation,
+        "crop_pct": preprocess.crop_fraction,
+        "crop_mode": {"squash": "squash", "pad": "border"}.get(preprocess.resize, "center"),
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "num_classes": config.classes,
+        "classifier": "head",
+    }
+    if config.channels == 3:  # otherwise older versions would adapt kernels that fit already
+        pretrained["first_conv"] = "patch_embed.proj"
+    if filename != "model.safetensors":
+        pretrained["hf_hub_filename"] = filename
+    if origin and origin.licence:
+        pretrained["license"] = origin.licence
+    return {
+        "architecture": _TIMM_ARCHITECTURES.get(key, "vit_base_patch16_224"),
+        "num_classes": config.classes,
+        "num_features": config.width,
+        "global_pool": "avg" if config.pool == "mean" else "token",
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }
+
+
+def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """transformers' part, for ViTMAEForPreTraining, ViTForImageClassification or ViTModel.
+
+    Raises:
+        UsageError: transformers would not compute the same.
+    """
+    encoder = config if isinstance(config, EncoderConfig) else config.encoder
+    height, width = encoder.size
+    common = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "hidden_size": encoder.width,
+        "num_hidden_layers": encoder.depth,
+        "num_attention_heads": encoder.heads,
+        "intermediate_size": int(encoder.width * encoder.mlp_ratio),
+        "layer_norm_eps": 1e-6,
+        "image_size": height if height == width else [height, width],
+        "patch_size": encoder.patch_size,
+        "num_channels": encoder.channels,
+        **_TRANSFORMERS_FIXED,
+    }
+    if isinstance(config, EncoderConfig):
+        if config.pool == "mean":
+            raise UsageError("transformers' ViT pools the class token, and this encoder the mean; say to='timm'")
+        labels = {str(number): f"LABEL_{number}" for number in range(config.classes)}
+        head = {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
+        names = ["ViTForImageClassification"] if config.classes else ["ViTModel"]
+        return {"architectures": names, "model_type": "vit"} | common | (head if config.classes else {})
+    if reason := why_not_transformers(config):
+        raise UsageError(f"transformers would not compute the same, since {reason}; say to='maehub' or target=")
+    return {
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        **common,
+        "decoder_hidden_size": config.decoder_width,
+        "decoder_num_hidden_layers": config.decoder_depth,
+        "decoder_num_attention_heads": config.decoder_heads,
+        "decoder_intermediate_size": int(config.decoder_width * encoder.mlp_ratio),
+        "mask_ratio": 0.75,
+        "norm_pix_loss": config.target == "normalised_pixels",
+    }
+
+
+def transformers_processor(preprocess: Preprocess) -> dict[str, Any]:
+    """``preprocessor_config.json``: transformers' BitImageProcessor with our resize, crop and statistics.
+
+    ``pad`` and ``native`` have no such form; for them it crops the centre.
+    """
+    low, high = preprocess.value_range
+    rows, columns = preprocess.size
+    squash = preprocess.resize == "squash"
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": preprocess.channels == 3,
+        "do_resize": True,
+        "size": {"height": rows, "width": columns}
+        if squash
+        else {"shortest_edge": round(min(rows, columns) / preprocess.crop_fraction)},
+        "resample": 3 if preprocess.interpolation == "bicubic" else 2,
+        "do_center_crop": not squash,
+        "crop_size": {"height": rows, "width": columns},
+        "do_rescale": True,
+        "rescale_factor": 1 / (high - low),
+        "do_normalize": True,
+        "image_mean": [mean + low / (high - low) for mean in preprocess.mean],
+        "image_std": list(preprocess.std),
+    }
+
+
+def transformers_hints(config: Mapping[str, Any], where: str) -> Hints:
+    """What a plain transformers ``config.json`` of ViTMAE or ViT says beyond the tensors.
+
+    ``layer_norm_eps`` 1e-12 is accepted and read as 1e-6: the published conversions say 1e-12, but the weights were
+    trained, and their accuracies measured, with 1e-6.
+
+    Raises:
+        UsageError: a network that ours is not.
+    """
+    for name, value in _TRANSFORMERS_FIXED.items():
+        if config.get(name, value) != value:
+            raise UsageError(f"{where} has {name}={config[name]!r}; the networks here have {value!r}")
+    eps = config.get("layer_norm_eps", 1e-12)
+    if eps not in _KNOWN_EPS:
+        raise UsageError(f"{where} has layer_norm_eps={eps!r}; the networks here have 1e-6")
+    is_mae = config["model_type"] == "vit_mae"
+    norm_pix = config.get("norm_pix_loss", False)
+    return Hints(
+        _whole(config, "num_attention_heads", 12, where),
+        _whole(config, "decoder_num_attention_heads", 16, where) if is_mae else None,
+        bool(norm_pix) if is_mae else None,
+        _pair(config.get("image_size", 224), where),
+    )
+
+
+def timm_hints(config: Mapping[str, Any], where: str) -> Hints:
+    """What a plain timm ``config.json`` says beyond the tensors."""
+    arguments = config.get("model_args") or {}
+    pretrained = config.get("pretrained_cfg") or {}
+    if not isinstance(arguments, dict) or not isinstance(pretrained, dict):
+        raise IntegrityError(f"{where}: model_args and pretrained_cfg must be objects")
+    if not str(config["architecture"]).startswith("vit_"):
+        raise UsageError(f"{where} is a {config['architecture']!s:.60}; of timm's networks only the plain ViT is read")
+    named = {name: key[2] for key, name in _TIMM_ARCHITECTURES.items()}
+    heads = arguments.get("num_heads", named.get(config["architecture"]))
+    size = arguments.get("img_size") or list(pretrained.get("input_size", ()))[1:] or None
+    return Hints(
+        _whole({"num_heads": heads}, "num_heads", 0, where) if heads else None,
+        image_size=_pair(size, where) if size else None,
+    )
+
+
+def with_statistics(preprocess: Preprocess, mean: Any, std: Any, where: str) -> Preprocess:
+    """The transform with another library's channel statistics, where it names some for these channels."""
+    if mean is None or std is None:
+        return preprocess
+    if not all(isinstance(v, list) and all(isinstance(n, int | float) for n in v) for v in (mean, std)):
+        raise IntegrityError(f"{where}: mean and std must be lists of numbers")
+    if len(mean) != preprocess.channels or len(std) != preprocess.channels:
+        return preprocess
+    try:
+        return replace(preprocess, mean=tuple(mean), std=tuple(std))
+    except UsageError as error:
+        raise IntegrityError(f"{where}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _only_known(values: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise IntegrityError(
+            f"{where} has unknown keys: {', '.join(unknown)[:200]}; known are {', '.join(sorted(known))}"
+        )
+
+
+def _from_fields(kind: type[Fields], values: Any, where: str) -> Fields:
+    if not isinstance(values, dict):
+        raise IntegrityError(f"{where}: {kind.__name__} in the maehub block must be an object")
+    _only_known(values, {field.name for field in fields(kind)}, f"{where}: {kind.__name__} in the maehub block")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if kind is Origin and not all(isinstance(value, str) for value in given.values()):
+        raise IntegrityError(f"{where}: origin in the maehub block must be text")
+    try:
+        return kind(**given)
+    except (UsageError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{where}: {error}") from error
+
+
+def _whole(config: Mapping[str, Any], name: str, default: int, where: str) -> int:
+    value = config.get(name, default)
+    if type(value) is not int or value < 1:
+        raise IntegrityError(f"{where}: {name} must be a positive int, not {value!r:.60}")
+    return value
+
+
+def _pair(size: Any, where: str) -> tuple[int, int]:
+    pair = size if isinstance(size, list) else [size, size]
+    if len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair):
+        raise IntegrityError(f"{where}: an image size cannot be {size!r:.60}")
+    return pair[0], pair[1]

@@ -1,0 +1,68 @@
+"""What a source names: a catalog name, a Hub id, a folder or a file, as files on this machine. Imports no torch."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from maehub.catalog import ModelInfo, Want, is_model, resolve
+from maehub.errors import IntegrityError, UsageError
+from maehub.fetching import Fetched, PathLike, fetch, fetch_repo
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Files of a model on this machine."""
+
+    name: str
+    path: Path  # a folder, or a file of weights
+    info: ModelInfo | None = None  # the catalog's row
+    fetched: Fetched | None = None  # where it was downloaded from
+
+
+def locate(
+    source: PathLike | Located,
+    want: Want,
+    *,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    offline: bool = False,
+    verify: bool = False,
+) -> Located:
+    """Find a model, downloading and verifying it where it is not on this machine.
+
+    Args:
+        source: a catalog name, a Hub id ``user/repo[@revision]``, a model or run folder, or a ``.safetensors`` file;
+            or what this function returned before.
+        want: what a short catalog name should mean.
+        revision, cache_dir, offline, verify: see `maehub.fetching.fetch`.
+
+    Raises:
+        UsageError: there is no such name, folder or file, or it is not what was asked for.
+        HubError, IntegrityError: see `maehub.fetching.fetch`; IntegrityError also for a pickle.
+    """
+    if isinstance(source, Located):
+        return source
+    name, path = str(source), Path(source)
+    if is_model(name):
+        info = resolve(name, want)
+        found = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+        return Located(info.name, found.path, info, found)
+    if path.suffix in _PICKLES and not path.is_dir():
+        raise IntegrityError(
+            f"{path} is a pickle, which can run code when it is opened, so it is not loaded. Nothing was read.\n"
+            f"Convert it once, which does not run code: maehub convert {path} -o {path.with_suffix('')}"
+        )
+    if path.exists():
+        return Located(name, path)
+    if _HUB_ID.fullmatch(name) and path.suffix != ".safetensors" and not name.startswith("."):
+        found = fetch_repo(
+            name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify
+        )
+        return Located(name, found.path, fetched=found)
+    if path.suffix == ".safetensors" or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"there is no file or folder {name}")
+    resolve(name, want)  # says what was perhaps meant
+    raise UsageError(f"there is no model {name}")

@@ -1,0 +1,163 @@
+"""A caller's picture and mask to a network's input, and a prediction back to a picture."""
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maehub.autoencoder import MaskedAutoencoder
+from maehub.encoder import Encoder
+from maehub.errors import DataError, HubError, UsageError
+from maehub.images import Preprocess, open_image
+from maehub.masking import mask_from_boxes, mask_from_image
+from maehub.opening import plain
+from maehub.patches import Size, denormalise_patches, patchify, unpatchify
+from maehub.statistics import estimate_statistics, true_statistics
+
+ImageSource = str | Path | Image.Image | np.ndarray
+MaskSource = np.ndarray | Tensor | Image.Image | Sequence[Sequence[float]]
+Statistics = Literal["visible", "true"]
+"""Where the mean and variance of a hidden patch come from, for a model trained on normalised pixels: estimated from the
+visible patches and the prediction, or the true ones, which leak the answer."""
+
+MAX_BYTES = 64 * 2**20  # of a picture behind an address
+_PATIENCE = 10.0, 30.0  # seconds to connect, and between two pieces
+_DEADLINE = 300.0  # seconds for all of it
+
+
+def open_picture(image: ImageSource, preprocess: Preprocess) -> Image.Image | np.ndarray:
+    """Something that `Preprocess.pixels` takes; files are decoded in full.
+
+    Raises:
+        DataError: it cannot be read, or it is larger than ``MAX_BYTES`` behind an address.
+        HubError: the address cannot be fetched.
+    """
+    if isinstance(image, str | Path):
+        channels = preprocess.channels
+        if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+            try:
+                return open_image(io.BytesIO(_fetched(image)), channels=channels)
+            except DataError as error:
+                raise DataError(f"{_without_secrets(image)}: {error}") from error
+        return open_image(image, channels=channels)
+    if not isinstance(image, Image.Image | np.ndarray):
+        raise UsageError(f"a picture is a path, a URL, a PIL image or an (H, W, C) array, not {type(image).__name__}")
+    return plain(image) if isinstance(image, Image.Image) else image
+
+
+def picture_size(picture: Image.Image | np.ndarray) -> Size:
+    """(height, width), pixels."""
+    return (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+
+
+def given_mask(mask: MaskSource, picture: Size, preprocess: Preprocess, pixels: Size, grid: Size) -> np.ndarray:
+    """What the caller wants hidden, on the grid.
+
+    Args:
+        mask: see `reconstruct`.
+        picture: (height, width) of the picture before ``preprocess``.
+        preprocess: what the picture goes through.
+        pixels: (height, width) after it.
+        grid: (rows, columns) of patches.
+
+    Returns:
+        (rows, columns) bool. True where the patch is hidden.
+    """
+    if isinstance(mask, Image.Image):
+        if mask.size == picture[::-1] and picture != pixels:
+            # Painted over the whole picture, so it is resized and cropped with it; what padding adds stays visible.
+            black = Image.new("RGBA", mask.size, (0, 0, 0, 255))
+            flat = Image.alpha_composite(black, mask.convert("RGBA")).convert("L")
+            mask = Image.fromarray(replace(preprocess, mean=(0.0,), std=(1.0,)).pixels(flat)[:, :, 0])
+        return mask_from_image(mask, grid)
+    array = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
+    if isinstance(array, np.ndarray):
+        if array.dtype != bool or array.shape != grid:
+            raise UsageError(
+                f"a mask array must be bool of shape {grid} (rows, columns), True where hidden, "
+                f"not {array.dtype} of {array.shape}; a painted mask is given as a PIL image"
+            )
+        return array
+    boxes = isinstance(array, Sequence) and all(isinstance(box, Sequence | np.ndarray) for box in array)
+    if not boxes or isinstance(array, str):
+        raise UsageError(f"a mask is a bool array, a PIL image or a list of boxes, not {type(mask).__name__}")
+    return mask_from_boxes(array, pixels, grid)
+
+
+def check_target(autoencoder: MaskedAutoencoder) -> None:
+    """Refuse a model whose prediction cannot be drawn."""
+    if autoencoder.config.target == "unknown":
+        raise UsageError(
+            "what this autoencoder was trained to predict is unknown, so its output cannot be drawn; "
+            "say it: load_autoencoder(..., target='pixels') or target='normalised_pixels'"
+        )
+
+
+def network_input(model: Encoder | MaskedAutoencoder, preprocess: Preprocess, pixels: np.ndarray) -> Tensor:
+    """One picture (H, W, C) uint8 as (1, C, H, W) with the device and dtype of the weights."""
+    weight = next(model.parameters())
+    return preprocess.normalise(torch.from_numpy(pixels)[None].to(weight.device)).to(weight.dtype)
+
+
+def drawn(
+    autoencoder: MaskedAutoencoder,
+    preprocess: Preprocess,
+    images: Tensor,
+    prediction: Tensor,
+    masked: Tensor,
+    grid: Size,
+    statistics: Statistics,
+) -> np.ndarray:
+    """A prediction (1, N, P·P·C) as a picture (H, W, C) uint8, every patch as the model gives it."""
+    prediction, patch_size = prediction.float(), autoencoder.config.encoder.patch_size
+    if not prediction.isfinite().all():
+        raise DataError("the model's prediction holds NaN or infinity; run it in float32, or check its weights")
+    if autoencoder.config.target == "normalised_pixels":
+        patches = patchify(images, patch_size)
+        if statistics == "true":
+            found = true_statistics(patches)
+        else:
+            found = estimate_statistics(patches, prediction, masked, grid, patch_size)
+        prediction = denormalise_patches(prediction, found.mean, found.variance)
+    picture = preprocess.denormalise(unpatchify(prediction, grid, patch_size))
+    return (picture[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def model_name(encoder: Encoder) -> str:
+    """Where the weights come from, for captions; empty for fresh ones."""
+    return encoder.origin.name if encoder.origin else ""
+
+
+def _fetched(address: str) -> bytes:
+    import requests  # only addresses need it
+
+    shown, content, end = _without_secrets(address), bytearray(), time.monotonic() + _DEADLINE
+    try:
+        with requests.get(address, stream=True, timeout=_PATIENCE) as answer:
+            if not answer.ok:
+                raise HubError(f"{shown} cannot be fetched: the server answered {answer.status_code} {answer.reason}")
+            for piece in answer.iter_content(2**16):
+                content += piece
+                if len(content) > MAX_BYTES:
+                    raise DataError(f"it is larger than {MAX_BYTES >> 20} MiB; download it and give the file")
+                if time.monotonic() > end:
+                    raise HubError(f"{shown} cannot be fetched: it took more than {_DEADLINE:.0f} s")
+    except requests.RequestException as error:
+        # The text of the cause may hold the address with its query, so only its kind is told.
+        kind = type(error).__name__
+        raise HubError(f"{shown} cannot be fetched ({kind}); check the address and the network") from error
+    return bytes(content)
+
+
+def _without_secrets(address: str) -> str:
+    """The address for messages: no user, password or query."""
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,384 @@
+"""Model folders: what is loaded and published.
+
+    config.json                  transformers' keys, timm's keys, and ours under "maehub"
+    model.safetensors            every tensor, under the names of transformers 4.x
+    timm/model.safetensors       the encoder, queries, keys and values fused
+    preprocessor_config.json     transformers' image processor
+    README.md                    the model card
+
+This is the folder of an autoencoder. Where transformers would not compute the same, ``model.safetensors`` has the
+official names, and there is neither a timm file nor a processor. The folder of an encoder or classifier is a plain timm
+one with our block.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from maehub import __version__, layouts
+from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
+from maehub.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite, infer_config
+from maehub.card import model_card
+from maehub.encoder import Encoder, EncoderConfig, Origin
+from maehub.errors import UsageError
+from maehub.files import free_space_guard
+from maehub.folders import check_free, read_json, whole_folder, write_json, write_text
+from maehub.images import Preprocess
+from maehub.keys import from_official, to_official
+from maehub.tensorfile import read_tensors, write_tensors
+
+__all__ = [
+    "AS_STORED",
+    "ModelFolder",
+    "Wanted",
+    "build_autoencoder",
+    "build_encoder",
+    "infer_config",
+    "open_autoencoder",
+    "open_encoder",
+    "read_config",
+    "read_folder",
+    "read_tensors",
+    "save",
+]
+
+log = logging.getLogger("maehub")
+
+Layout = Literal["maehub", "official", "transformers"]
+"""``maehub`` is the folder above; ``official`` has its names and our block; ``transformers`` its part."""
+
+_CONFIG = "config.json"
+_TENSORS = "model.safetensors"
+_PROCESSOR = "preprocessor_config.json"
+MEMBERS = (_CONFIG, _TENSORS, "timm", _PROCESSOR, "README.md")
+"""What a model folder is made of; saving over one replaces these and keeps the rest."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that was read, its tensors apart."""
+
+    path: Path
+    config: EncoderConfig | AutoencoderConfig
+    preprocess: Preprocess
+    origin: Origin | None
+    tensors: Path  # every tensor
+    encoder_tensors: Path  # the encoder, fused; the same file where there is no second one
+    sha256: dict[str, str] = field(default_factory=dict)  # recorded when saved, by name inside the folder
+    state: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)  # if read, official names
+
+
+def save(
+    model: Encoder | MaskedAutoencoder,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model folder, which maehub loads and, where they can compute the same, timm and transformers load too.
+
+    The folder appears whole or not at all; saving over the folder that the model was loaded from is safe.
+
+    Args:
+        model: an `Encoder` or a `MaskedAutoencoder`.
+        folder: must not exist or be empty, unless ``overwrite``.
+        dtype: of the weights on disk; None means float32.
+        card: Markdown for the model card: what the model was trained on, what was measured.
+        overwrite: replace a model folder. Files in it that are not part of one are kept.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        UsageError: the folder is in use, or the model is neither.
+        IntegrityError: the weights hold NaN or infinity.
+        CheckpointError: the disk is full or cannot be written; what was there is untouched.
+    """
+    folder = Path(folder)
+    if not isinstance(model, Encoder | MaskedAutoencoder):
+        raise UsageError(f"save takes an Encoder or a MaskedAutoencoder, not a {type(model).__name__}")
+    dtype = dtype or torch.float32
+    check_free(folder, overwrite, MEMBERS)
+    copies = 1 if isinstance(model, Encoder) else 2
+    free_space_guard(folder, copies * sum(value.numel() for value in model.parameters()) * dtype.itemsize)
+    with whole_folder(folder, overwrite=overwrite, members=MEMBERS) as staging:
+        write_members(staging, folder.absolute().name, model, dtype=dtype, card=card)
+    return folder
+
+
+def write_members(
+    staging: Path,
+    name: str,
+    model: Encoder | MaskedAutoencoder,
+    *,
+    layout: Layout = "maehub",
+    dtype: torch.dtype = torch.float32,
+    card: str | None = None,
+) -> None:
+    """Write every file of a model folder into an empty one; see `save` and `Layout`."""
+    preprocess, config = model.preprocess, model.config
+    origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
+    state = to_official(model.state_dict()).state
+    check_finite(state, "the weights to save")
+    metadata = {"format": "pt", "maehub": __version__} | _provenance(origin)
+    values: dict[str, Any] = {}
+    hashes: dict[str, str] = {}
+
+    def tensors(filename: str, named: Mapping[str, Tensor]) -> None:
+        (staging / filename).parent.mkdir(exist_ok=True)
+        hashes[filename] = write_tensors(staging / filename, named, metadata, dtype)
+
+    if layout == "transformers":
+        values |= layouts.transformers_config(config, dtype)
+        tensors(_TENSORS, from_official(state, "transformers-4"))
+        write_json(staging / _PROCESSOR, layouts.transformers_processor(preprocess))
+    elif layout == "official" or (isinstance(config, AutoencoderConfig) and layouts.why_not_transformers(config)):
+        tensors(_TENSORS, state)
+    elif isinstance(config, EncoderConfig):
+        values |= layouts.timm_config(config, preprocess, origin, _TENSORS)
+        tensors(_TENSORS, state)
+    else:
+        values |= layouts.transformers_config(config, dtype)
+        values |= layouts.timm_config(config.encoder, preprocess, origin, layouts.TIMM_ENCODER)
+        tensors(_TENSORS, from_official(state, "transformers-4"))
+        tensors(layouts.TIMM_ENCODER, from_official(state, "timm"))
+        write_json(staging / _PROCESSOR, layouts.transformers_processor(preprocess))
+    values["maehub"] = layouts.our_block(config, preprocess, origin, dtype, hashes)
+    write_text(staging / "README.md", model_card(name, config, preprocess, origin, card))
+    write_json(staging / _CONFIG, values)
+
+
+def _provenance(origin: Origin | None) -> dict[str, str]:
+    """Where weights come from, for the header of a tensor file."""
+    if origin is None:
+        return {}
+    parts = {"source": origin.name, "source_revision": origin.revision, "source_sha256": origin.sha256}
+    return {key: value for key, value in parts.items() if value}
+
+
+def read_folder(
+    folder: str | Path,
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    target: Target | None = None,
+) -> ModelFolder:
+    """Read what a folder says about its model; of the tensors only their shapes, where nothing else tells.
+
+    A model folder; a run folder with a model folder ``model`` in it; or a plain folder of timm's ViT or transformers'
+    ViTMAE or ViT. A plain folder gets the published evaluation transform with its own channel statistics. Nothing in a
+    folder is executed, and keys of other libraries are ignored.
+
+    Args:
+        folder: the path.
+        heads: see `infer_config`; for plain folders that do not say it.
+        decoder_heads: likewise.
+        target: what the decoder predicts, where no model folder says it; one that says another is refused.
+
+    Raises:
+        UsageError: there is no model in it, or none that is read here.
+        IntegrityError: a broken configuration, or an unknown key in our block.
+    """
+    folder = find_model_folder(folder)
+    if not (folder / _CONFIG).exists():
+        raise UsageError(f"{folder} is no model folder: it has no {_CONFIG}")
+    if not (folder / _TENSORS).exists():
+        raise UsageError(f"{folder} {_what_instead(folder)}")
+    fused = folder / layouts.TIMM_ENCODER
+    return read_config(
+        folder / _CONFIG,
+        folder / _TENSORS,
+        fused if fused.exists() else None,
+        heads=heads,
+        decoder_heads=decoder_heads,
+        target=target,
+    )
+
+
+def find_model_folder(folder: str | Path) -> Path:
+    """The folder itself, or the model folder of a run.
+
+    Raises:
+        UsageError: there is no such folder, or the run has no model yet.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    model = folder / "model"
+    if (model / _CONFIG).exists() and ((folder / "run.json").exists() or not (folder / _CONFIG).exists()):
+        return model
+    if (folder / "run.json").exists():
+        raise UsageError(f"the run {folder} has no exported model yet; it is written to {model} at its end")
+    return folder
+
+
+def read_config(
+    config: Path,
+    tensors: Path,
+    encoder_tensors: Path | None = None,
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    target: Target | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> ModelFolder:
+    """Read a ``config.json`` for tensors that need not lie beside it; arguments and errors as in `read_folder`.
+
+    ``state`` has the tensors under official names, where they were read already.
+    """
+    values, where = read_json(config), str(config)
+    # transformers keeps our block when it saves a model that it loaded, with the old hashes; then its own keys count.
+    if "maehub" in values and "transformers_version" not in values:
+        block = layouts.read_block(values["maehub"], where)
+        network, preprocess, origin, hashes = block.config, block.preprocess, block.origin, block.sha256
+    else:
+        state = _official(tensors) if state is None else state
+        network, preprocess = _read_foreign(values, config, state, heads, decoder_heads, target)
+        origin, hashes, encoder_tensors = None, {}, None
+    if isinstance(network, AutoencoderConfig) and target is not None and network.target != target:
+        if network.target != "unknown":
+            raise UsageError(
+                f"{config} says that its decoder predicts {network.target}, and target={target!r} was asked for; "
+                "leave target= out"
+            )
+        network = replace(network, target=target)
+    return ModelFolder(config.parent, network, preprocess, origin, tensors, encoder_tensors or tensors, hashes, state)
+
+
+def open_encoder(
+    path: str | Path,
+    *,
+    config: Path | None = None,
+    heads: int | None = None,
+    wanted: Wanted = AS_STORED,
+    preprocess: Preprocess | None = None,
+    origin: Origin | None = None,
+) -> Encoder:
+    """An `Encoder` from a folder (see `read_folder`) or from one safetensors file of any dialect.
+
+    Args:
+        path: folder or file.
+        config: the ``config.json`` of a file; None reads the network off the shapes.
+        heads: see `infer_config`.
+        wanted: how the network should differ from its file.
+        preprocess: the transform; None means the folder's, or the published evaluation.
+        origin: where the weights come from; None means what the folder says.
+    """
+    path = Path(path)
+    if config is None and not path.is_dir():
+        state = _official(path)
+        # Of the decoder nothing is needed, so its number of heads need not be known.
+        network = infer_config(from_official(state, "timm"), heads=heads, where=str(path))
+        return build_encoder(state, network, preprocess, wanted=wanted, origin=origin, where=str(path))
+    found = read_config(config, path, heads=heads) if config else read_folder(path, heads=heads)
+    return build_encoder(
+        _official(found.encoder_tensors) if found.state is None else found.state,
+        found.config,
+        preprocess or found.preprocess,
+        wanted=wanted,
+        origin=origin or found.origin,
+        where=str(found.encoder_tensors),
+    )
+
+
+def open_autoencoder(
+    path: str | Path,
+    *,
+    config: Path | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    target: Target | None = None,
+    wanted: Wanted = AS_STORED,
+    preprocess: Preprocess | None = None,
+    origin: Origin | None = None,
+) -> MaskedAutoencoder:
+    """A `MaskedAutoencoder` from a folder or a file; arguments as in `open_encoder` and `infer_config`."""
+    path = Path(path)
+    if config is None and not path.is_dir():
+        state = _official(path)
+        network = infer_config(state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(path))
+        return build_autoencoder(state, network, preprocess, wanted=wanted, origin=origin, where=str(path))
+    if config:
+        found = read_config(config, path, heads=heads, decoder_heads=decoder_heads, target=target)
+    else:
+        found = read_folder(path, heads=heads, decoder_heads=decoder_heads, target=target)
+    return build_autoencoder(
+        _official(found.tensors) if found.state is None else found.state,
+        found.config,
+        preprocess or found.preprocess,
+        wanted=wanted,
+        origin=origin or found.origin,
+        where=str(found.tensors),
+    )
+
+
+def _official(path: Path) -> dict[str, Tensor]:
+    official = to_official(read_tensors(path).tensors)
+    if official.dropped:
+        log.info("%s: left out %s", path, ", ".join(official.dropped))
+    return official.state
+
+
+def _read_foreign(
+    values: dict[str, Any],
+    config: Path,
+    state: Mapping[str, Tensor],
+    heads: int | None,
+    decoder_heads: int | None,
+    target: Target | None,
+) -> tuple[EncoderConfig | AutoencoderConfig, Preprocess]:
+    """A configuration of timm or transformers: the shapes of the tensors, and what it adds to them."""
+    where = str(config)
+    if values.get("model_type") in ("vit_mae", "vit"):
+        hints = layouts.transformers_hints(values, where)
+        processor = config.with_name(_PROCESSOR)
+        statistics = read_json(processor) if processor.exists() else {}
+        mean, std = statistics.get("image_mean"), statistics.get("image_std")
+    elif "model_type" in values:
+        raise UsageError(f"{where} is of model_type {values['model_type']!s:.60}; vit_mae and vit are read here")
+    elif "architecture" in values:
+        hints = layouts.timm_hints(values, where)
+        pretrained = values.get("pretrained_cfg") or {}
+        mean, std = pretrained.get("mean"), pretrained.get("std")
+    else:
+        raise UsageError(f"{where} is of no model that is read here: maehub, timm's ViT, transformers' ViTMAE and ViT")
+    if target is None and hints.norm_pix_loss is not None:
+        target = "normalised_pixels" if hints.norm_pix_loss else "pixels"
+    inferred = infer_config(
+        state,
+        heads=heads or hints.heads,
+        decoder_heads=decoder_heads or hints.decoder_heads,
+        target=target,
+        image_size=_fitting_size(state, hints.image_size),
+        where=where,
+    )
+    encoder = inferred if isinstance(inferred, EncoderConfig) else inferred.encoder
+    preprocess = Preprocess.evaluation(encoder.size, encoder.channels, encoder.patch_size)
+    return inferred, layouts.with_statistics(preprocess, mean, std, where)
+
+
+def _fitting_size(state: Mapping[str, Tensor], size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The stated image size if the position table is for it: timm states the input size, to which it would resize."""
+    kernel, table = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if size is None or kernel is None or table is None or kernel.ndim != 4 or table.ndim != 3 or not kernel.shape[2]:
+        return None
+    patch = kernel.shape[2]
+    fits = not size[0] % patch and not size[1] % patch and size[0] // patch * (size[1] // patch) == table.shape[1] - 1
+    return size if fits else None
+
+
+def _what_instead(folder: Path) -> str:
+    names = {entry.name for entry in folder.iterdir()}
+    if f"{_TENSORS}.index.json" in names:
+        return f"has its weights in several files, which is not read here; join them into one {_TENSORS}"
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt")))
+    if pickles:
+        command = f"maehub convert {folder / pickles[0]} -o FOLDER"
+        return f"has no {_TENSORS}, only the pickle {pickles[0]}; convert it once with `{command}`"
+    return f"has a {_CONFIG} but no {_TENSORS}"

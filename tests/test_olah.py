@@ -1,0 +1,133 @@
+"""Downloads from olah, a Hub server that this project did not write: our own test server is not the only judge.
+
+scripts/test-olah installs it in an environment of its own and runs this file.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maehub.catalog import model_info
+from maehub.errors import HubError
+from maehub.fetching import fetch, fetch_repo, verify
+
+OLAH = os.environ.get("MAEHUB_OLAH") or shutil.which("olah-cli")
+pytestmark = pytest.mark.skipif(not OLAH, reason="olah-cli is not installed; scripts/test-olah installs and runs it")
+
+WEIGHTS = bytes(range(256)) * 45_000  # 11.5 MB, more than one chunk of the client
+SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "init.defaultBranch=main"]
+    command = ["git", *identity, "-C", folder, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(repo, files):
+    """Commit files as the Hub keeps them: weights as Git LFS pointers, their bytes beside git's own objects."""
+    for name, content in files.items():
+        path = repo / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            sha256 = hashlib.sha256(content).hexdigest()
+            stored = repo / ".git" / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            stored.write_bytes(content)
+            content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
+        path.write_bytes(content)
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "files")
+    return git(repo, "rev-parse", "HEAD")
+
+
+@pytest.fixture(scope="module")
+def olah(tmp_path_factory):
+    """olah on loopback, offline, with one repository: (address, repository folder, first commit, second commit)."""
+    folder = tmp_path_factory.mktemp("olah")
+    repo = folder / "mirrors" / "models" / "timm" / "vit_base_patch16_224.mae"
+    repo.mkdir(parents=True)
+    git(repo, "init", "-q")
+    first = commit(repo, {"config.json": b'{"architecture": "vit"}', "model.safetensors": WEIGHTS[::-1]})
+    second = commit(repo, {"model.safetensors": WEIGHTS})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = folder / "olah.toml"
+    config.write_text(
+        f'[basic]\nhost = "127.0.0.1"\nport = {port}\nrepos-path = "{folder}/repos"\n'
+        f'mirrors-path = ["{folder}/mirrors"]\nhf-netloc = "127.0.0.1:9"\nhf-lfs-netloc = "127.0.0.1:9"\n'
+        f'mirror-netloc = "127.0.0.1:{port}"\nmirror-lfs-netloc = "127.0.0.1:{port}"\n[accessibility]\noffline = true\n'
+    )
+    with (folder / "out.txt").open("wb") as out:
+        command = [OLAH, "-c", str(config), "--log-path", str(folder / "log")]
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(
+                    f"{address}/api/models/timm/vit_base_patch16_224.mae/revision/main", timeout=5
+                ).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "out.txt").read_text()
+                time.sleep(0.2)
+        else:
+            pytest.fail((folder / "out.txt").read_text())
+        yield address, first, second
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture
+def client(olah, monkeypatch, tmp_path):
+    """The Hub's client in this process talks to olah."""
+    from huggingface_hub import close_session, constants
+
+    address, first, second = olah
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("MAEHUB_CACHE", str(tmp_path / "maehub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield first, second
+    close_session()
+
+
+def test_a_catalog_row(client):
+    _, second = client
+    info = model_info("vit-b")
+    found = fetch(replace(info, sources=info.sources[:1]))
+    assert (found.sha256, found.revision) == (SHA256, second)
+    assert Path(found.path).read_bytes() == WEIGHTS
+    assert verify("vit-b") == [(found.path, SHA256, "the Hub")]
+    assert fetch(replace(info, sources=info.sources[:1]), offline=True) == found
+
+
+def test_a_pinned_commit(client):
+    first, _ = client
+    info = model_info("vit-b")
+    source = replace(info.sources[0], revision=first, sha256=hashlib.sha256(WEIGHTS[::-1]).hexdigest())
+    assert fetch(replace(info, sources=(source,))).path.read_bytes() == WEIGHTS[::-1]
+
+
+def test_a_repository(client):
+    _, second = client
+    found = fetch_repo("timm/vit_base_patch16_224.mae")
+    assert (found.sha256, found.revision) == (SHA256, second)
+    assert found.config.read_bytes() == b'{"architecture": "vit"}'
+
+
+def test_what_is_not_there(client):
+    with pytest.raises(HubError):
+        fetch_repo("timm/nobody")
+    with pytest.raises(HubError):
+        fetch_repo("timm/vit_base_patch16_224.mae@nothing")

@@ -1,0 +1,146 @@
+"""Folders, files and lists to samples."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maehub import masking
+from maehub.errors import DataError, UsageError
+from maehub.sources import Pictures, as_samples, find_images
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b.jpg", "a/2.PNG", "a/10.jpeg", "B.webp", "a/notes.txt", "c/d/e.tiff", "readme", "x.heic", "y.heic",
+                 ".hidden.jpg", ".cache/z.jpg", "a/._2.png"):  # fmt: skip
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * len(name))
+    return tmp_path / "photos"
+
+
+def test_a_folder_is_searched_to_the_bottom_and_sorted_by_bytes(tree):
+    samples = find_images(tree)
+    names = [samples.name(index) for index in range(len(samples))]
+    assert names == [b"B.webp", b"a/10.jpeg", b"a/2.PNG", b"b.jpg", b"c/d/e.tiff"]
+    assert list(samples.paths()) == [os.fsencode(tree) + b"/" + name for name in names]
+    assert [samples.path(index) for index in range(5)] == list(samples.paths())
+
+
+def test_ids_follow_from_the_name_below_the_folder(tree, tmp_path):
+    samples = find_images(tree)
+    assert samples.sample_id(2) == masking.sample_id(b"a/2.PNG")
+    moved = tmp_path / "elsewhere"
+    tree.rename(moved)
+    again = find_images(str(moved))
+    assert [again.sample_id(i) for i in range(5)] == [samples.sample_id(i) for i in range(5)]
+    assert again.digest() == find_images(os.fsencode(moved)).digest()
+
+
+def test_one_file_and_a_list_keep_what_was_given(tree):
+    samples = find_images(tree / "x.heic")  # named itself, so its ending does not matter
+    assert list(samples.paths()) == [os.fsencode(tree / "x.heic")]
+    given = [tree / "b.jpg", str(tree / "a/2.PNG"), b"gone.jpg", tree / "b.jpg"]
+    assert list(find_images(given).paths()) == [os.fsencode(path) for path in given]
+
+
+def test_row_46_nothing_there(tree, tmp_path):
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        find_images(tmp_path / "foto")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"0 images in .*found nothing"):
+        find_images(tmp_path / "empty")
+    for name in ("b.jpg", "a/2.PNG", "a/10.jpeg", "B.webp", "c/d/e.tiff"):
+        (tree / name).unlink()
+    with pytest.raises(DataError) as caught:
+        find_images(tree)
+    assert f"0 images in {tree}; found 2 .heic, 1 .txt, 1 without an ending" in str(caught.value).replace(
+        "1 without an ending, 1 .txt", "1 .txt, 1 without an ending"
+    )
+    assert len(str(caught.value).splitlines()) <= 6
+    with pytest.raises(DataError, match="empty"):
+        find_images([])
+
+
+def test_row_46_loops_of_links_are_cut(tree):
+    (tree / "a" / "up").symlink_to(tree)
+    (tree / "self").symlink_to("self")
+    (tree / "c" / "again").symlink_to(tree / "a")
+    names = [os.path.relpath(os.fsdecode(path), tree) for path in find_images(tree).paths()]
+    assert [name for name in names if "up" in name or "self" in name] == []
+    assert "c/again/2.PNG" in names  # a link that is no loop is followed
+    assert len(names) == 7
+
+
+def test_row_46_odd_names(tmp_path):
+    odd = [b"a\nb.jpg", b"\xff\xfe.png", "猫.gif".encode(), b"space .bmp", b'quo"te,.jpg']
+    for name in odd:
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(b"x")
+    samples = find_images(tmp_path)
+    assert [samples.name(index) for index in range(5)] == sorted(odd)
+    assert all(os.path.exists(path) for path in samples.paths())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up root's rights for a moment")
+def test_row_46_a_folder_that_may_not_be_read(tree):
+    tree.parent.chmod(0o755)
+    for above in list(tree.parents)[1:4]:
+        if above != above.parent and "pytest" in str(above):
+            above.chmod(0o755)
+    (tree / "a").chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(DataError, match=r"photos/a.* cannot be searched: Permission denied"):
+            find_images(tree)
+    finally:
+        os.seteuid(0)
+        (tree / "a").chmod(0o755)
+
+
+def test_row_50_a_million_names_take_little_more_than_their_letters():
+    count = 200_000
+    samples = find_images([b"folder/picture-%06d.jpg" % index for index in range(count)])
+    assert len(samples) == count
+    assert samples.name(123_456) == b"folder/picture-123456.jpg"
+    assert isinstance(samples.names, bytes)
+    assert len(samples.names) + samples.ends.nbytes == count * (25 + 8)
+
+
+def test_row_51_the_digest_tells_another_folder_from_this_one(tree):
+    first = find_images(tree).digest()
+    assert find_images(tree).digest() == first
+    (tree / "b.jpg").write_bytes(b"another size")
+    second = find_images(tree).digest()
+    (tree / "new.png").write_bytes(b"")
+    third = find_images(tree).digest()
+    (tree / "new.png").rename(tree / "newer.png")
+    assert len({first, second, third, find_images(tree).digest()}) == 4
+    samples = find_images(tree)
+    before = samples.digest(0, 2)
+    (tree / "c/d/e.tiff").unlink()  # the last but one: the first two are as before
+    assert find_images(tree).digest(0, 2) == before
+    assert samples.digest(3) != find_images(tree).digest(3)  # it is gone, and no error
+
+
+def test_pictures_in_memory():
+    image, array = Image.new("RGB", (4, 3)), np.zeros((3, 4, 3), np.uint8)
+    assert len(as_samples(image)) == 1
+    both = as_samples([image, array])
+    assert isinstance(both, Pictures)
+    assert both.path(1) == b"1"
+    assert both.digest(0, 1) == both.digest(1, 2) != both.digest()
+    stack = as_samples(np.zeros((5, 3, 4, 3), np.uint8))
+    assert stack.items[0].shape == (3, 4, 3)
+    tensor = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
+    assert (as_samples(tensor).items[1] == tensor[1].permute(1, 2, 0).numpy()).all()
+    ready = as_samples(torch.rand(2, 3, 8, 8))
+    assert ready.items[0].shape == (3, 8, 8)
+    for wrong in (np.zeros((3, 4, 3), np.uint8), torch.rand(3, 4, 4), ["a.jpg", image], [3]):
+        with pytest.raises(UsageError):
+            as_samples(wrong)
+    with pytest.raises(DataError):
+        as_samples(torch.rand(0, 3, 8, 8))
