@@ -4,7 +4,7 @@ The usual loop opens each file with Pillow, converts it to RGB, applies torchvis
 a torch DataLoader with as many workers. The JPEGs are made here, from photos that come with scikit-image, enlarged and
 with noise added so that they have the detail of a camera's.
 
-    python benchmarks/folder_features.py [--images 384] [--runs 5] [--workers 2] [--quality 85]
+    python benchmarks/folder_features.py [--images 512] [--runs 5] [--workers 2] [--quality 85]
 
 prints Markdown tables: medians over runs that take turns. "per core" is images per second by the wall clock divided by
 the number of workers, "CPU" the processor time of all processes together for one image. Starting the workers counts.
@@ -157,7 +157,7 @@ HEADER = (
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quality", type=int, default=85)

@@ -23,7 +23,7 @@ from maehub import load_autoencoder
 from maehub.autoencoder import MaskedAutoencoder
 from maehub.images import open_image
 from maehub.masking import make_masks, sample_id, sample_seed
-from maehub.patches import patchify, unpatchify
+from maehub.patches import unpatchify
 from maehub.sources import find_images
 from maehub.train.data import View, random_crop
 

@@ -48,7 +48,9 @@ def table(title: str, times: dict[str, list[float]], images: int, flops: dict[st
     for name, median in medians.items():
         low, high = min(times[name]), max(times[name])
         count = f"{flops[name] / 1e9:.1f}" if name in flops else ""
-        print(f"| {name} | {median:.4g} | {low:.4g}–{high:.4g} | {images / median:.1f} | {median / ours:.3f} | {count} |")
+        print(
+            f"| {name} | {median:.4g} | {low:.4g}–{high:.4g} | {images / median:.1f} | {median / ours:.3f} | {count} |"
+        )
     if extra:
         print(f"\n{extra}")
 

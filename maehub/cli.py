@@ -19,6 +19,9 @@ from tyro.conf import Positional, arg
 
 from maehub import __version__
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, MaehubError, UsageError
+from maehub.locating import locate
+
+EMBEDDED_PHOTO = Path(__file__).parent / "assets" / "cat.jpg"
 
 Model = Annotated[str, arg(aliases=["-m"])]
 Out = Annotated[Path, arg(aliases=["-o"])]
@@ -216,8 +219,6 @@ def run_convert(config: Convert, shared: Shared) -> int:
 
 
 def run_features(config: Features, shared: Shared) -> int:
-    from maehub.locating import locate
-
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.features import extract_features
     from maehub.hub import load
@@ -248,52 +249,43 @@ def run_features(config: Features, shared: Shared) -> int:
 
 
 def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
-    from maehub.locating import locate
-
+    sources = config.images or (str(EMBEDDED_PHOTO),)
+    images = [image for source in sources for image in _pictures(source)]
+    one_each = config.out.is_dir() or not config.out.suffix
+    outs = [config.out / f"{Path(image).stem}_mae.png" for image in images] if one_each else [config.out]
+    _refuse_taken(outs, config.overwrite)
+    if config.mask_image and config.error_map:
+        raise UsageError("--error-map hides every patch in turn, so it takes no --mask-image")
     found = locate(config.model, "autoencoder")
-    images = [path for source in config.images or (str(EMBEDDED_PHOTO),) for path in _pictures(source)]
-    in_folder = config.out.is_dir() or not config.out.suffix
-    outs = [config.out / f"{Path(image).stem}_mae.png" for image in images] if in_folder else [config.out]
-    _refuse_existing(outs, config.overwrite)
-
-    from PIL import Image
 
     from maehub.drawing import save_figure
     from maehub.figures import error_map, grid, reconstruct
     from maehub.hub import load_autoencoder
+    from maehub.opening import open_image
 
     model = load_autoencoder(found, image_size=_size(config.image_size), device=_device(config.device))
-    mask = None
-    if config.mask_image:
-        with Image.open(config.mask_image) as opened:
-            mask = opened.copy()
-    drawn: list[list[Any]] = []
-    for image in images:
+    mask = open_image(config.mask_image, channels=1) if config.mask_image else None
+
+    def drawn(image: str, ratio: float) -> Any:
         if config.error_map:
-            maps = [error_map(model, image, seed=config.seed, mask_ratio=ratio) for ratio in config.mask_ratio]
-            drawn.append(maps)
-            continue
-        drawn.append(
-            [
-                reconstruct(
-                    model,
-                    image,
-                    mask=mask,
-                    strategy=config.strategy,
-                    mask_ratio=ratio,
-                    seed=config.seed,
-                    statistics=config.statistics,
-                )
-                for ratio in config.mask_ratio
-            ]
+            return error_map(model, image, mask_ratio=ratio, seed=config.seed)
+        return reconstruct(
+            model,
+            image,
+            mask=mask,
+            strategy=config.strategy,
+            mask_ratio=ratio,
+            seed=config.seed,
+            statistics=config.statistics,
         )
-    rows = drawn if in_folder else [[panel for panels in drawn for panel in panels]]
-    for panels, out in zip(rows, outs, strict=True):
-        if len(panels) == 1:
-            panels[0].save(out)
-        else:
-            save_figure(grid(panels), out)
-    _report(shared, {"figures": [str(out) for out in outs], "images": images}, "\n".join(map(str, outs)))
+
+    results = [[drawn(image, ratio) for ratio in config.mask_ratio] for image in images]
+    if one_each:
+        config.out.mkdir(parents=True, exist_ok=True)
+    for panels, out in zip(results if one_each else [[one for row in results for one in row]], outs, strict=True):
+        save_figure(panels[0].figure() if len(panels) == 1 else grid(panels), out)
+    numbers = [{"image": image, **_numbers(one)} for image, row in zip(images, results, strict=True) for one in row]
+    _report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
     return EXIT_DONE
 
 
@@ -398,6 +390,30 @@ def _overview() -> str:
             "Try `maehub reconstruct`: a model and a photo come with maehub.",
         ]
     )
+
+
+def _pictures(source: str) -> list[str]:
+    """The pictures that one argument names: an address, a file, or all of a folder."""
+    if source.startswith(("http://", "https://")):
+        return [source]
+    from maehub.sources import find_images
+
+    return [os.fsdecode(path) for path in find_images(source).paths()]
+
+
+def _refuse_taken(outs: list[Path], overwrite: bool) -> None:
+    """Refuse figures that cannot be written, before any work."""
+    for out in outs:
+        if out.exists() and not overwrite:
+            raise UsageError(f"{out} exists; choose another --out, or replace it with --overwrite")
+        if out.suffix and len(outs) == 1 and not out.parent.is_dir():
+            raise UsageError(f"{out} cannot be written: there is no folder {out.parent}")
+
+
+def _numbers(figure: Any) -> dict[str, Any]:
+    """What was measured for one figure."""
+    names = ("mask_ratio", "seed", "mse", "psnr", "score")
+    return {name: getattr(figure, name) for name in names if hasattr(figure, name)}
 
 
 def _taken(words: list[str], flag: str) -> bool:

@@ -19,6 +19,7 @@ from maehub.images import Preprocess
 from maehub.patches import Size, as_size, grid_size, patchify
 from maehub.positions import ResizeRule, resize_table, sincos_table, with_cls_row
 
+
 @dataclass(frozen=True)
 class Origin:
     """Where weights come from; written into what is made with them. Unknown fields are empty."""
@@ -341,7 +342,7 @@ class Encoder(nn.Module):
         """This encoder with its position table stored for another native size; the weights are shared."""
         config = replace(self.config, image_size=image_size)
         with torch.device("meta"):
-            other = type(self)(config, replace(self.preprocess, size=config.size))
+            other = type(self)(config, self.preprocess.with_size(config.size))
         state = self.state_dict()
         state["pos_embed"] = self.position_table(config.grid)
         other.load_state_dict(state, assign=True)

@@ -1,21 +1,34 @@
 """Load a model by name: from the catalog, the Hub, a folder or a file, to an encoder or an autoencoder."""
 
+import json
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from maehub import layouts
 from maehub.autoencoder import MaskedAutoencoder, Target
+from maehub.building import Wanted, build_autoencoder, build_encoder
+from maehub.catalog import Want
+from maehub.conversion import read_pickle
 from maehub.encoder import Encoder, Origin
 from maehub.errors import UsageError
 from maehub.fetching import PathLike
+from maehub.files import atomic_write
+from maehub.keys import to_official
 from maehub.locating import Located, locate
 from maehub.patches import Size
 from maehub.positions import ResizeRule
+from maehub.tensorfile import TensorFile, read_tensors, write_tensors
+from maehub.verification import cache_folder
 from maehub.weights import open_autoencoder, open_encoder
-from maehub.building import Wanted
 
 log = logging.getLogger("maehub")
+
+PACKED = "maehub_config"
+"""Where a file that is a whole model, such as the embedded one, holds what a folder has in ``config.json``."""
 
 
 def load(
@@ -33,7 +46,172 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Encoder:
-    raise NotImplementedError
-def load_autoencoder(source, **kw):
-    found = locate(source, "autoencoder")
-    return open_autoencoder(found.path)
+    """An encoder by name, in eval mode. Of an autoencoder its encoder.
+
+        encoder = maehub.load("vit-b")
+        features = encoder(encoder.preprocess(picture)[None])
+
+    Args:
+        source: a catalog name (`maehub.list_models`), a Hub id ``user/repo[@revision]``, a model or run folder, or a
+            ``.safetensors`` file of any dialect. A pickle is refused; `maehub.convert` makes it safe.
+        image_size: native size in pixels, an int or (height, width) divisible by the patch. Position tables are
+            resized on their grid. Any other size still works in a forward; this one is stored.
+        channels: image channels, where not those of the file: the stem is adapted.
+        classes: a new head with this many outputs; 0 for none.
+        heads: attention heads, for a file of an unpublished shape without a configuration.
+        positions: how position tables are resized; "bicubic" keeps the rule that a model folder was saved with, which
+            is bicubic in all published files.
+        revision: branch, tag or commit on the Hub, instead of the catalog's.
+        cache_dir: where downloads lie; None is the Hub's own cache.
+        offline: use no network.
+        verify: hash the file again even if it is unchanged since it was verified.
+        device: where the weights go.
+        dtype: of the weights; None is float32, whatever the file holds.
+
+    Raises:
+        UsageError: there is no such model, or an argument that cannot be.
+        HubError: it cannot be downloaded.
+        IntegrityError: the bytes are wrong, the file is broken or not safe, or holds other tensors than it should.
+    """
+    found = _find(source, "encoder", revision, cache_dir, offline, verify)
+    wanted = _wanted(found, image_size, channels, classes, positions, dtype, device)
+    if found.block:
+        state = to_official(found.tensors.tensors).state
+        return build_encoder(
+            state, found.block.config, found.block.preprocess, wanted=wanted, origin=found.origin, where=found.name
+        )
+    return open_encoder(found.path, config=found.config, heads=heads or found.heads, wanted=wanted, origin=found.origin)
+
+
+def load_autoencoder(
+    source: PathLike | Located,
+    *,
+    image_size: int | Size | None = None,
+    channels: int | None = None,
+    classes: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    target: Target | None = None,
+    positions: ResizeRule = "bicubic",
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    offline: bool = False,
+    verify: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> MaskedAutoencoder:
+    """A full autoencoder by name, in eval mode.
+
+        autoencoder = maehub.load_autoencoder("vit-l")
+        maehub.reconstruct(autoencoder, "dog.jpg").save("dog_mae.png")
+
+    Args:
+        source: as in `load`. A short name such as ``vit-l`` means the model trained on plain pixels, which draws
+            directly.
+        decoder_heads: attention heads of the decoder, for a file without a configuration whose decoder is not 512 wide.
+        target: what the decoder was trained to predict, "pixels" or "normalised_pixels", where nothing says it.
+        image_size, channels, heads, positions, revision, cache_dir, offline, verify, device, dtype: as in `load`; both
+            position tables are resized, and the pixel head is adapted too.
+        classes: must be None or 0, since an autoencoder has no head.
+
+    Raises:
+        UsageError, HubError, IntegrityError: as in `load`; IntegrityError also for a file without a decoder.
+    """
+    found = _find(source, "autoencoder", revision, cache_dir, offline, verify)
+    if target and found.target and target != found.target:
+        raise UsageError(f"{found.name} was trained to predict {found.target}, not {target}; leave target= out")
+    wanted = _wanted(found, image_size, channels, classes, positions, dtype, device)
+    if found.block:
+        state = to_official(found.tensors.tensors).state
+        return build_autoencoder(
+            state, found.block.config, found.block.preprocess, wanted=wanted, origin=found.origin, where=found.name
+        )
+    return open_autoencoder(
+        found.path,
+        config=found.config,
+        heads=heads or found.heads,
+        decoder_heads=decoder_heads,
+        target=target or found.target,
+        wanted=wanted,
+        origin=found.origin,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model's files and what is known about it beside them."""
+
+    name: str
+    path: Path
+    config: Path | None
+    origin: Origin | None
+    heads: int | None = None
+    target: Target | None = None
+    image_size: Size | None = None  # where it is not that of the file
+    block: layouts.Block | None = None
+    tensors: TensorFile | None = None
+
+
+def _find(
+    source: PathLike | Located,
+    want: Want,
+    revision: str | None,
+    cache_dir: PathLike | None,
+    offline: bool,
+    verify: bool,
+) -> _Found:
+    """Locate a model, convert the official pickles of the catalog once, and gather what the catalog knows."""
+    located = locate(source, want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+    info, fetched, path = located.info, located.fetched, located.path
+    origin = None
+    if fetched:
+        origin = Origin(located.name, fetched.revision, fetched.sha256, fetched.licence)
+        if fetched.format == "pickle":
+            path = _converted(path, fetched.sha256, cache_folder(cache_dir))
+    found = _Found(located.name, path, fetched.config if fetched else None, origin)
+    if info:
+        resized = info.image_size if info.image_size != info.native_size else None
+        target = info.target if info.role == "autoencoder" else None
+        found = replace(found, heads=info.heads, target=target, image_size=resized)
+        if info.note:
+            log.info("%s: %s", info.name, info.note)
+    if found.config is None and path.suffix == ".safetensors" and path.is_file():
+        tensors = read_tensors(path)
+        if PACKED in tensors.metadata:
+            block = layouts.read_block(json.loads(tensors.metadata[PACKED]), str(path))
+            found = replace(found, block=block, tensors=tensors, origin=origin or block.origin)
+    return found
+
+
+def _wanted(found: _Found, image_size: int | Size | None, *departures: Any) -> Wanted:
+    channels, classes, positions, dtype, device = departures
+    return Wanted(
+        image_size=found.image_size if image_size is None else image_size,
+        channels=channels,
+        classes=classes,
+        positions=None if positions == "bicubic" else positions,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _converted(pickle: Path, sha256: str, cache: Path) -> Path:
+    """The safetensors of one of the catalog's official pickles, written once beside the other things of the cache."""
+    path = cache / "converted" / f"{sha256}.safetensors"
+    if not path.exists():
+        log.info("converting %s to safetensors, once", pickle.name)
+        state = to_official(read_pickle(pickle)[0]).state
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.unlink()  # it is written as a new file
+            write_tensors(temporary, state, {"format": "pt", "source_sha256": sha256})
+    return path
+
+
+def pack(model: MaskedAutoencoder, path: Path, dtype: torch.dtype) -> None:
+    """Write a model with its configuration into one safetensors file, as the embedded one is."""
+    block = layouts.our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
+    state = to_official(model.state_dict()).state
+    with atomic_write(path) as temporary:
+        temporary.unlink()  # it is written as a new file
+        write_tensors(temporary, state, {"format": "pt", PACKED: json.dumps(block, sort_keys=True)}, dtype)

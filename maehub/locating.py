@@ -58,9 +58,7 @@ def locate(
     if path.exists():
         return Located(name, path)
     if _HUB_ID.fullmatch(name) and path.suffix != ".safetensors" and not name.startswith("."):
-        found = fetch_repo(
-            name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify
-        )
+        found = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
         return Located(name, found.path, fetched=found)
     if path.suffix == ".safetensors" or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UsageError(f"there is no file or folder {name}")

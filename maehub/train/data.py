@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maehub.opening import open_image
 from maehub.masking import Strategy, make_masks, random_bits, random_uniform, sample_seed
+from maehub.opening import open_image
 from maehub.patches import Size, grid_size
 from maehub.sources import Samples
 

@@ -24,8 +24,8 @@ from maehub.figures import reconstruct
 from maehub.files import atomic_write
 from maehub.hub import load_autoencoder
 from maehub.images import Preprocess
-from maehub.opening import open_image
 from maehub.masking import kept_count
+from maehub.opening import open_image
 from maehub.sources import Samples, find_images
 from maehub.train.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.config import PretrainConfig
@@ -90,9 +90,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     peak = config.base_lr * config.batch_size / 256
     keys = StepKeys(training, config.batch_size, config.seed, first_step, steps)
     workers = worker_count(config.workers)
-    loader = training_loader(
-        training, view, keys, workers=workers, cache=config.cache, pin=device.type == "cuda"
-    )
+    loader = training_loader(training, view, keys, workers=workers, cache=config.cache, pin=device.type == "cuda")
     run = _Run(config.out, first_step, config.batch_size, hide_bar=config.quiet, steps=steps)
 
     with run, _stop_requests() as stop:
@@ -204,7 +202,18 @@ def _prepare_folder(config: PretrainConfig) -> None:
 
 def _config_key(config: PretrainConfig, steps: int) -> str:
     """What must be the same when a run is resumed, as one line of JSON."""
-    free = {"out", "data", "resume", "overwrite", "quiet", "workers", "cache", "device", "checkpoint_every", "validate_every"}
+    free = {
+        "out",
+        "data",
+        "resume",
+        "overwrite",
+        "quiet",
+        "workers",
+        "cache",
+        "device",
+        "checkpoint_every",
+        "validate_every",
+    }
     fixed = {name: value for name, value in asdict(config).items() if name not in free}
     return json.dumps(fixed | {"steps": steps, "epochs": None}, sort_keys=True)
 
