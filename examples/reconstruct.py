@@ -1,6 +1,6 @@
 """Hide three quarters of a photo and look at what the model makes of it.
 
-    python examples/reconstruct.py photo.jpg figures/
+    python examples/reconstruct.py maehub/assets/cat.jpg figures/
 
 Writes five figures into the folder: one reconstruction, three ratios below each other, a hole of your own choice, the
 error map, and where the encoder looks. Works offline: the model comes with maehub.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from maehub import train as train
     from maehub.autoencoder import AutoencoderConfig as AutoencoderConfig
     from maehub.autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from maehub.catalog import ModelInfo as ModelInfo
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from maehub.encoder import Encoder as Encoder
     from maehub.encoder import EncoderConfig as EncoderConfig
     from maehub.errors import MaehubError as MaehubError
-    from maehub.features import FeatureTable as FeatureTable
+    from maehub.feature_files import FeatureTable as FeatureTable
     from maehub.features import extract_features as extract_features
     from maehub.fetching import download as download
     from maehub.fetching import verify as verify
@@ -40,7 +41,7 @@ _HOMES = {
     "AutoencoderConfig": "maehub.autoencoder",
     "Encoder": "maehub.encoder",
     "EncoderConfig": "maehub.encoder",
-    "FeatureTable": "maehub.features",
+    "FeatureTable": "maehub.feature_files",
     "MaehubError": "maehub.errors",
     "MaskedAutoencoder": "maehub.autoencoder",
     "ModelInfo": "maehub.catalog",
@@ -61,12 +62,16 @@ _HOMES = {
 __all__ = sorted(_HOMES, key=str.lower)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # or a type checker would take every misspelled name for one of these
 
-    return getattr(import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module
+
+        if name == "train":
+            return import_module("maehub.train")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -160,9 +160,14 @@ def model_info(name: str) -> ModelInfo:
     """
     if info := _find(name):
         return info
+    raise no_model(name)
+
+
+def no_model(name: str) -> UsageError:
+    """The error that says so, with close names."""
     close = get_close_matches(name, _models(), n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise UsageError(
+    return UsageError(
         f"no model is called {name!r}{meant}\n"
         "`maehub list` shows the names; a Hub id looks like user/repo, a folder or file needs to exist"
     )

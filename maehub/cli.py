@@ -1,30 +1,32 @@
-"""The command line: each command is a dataclass of its arguments and a few lines that call one public function.
+"""The command line: each command is a few lines that call one public function; `arguments` has what it takes.
 
 torch is imported inside the commands, so that ``--help``, ``list`` and a mistyped name answer at once.
 """
 
+import contextlib
+import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
-from tyro.conf import Positional, arg
 
-from maehub import __version__
+from maehub import __version__, arguments
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, MaehubError, UsageError
+from maehub.files import write_error
 from maehub.locating import locate
 
 EMBEDDED_PHOTO = Path(__file__).parent / "assets" / "cat.jpg"
 
-Model = Annotated[str, arg(aliases=["-m"])]
-Out = Annotated[Path, arg(aliases=["-o"])]
+_MOST_LINES = 10  # of a complaint of the parser
 
 
 class Shared(NamedTuple):
@@ -35,125 +37,15 @@ class Shared(NamedTuple):
     debug: bool
 
 
-@dataclass(frozen=True)
-class List:
-    """List the models of the catalog: size, role, target, licence, source."""
-
-    pattern: Positional[str] = "*"
-    """Names to show; * and ? are wildcards."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """Show everything that is known about a model."""
-
-    name: Positional[str]
-    """A name that `maehub list` shows."""
+_SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
+_SHARED_HELP = """\
+Every command takes:
+  --json         print one JSON object, the last line of the output
+  -q, --quiet    print nothing but errors
+  --debug        show the traceback of an error"""
 
 
-@dataclass(frozen=True)
-class Download:
-    """Download a model's files and verify them, for later use without a network."""
-
-    name: Positional[str]
-    """A name that `maehub list` shows, or a Hub id such as user/repo or user/repo@revision."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    cache_dir: Path | None = None
-    """Where downloads are kept; None is the Hub's own cache."""
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Hash a model's files again and compare."""
-
-    source: Positional[str]
-    """A catalog name, a Hub id, a folder or a file."""
-
-
-@dataclass(frozen=True)
-class Convert:
-    """Convert weights between the naming dialects; reads .pth and .bin files too."""
-
-    source: Positional[Path]
-    """A file or a folder: official, timm or transformers layout."""
-    out: Out
-    """Folder to write."""
-    to: Literal["maehub", "official", "timm", "transformers"] = "maehub"
-    """Layout to write."""
-    heads: int | None = None
-    """Attention heads, where the file's shape is not a published one."""
-    decoder_heads: int | None = None
-    """Attention heads of the decoder, where its width is not 512."""
-    target: Literal["pixels", "normalised_pixels"] | None = None
-    """What the decoder was trained to predict; no file says it."""
-    overwrite: bool = False
-    """Replace an existing folder."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of every picture below a folder, written to a file."""
-
-    source: Positional[Path]
-    """A picture, or a folder searched at any depth."""
-    out: Out
-    """File to write; its ending says how: .safetensors, .npz, .parquet or .csv."""
-    model: Model = "vit-nano"
-    """A catalog name, a Hub id, a folder or a .safetensors file."""
-    pool: Literal["cls", "mean", "cls+mean", "tokens", "map"] | None = None
-    """None is the pooling that the weights were trained with."""
-    layers: tuple[int, ...] = ()
-    """Blocks whose outputs to take, 0 the first, -1 the last; none means the last block alone."""
-    image_size: tuple[int, ...] = ()
-    """Side in pixels, or height and width; none is the model's native size."""
-    batch_size: int | None = None
-    """Pictures computed at once; None chooses."""
-    workers: int | None = None
-    """Processes that read pictures; None fits the machine."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
-    exact_decode: bool = False
-    """Decode JPEGs at full size instead of a smaller one that is large enough."""
-    skip_bad: bool = False
-    """Leave out pictures that cannot be read, list them in bad_files.csv, and exit with 9."""
-    overwrite: bool = False
-    """Replace an existing file."""
-    seed: int = 0
-    """Accepted everywhere; features have nothing random about them."""
-
-
-@dataclass(frozen=True)
-class Reconstruct:
-    """Hide part of a picture and draw what the autoencoder makes of it."""
-
-    images: Positional[tuple[str, ...]] = ()
-    """Pictures, folders or addresses; none means a photo that comes with maehub."""
-    out: Out = Path("reconstruction.png")
-    """Figure to write; several pictures or ratios share it as rows. A folder gets one figure a picture."""
-    model: Model = "vit-nano"
-    """A catalog name, a Hub id, a folder or a .safetensors file."""
-    mask_ratio: tuple[float, ...] = (0.75,)
-    """Share of patches to hide; several draw a row each."""
-    strategy: Literal["random", "block", "grid"] = "random"
-    """Which patches are hidden."""
-    mask_image: Path | None = None
-    """A picture whose white parts are hidden, in place of a strategy."""
-    statistics: Literal["visible", "true"] = "visible"
-    """Of models trained on normalised pixels: where the hidden patches' mean and variance come from."""
-    error_map: bool = False
-    """Predict every patch unseen, by masks that cover the picture, and draw where the model errs."""
-    image_size: tuple[int, ...] = ()
-    """Side in pixels, or height and width; none is the model's native size."""
-    seed: int = 0
-    """Seed of the mask."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
-    overwrite: bool = False
-    """Replace an existing figure."""
-
-
-def run_list(config: List, shared: Shared) -> int:
+def run_list(config: arguments.List, shared: Shared) -> int:
     from maehub.catalog import list_models, model_info
 
     rows = [model_info(name) for name in list_models(config.pattern)]
@@ -173,7 +65,7 @@ def run_list(config: List, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_info(config: Info, shared: Shared) -> int:
+def run_info(config: arguments.Info, shared: Shared) -> int:
     from maehub.catalog import model_info
 
     info = model_info(config.name)
@@ -184,7 +76,7 @@ def run_info(config: Info, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_download(config: Download, shared: Shared) -> int:
+def run_download(config: arguments.Download, shared: Shared) -> int:
     from maehub.fetching import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir)
@@ -192,7 +84,7 @@ def run_download(config: Download, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_verify(config: Verify, shared: Shared) -> int:
+def run_verify(config: arguments.Verify, shared: Shared) -> int:
     from maehub.fetching import verify
 
     checked = verify(config.source)
@@ -201,7 +93,7 @@ def run_verify(config: Verify, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_convert(config: Convert, shared: Shared) -> int:
+def run_convert(config: arguments.Convert, shared: Shared) -> int:
     from maehub.conversion import convert
 
     result = convert(
@@ -218,12 +110,13 @@ def run_convert(config: Convert, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_features(config: Features, shared: Shared) -> int:
+def run_features(config: arguments.Features, shared: Shared) -> int:
+    size = _size(config.image_size)
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.features import extract_features
     from maehub.hub import load
 
-    encoder = load(found, image_size=_size(config.image_size), device=_device(config.device))
+    encoder = load(found, image_size=size, device=config.device)
     table = extract_features(
         encoder,
         config.source,
@@ -248,14 +141,16 @@ def run_features(config: Features, shared: Shared) -> int:
     return EXIT_SKIPPED if table.skipped else EXIT_DONE
 
 
-def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
-    sources = config.images or (str(EMBEDDED_PHOTO),)
-    images = [image for source in sources for image in _pictures(source)]
-    one_each = config.out.is_dir() or not config.out.suffix
-    outs = [config.out / f"{Path(image).stem}_mae.png" for image in images] if one_each else [config.out]
-    _refuse_taken(outs, config.overwrite)
+def run_reconstruct(config: arguments.Reconstruct, shared: Shared) -> int:
     if config.mask_image and config.error_map:
         raise UsageError("--error-map hides every patch in turn, so it takes no --mask-image")
+    if not config.mask_ratio:
+        raise UsageError("--mask-ratio takes at least one number, such as 0.75")
+    size = _size(config.image_size)
+    images = [image for source in config.images or (str(EMBEDDED_PHOTO),) for image in _pictures(source)]
+    one_each = config.out.is_dir() or not config.out.suffix
+    outs = _figure_paths(images, config.out) if one_each else [config.out]
+    _refuse_taken(outs, config.overwrite)
     found = locate(config.model, "autoencoder")
 
     from maehub.drawing import save_figure
@@ -263,7 +158,7 @@ def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
     from maehub.hub import load_autoencoder
     from maehub.opening import open_image
 
-    model = load_autoencoder(found, image_size=_size(config.image_size), device=_device(config.device))
+    model = load_autoencoder(found, image_size=size, device=config.device)
     mask = open_image(config.mask_image, channels=1) if config.mask_image else None
 
     def drawn(image: str, ratio: float) -> Any:
@@ -279,12 +174,12 @@ def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
             statistics=config.statistics,
         )
 
-    results = [[drawn(image, ratio) for ratio in config.mask_ratio] for image in images]
-    if one_each:
-        config.out.mkdir(parents=True, exist_ok=True)
-    for panels, out in zip(results if one_each else [[one for row in results for one in row]], outs, strict=True):
-        save_figure(panels[0].figure() if len(panels) == 1 else grid(panels), out)
-    numbers = [{"image": image, **_numbers(one)} for image, row in zip(images, results, strict=True) for one in row]
+    numbers = []
+    for out, share in zip(outs, [[image] for image in images] if one_each else [images], strict=True):
+        rows = [drawn(image, ratio) for image in share for ratio in config.mask_ratio]
+        save_figure(rows[0].figure() if len(rows) == 1 else grid(rows), out)
+        names = [image for image in share for _ in config.mask_ratio]
+        numbers += [{"image": image, **_numbers(row)} for image, row in zip(names, rows, strict=True)]
     _report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
     return EXIT_DONE
 
@@ -307,13 +202,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "list": Command("maehub.cli:List", run_list, "the models of the catalog"),
-    "info": Command("maehub.cli:Info", run_info, "everything known about one model"),
-    "download": Command("maehub.cli:Download", run_download, "fetch and verify a model for later use offline"),
-    "verify": Command("maehub.cli:Verify", run_verify, "hash a model's files again and compare"),
-    "convert": Command("maehub.cli:Convert", run_convert, "official, timm, transformers and maehub layouts"),
-    "features": Command("maehub.cli:Features", run_features, "features of a folder of pictures"),
-    "reconstruct": Command("maehub.cli:Reconstruct", run_reconstruct, "hide part of a picture and draw it anew"),
+    "list": Command("maehub.arguments:List", run_list, "the models of the catalog"),
+    "info": Command("maehub.arguments:Info", run_info, "everything known about one model"),
+    "download": Command("maehub.arguments:Download", run_download, "fetch and verify a model for later use offline"),
+    "verify": Command("maehub.arguments:Verify", run_verify, "hash a model's files again and compare"),
+    "convert": Command("maehub.arguments:Convert", run_convert, "official, timm, transformers and maehub layouts"),
+    "features": Command("maehub.arguments:Features", run_features, "features of a folder of pictures"),
+    "reconstruct": Command("maehub.arguments:Reconstruct", run_reconstruct, "hide part of a picture and draw it anew"),
     "pretrain": Command("maehub.train.config:PretrainConfig", run_pretrain, "train an autoencoder on pictures"),
 }
 
@@ -325,24 +220,38 @@ def main(argv: list[str] | None = None) -> int:
         The exit code; `maehub.errors` lists them.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    shared = Shared(*(_taken(words, flag) for flag in ("--json", "--quiet", "--debug")))
+    shared = Shared(*(_taken(words, flags) for flags in _SHARED_FLAGS))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be text, and the terminal need not know ×
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("maehub").setLevel(logging.WARNING if shared.quiet else logging.INFO)
     try:
-        return _run(words, shared)
-    except MaehubError as error:
+        code = _run(words, shared)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (Exception, KeyboardInterrupt) as error:
         if shared.debug:
             raise
-        print(f"maehub: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if shared.debug:
-            raise
+        return _complain(error)
+
+
+def _complain(error: BaseException) -> int:
+    """Say what went wrong, on stderr; the exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print("maehub: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    if isinstance(error, MaehubError):
+        print(f"maehub: {error}", file=sys.stderr)
+        return error.exit_code
+    first = str(error).strip().split("\n")[0]
+    print(f"maehub: {type(error).__name__}: {first}\nmaehub did not expect this; --debug shows where", file=sys.stderr)
+    return MaehubError.exit_code
 
 
 def _run(words: list[str], shared: Shared) -> int:
@@ -358,21 +267,45 @@ def _run(words: list[str], shared: Shared) -> int:
 
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-        raise UsageError(f"there is no command {name!r}; {hint}")
-    command = COMMANDS[name]
-    module, _, config_class = command.config.partition(":")
+        raise UsageError(f"there is no command {name[:80]!r}; {hint}")
+    config = _parsed(name, rest)
+    return EXIT_DONE if config is None else COMMANDS[name].run(config, shared)
+
+
+def _parsed(name: str, words: list[str]) -> Any:
+    """The arguments of a command; None if they asked for help, which was shown."""
+    module, _, config_class = COMMANDS[name].config.partition(":")
+    kind = getattr(import_module(module), config_class)
+    if any(word.startswith("--tyro") for word in words):  # flags of the parser's own, which write files
+        raise UsageError(f"maehub {name} has no --tyro flags")
+    complaint = io.StringIO()
     try:
-        config = tyro.cli(
-            getattr(import_module(module), config_class),
-            args=rest,
-            prog=f"maehub {name}",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    except SystemExit as stop:  # the parser has printed its help or its complaint
-        return int(stop.code or 0) and UsageError.exit_code
-    code = command.run(config, shared)
-    sys.stdout.flush()
-    return code
+        with contextlib.redirect_stderr(complaint):
+            flags = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+            return tyro.cli(kind, args=words, prog=f"maehub {name}", config=flags)
+    except SystemExit as stop:
+        if stop.code:
+            cause = stop.__context__
+            while cause is not None:
+                if isinstance(cause, MaehubError):  # of a class that checks its own values
+                    raise cause from None
+                cause = cause.__context__
+            lines = [*_unframed(complaint.getvalue()), f"`maehub {name} --help` shows what it takes"]
+            raise UsageError("\n".join(lines)) from None
+        print(_SHARED_HELP)
+        return None
+
+
+def _unframed(panel: str) -> list[str]:
+    """What the parser complains about, without its frame and its pointers to help."""
+    lines: list[str] = []
+    for line in panel.splitlines()[1:]:
+        text = line.strip("│|").removeprefix(" ").rstrip()
+        if text and set(text) <= set("─-╰╯+"):
+            break
+        if text:
+            lines.append(text)
+    return [*lines[: _MOST_LINES - 1], "…"] if len(lines) > _MOST_LINES else lines
 
 
 def _overview() -> str:
@@ -386,7 +319,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "Every command takes --json (one JSON object, the last line of its output), --quiet and --debug.",
+            _SHARED_HELP,
+            "",
             "Try `maehub reconstruct`: a model and a photo come with maehub.",
         ]
     )
@@ -394,33 +328,48 @@ def _overview() -> str:
 
 def _pictures(source: str) -> list[str]:
     """The pictures that one argument names: an address, a file, or all of a folder."""
-    if source.startswith(("http://", "https://")):
+    if source.startswith(("http://", "https://")) or os.path.isfile(source):
         return [source]
     from maehub.sources import find_images
 
     return [os.fsdecode(path) for path in find_images(source).paths()]
 
 
+def _figure_paths(images: list[str], folder: Path) -> list[Path]:
+    """A figure in the folder for each picture, which is made now; pictures of one name get their folders' too."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    stems = [Path(image).stem for image in images]
+    full = [image.strip("/").replace("/", "_") for image in images]
+    names = [stem if stems.count(stem) == 1 else whole for stem, whole in zip(stems, full, strict=True)]
+    return [folder / f"{name}_mae.png" for name in names]
+
+
 def _refuse_taken(outs: list[Path], overwrite: bool) -> None:
     """Refuse figures that cannot be written, before any work."""
+    from maehub.drawing import check_figure
+
     for out in outs:
+        check_figure(out)
         if out.exists() and not overwrite:
             raise UsageError(f"{out} exists; choose another --out, or replace it with --overwrite")
-        if out.suffix and len(outs) == 1 and not out.parent.is_dir():
-            raise UsageError(f"{out} cannot be written: there is no folder {out.parent}")
 
 
 def _numbers(figure: Any) -> dict[str, Any]:
-    """What was measured for one figure."""
+    """What was measured for one figure; JSON has no infinity, which is the PSNR of a perfect one."""
     names = ("mask_ratio", "seed", "mse", "psnr", "score")
-    return {name: getattr(figure, name) for name in names if hasattr(figure, name)}
+    values = {name: getattr(figure, name) for name in names if hasattr(figure, name)}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _taken(words: list[str], flag: str) -> bool:
-    """Whether a flag stands in the line; it is taken out."""
-    present = flag in words
-    while flag in words:
-        words.remove(flag)
+def _taken(words: list[str], flags: tuple[str, ...]) -> bool:
+    """Whether a flag stands in the line, under one of its names; it is taken out."""
+    present = any(flag in words for flag in flags)
+    words[:] = [word for word in words if word not in flags]
     return present
 
 
@@ -432,7 +381,7 @@ def _report(shared: Shared, facts: dict[str, Any], text: str) -> None:
 
 
 def _print_json(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, ensure_ascii=False))
+    print(json.dumps(facts, allow_nan=False))
 
 
 def _side(size: tuple[int, int]) -> str:
@@ -445,11 +394,3 @@ def _size(sides: tuple[int, ...]) -> int | tuple[int, int] | None:
     if len(sides) > 2:
         raise UsageError(f"--image-size takes a side, or a height and a width, not {len(sides)} numbers")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

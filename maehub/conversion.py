@@ -210,8 +210,8 @@ def _is_pickle(file: Path) -> bool:
 
 def _difference(model: Encoder | MaskedAutoencoder, folder: Path) -> float:
     """The largest difference between a network and what a folder gives, relative to the largest output."""
-    again = [(open_encoder(folder), model if isinstance(model, Encoder) else model.encoder)]
-    pairs = [(_tokens(ours), _tokens(theirs)) for ours, theirs in again]
+    encoder = model if isinstance(model, Encoder) else model.encoder
+    pairs = [(_tokens(open_encoder(folder)), _tokens(encoder))]
     if isinstance(model, MaskedAutoencoder):
         pairs.append((_prediction(open_autoencoder(folder)), _prediction(model)))
     return max(((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs)

@@ -1,5 +1,7 @@
 """Figures on white paper: pictures side by side with titles, labels and a caption, drawn with Pillow alone."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import UsageError
-from maehub.files import atomic_write
+from maehub.files import atomic_write, write_error
 from maehub.patches import Size
 
 _PANEL = 256  # pixels that a panel should have across: small pictures are scaled up to about this
@@ -131,20 +133,33 @@ def save_figure(figure: Image.Image, path: str | Path) -> None:
     """Write a figure in the format of the ending; a reader sees the old file or the whole new one.
 
     Raises:
-        UsageError: the folder does not exist or the ending is unknown; nothing was written.
-        CheckpointError: the disk is full or read-only; what was there before is unchanged.
+        UsageError, CheckpointError: as in `check_figure`; CheckpointError also if the disk is full. What was there
+            before is unchanged.
+    """
+    kind = check_figure(path)
+    with atomic_write(path) as unfinished:
+        figure.save(unfinished, kind)
+
+
+def check_figure(path: str | Path) -> str:
+    """Whether a figure can be written to a path; the format of its ending.
+
+    Raises:
+        UsageError: the ending is unknown, the folder does not exist, or the path is one.
+        CheckpointError: the folder is read-only.
     """
     path = Path(path)
     Image.init()
-    kind = Image.registered_extensions().get(path.suffix.lower())
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
     if kind not in Image.SAVE:
         raise UsageError(f"{path} cannot be written: {path.suffix or 'no ending'!r} is not a format; use .png")
     if not path.parent.is_dir():
         raise UsageError(f"{path} cannot be written: the folder {path.parent} does not exist")
     if path.is_dir():
         raise UsageError(f"{path} cannot be written: it is a folder")
-    with atomic_write(path) as unfinished:
-        figure.save(unfinished, kind)
+    if not os.access(path.parent, os.W_OK):
+        raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return kind
 
 
 def _number(value: float) -> str:

@@ -284,6 +284,7 @@ class Encoder(nn.Module):
         *before, last = self.blocks[: layer % depth + 1]
         for block in before:
             tokens = block(tokens)
+        assert isinstance(last, Block)
         return last.attn.weights(last.norm1(tokens))
 
     def embed(self, images: Tensor) -> Tensor:

@@ -210,8 +210,7 @@ class _Work:
     readers: Readers
     bar: "tqdm[NoReturn]"
     skip_bad: bool
-    kept_in: Path | None = None
-    done: int = 0
+    store: FeatureStore | None = None
 
     def paths(self) -> list[str]:
         return [os.fsdecode(self.pictures.path(index)) for index in range(len(self.pictures))]
@@ -249,13 +248,13 @@ class _Work:
 
         def compute(group: list[tuple[int, _Input]]) -> None:
             results.append(([place for place, _ in group], self.job.features([pixels for _, pixels in group])))
-            self._count(len(group))
+            self.bar.update(len(group))
 
         for place, reading in readings:
             if isinstance(reading, DataError):
                 self._bad(reading)
                 skipped.append((place, str(reading)))
-                self._count(1)
+                self.bar.update()
                 continue
             group = waiting[tuple(reading.shape)]
             group.append((place, reading))
@@ -276,16 +275,13 @@ class _Work:
             rows[[order[place] for place in places]] = features.cpu().numpy()
         return _Chunk(rows, skipped)
 
-    def _count(self, pictures: int) -> None:
-        self.done += pictures
-        self.bar.update(pictures)
-
     def _bad(self, error: DataError) -> None:
         if not self.skip_bad:
-            kept = f" and kept in {self.kept_in}" if self.kept_in else ""
+            kept = ""
+            if self.store:
+                kept = f"{self.store.rows} of {len(self.pictures)} rows are kept in {self.store.folder}. "
             raise DataError(
-                f"{error}. {self.done} of {len(self.pictures)} pictures are done{kept}. "
-                "Mend or remove the file, or skip_bad (--skip-bad) leaves such files out and lists them"
+                f"{error}. {kept}Mend or remove it and run again, or leave such pictures out: skip_bad (--skip-bad)"
             ) from error
 
 
@@ -307,12 +303,12 @@ def _in_memory(work: _Work, provenance: Provenance) -> FeatureTable:
 
 
 def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> FeatureTable:
-    work.kept_in = store.folder
+    work.store = store
     keys = (work.pictures.digest(places.start, places.stop) for places in work.chunks(0))
     first = store.resume(keys, work.skip_bad)
     if first:
         log.info("%s: %d pictures are there already", store.folder, store.rows)
-    work.done = work.bar.initial = work.bar.n = store.rows + len(store.skipped)
+    work.bar.initial = work.bar.n = store.rows + len(store.skipped)
     # Each row once more in the file that is made of them.
     missing = 2 * len(work.pictures) - store.rows
     free_space_guard(store.out, missing * 4 * math.prod(store.row_shape))

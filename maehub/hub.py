@@ -21,8 +21,8 @@ from maehub.keys import to_official
 from maehub.locating import Located, locate
 from maehub.patches import Size
 from maehub.positions import ResizeRule
-from maehub.tensorfile import TensorFile, read_tensors, write_tensors
-from maehub.verification import cache_folder
+from maehub.tensorfile import read_header, read_tensors, write_tensors
+from maehub.verification import cache_folder, known_finite, mark_finite
 from maehub.weights import open_autoencoder, open_encoder
 
 log = logging.getLogger("maehub")
@@ -65,7 +65,7 @@ def load(
         cache_dir: where downloads lie; None is the Hub's own cache.
         offline: use no network.
         verify: hash the file again even if it is unchanged since it was verified.
-        device: where the weights go.
+        device: where the weights go; "auto" is a GPU if there is one.
         dtype: of the weights; None is float32, whatever the file holds.
 
     Raises:
@@ -73,14 +73,19 @@ def load(
         HubError: it cannot be downloaded.
         IntegrityError: the bytes are wrong, the file is broken or not safe, or holds other tensors than it should.
     """
+    device = usable_device(device)
     found = _find(source, "encoder", revision, cache_dir, offline, verify)
     wanted = _wanted(found, image_size, channels, classes, positions, dtype, device)
     if found.block:
-        state = to_official(found.tensors.tensors).state
+        state = to_official(read_tensors(found.path).tensors).state
         return build_encoder(
             state, found.block.config, found.block.preprocess, wanted=wanted, origin=found.origin, where=found.name
         )
-    return open_encoder(found.path, config=found.config, heads=heads or found.heads, wanted=wanted, origin=found.origin)
+    encoder = open_encoder(
+        found.path, config=found.config, heads=heads or found.heads, wanted=wanted, origin=found.origin
+    )
+    found.loaded()
+    return encoder
 
 
 def load_autoencoder(
@@ -117,16 +122,17 @@ def load_autoencoder(
     Raises:
         UsageError, HubError, IntegrityError: as in `load`; IntegrityError also for a file without a decoder.
     """
+    device = usable_device(device)
     found = _find(source, "autoencoder", revision, cache_dir, offline, verify)
     if target and found.target and target != found.target:
         raise UsageError(f"{found.name} was trained to predict {found.target}, not {target}; leave target= out")
     wanted = _wanted(found, image_size, channels, classes, positions, dtype, device)
     if found.block:
-        state = to_official(found.tensors.tensors).state
+        state = to_official(read_tensors(found.path).tensors).state
         return build_autoencoder(
             state, found.block.config, found.block.preprocess, wanted=wanted, origin=found.origin, where=found.name
         )
-    return open_autoencoder(
+    autoencoder = open_autoencoder(
         found.path,
         config=found.config,
         heads=heads or found.heads,
@@ -135,6 +141,25 @@ def load_autoencoder(
         wanted=wanted,
         origin=found.origin,
     )
+    found.loaded()
+    return autoencoder
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device that a name means; "auto" is a GPU if there is one.
+
+    Raises:
+        UsageError: there is none such here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UsageError(f"device {name} cannot be used here: {reason}; cpu always can, auto chooses") from error
+    return device
 
 
 @dataclass(frozen=True)
@@ -149,7 +174,17 @@ class _Found:
     target: Target | None = None
     image_size: Size | None = None  # where it is not that of the file
     block: layouts.Block | None = None
-    tensors: TensorFile | None = None
+    stamps: Path | None = None  # maehub's cache, where the file was downloaded
+
+    @property
+    def finite(self) -> bool:
+        """Whether NaN and infinity were looked for before, and the file is unchanged."""
+        return self.stamps is not None and known_finite(self.path, self.stamps)
+
+    def loaded(self) -> None:
+        """Remember that the weights are finite, which loading has checked."""
+        if self.stamps is not None:
+            mark_finite(self.path, self.stamps)
 
 
 def _find(
@@ -168,7 +203,8 @@ def _find(
         origin = Origin(located.name, fetched.revision, fetched.sha256, fetched.licence)
         if fetched.format == "pickle":
             path = _converted(path, fetched.sha256, cache_folder(cache_dir))
-    found = _Found(located.name, path, fetched.config if fetched else None, origin)
+    stamps = cache_folder(cache_dir) if fetched else None
+    found = _Found(located.name, path, fetched.config if fetched else None, origin, stamps=stamps)
     if info:
         resized = info.image_size if info.image_size != info.native_size else None
         target = info.target if info.role == "autoencoder" else None
@@ -176,10 +212,10 @@ def _find(
         if info.note:
             log.info("%s: %s", info.name, info.note)
     if found.config is None and path.suffix == ".safetensors" and path.is_file():
-        tensors = read_tensors(path)
-        if PACKED in tensors.metadata:
-            block = layouts.read_block(json.loads(tensors.metadata[PACKED]), str(path))
-            found = replace(found, block=block, tensors=tensors, origin=origin or block.origin)
+        metadata = read_header(path).metadata
+        if PACKED in metadata:
+            block = layouts.read_block(json.loads(metadata[PACKED]), str(path))
+            found = replace(found, block=block, origin=origin or block.origin)
     return found
 
 
@@ -192,6 +228,7 @@ def _wanted(found: _Found, image_size: int | Size | None, *departures: Any) -> W
         positions=None if positions == "bicubic" else positions,
         dtype=dtype,
         device=device,
+        check_finite=not found.finite,
     )
 
 

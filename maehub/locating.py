@@ -1,14 +1,15 @@
 """What a source names: a catalog name, a Hub id, a folder or a file, as files on this machine. Imports no torch."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from maehub.catalog import ModelInfo, Want, is_model, resolve
+from maehub.catalog import ModelInfo, Want, is_model, no_model, resolve
 from maehub.errors import IntegrityError, UsageError
 from maehub.fetching import Fetched, PathLike, fetch, fetch_repo
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -35,7 +36,7 @@ def locate(
 
     Args:
         source: a catalog name, a Hub id ``user/repo[@revision]``, a model or run folder, or a ``.safetensors`` file;
-            or what this function returned before.
+            or what this function returned before. A `Path`, or a string such as ``./vit-b``, is never a name.
         want: what a short catalog name should mean.
         revision, cache_dir, offline, verify: see `maehub.fetching.fetch`.
 
@@ -45,22 +46,21 @@ def locate(
     """
     if isinstance(source, Located):
         return source
-    name, path = str(source), Path(source)
-    if is_model(name):
+    name, path = os.fspath(source), Path(source).expanduser()
+    if isinstance(source, str) and is_model(name):
         info = resolve(name, want)
         found = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
         return Located(info.name, found.path, info, found)
-    if path.suffix in _PICKLES and not path.is_dir():
+    if path.suffix in _PICKLES and path.is_file():
         raise IntegrityError(
             f"{path} is a pickle, which can run code when it is opened, so it is not loaded. Nothing was read.\n"
             f"Convert it once, which does not run code: maehub convert {path} -o {path.with_suffix('')}"
         )
     if path.exists():
         return Located(name, path)
-    if _HUB_ID.fullmatch(name) and path.suffix != ".safetensors" and not name.startswith("."):
+    if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in (".safetensors", *_PICKLES):
         found = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
         return Located(name, found.path, fetched=found)
-    if path.suffix == ".safetensors" or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"there is no file or folder {name}")
-    resolve(name, want)  # says what was perhaps meant
-    raise UsageError(f"there is no model {name}")
+    if not isinstance(source, str) or path.suffix in (".safetensors", *_PICKLES) or "/" in name:
+        raise UsageError(f"there is no file or folder {name}, and it is no Hub id, which looks like user/repo")
+    raise no_model(name)

@@ -44,7 +44,7 @@ def reader_count(workers: int | None, pictures: int) -> int:
     if workers is not None:
         if workers < 0:
             raise UsageError(f"workers must be 0 or more, not {workers}; 0 reads in this process")
-        return workers
+        return min(workers, pictures)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, pictures // (4 * _AT_ONCE))
 
@@ -73,6 +73,12 @@ class Readers:
             try:
                 for _ in range(self.workers):
                     self._start(json.dumps(order).encode() + b"\n")
+            except OSError as error:
+                self.__exit__()
+                raise UsageError(
+                    f"reading process {len(self._processes) + 1} of {self.workers} cannot be started: "
+                    f"{error.strerror}. Use fewer workers"
+                ) from error
             except BaseException:
                 self.__exit__()
                 raise

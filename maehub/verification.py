@@ -88,7 +88,10 @@ def recorded_hash(path: Path, cache: Path) -> str:
 
 def write_stamp(path: Path, cache: Path, digests: Digests) -> None:
     """Record a hash. A cache that cannot be written costs another hash at the next load, no more."""
-    record = {"path": os.path.realpath(path), "state": digests.state, "sha256": digests.sha256}
+    _write(path, cache, {"path": os.path.realpath(path), "state": digests.state, "sha256": digests.sha256})
+
+
+def _write(path: Path, cache: Path, record: dict[str, object]) -> None:
     try:
         place = _place(path, cache)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,19 @@ def write_stamp(path: Path, cache: Path, digests: Digests) -> None:
             temporary.write_text(json.dumps(record))
     except OSError as error:
         logger.debug("no stamp for %s: %s", path, error)
+
+
+def known_finite(path: Path, cache: Path) -> bool:
+    """Whether the tensors of a file that did not change since were found free of NaN and infinity."""
+    record = _record(path, cache)
+    return bool(record and record.get("finite") is True and record["state"] == file_state(path))
+
+
+def mark_finite(path: Path, cache: Path) -> None:
+    """Record that, in the stamp of an unchanged file; without one nothing is recorded."""
+    record = _record(path, cache)
+    if record and record["state"] == file_state(path):
+        _write(path, cache, record | {"finite": True})
 
 
 def remove_stamp(path: Path, cache: Path) -> None:

@@ -30,6 +30,9 @@ def autoencoder_config(name: str, encoder: EncoderConfig, target: str = "normali
 def peaked(model, seed: int = 0):
     """Random weights under which attention is peaked and every tensor matters; in eval mode."""
     generator = torch.Generator().manual_seed(seed)
+    depth = sum(isinstance(module, Attention) for module in model.modules())
+    # Small, or deep tokens become alike and attention flat; smaller where deep, or float32's own rounding passes 1e-5.
+    residual = 0.3 * min(1, math.sqrt(8 / depth))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.endswith("pos_embed"):
@@ -38,7 +41,7 @@ def peaked(model, seed: int = 0):
             if ".attn.qkv.weight" in name:
                 value.copy_(noise * 2.5 / math.sqrt(value.shape[1]))
             elif ".attn.proj.weight" in name or ".mlp.fc2.weight" in name:
-                value.copy_(noise * 0.3 / math.sqrt(value.shape[1]))  # or deep tokens become alike, attention flat
+                value.copy_(noise * residual / math.sqrt(value.shape[1]))
             elif value.ndim >= 2 and "token" not in name:
                 value.copy_(noise / math.sqrt(value[0].numel()))
             elif "norm" in name and name.endswith("weight"):

@@ -349,7 +349,17 @@ def test_row_87_automatic_workers_fit_the_machine(monkeypatch):
     assert reader_count(None, 10**6) == 6
     assert reader_count(None, 70) == 2
     assert reader_count(None, 5) == 0
-    assert reader_count(9, 5) == 9
+    assert reader_count(9, 50) == 9
+    assert reader_count(10**6, 5) == 5
+
+
+def test_row_87_more_processes_than_the_machine_allows(monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(reading.subprocess, "Popen", refuse)
+    with pytest.raises(UsageError, match=r"reading process 1 of 9.*fewer workers"), Readers(9, Preprocess()):
+        pass
 
 
 def test_row_87_a_batch_that_does_not_fit(encoder, photos, monkeypatch):
@@ -416,7 +426,7 @@ def test_row_39_finished_work_is_kept_and_used(encoder, spoilt, tmp_path, monkey
     out = tmp_path / "o.npz"
     monkeypatch.setattr(features_module, "_CHUNK_BATCHES", 1)
     (spoilt / "004.jpg").write_bytes((spoilt / "006.jpg").read_bytes())
-    with pytest.raises(DataError, match=r"011\.png.*10 of 20") as caught:
+    with pytest.raises(DataError, match=r"011\.png.*10 of 20 rows are kept") as caught:
         extract_features(encoder, spoilt, batch_size=2, out=out)
     assert str(tmp_path / "o.npz.partial") in str(caught.value)
     assert not out.exists()

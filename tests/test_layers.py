@@ -27,9 +27,10 @@ LAYERS = [
         "card",
         "hub",
     },
-    {"sources", "features", "feature_files", "figures", "pictures", "drawing", "statistics"},
+    {"sources", "reading", "features", "feature_files", "feature_store"}
+    | {"figures", "pictures", "drawing", "statistics"},
     {"train"},
-    {"cli", "__main__"},
+    {"arguments", "cli", "__main__"},
 ]
 TORCH_FREE = {
     "errors",
@@ -39,6 +40,7 @@ TORCH_FREE = {
     "transport",
     "verification",
     "locating",
+    "arguments",
     "cli",
     "__main__",
     "__init__",

@@ -58,8 +58,11 @@ def test_autoencoder_equals_transformers(name, target):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FULL_SHAPES)
 def test_full_depth_equals_the_peers(name):
+    ours = make_encoder(FULL_SHAPES[name])
+    assert max(attention_entropies(ours, images(ours.config, 1)).values()) < 0.5
     compare_encoder_with_timm(FULL_SHAPES[name])
     compare_encoder_with_transformers(FULL_SHAPES[name])
     compare_autoencoder(autoencoder_config(name, FULL_SHAPES[name]))

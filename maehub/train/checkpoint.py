@@ -1,9 +1,9 @@
 """Checkpoints of a run: ``checkpoints/step-N/`` with weights and optimizer in safetensors, and a manifest written last.
 
-A folder without a manifest, or with a file that differs from it, is not a checkpoint. No pickle is involved.
+A checkpoint is put together beside its place and renamed when it is whole, so a folder ``step-N`` that lacks a file or
+has one that differs from its manifest was damaged later. No pickle is involved.
 """
 
-import json
 import logging
 import shutil
 from dataclasses import asdict, dataclass
@@ -11,109 +11,149 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maehub.errors import CheckpointError
-from maehub.files import atomic_write, sha256_file
+from maehub.building import check_finite
+from maehub.errors import CheckpointError, DivergedError, IntegrityError
+from maehub.files import free_space_guard, sha256_file, write_error
+from maehub.folders import read_json, whole_folder, write_json
+from maehub.tensorfile import read_tensors, write_tensors
 
 log = logging.getLogger("maehub")
 
 _MANIFEST, _MODEL, _OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
+_FILES = (_MODEL, _OPTIMIZER)
 _FORMAT = 1
-_KEPT = 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimizer steps done and a hash of what must not change between parts of a run."""
+    """Where a run stands, and what must not change between its parts."""
 
     step: int
-    config: str
+    """Optimizer steps done."""
+    config: dict[str, Any]
+    """The settings that the result depends on, as JSON keeps them."""
     data: str
+    """`Samples.digest` of the pictures."""
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write a checkpoint, then delete older ones but the one before it."""
-    folder = run / "checkpoints" / f"step-{progress.step}"
-    if folder.exists():  # left by a save that was cut off, or replaced after an invalid one
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for name, tensors in ((_MODEL, weights), (_OPTIMIZER, _optimizer_tensors(model, optimizer))):
-        with atomic_write(folder / name) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-        for name in (_MODEL, _OPTIMIZER)
-    }
-    manifest = {"format": _FORMAT, "progress": asdict(progress), "files": files}
-    with atomic_write(folder / _MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1))
-    for old in _steps(run):
-        if old not in _steps(run)[-_KEPT:]:
-            shutil.rmtree(run / "checkpoints" / f"step-{old}", ignore_errors=True)
+    """Write a checkpoint, then delete all older ones but the one before it.
+
+    Raises:
+        DivergedError: weights or optimizer state are not finite; nothing was written.
+        CheckpointError: the disk is full or cannot be written; older checkpoints are untouched.
+    """
+    checkpoints = run / "checkpoints"
+    for remains in checkpoints.glob(".step-*.partial"):  # of a process that was killed while it saved
+        shutil.rmtree(remains, ignore_errors=True)
+    parts = {_MODEL: model.state_dict(), _OPTIMIZER: _optimizer_tensors(model, optimizer)}
+    for name, tensors in parts.items():
+        try:
+            check_finite(tensors, f"{name} of step {progress.step}")
+        except IntegrityError as error:
+            raise DivergedError(f"{error}. It was not saved; older checkpoints are. Try a lower --base-lr.") from error
+    free_space_guard(checkpoints, sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values()))
+    folder = checkpoints / f"step-{progress.step}"
+    with whole_folder(folder, overwrite=False, members=()) as staging:
+        files = {}
+        for name, tensors in parts.items():
+            sha256 = write_tensors(staging / name, tensors)
+            files[name] = {"bytes": (staging / name).stat().st_size, "sha256": sha256}
+        write_json(staging / _MANIFEST, {"format": _FORMAT, "progress": asdict(progress), "files": files})
+    older = [step for step in _steps(run) if step < progress.step]
+    for step in older[:-1]:
+        try:
+            shutil.rmtree(checkpoints / f"step-{step}")
+        except OSError as error:
+            log.warning("the old checkpoint of step %d cannot be deleted: %s", step, error)
     return folder
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, Progress] | None:
     """The newest valid checkpoint of a run, or None where none was ever committed.
 
-    An invalid one is renamed to ``step-N.corrupt`` with a warning.
+    A damaged one is renamed to ``step-N.corrupt`` with a warning.
 
     Raises:
-        CheckpointError: checkpoints exist and none of them is valid.
+        CheckpointError: checkpoints exist and none of them is valid, or a newer maehub wrote them.
     """
-    committed = False
     for step in reversed(_steps(run)):
         folder = run / "checkpoints" / f"step-{step}"
-        if not (folder / _MANIFEST).exists():
-            continue
-        committed = True
         try:
-            return folder, _verified(folder)
-        except (CheckpointError, ValueError, KeyError, TypeError) as error:
-            log.warning("checkpoint %s is not valid (%s); kept as %s.corrupt", folder, error, folder.name)
-            folder.rename(folder.with_name(folder.name + ".corrupt"))
-    if committed or list((run / "checkpoints").glob("step-*.corrupt")):
+            return folder, _verified(folder, step)
+        except IntegrityError as error:
+            kept = _free_name(folder)
+            log.warning("checkpoint %s is damaged and kept as %s: %s", folder, kept.name, error)
+            try:
+                folder.rename(kept)
+            except OSError as error:
+                raise write_error(folder, error) from error
+    if any((run / "checkpoints").glob("step-*.corrupt")):
         raise CheckpointError(
-            f"{run} has checkpoints, but none of them is valid. Nothing was deleted: the broken ones are kept as "
-            f"{run}/checkpoints/*.corrupt. Restore one, or start again with --overwrite."
+            f"{run} has checkpoints, but none of them is whole. Nothing was deleted: they are kept as "
+            f"{run}/checkpoints/*.corrupt. Restore one under its old name, or start again with --overwrite."
         )
     return None
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state back."""
-    try:
-        model.load_state_dict(load_file(folder / _MODEL))
-        tensors = load_file(folder / _OPTIMIZER)
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {folder} does not fit this model: {error}") from error
+    """Put a checkpoint's weights and optimizer state back.
+
+    Raises:
+        CheckpointError: it is of another network.
+    """
     numbers = {name: number for number, name in enumerate(_parameter_names(model, optimizer))}
     state = optimizer.state_dict()
     state["state"] = {number: {} for number in numbers.values()}
-    for joined, tensor in tensors.items():
-        key, name = joined.split("/", 1)
-        state["state"][numbers[name]][key] = tensor
+    try:
+        model.load_state_dict(read_tensors(folder / _MODEL).tensors)
+        for joined, tensor in read_tensors(folder / _OPTIMIZER).tensors.items():
+            key, name = joined.split("/", 1)
+            state["state"][numbers[name]][key] = tensor
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder} is of another network: {error}. Nothing was changed.") from error
     optimizer.load_state_dict(state)
 
 
-def _verified(folder: Path) -> Progress:
-    manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
-    if manifest["format"] != _FORMAT:
-        raise CheckpointError(f"its format is {manifest['format']}, this version reads {_FORMAT}")
-    for name, facts in manifest["files"].items():
+def _verified(folder: Path, step: int) -> Progress:
+    """What a manifest says, once every byte was compared with it."""
+    manifest = read_json(folder / _MANIFEST)
+    version = manifest.get("format")
+    if isinstance(version, int) and version > _FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} has format {version}, and this maehub reads {_FORMAT}. Nothing was changed. "
+            "Update maehub."
+        )
+    try:
+        progress = Progress(**manifest["progress"])
+        facts = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"its manifest is malformed at {error}") from error
+    if progress.step != step:
+        raise IntegrityError(f"its manifest is of step {progress.step}")
+    for name, (size, sha256) in facts.items():
         path = folder / name
-        if not path.exists() or path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
-            raise CheckpointError(f"{name} is missing or differs from the manifest")
-    return Progress(**manifest["progress"])
+        if not path.is_file():
+            raise IntegrityError(f"{name} is missing")
+        if path.stat().st_size != size or sha256_file(path) != sha256:
+            raise IntegrityError(f"{name} differs from the manifest")
+    return progress
 
 
 def _steps(run: Path) -> list[int]:
+    """Steps with a checkpoint, ascending."""
     names = [folder.name.removeprefix("step-") for folder in (run / "checkpoints").glob("step-*")]
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _free_name(folder: Path) -> Path:
+    """``step-N.corrupt``, or with a number where that is taken."""
+    name, number = folder.with_name(f"{folder.name}.corrupt"), 2
+    while name.exists():
+        name, number = folder.with_name(f"{folder.name}.{number}.corrupt"), number + 1
+    return name
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -123,10 +163,10 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``exp_avg/blocks.0.…`` and so on."""
+    """The optimizer's state as ``exp_avg/encoder.blocks.0.…`` and so on."""
     names = _parameter_names(model, optimizer)
     return {
-        f"{key}/{names[number]}": value.contiguous()
+        f"{key}/{names[number]}": value
         for number, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }

@@ -5,6 +5,7 @@ order of their own, position p of the run is picture p mod n of epoch p div n, a
 a sample follow from (seed, epoch, sample id). So a resumed run, and one with other workers, sees the same samples.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from maehub.errors import DataError
 from maehub.masking import Strategy, make_masks, random_bits, random_uniform, sample_seed
 from maehub.opening import open_image
 from maehub.patches import Size, grid_size
@@ -24,6 +26,7 @@ from maehub.sources import Samples
 
 _ASPECT = (3 / 4, 4 / 3)  # width to height of a random crop, Szegedy et al. 2015
 _CROP_TRIES = 10
+_SILENCE = 300  # seconds until a reading process that gives nothing counts as hanging
 
 
 class Batch(NamedTuple):
@@ -46,13 +49,23 @@ class View:
 
     @property
     def grid(self) -> Size:
+        """(rows, columns) of patches in a crop."""
         return grid_size(*self.size, self.patch_size)
 
+    def masks(self, seeds: list[int]) -> Tensor:
+        """(B, N) bool, one mask a seed, True where hidden."""
+        return make_masks(self.strategy, torch.tensor(seeds), self.grid, self.mask_ratio)
 
-class Crops(Dataset[Batch]):
+    def empty(self, count: int) -> Tensor:
+        """(count, H, W, C) uint8, to be filled with crops."""
+        return torch.empty(count, *self.size, self.channels, dtype=torch.uint8)
+
+
+class Crops(Dataset[Batch | DataError]):
     """Random crops with their masks, a whole batch at a time; a key is (index, seed of the sample).
 
-    With ``cache`` every picture is decoded once, here; forked workers share the memory.
+    With ``cache`` every picture is decoded once, here; forked workers share the memory. A picture that cannot be read
+    comes back as its error: raised in a worker, it would arrive with a traceback for its text.
     """
 
     def __init__(self, samples: Samples, view: View, cache: bool) -> None:
@@ -63,16 +76,17 @@ class Crops(Dataset[Batch]):
     def _open(self, index: int) -> Image.Image:
         return open_image(self.samples.path(index), channels=self.view.channels)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
-        view = self.view
-        pixels = torch.empty(len(keys), *view.size, view.channels, dtype=torch.uint8)
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | DataError:
+        pixels = self.view.empty(len(keys))
         for row, (index, seed) in enumerate(keys):
-            picture = self.decoded[index] if self.decoded else self._open(index)
-            pixels[row] = torch.from_numpy(random_crop(picture, view, seed))
-        seeds = torch.tensor([seed for _, seed in keys])
-        return Batch(pixels, make_masks(view.strategy, seeds, view.grid, view.mask_ratio))
+            try:
+                picture = self.decoded[index] if self.decoded else self._open(index)
+            except DataError as error:
+                return error
+            pixels[row] = torch.from_numpy(random_crop(picture, self.view, seed))
+        return Batch(pixels, self.view.masks([seed for _, seed in keys]))
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: tuple[int, int]) -> Batch | DataError:
         return self.__getitems__([key])
 
 
@@ -142,39 +156,78 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return random_bits(torch.tensor([sample_seed(seed, epoch, 0, 2)]), count)[0].argsort(stable=True)
 
 
-def training_loader(
+@contextlib.contextmanager
+def training_batches(
     samples: Samples, view: View, keys: StepKeys, *, workers: int, cache: bool, pin: bool
-) -> DataLoader[Batch]:
-    """Batches of the steps of ``keys``, in order."""
-    return DataLoader(
+) -> Iterator[Iterator[Batch]]:
+    """Batches of the steps of ``keys``, in order.
+
+    Args:
+        workers: processes that read; 0 reads in this one.
+        cache: see `Crops`.
+        pin: put batches into page-locked memory, for a GPU.
+
+    Raises:
+        DataError: a picture cannot be read, or a reading process died or hangs, at any point of the block.
+    """
+    loader = DataLoader(
         Crops(samples, view, cache),
         batch_sampler=keys,
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        timeout=_SILENCE if workers else 0,
+        worker_init_fn=_own_group,
         multiprocessing_context="fork" if workers else None,
     )
+    try:
+        yield (_readable(batch) for batch in loader)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # torch has no class of its own for a worker's death
+            raise
+        reason = str(error).splitlines()[0].strip(" .")
+        raise DataError(
+            f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
+            "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
+        ) from error
 
 
 def validation_batch(samples: Samples, view: View, count: int, seed: int) -> Batch:
-    """Crops and masks that never change: ``count`` of them, the pictures taken in turn."""
-    crops = Crops(samples, view, cache=True)
-    places = [(number % len(samples), number // len(samples)) for number in range(max(count, len(samples)))]
-    return crops.__getitems__([(i, sample_seed(seed, turn, samples.sample_id(i), 3)) for i, turn in places[:count]])
+    """Crops and masks that never change: ``count`` of them, the pictures taken in turn.
+
+    Of more pictures than that, ``count`` are chosen by their sample ids. Each is decoded once.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    chosen = sorted(sorted(range(len(samples)), key=samples.sample_id)[:count])
+    pixels, seeds = view.empty(count), [0] * count
+    for place, index in enumerate(chosen):
+        picture = open_image(samples.path(index), channels=view.channels)
+        for row in range(place, count, len(chosen)):
+            seeds[row] = sample_seed(seed, row // len(chosen), samples.sample_id(index), 3)
+            pixels[row] = torch.from_numpy(random_crop(picture, view, seeds[row]))
+    return Batch(pixels, view.masks(seeds))
 
 
 def worker_count(workers: int | None) -> int:
     """As many processes as asked for, or as there are cores that this process may use, one left for the loop."""
     if workers is not None:
         return workers
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _readable(batch: Batch | DataError) -> Batch:
+    if isinstance(batch, DataError):
+        raise batch
     return batch
 
 
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+def _as_is(batch: Batch | DataError) -> Batch | DataError:
+    return batch
+
+
+def _own_group(_: int) -> None:
+    os.setpgid(0, 0)  # a signal to the group of the run is for the loop: it finishes its step with our batches

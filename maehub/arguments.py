@@ -1,0 +1,137 @@
+"""The arguments of each command but training: frozen dataclasses that the command line reads. No torch here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+def _default(meaning: str, metavar: str | None = None) -> object:
+    """What ``--help`` says that an argument is if it is left out."""
+    return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
+
+
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+Model = Annotated[str, arg(aliases=["-m"], metavar="MODEL")]
+Out = Annotated[Path, arg(aliases=["-o"])]
+Device = Annotated[str, arg(metavar="DEVICE")]
+Sides = Annotated[tuple[int, ...], _default("the model's", "PIXELS ...")]
+
+
+@dataclass(frozen=True)
+class List:
+    """List the models of the catalog: size, role, target, licence, source."""
+
+    pattern: Annotated[Positional[str], arg(metavar="[PATTERN]")] = "*"
+    """Names to show; * and ? are wildcards."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show everything that is known about a model."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """A name that `maehub list` shows."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """Download a model's files and verify them, for later use without a network."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """A name that `maehub list` shows, or a Hub id: user/repo or user/repo@revision."""
+    revision: Annotated[str | None, _default("the catalog's, or main", "REVISION")] = None
+    """Branch, tag or commit on the Hub."""
+    cache_dir: Annotated[Path | None, _default("the Hub's own cache")] = None
+    """Where downloads are kept."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Hash a model's files again and compare."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """A catalog name, a Hub id, a folder or a file."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert weights between the naming dialects; reads .pth and .bin files too."""
+
+    source: Positional[Path]
+    """A file or a folder: official, timm or transformers layout."""
+    out: Out
+    """Folder to write."""
+    to: Literal["maehub", "official", "timm", "transformers"] = "maehub"
+    """Layout to write."""
+    heads: Annotated[int | None, _default("those of the published network with this shape")] = None
+    """Attention heads of the encoder."""
+    decoder_heads: Annotated[int | None, _default("16 at width 512")] = None
+    """Attention heads of the decoder."""
+    target: Annotated[Literal["pixels", "normalised_pixels"] | None, _default("unknown")] = None
+    """What the decoder was trained to predict; no file of weights says it."""
+    overwrite: Flag = False
+    """Replace an existing folder."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Write the features of every picture below a folder to a file."""
+
+    source: Positional[Path]
+    """A picture, or a folder searched at any depth."""
+    out: Out
+    """File to write; its ending says how: .safetensors, .npz, .parquet or .csv."""
+    model: Model = "vit-nano"
+    """A catalog name, a Hub id, a folder or a .safetensors file."""
+    pool: Annotated[Literal["cls", "mean", "cls+mean", "tokens", "map"] | None, _default("as it was trained")] = None
+    """Which tokens make the feature."""
+    layers: Annotated[tuple[int, ...], _default("the last", "INT ...")] = ()
+    """Blocks whose outputs to take: 0 is the first, -1 the last."""
+    image_size: Sides = ()
+    """Side, or height and width."""
+    batch_size: Annotated[int | None, _default("as fits the model")] = None
+    """Pictures computed at once."""
+    workers: Annotated[int | None, _default("as fits the machine")] = None
+    """Processes that read pictures; 0 reads in this one."""
+    device: Device = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    exact_decode: Flag = False
+    """Decode JPEGs at full size instead of a smaller one that is large enough."""
+    skip_bad: Flag = False
+    """Leave out pictures that cannot be read, list them in bad_files.csv, and exit with 9."""
+    overwrite: Flag = False
+    """Replace an existing file."""
+    seed: int = 0
+    """Accepted everywhere; features have nothing random about them."""
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Hide part of a picture and draw what the autoencoder makes of it."""
+
+    images: Annotated[Positional[tuple[str, ...]], _default("a photo that comes with maehub", "[PICTURE ...]")] = ()
+    """Pictures, folders or addresses."""
+    out: Out = Path("reconstruction.png")
+    """Figure to write; several pictures or ratios share it as rows. A folder gets one figure a picture."""
+    model: Model = "vit-nano"
+    """A catalog name, a Hub id, a folder or a .safetensors file."""
+    mask_ratio: Annotated[tuple[float, ...], arg(metavar="SHARE ...")] = (0.75,)
+    """Share of patches to hide; several draw a row each."""
+    strategy: Literal["random", "block", "grid"] = "random"
+    """Which patches are hidden."""
+    mask_image: Annotated[Path | None, _default("none")] = None
+    """A picture whose white parts are hidden, in place of a strategy."""
+    statistics: Literal["visible", "true"] = "visible"
+    """Of models trained on normalised pixels: where the hidden patches' mean and variance come from."""
+    error_map: Flag = False
+    """Predict every patch unseen, by masks that cover the picture, and draw where the model errs."""
+    image_size: Sides = ()
+    """Side, or height and width."""
+    seed: int = 0
+    """Seed of the mask."""
+    device: Device = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    overwrite: Flag = False
+    """Replace an existing figure."""
