@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,8 @@ from skimage import data
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from maehub.encoder import PRESETS, Encoder
+from maehub import load
+from maehub.encoder import Encoder
 from maehub.features import extract_features
 from maehub.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.reading import Readers
@@ -163,9 +163,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quality", type=int, default=85)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    encoder = Encoder(PRESETS["vit-nano"]).eval()
-    nano = encoder.preprocess = replace(encoder.preprocess, crop_fraction=1.0)
+    encoder = load("vit-nano")
+    nano = encoder.preprocess
     transforms_ = {"96 px": nano, "224 px": Preprocess.evaluation(224)}
     with tempfile.TemporaryDirectory() as temporary:
         print(f"{options.images} JPEGs of quality {options.quality}, {options.workers} workers, {options.runs} runs\n")

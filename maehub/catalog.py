@@ -173,6 +173,15 @@ def no_model(name: str) -> UsageError:
     )
 
 
+def published_as(sha256: str, md5: str) -> ModelInfo | None:
+    """The row that a file of this content belongs to, where its publisher or the catalog states a hash."""
+    for info in _models().values():
+        for source in info.sources:
+            if (source.sha256 and sha256.startswith(source.sha256)) or (source.md5 and md5.startswith(source.md5)):
+                return info
+    return None
+
+
 def resolve(name: str, want: Want) -> ModelInfo:
     """The row that a name means, given what is asked.
 

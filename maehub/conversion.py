@@ -18,13 +18,14 @@ from torch.serialization import safe_globals
 
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.building import build_autoencoder, build_encoder, infer_config
+from maehub.catalog import published_as
 from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
-from maehub.files import sha256_file
 from maehub.folders import check_free, whole_folder
 from maehub.images import Preprocess
 from maehub.keys import to_official
 from maehub.tensorfile import read_tensors
+from maehub.verification import digest
 from maehub.weights import MEMBERS, find_model_folder, open_autoencoder, open_encoder, read_config, write_members
 
 log = logging.getLogger("maehub")
@@ -172,7 +173,7 @@ def _read(path: Path, heads: int | None, decoder_heads: int | None, target: Targ
     dropped = beside + official.dropped
     if dropped:
         log.info("%s: left out %s", file, ", ".join(dropped))
-    origin = Origin(file.name if file == path else path.name, sha256=sha256_file(file))
+    origin = _origin(file, file.name if file == path else path.name)
     if config is None:
         network = infer_config(official.state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(file))
         return _Source(official.state, network, None, origin, str(file), dropped)
@@ -180,6 +181,13 @@ def _read(path: Path, heads: int | None, decoder_heads: int | None, target: Targ
     if known.origin:
         origin = Origin(known.origin.name, known.origin.revision, origin.sha256, known.origin.licence)
     return _Source(official.state, known.config, known.preprocess, origin, str(file), dropped)
+
+
+def _origin(file: Path, name: str) -> Origin:
+    """Where a file comes from: a published one is known by its content, and so is its licence."""
+    hashes = digest(file, "md5")
+    info = published_as(hashes.sha256, hashes.other)
+    return Origin(info.name if info else name, sha256=hashes.sha256, licence=info.licence if info else "")
 
 
 def _find(path: Path) -> tuple[Path | None, Path]:

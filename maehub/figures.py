@@ -21,7 +21,7 @@ from maehub.drawing import Bar, as_rgb, compose, heat, over_patches, save_figure
 from maehub.encoder import Encoder
 from maehub.errors import UsageError
 from maehub.images import Preprocess
-from maehub.masking import Strategy, covering_masks, make_masks
+from maehub.masking import Strategy, covering_masks, make_masks, one_seed
 from maehub.patches import grid_size, patchify
 from maehub.pictures import (
     ImageSource,
@@ -237,7 +237,7 @@ def reconstruct(
     size, patch_size = (pixels.shape[0], pixels.shape[1]), autoencoder.config.encoder.patch_size
     grid = grid_size(*size, patch_size)
     if mask is None:
-        masked = make_masks(strategy, torch.tensor([seed], dtype=torch.int64), grid, mask_ratio)
+        masked = make_masks(strategy, one_seed(seed), grid, mask_ratio)
     else:
         hidden = given_mask(mask, picture_size(picture), preprocess, size, grid)
         masked = torch.tensor(hidden).flatten()[None]

@@ -42,6 +42,17 @@ def sample_seed(seed: int, epoch: int, sample: int, view: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def one_seed(seed: int) -> Tensor:
+    """A seed as `make_masks` takes them: (1,) int64.
+
+    Raises:
+        UsageError: it does not fit into 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise UsageError(f"a seed must be a number of 64 bits, from -2**63 to 2**63 - 1, not {seed}")
+    return torch.tensor([seed], dtype=torch.int64)
+
+
 def random_bits(seeds: Tensor, count: int) -> Tensor:
     """Counter-based random numbers: (B,) int64 seeds to (B, count) int64 in [0, 2⁶³), on the device of ``seeds``."""
     counter = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device)
@@ -115,7 +126,7 @@ def covering_masks(seed: int, patches: int, mask_ratio: float = 0.75) -> Tensor:
     hidden = patches - kept
     if not hidden:
         raise UsageError(f"a mask_ratio of {mask_ratio} hides none of {patches} patches, so nothing can be covered")
-    order = random_bits(torch.tensor([seed]), patches)[0].argsort(stable=True)
+    order = random_bits(one_seed(seed), patches)[0].argsort(stable=True)
     step = min(kept, hidden)
     starts = torch.arange(math.ceil(patches / step)) * step
     places = (starts[:, None] + torch.arange(hidden)) % patches  # (M, hidden), around the end

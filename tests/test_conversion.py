@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch.torch_version import TorchVersion
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 import maehub
+from maehub import catalog
 from maehub.conversion import convert, read_pickle
 from maehub.encoder import PRESETS, Encoder, Origin
 from maehub.errors import IntegrityError, UsageError
@@ -318,3 +320,15 @@ def test_what_cannot_be_known_or_done_is_said_before_any_work(autoencoder, tmp_p
         convert(tmp_path / "two", tmp_path / "out", **SAID)
     convert(source, tmp_path / "out", **SAID)
     convert(source, tmp_path / "out", **SAID, overwrite=True)
+
+
+def test_a_published_file_keeps_its_licence(tmp_path, monkeypatch):
+    path = tmp_path / "mine.safetensors"
+    write_tensors(path, official(make_encoder(TINY)))
+    row = catalog.model_info("vit-b")
+    source = replace(row.sources[-1], md5=hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()[:6])
+    monkeypatch.setattr(catalog, "_models", lambda: {"vit-b": replace(row, sources=(source,))})
+    convert(path, tmp_path / "out", heads=TINY.heads)
+    origin = open_encoder(tmp_path / "out").origin
+    assert (origin.name, origin.licence) == ("vit-b", "CC-BY-NC-4.0")
+    assert "license: cc-by-nc-4.0" in (tmp_path / "out" / "README.md").read_text()

@@ -165,6 +165,6 @@ _RULES = {
     "precision": _one_of(Precision),
     "checkpoint_every": _whole(1),
     "validate_every": _whole(1),
-    "seed": _whole(0),
+    "seed": _Rule(lambda value: type(value) is int and -(2**63) <= value < 2**63, "a whole number of 64 bits"),
     "workers": _whole(0),
 }

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -225,7 +225,7 @@ def _readable(batch: Batch | DataError) -> Batch:
     return batch
 
 
-def _as_is(batch: Batch | DataError) -> Batch | DataError:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
