@@ -5,6 +5,7 @@ torch is imported inside the commands, so that ``--help``, ``list`` and a mistyp
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -17,16 +18,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
 from maehub import __version__, arguments
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, MaehubError, UsageError
 from maehub.files import write_error
 from maehub.locating import locate
+from maehub.parsing import parsed
 
 EMBEDDED_PHOTO = Path(__file__).parent / "assets" / "cat.jpg"
-
-_MOST_LINES = 10  # of a complaint of the parser
 
 
 class Shared(NamedTuple):
@@ -147,7 +145,8 @@ def run_reconstruct(config: arguments.Reconstruct, shared: Shared) -> int:
     if not config.mask_ratio:
         raise UsageError("--mask-ratio takes at least one number, such as 0.75")
     size = _size(config.image_size)
-    images = [image for source in config.images or (str(EMBEDDED_PHOTO),) for image in _pictures(source)]
+    sources = config.images or (str(EMBEDDED_PHOTO),)
+    images = list(dict.fromkeys(image for source in sources for image in _pictures(source)))
     one_each = config.out.is_dir() or not config.out.suffix
     outs = _figure_paths(images, config.out) if one_each else [config.out]
     _refuse_taken(outs, config.overwrite)
@@ -268,44 +267,12 @@ def _run(words: list[str], shared: Shared) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"there is no command {name[:80]!r}; {hint}")
-    config = _parsed(name, rest)
-    return EXIT_DONE if config is None else COMMANDS[name].run(config, shared)
-
-
-def _parsed(name: str, words: list[str]) -> Any:
-    """The arguments of a command; None if they asked for help, which was shown."""
-    module, _, config_class = COMMANDS[name].config.partition(":")
-    kind = getattr(import_module(module), config_class)
-    if any(word.startswith("--tyro") for word in words):  # flags of the parser's own, which write files
-        raise UsageError(f"maehub {name} has no --tyro flags")
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            flags = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-            return tyro.cli(kind, args=words, prog=f"maehub {name}", config=flags)
-    except SystemExit as stop:
-        if stop.code:
-            cause = stop.__context__
-            while cause is not None:
-                if isinstance(cause, MaehubError):  # of a class that checks its own values
-                    raise cause from None
-                cause = cause.__context__
-            lines = [*_unframed(complaint.getvalue()), f"`maehub {name} --help` shows what it takes"]
-            raise UsageError("\n".join(lines)) from None
+    module, _, kind = COMMANDS[name].config.partition(":")
+    config = parsed(name, getattr(import_module(module), kind), rest)
+    if config is None:
         print(_SHARED_HELP)
-        return None
-
-
-def _unframed(panel: str) -> list[str]:
-    """What the parser complains about, without its frame and its pointers to help."""
-    lines: list[str] = []
-    for line in panel.splitlines()[1:]:
-        text = line.strip("│|").removeprefix(" ").rstrip()
-        if text and set(text) <= set("─-╰╯+"):
-            break
-        if text:
-            lines.append(text)
-    return [*lines[: _MOST_LINES - 1], "…"] if len(lines) > _MOST_LINES else lines
+        return EXIT_DONE
+    return COMMANDS[name].run(config, shared)
 
 
 def _overview() -> str:
@@ -336,16 +303,17 @@ def _pictures(source: str) -> list[str]:
 
 
 def _figure_paths(images: list[str], folder: Path) -> list[Path]:
-    """A figure in the folder for each picture, which is made now; pictures of one name get their folders' too."""
+    """A figure for each picture, in a folder that is made now; pictures of one name are numbered."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    stems = [Path(image).stem for image in images]
-    full = [image.strip("/").replace("/", "_") for image in images]
-    names = [stem if stems.count(stem) == 1 else whole for stem, whole in zip(stems, full, strict=True)]
+    names: dict[str, None] = {}
+    for stem in (Path(image).stem for image in images):
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = None
     return [folder / f"{name}_mae.png" for name in names]
 
 

@@ -157,7 +157,7 @@ def check_figure(path: str | Path) -> str:
         raise UsageError(f"{path} cannot be written: the folder {path.parent} does not exist")
     if path.is_dir():
         raise UsageError(f"{path} cannot be written: it is a folder")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return kind
 

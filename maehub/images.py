@@ -39,7 +39,7 @@ def read_pixels(
     """A file straight to ``preprocess.pixels``: (H, W, C) uint8.
 
     Unless ``exact_decode``, JPEGs are decoded at a smaller size that is large enough, and only the pixels inside the
-    crop are resampled, which rounds a few of them to the next grey level.
+    crop are resampled, which moves some of them by a grey level or two.
 
     Raises:
         DataError: it cannot be read, or the model takes a number of channels that files do not have.
@@ -263,8 +263,8 @@ class Preprocess:
         if exact and max(scaled) <= _LONGEST_SCALED * min(scaled):
             whole = image.resize(scaled[::-1], method, box=content)
             return whole.crop((left, top, left + self.size[1], top + self.size[0]))
-        # In one step that computes only what is inside the crop. Pillow keeps the box in single precision, so a few
-        # pixels round the other way.
+        # In one step that computes only what is inside the crop. Pillow keeps the box in single precision and may take
+        # rows and columns in the other order, so some pixels round the other way.
         across, down = (content[2] - content[0]) / scaled[1], (content[3] - content[1]) / scaled[0]
         box = (left * across, top * down, (left + self.size[1]) * across, (top + self.size[0]) * down)
         shifted = (box[0] + content[0], box[1] + content[1], box[2] + content[0], box[3] + content[1])

@@ -557,3 +557,14 @@ def test_importing_images_imports_no_torch():
     code = "import sys, maehub.images, maehub.reading; print('torch' in sys.modules, 'torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_computing_only_the_crop_moves_pixels_by_two_grey_levels_at_most(tmp_path, size):
+    photo(*size).save(tmp_path / "x.png")
+    transform = Preprocess.evaluation(224)
+    exact = read_pixels(tmp_path / "x.png", transform, exact_decode=True).astype(int)
+    quick = read_pixels(tmp_path / "x.png", transform)
+    assert np.abs(exact - quick).max() <= 2
+    assert np.abs(exact - quick).mean() < 0.5
+    assert abs((exact - quick).mean()) < 0.01

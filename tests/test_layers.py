@@ -30,7 +30,7 @@ LAYERS = [
     {"sources", "reading", "features", "feature_files", "feature_store"}
     | {"figures", "pictures", "drawing", "statistics"},
     {"train"},
-    {"arguments", "cli", "__main__"},
+    {"arguments", "parsing", "cli", "__main__"},
 ]
 TORCH_FREE = {
     "errors",
@@ -41,6 +41,7 @@ TORCH_FREE = {
     "verification",
     "locating",
     "arguments",
+    "parsing",
     "cli",
     "__main__",
     "__init__",

@@ -88,9 +88,10 @@ def equal(left, right):
 @pytest.fixture(scope="module")
 def undisturbed(pictures, tmp_path_factory):
     """A run of all steps at once."""
-    PRESETS["vit-tiny"] = TINY
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    pretrain(settings_of(pictures, run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "vit-tiny", TINY)
+        pretrain(settings_of(pictures, run))
     return run
 
 
@@ -230,6 +231,7 @@ def test_row_53_the_comparison_notices_a_lost_part_of_the_state(pictures, tmp_pa
 
 SCRIPT = """
 import sys
+import time
 from pathlib import Path
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, pretrain, pretraining
@@ -239,9 +241,10 @@ if __name__ == "__main__":
     def rate(step, *rest):
         if step == 4:  # wait here to be killed
             Path(sys.argv[2], "here").touch()
-            import time
-            for _ in range(3000):
+            for _ in range(6000):
                 time.sleep(0.01)
+                if Path(sys.argv[2], "go").exists():
+                    break
         return real(step, *rest)
     if "--wait" in sys.argv:
         pretraining.learning_rate = rate
@@ -257,30 +260,30 @@ if __name__ == "__main__":
 def waiting(pictures, tmp_path):
     """A run in a process of its own that stands in its fifth step, and its folder."""
     run = tmp_path / "run"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(pictures), str(run), "--wait"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+    with open(tmp_path / "stderr", "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(pictures), str(run), "--wait"],
+            stderr=stderr,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
     until = time.monotonic() + 60
     while not (run / "here").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
         assert time.monotonic() < until
         time.sleep(0.02)
     (run / "here").unlink()
     yield process, run
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def test_row_53_and_61_kill_9_and_resume(pictures, waiting, undisturbed):
     process, run = waiting
     settings = settings_of(pictures, run, checkpoint_every=3, resume=True, workers=1)
-    with pytest.raises(UsageError, match="another process is training"):
-        pretrain(settings)
+    for flags in ({}, {"resume": False, "overwrite": True}):
+        with pytest.raises(UsageError, match="another process is training"):
+            pretrain(dataclasses.replace(settings, **flags))
     assert state(run) == {"state": "running", "exit_code": None, "last_good_step": 3, "reason": ""}
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -294,10 +297,11 @@ def test_row_53_and_61_kill_9_and_resume(pictures, waiting, undisturbed):
 
 def test_row_56_a_signal_to_the_whole_group_leaves_a_checkpoint(pictures, waiting, undisturbed):
     process, run = waiting
-    time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
+    time.sleep(0.3)  # long enough for a process that reads pictures to die, if it took it for its own
+    (run / "go").touch()
     process.wait(timeout=60)
-    assert process.returncode == 75, process.communicate()[1]
+    assert process.returncode == 75, (run.parent / "stderr").read_text()
     assert state(run) == {"state": "preempted", "exit_code": 75, "last_good_step": 5, "reason": ""}
     pretrain(settings_of(pictures, run, resume=True))
     assert losses(run) == losses(undisturbed)
@@ -383,7 +387,7 @@ def test_row_32_a_damaged_checkpoint_costs_time_and_nothing_else(pictures, tmp_p
             pretrain(settings_of(pictures, run, checkpoint_every=2))
     os.truncate(run / "checkpoints" / "step-4" / "model.safetensors", 100)
     pretrain(settings_of(pictures, run, checkpoint_every=2, resume=True))
-    assert caplog.text.count("damaged") == 1
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
     assert (run / "checkpoints" / "step-4.corrupt").is_dir()
     assert losses(run) == losses(undisturbed)
     assert equal(tensors(run), tensors(undisturbed))
@@ -412,14 +416,14 @@ def finished(pictures, tmp_path):
     return run
 
 
-def test_row_33_other_settings_are_refused_with_the_difference(pictures, finished):
+def test_row_33_other_settings_are_refused_with_the_difference(pictures, finished, monkeypatch):
     before = contents(finished)
     with pytest.raises(UsageError) as caught:
         pretrain(settings_of(pictures, finished, steps=3, resume=True, base_lr=0.1, mask_ratio=0.5))
     for difference in ("base_lr 0.05 → 0.1", "mask_ratio 0.75 → 0.5", "steps 2 → 3"):
         assert difference in str(caught.value)
     assert "seed" not in str(caught.value)
-    PRESETS["vit-tiny"] = dataclasses.replace(TINY, width=64)  # the same settings, another network behind the name
+    monkeypatch.setitem(PRESETS, "vit-tiny", dataclasses.replace(TINY, width=64))  # another network of the same name
     with pytest.raises(CheckpointError, match="another network"):
         pretrain(settings_of(pictures, finished, steps=2, resume=True, workers=1))
     assert contents(finished) == before
@@ -534,15 +538,14 @@ def test_row_58_a_run_that_diverges_keeps_its_last_good_checkpoint(pictures, tmp
     with pytest.raises(DivergedError) as caught:
         pretrain(settings_of(pictures, run, checkpoint_every=3))
     assert caught.value.exit_code == 7
-    good = 3 if step > 2 else None
+    good = step // 3 * 3 or None
     ended = state(run)
     assert (ended["state"], ended["exit_code"], ended["last_good_step"]) == ("diverged", 7, good)
     assert not (run / "model").exists()
-    kept = sorted((run / "checkpoints").glob("*")) if good else []
-    assert [path.name for path in kept] == ["step-3"] * bool(good)
-    for folder in kept:
-        values = [value for name in tensors(run, 3).values() for value in name.values()]
-        assert all(value.isfinite().all() for value in values), folder
+    kept = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("*")]
+    assert max(kept, default=None) == good
+    for step in kept:
+        assert all(value.isfinite().all() for part in tensors(run, step).values() for value in part.values())
     for line in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
 
@@ -586,7 +589,7 @@ def test_row_48_a_reading_process_that_fails_is_one_clear_error(pictures, tmp_pa
 
     def failing(path, **options):
         if os.getpid() != here:
-            os.kill(os.getpid(), signal.SIGKILL) if how == "dies" else time.sleep(60)
+            os.kill(os.getpid(), signal.SIGKILL) if how == "dies" else time.sleep(3)
         return real(path, **options)
 
     monkeypatch.setattr(data, "open_image", failing)
@@ -594,7 +597,7 @@ def test_row_48_a_reading_process_that_fails_is_one_clear_error(pictures, tmp_pa
     with pytest.raises(DataError, match=r"process that reads pictures failed: .*--workers") as caught:
         pretrain(settings_of(pictures, tmp_path / "run", workers=1))
     assert caught.value.exit_code == 5
-    assert ("Killed" if how == "dies" else "timed out") in str(caught.value)
+    assert any(word in str(caught.value) for word in (["Killed", "exited"] if how == "dies" else ["timed out"]))
     assert str(caught.value).count("\n") < 6
     assert state(tmp_path / "run")["state"] == "failed"
 
@@ -852,6 +855,7 @@ def test_crops_cover_the_area_and_have_the_aspect_that_they_should():
     assert 3 / 4 - 0.02 < aspect.min() < 0.8
     assert 1.25 < aspect.max() < 4 / 3 + 0.02
     assert abs(np.log(aspect).mean()) < 0.05
+    assert len(set(boxes)) > 390
     centre = (left + right) / 2
     assert abs(centre.mean() - 320) < 15
     assert np.ptp(centre) > 300
@@ -879,8 +883,6 @@ def test_a_crop_is_a_pure_function_of_its_seed_at_any_size(seed, width, height):
     assert first.shape == (32, 32, 3)
     assert first.dtype == np.uint8
     assert np.array_equal(first, second)
-    if min(width, height) > 20:
-        assert not np.array_equal(first, random_crop(picture, VIEW, seed ^ 1))
 
 
 def test_a_crop_holds_the_pixels_of_its_box():

@@ -6,6 +6,7 @@ has one that differs from its manifest was damaged later. No pickle is involved.
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,7 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
         shutil.rmtree(remains, ignore_errors=True)
     parts = {_MODEL: model.state_dict(), _OPTIMIZER: _optimizer_tensors(model, optimizer)}
     for name, tensors in parts.items():
-        try:
-            check_finite(tensors, f"{name} of step {progress.step}")
-        except IntegrityError as error:
-            raise DivergedError(f"{error}. It was not saved; older checkpoints are. Try a lower --base-lr.") from error
+        check_converging(tensors, f"{name} of step {progress.step}")
     free_space_guard(checkpoints, sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values()))
     folder = checkpoints / f"step-{progress.step}"
     with whole_folder(folder, overwrite=False, members=()) as staging:
@@ -69,6 +67,18 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
         except OSError as error:
             log.warning("the old checkpoint of step %d cannot be deleted: %s", step, error)
     return folder
+
+
+def check_converging(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights or optimizer state with NaN or infinity.
+
+    Raises:
+        DivergedError: the text names the tensors.
+    """
+    try:
+        check_finite(tensors, what)
+    except IntegrityError as error:
+        raise DivergedError(f"{error}. Not saved; checkpoints before it are kept. Try a lower --base-lr.") from error
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, Progress] | None:

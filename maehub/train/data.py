@@ -186,7 +186,8 @@ def training_batches(
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # torch has no class of its own for a worker's death
             raise
-        reason = str(error).splitlines()[0].strip(" .")
+        signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
+        reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
         raise DataError(
             f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
             "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."

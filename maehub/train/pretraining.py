@@ -21,7 +21,7 @@ from maehub.hub import load_autoencoder, usable_device
 from maehub.images import Preprocess
 from maehub.locating import locate
 from maehub.sources import Samples, find_images
-from maehub.train.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from maehub.train.checkpoint import Progress, check_converging, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.config import PretrainConfig
 from maehub.train.data import Batch, StepKeys, View, training_batches, validation_batch, worker_count
 from maehub.train.log import RunLog, check_run_folder, run_state
@@ -106,13 +106,16 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 
                 done, stopping = step + 1, stop.exit_code
                 run.log(done, loss.detach(), rate)
-                if done % config.validate_every == 0 or done == steps:
-                    run.flush()  # raises on a loss that is not finite, before anything is made of it
+                drawing = done % config.validate_every == 0 or done == steps
+                saving = done % config.checkpoint_every == 0 or done == steps or stopping
+                if drawing or saving:  # from what has diverged, nothing is made
+                    run.flush()
+                    check_converging(model.state_dict(), f"the weights after step {done}")
+                if drawing:
                     _draw(model, shown, preprocess, config, run.folder / "pictures" / f"step-{done}.png")
                     if fixed:
                         run.note(done, val_loss=_validate(model, preprocess, fixed, kept, autocast, config.batch_size))
-                if done % config.checkpoint_every == 0 or done == steps or stopping:
-                    run.flush()
+                if saving:
                     save_checkpoint(run.folder, model, optimizer, replace(start, step=done))
                     run.saved(done)
                 if stopping and done < steps:
