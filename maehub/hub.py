@@ -4,7 +4,6 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from maehub.conversion import read_pickle
 from maehub.encoder import Encoder, Origin
 from maehub.errors import UsageError
 from maehub.fetching import PathLike
-from maehub.files import atomic_write
+from maehub.files import atomic_write, write_error
 from maehub.keys import to_official
 from maehub.locating import Located, locate
 from maehub.patches import Size
@@ -84,7 +83,8 @@ def load(
     encoder = open_encoder(
         found.path, config=found.config, heads=heads or found.heads, wanted=wanted, origin=found.origin
     )
-    found.loaded()
+    if classes is None:  # the file's own head was looked at too
+        found.loaded()
     return encoder
 
 
@@ -155,7 +155,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # some devices can only be named
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UsageError(f"device {name} cannot be used here: {reason}; cpu always can, auto chooses") from error
@@ -170,6 +170,7 @@ class _Found:
     path: Path
     config: Path | None
     origin: Origin | None
+    want: Want
     heads: int | None = None
     target: Target | None = None
     image_size: Size | None = None  # where it is not that of the file
@@ -179,12 +180,12 @@ class _Found:
     @property
     def finite(self) -> bool:
         """Whether NaN and infinity were looked for before, and the file is unchanged."""
-        return self.stamps is not None and known_finite(self.path, self.stamps)
+        return self.stamps is not None and known_finite(self.path, self.stamps, self.want)
 
     def loaded(self) -> None:
         """Remember that the weights are finite, which loading has checked."""
         if self.stamps is not None:
-            mark_finite(self.path, self.stamps)
+            mark_finite(self.path, self.stamps, self.want)
 
 
 def _find(
@@ -202,9 +203,9 @@ def _find(
     if fetched:
         origin = Origin(located.name, fetched.revision, fetched.sha256, fetched.licence)
         if fetched.format == "pickle":
-            path = _converted(path, fetched.sha256, cache_folder(cache_dir))
+            path = _converted(path, fetched.sha256, cache_folder(cache_dir), verify)
     stamps = cache_folder(cache_dir) if fetched else None
-    found = _Found(located.name, path, fetched.config if fetched else None, origin, stamps=stamps)
+    found = _Found(located.name, path, fetched.config if fetched else None, origin, want, stamps=stamps)
     if info:
         resized = info.image_size if info.image_size != info.native_size else None
         target = info.target if info.role == "autoencoder" else None
@@ -219,8 +220,15 @@ def _find(
     return found
 
 
-def _wanted(found: _Found, image_size: int | Size | None, *departures: Any) -> Wanted:
-    channels, classes, positions, dtype, device = departures
+def _wanted(
+    found: _Found,
+    image_size: int | Size | None,
+    channels: int | None,
+    classes: int | None,
+    positions: ResizeRule,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Wanted:
     return Wanted(
         image_size=found.image_size if image_size is None else image_size,
         channels=channels,
@@ -232,13 +240,16 @@ def _wanted(found: _Found, image_size: int | Size | None, *departures: Any) -> W
     )
 
 
-def _converted(pickle: Path, sha256: str, cache: Path) -> Path:
+def _converted(pickle: Path, sha256: str, cache: Path, afresh: bool) -> Path:
     """The safetensors of one of the catalog's official pickles, written once beside the other things of the cache."""
     path = cache / "converted" / f"{sha256}.safetensors"
-    if not path.exists():
+    if afresh or not path.exists():
         log.info("converting %s to safetensors, once", pickle.name)
         state = to_official(read_pickle(pickle)[0]).state
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(path, error) from error
         with atomic_write(path) as temporary:
             temporary.unlink()  # it is written as a new file
             write_tensors(temporary, state, {"format": "pt", "source_sha256": sha256})

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from maehub.catalog import Source
+from maehub.catalog import Source, Want
 from maehub.files import atomic_write
 
 logger = logging.getLogger("maehub")
@@ -101,17 +101,17 @@ def _write(path: Path, cache: Path, record: dict[str, object]) -> None:
         logger.debug("no stamp for %s: %s", path, error)
 
 
-def known_finite(path: Path, cache: Path) -> bool:
-    """Whether the tensors of a file that did not change since were found free of NaN and infinity."""
+def known_finite(path: Path, cache: Path, part: Want) -> bool:
+    """Whether the tensors of a part of a file that did not change since were found free of NaN and infinity."""
     record = _record(path, cache)
-    return bool(record and record.get("finite") is True and record["state"] == file_state(path))
+    return bool(record and record.get("finite") in (part, "autoencoder") and record["state"] == file_state(path))
 
 
-def mark_finite(path: Path, cache: Path) -> None:
+def mark_finite(path: Path, cache: Path, part: Want) -> None:
     """Record that, in the stamp of an unchanged file; without one nothing is recorded."""
     record = _record(path, cache)
-    if record and record["state"] == file_state(path):
-        _write(path, cache, record | {"finite": True})
+    if record and record["state"] == file_state(path) and not known_finite(path, cache, part):
+        _write(path, cache, record | {"finite": part})
 
 
 def remove_stamp(path: Path, cache: Path) -> None:

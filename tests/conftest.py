@@ -27,13 +27,14 @@ def hub(monkeypatch, tmp_path):
 
     Child processes: `env=hub.env()`, which names the same caches.
     """
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session, constants, hf_api
 
     with HubServer() as server:
         for name, value in server.env().items():
             if os.environ.get(name) != value:
                 monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # what transformers asks through
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", server.env()["HF_HUB_CACHE"])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -48,6 +49,15 @@ def pictures(tmp_path_factory):
             pixels = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=2) * 255
             Image.fromarray(pixels.astype(np.uint8)).save(folder / split / "a" / f"{number}.png")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Sums depend on how many threads share them, so runs that are compared bit by bit have the same number: one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +174,14 @@ def test_no_validation_pictures_give_no_validation_loss(pictures, tmp_path):
     pretrain(settings_of(pictures / "train", run, steps=2))
     assert [set(line) & {"loss", "val_loss"} for line in lines(run)] == [{"loss"}, {"loss"}]
     assert (run / "pictures" / "step-2.png").is_file()
+
+
+def test_the_rate_is_that_of_the_steps_alone(pictures, tmp_path, monkeypatch):
+    real = pretraining._draw
+    monkeypatch.setattr(pretraining, "_draw", lambda *arguments: time.sleep(0.3) or real(*arguments))
+    pretrain(settings_of(pictures / "train", tmp_path / "run", steps=4, validate_every=1))
+    rates = [line["images_per_second"] for line in lines(tmp_path / "run")]
+    assert max(rates[1:]) > 6 / 0.3
 
 
 def test_epochs_are_passes_over_the_pictures(pictures, tmp_path):
@@ -571,6 +589,7 @@ def test_a_broken_picture_is_named(pictures, tmp_path, workers, cache):
     ended = state(run)
     assert (ended["state"], ended["exit_code"]) == ("failed", 5)
     assert "broken.png" in ended["reason"]
+    assert not multiprocessing.active_children()
 
 
 def test_a_broken_validation_picture_is_named_before_anything_is_written(pictures, tmp_path):
@@ -585,11 +604,14 @@ def test_a_broken_validation_picture_is_named_before_anything_is_written(picture
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_row_48_a_reading_process_that_fails_is_one_clear_error(pictures, tmp_path, monkeypatch, how):
-    here, real = os.getpid(), data.open_image
+    here, real, slept = os.getpid(), data.open_image, []
 
     def failing(path, **options):
         if os.getpid() != here:
-            os.kill(os.getpid(), signal.SIGKILL) if how == "dies" else time.sleep(3)
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not slept:  # once, or the process outlives the test
+                slept.append(time.sleep(3))
         return real(path, **options)
 
     monkeypatch.setattr(data, "open_image", failing)
@@ -600,6 +622,7 @@ def test_row_48_a_reading_process_that_fails_is_one_clear_error(pictures, tmp_pa
     assert any(word in str(caught.value) for word in (["Killed", "exited"] if how == "dies" else ["timed out"]))
     assert str(caught.value).count("\n") < 6
     assert state(tmp_path / "run")["state"] == "failed"
+    assert not multiprocessing.active_children()
 
 
 def test_row_30_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(pictures, tmp_path, monkeypatch):

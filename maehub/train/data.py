@@ -8,6 +8,7 @@ a sample follow from (seed, epoch, sample id). So a resumed run, and one with ot
 import contextlib
 import math
 import os
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -181,10 +182,13 @@ def training_batches(
         worker_init_fn=_own_group,
         multiprocessing_context="fork" if workers else None,
     )
+    batches = (_readable(batch) for batch in loader)
     try:
-        yield (_readable(batch) for batch in loader)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):  # torch has no class of its own for a worker's death
+        yield batches
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # what has ended by it holds the processes, which end when let go
+        # torch has no class of its own for a worker's death.
+        if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
             raise
         signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
         reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
@@ -192,6 +196,8 @@ def training_batches(
             f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
             "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
         ) from error
+    finally:
+        batches.close()
 
 
 def validation_batch(samples: Samples, view: View, count: int, seed: int) -> Batch:

@@ -120,7 +120,7 @@ class RunLog:
         with atomic_write(self.folder / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=hide_bar or None)
-        self._clock = time.perf_counter()
+        self.restart_clock()
 
     def log(self, step: int, loss: Tensor, rate: float) -> None:
         """Remember a step that is done; written every few steps, since reading the loss waits for the device."""
@@ -142,6 +142,7 @@ class RunLog:
         speed = round(len(losses) * self.batch_size / (time.perf_counter() - self._clock), 1)
         for step, loss in zip(steps, losses, strict=True):
             self.note(step.number, loss=loss, lr=step.rate, images_per_second=speed)
+        self.restart_clock()
         if self._bar is not None:
             self._bar.update(len(losses))
             self._bar.set_postfix(loss=f"{losses[-1]:.4f}", images_per_second=speed, refresh=False)
@@ -152,20 +153,22 @@ class RunLog:
             )
 
     def note(self, step: int, **values: float) -> None:
-        """Write one object to metrics.jsonl. What was done for it does not count as time of the next step."""
+        """Write one object to metrics.jsonl."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             self._metrics.write(json.dumps({"step": step} | finite).encode() + b"\n")
             self._metrics.flush()
         except OSError as error:
             raise write_error(self.folder / _METRICS, error) from error
+
+    def restart_clock(self) -> None:
+        """What was done since the last step does not count as time of the next one."""
         self._clock = time.perf_counter()
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step is on the disk."""
         self.last_saved = step
         self._write_state("running", None)
-        self._clock = time.perf_counter()
 
     def finish(self, state: str, exit_code: int) -> None:
         """The run ends here, and not by an error."""

@@ -108,16 +108,17 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
                 run.log(done, loss.detach(), rate)
                 drawing = done % config.validate_every == 0 or done == steps
                 saving = done % config.checkpoint_every == 0 or done == steps or stopping
-                if drawing or saving:  # from what has diverged, nothing is made
+                if drawing or saving:
                     run.flush()
                     check_converging(model.state_dict(), f"the weights after step {done}")
-                if drawing:
-                    _draw(model, shown, preprocess, config, run.folder / "pictures" / f"step-{done}.png")
-                    if fixed:
+                    if drawing:
+                        _draw(model, shown, preprocess, config, run.folder / "pictures" / f"step-{done}.png")
+                    if drawing and fixed:
                         run.note(done, val_loss=_validate(model, preprocess, fixed, kept, autocast, config.batch_size))
-                if saving:
-                    save_checkpoint(run.folder, model, optimizer, replace(start, step=done))
-                    run.saved(done)
+                    if saving:
+                        save_checkpoint(run.folder, model, optimizer, replace(start, step=done))
+                        run.saved(done)
+                    run.restart_clock()
                 if stopping and done < steps:
                     run.finish("preempted", stopping)
                     return PretrainResult(config.out, done, stopping)

@@ -1,0 +1,144 @@
+"""The same on a GPU as on the CPU; every test is skipped where there is none."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peers import images, make_autoencoder, make_encoder
+
+import maehub
+from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.cli import main
+from maehub.encoder import Encoder, EncoderConfig
+from maehub.masking import kept_count, make_masks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ASSETS = Path(maehub.__file__).parent / "assets"
+SMALL = EncoderConfig(64, 8, 3, 128, 3, 4)
+SMALL_MAE = AutoencoderConfig(SMALL, 64, 2, 4, "normalised_pixels")
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """TF32 has 10 bits; these tests compare float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+    torch.compiler.reset()
+
+
+def on_gpu(model):
+    return copy.deepcopy(model).cuda()
+
+
+def close(ours, theirs, tolerance=1e-4):
+    ours, theirs = ours.float().cpu(), theirs.float()
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() <= tolerance
+
+
+@pytest.mark.parametrize("strategy", ["random", "block", "grid"])
+def test_masks_are_the_same(strategy):
+    seeds = torch.tensor([0, 1, -5, 2**62])
+    on_cpu = make_masks(strategy, seeds, (14, 14))
+    on_device = make_masks(strategy, seeds.cuda(), (14, 14))
+    assert on_device.is_cuda
+    assert torch.equal(on_device.cpu(), on_cpu)
+
+
+@torch.inference_mode()
+def test_forwards_are_the_same():
+    encoder, mae, pictures = make_encoder(SMALL), make_autoencoder(SMALL_MAE), images(SMALL, 4)
+    close(on_gpu(encoder)(pictures.cuda()), encoder(pictures))
+    for pool in ("cls", "mean", "cls+mean", "tokens", "map"):
+        theirs = encoder.features(pictures, pool=pool, layers=[0, -1])
+        close(on_gpu(encoder).features(pictures.cuda(), pool=pool, layers=[0, -1]), theirs)
+    close(on_gpu(encoder).attention(pictures.cuda()), encoder.attention(pictures))
+    ours, theirs = on_gpu(mae)(pictures.cuda(), seeds=[1, 2, 3, 4]), mae(pictures, seeds=[1, 2, 3, 4])
+    assert torch.equal(ours.masked.cpu(), theirs.masked)
+    close(ours.prediction, theirs.prediction)
+    close(ours.loss, theirs.loss)
+    wide = images(SMALL, 2, (64, 96))
+    close(on_gpu(encoder)(wide.cuda()), encoder(wide))  # positions are resized on the device
+
+
+def test_losses_and_gradients_are_the_same():
+    mae, pictures = make_autoencoder(SMALL_MAE), images(SMALL, 4)
+    other = on_gpu(mae)
+    masked = make_masks("random", torch.arange(4), SMALL.grid)
+    loss, on_device = mae.loss(pictures, masked), other.loss(pictures.cuda(), masked.cuda())
+    close(on_device, loss)
+    loss.backward()
+    on_device.backward()
+    largest = max(value.grad.abs().max().item() for value in mae.parameters() if value.grad is not None)
+    for value, same in zip(mae.parameters(), other.parameters(), strict=True):
+        if value.grad is not None:
+            assert (value.grad - same.grad.cpu()).abs().max().item() <= 1e-3 * largest
+
+
+def test_bfloat16_is_near():
+    """A fresh model, as training begins with; peaked attention would enlarge every rounding."""
+    torch.manual_seed(0)
+    mae, pictures = MaskedAutoencoder(SMALL_MAE).cuda(), images(SMALL, 16).cuda()
+    masked = make_masks("random", torch.arange(16), SMALL.grid).cuda()
+    with torch.no_grad():
+        exact = mae.loss(pictures, masked)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            near = mae.loss(pictures, masked)
+    assert near.dtype == torch.float32  # losses are
+    assert abs(near.item() / exact.item() - 1) < 0.01
+
+
+@torch.inference_mode()
+def test_an_encoder_compiles_in_one_graph():
+    encoder, pictures = on_gpu(make_encoder(SMALL)), images(SMALL, 4).cuda()
+    close(torch.compile(encoder, fullgraph=True)(pictures), encoder(pictures).cpu())
+
+
+def test_the_training_loss_compiles_in_one_graph():
+    mae, pictures = on_gpu(make_autoencoder(SMALL_MAE)), images(SMALL, 4).cuda()
+    masked = make_masks("random", torch.arange(4), SMALL.grid).cuda()
+    kept = kept_count(masked.shape[1], 0.75)
+    loss = torch.compile(mae.loss, fullgraph=True)(pictures, masked, kept=kept)
+    close(loss, mae.loss(pictures, masked, kept=kept).detach().cpu())
+    loss.backward()
+    assert all(value.grad.isfinite().all() for value in mae.parameters() if value.grad is not None)
+
+
+def test_features_and_reconstructions_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder = maehub.load("vit-nano")
+    on_device = maehub.load("vit-nano", device="cuda")
+    assert isinstance(on_device, Encoder)
+    assert {value.device.type for value in on_device.parameters()} == {"cuda"}
+    options = {"workers": 0, "progress": False}
+    ours = maehub.extract_features(on_device, ASSETS, **options).features
+    theirs = maehub.extract_features(encoder, ASSETS, **options).features
+    assert not ours.is_cuda
+    assert torch.nn.functional.cosine_similarity(ours, theirs).min() > 0.9999
+    half = maehub.load("vit-nano", device="cuda", dtype=torch.bfloat16)
+    assert torch.nn.functional.cosine_similarity(
+        maehub.extract_features(half, ASSETS, **options).features, theirs
+    ).min() > 0.99  # fmt: skip
+    panels = [
+        maehub.reconstruct(maehub.load_autoencoder("vit-nano", device=device), ASSETS / "cat.jpg")
+        for device in ("cuda", "cpu")
+    ]
+    assert (panels[0].mask == panels[1].mask).all()
+    assert panels[0].psnr == pytest.approx(panels[1].psnr, abs=0.05)
+
+
+def test_training_on_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", str(ASSETS), "-o", "run", "--steps", "3", "--batch-size", "4", "--workers", "0", "--json"]
+    assert main([*words, "--device", "cuda"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if "loss" in line]) == 3
+    assert main([*words, "--device", "cuda", "--resume"]) == 0
