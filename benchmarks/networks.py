@@ -163,7 +163,7 @@ def main() -> None:
     if options.device == "cpu":
         encoder_forward("cpu", torch.float32, 16, options.rounds, compiled=False)
         pretraining_step("cpu", 8, options.rounds, autocast=False, compiled=False)
-        mask_tokens("cpu", 4, max(5, options.rounds // 2), autocast=False)
+        mask_tokens("cpu", 2, options.rounds + 2, autocast=False)
         return
     for compiled in (False, True):
         encoder_forward("cuda", torch.bfloat16, 256, options.rounds * 3, compiled)

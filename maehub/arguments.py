@@ -81,7 +81,7 @@ class Features:
 
     source: Positional[Path]
     """A picture, or a folder searched at any depth."""
-    out: Out
+    out: Out = Path("features.safetensors")
     """File to write; its ending says how: .safetensors, .npz, .parquet or .csv."""
     model: Model = "vit-nano"
     """A catalog name, a Hub id, a folder or a .safetensors file."""

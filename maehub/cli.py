@@ -4,6 +4,7 @@ torch is imported inside the commands, so that ``--help``, ``list`` and a mistyp
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub import __version__, arguments
-from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, MaehubError, UsageError
+from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, CheckpointError, MaehubError, UsageError
 from maehub.files import write_error
 from maehub.locating import locate
 from maehub.parsing import parsed
@@ -149,14 +150,18 @@ def run_reconstruct(config: arguments.Reconstruct, shared: Shared) -> int:
     images = list(dict.fromkeys(image for source in sources for image in _pictures(source)))
     one_each = config.out.is_dir() or not config.out.suffix
     outs = _figure_paths(images, config.out) if one_each else [config.out]
-    _refuse_taken(outs, config.overwrite)
+    if taken := [out for out in outs if out.exists() and not config.overwrite]:
+        raise UsageError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
     found = locate(config.model, "autoencoder")
+    if one_each:
+        _make_folder(config.out)
 
-    from maehub.drawing import save_figure
+    from maehub.drawing import check_figure, save_figure
     from maehub.figures import error_map, grid, reconstruct
     from maehub.hub import load_autoencoder
     from maehub.opening import open_image
 
+    check_figure(outs[0])
     model = load_autoencoder(found, image_size=size, device=config.device)
     mask = open_image(config.mask_image, channels=1) if config.mask_image else None
 
@@ -248,6 +253,9 @@ def _complain(error: BaseException) -> int:
     if isinstance(error, MaehubError):
         print(f"maehub: {error}", file=sys.stderr)
         return error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        print(f"maehub: {error.filename or 'the output'}: {error.strerror}; --debug shows where", file=sys.stderr)
+        return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else CheckpointError.exit_code
     first = str(error).strip().split("\n")[0]
     print(f"maehub: {type(error).__name__}: {first}\nmaehub did not expect this; --debug shows where", file=sys.stderr)
     return MaehubError.exit_code
@@ -303,13 +311,7 @@ def _pictures(source: str) -> list[str]:
 
 
 def _figure_paths(images: list[str], folder: Path) -> list[Path]:
-    """A figure for each picture, in a folder that is made now; pictures of one name are numbered."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
+    """A figure in a folder for each picture; pictures of one name are numbered."""
     names: dict[str, None] = {}
     for stem in (Path(image).stem for image in images):
         numbered = (f"{stem}-{number}" for number in itertools.count(2))
@@ -317,14 +319,13 @@ def _figure_paths(images: list[str], folder: Path) -> list[Path]:
     return [folder / f"{name}_mae.png" for name in names]
 
 
-def _refuse_taken(outs: list[Path], overwrite: bool) -> None:
-    """Refuse figures that cannot be written, before any work."""
-    from maehub.drawing import check_figure
-
-    for out in outs:
-        check_figure(out)
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out} exists; choose another --out, or replace it with --overwrite")
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
 
 
 def _numbers(figure: Any) -> dict[str, Any]:

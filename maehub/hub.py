@@ -183,8 +183,10 @@ class _Found:
         return self.stamps is not None and known_finite(self.path, self.stamps, self.want)
 
     def loaded(self) -> None:
-        """Remember that the weights are finite, which loading has checked."""
+        """At the first load of a download say what its licence forbids; remember that its weights are finite."""
         if self.stamps is not None:
+            if self.origin and "-nc" in self.origin.licence.lower() and not self.finite:
+                log.warning("%s: licence %s, no commercial use", self.name, self.origin.licence)
             mark_finite(self.path, self.stamps, self.want)
 
 

@@ -46,17 +46,17 @@ def locate(
     """
     if isinstance(source, Located):
         return source
-    name, path = os.fspath(source), Path(source).expanduser()
+    name, path = os.fspath(source), Path(os.path.expanduser(source))
     if isinstance(source, str) and is_model(name):
         info = resolve(name, want)
         found = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
         return Located(info.name, found.path, info, found)
-    if path.suffix in _PICKLES and path.is_file():
+    if path.suffix in _PICKLES and os.path.isfile(path):
         raise IntegrityError(
             f"{path} is a pickle, which can run code when it is opened, so it is not loaded. Nothing was read.\n"
             f"Convert it once, which does not run code: maehub convert {path} -o {path.with_suffix('')}"
         )
-    if path.exists():
+    if os.path.exists(path):  # unlike the method of a path, False for a name that is too long
         return Located(name, path)
     if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in (".safetensors", *_PICKLES):
         found = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)

@@ -29,10 +29,7 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Pretrain a masked autoencoder on a folder of pictures.
-
-    The defaults are the recipe of He et al. 2021, table 8, but for the batch.
-    """
+    """Pretrain a masked autoencoder by the recipe of He et al. 2021, table 8."""
 
     data: tyro.conf.Positional[Path]
     """Folder of pictures, any nesting. DIR/train and DIR/val are used as such where both exist."""
@@ -65,7 +62,7 @@ class PretrainConfig:
     epochs: Annotated[float | None, _default("as --steps says")] = None
     """Passes over the data; give this or --steps."""
     batch_size: int = 256
-    """Images a step, over all processes."""
+    """Images a step, over all processes; the paper's is 4096."""
     base_lr: float = 1.5e-4
     """Learning rate for 256 images a step; the rate is base_lr · batch_size / 256."""
     weight_decay: float = 0.05
