@@ -1,6 +1,6 @@
 """How long ``import maehub`` and the commands that need no torch take, as whole processes.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """The masked autoencoder of He et al. 2021, figure 1.
 
-    image ─ patchify ─┬─ visible patches ─ encoder ──┐
-                      │                              ├─ tokens of every patch ─ decoder ─ pixels of every patch
-                      └─ hidden patches ─ mask token ┘                                       │
-                            └───────────────────────────── target ──────────────── loss on hidden patches
+image ─ patchify ─┬─ visible patches ─ encoder ──┐
+                  │                              ├─ tokens of every patch ─ decoder ─ pixels of every patch
+                  └─ hidden patches ─ mask token ┘                                       │
+                        └───────────────────────────── target ──────────────── loss on hidden patches
 """
 
 from dataclasses import dataclass, field
@@ -192,9 +192,7 @@ class MaskedAutoencoder(nn.Module):
         patches = patches.float()
         return patches if self.config.target == "pixels" else normalise_patches(patches).patches
 
-    def _predict(
-        self, patches: Tensor, masked: Tensor, kept: int, grid: Size, wanted: Tensor | None = None
-    ) -> Tensor:
+    def _predict(self, patches: Tensor, masked: Tensor, kept: int, grid: Size, wanted: Tensor | None = None) -> Tensor:
         """Figure 1, from left to right: patches (B, N, P·P·C) to predictions of all or of the ``wanted`` ones."""
         encoder, decoder = self.encoder, self.decoder
         visible, hidden = split_index(masked, kept)
