@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rights import as_nobody, needs_root
 
 import maehub
 from maehub import arguments, cli
@@ -661,7 +662,7 @@ def test_row_85_outputs_are_refused_before_the_work(run, idle, photos, tmp_path,
     }
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="gives up root's rights for a moment")
+@needs_root
 @pytest.mark.parametrize(
     "words",
     [
@@ -678,11 +679,8 @@ def test_row_85_a_read_only_folder(run, idle, photos, tmp_path, words):
     maehub.save(maehub.load_autoencoder("vit-nano"), tmp_path / "nano")
     for above in (tmp_path, *list(tmp_path.parents)[:2], photos, *list(photos.parents)[:2]):
         above.chmod(0o755)
-    os.seteuid(65534)
-    try:
+    with as_nobody():
         code, out, err = run(*words.replace("PHOTOS", str(photos)).split())
-    finally:
-        os.seteuid(0)
     assert (code, out) == (6, []), err
     assert "Permission denied" in " ".join(err)
     assert [path.name for path in tmp_path.iterdir()] == ["nano"]
