@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from maehub.errors import UsageError
-from maehub.feature_files import Skipped, piece_rows
+from maehub.feature_files import piece_rows
 from maehub.files import atomic_write, write_error
 
 
@@ -165,8 +165,3 @@ class FeatureStore:
     def remove(self) -> None:
         """Delete the folder; the rows are elsewhere now."""
         shutil.rmtree(self.folder)
-
-
-def skipped_list(skipped: dict[int, str], paths: list[str]) -> list[Skipped]:
-    """With the paths of all samples."""
-    return [Skipped(paths[index], reason) for index, reason in sorted(skipped.items())]

@@ -25,7 +25,7 @@ logger = logging.getLogger("maehub")
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST_CONFIG = 4_000_000  # bytes; real ones have a few hundred
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 class Verified(NamedTuple):
@@ -245,7 +245,7 @@ def _first_file(name: str, sources: list[Source], place: Place) -> Fetched:
         raise not_here(name, sources[0], place)
     if any(one.endswith(".safetensors.index.json") for one in names):
         raise HubError(f"the weights of {repo} are cut into several files, which maehub does not read yet")
-    if pickles := [one for one in names if one.endswith(_PICKLES)]:
+    if pickles := [one for one in names if one.endswith(PICKLE_ENDINGS)]:
         raise _only_safetensors(repo, pickles)
     wanted = " or ".join(source.filename for source in sources)
     raise HubError(f"{repo}@{revision[:12]} has no {wanted}\nits files: {', '.join(names[:12]) or 'not to be had'}")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from maehub.catalog import ModelInfo, Want, is_model, no_model, resolve
 from maehub.errors import IntegrityError, UsageError
-from maehub.fetching import Fetched, PathLike, fetch, fetch_repo
+from maehub.fetching import PICKLE_ENDINGS, Fetched, PathLike, fetch, fetch_repo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,16 @@ def locate(
         info = resolve(name, want)
         found = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
         return Located(info.name, found.path, info, found)
-    if path.suffix in _PICKLES and os.path.isfile(path):
+    if path.suffix in PICKLE_ENDINGS and os.path.isfile(path):
         raise IntegrityError(
             f"{path} is a pickle, which can run code when it is opened, so it is not loaded. Nothing was read.\n"
             f"Convert it once, which does not run code: maehub convert {path} -o {path.with_suffix('')}"
         )
     if os.path.exists(path):  # unlike the method of a path, False for a name that is too long
         return Located(name, path)
-    if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in (".safetensors", *_PICKLES):
+    if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in (".safetensors", *PICKLE_ENDINGS):
         found = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
         return Located(name, found.path, fetched=found)
-    if not isinstance(source, str) or path.suffix in (".safetensors", *_PICKLES) or "/" in name:
+    if not isinstance(source, str) or path.suffix in (".safetensors", *PICKLE_ENDINGS) or "/" in name:
         raise UsageError(f"there is no file or folder {name}, and it is no Hub id, which looks like user/repo")
     raise no_model(name)
