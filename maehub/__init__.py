@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from maehub.hub import load as load
     from maehub.hub import load_autoencoder as load_autoencoder
     from maehub.images import Preprocess as Preprocess
+    from maehub.inspection import check_data as check_data
+    from maehub.inspection import data_statistics as data_statistics
     from maehub.weights import save as save
 
 _HOMES = {
@@ -47,7 +49,9 @@ _HOMES = {
     "ModelInfo": "maehub.catalog",
     "Panels": "maehub.figures",
     "Preprocess": "maehub.images",
+    "check_data": "maehub.inspection",
     "convert": "maehub.conversion",
+    "data_statistics": "maehub.inspection",
     "download": "maehub.fetching",
     "extract_features": "maehub.features",
     "list_models": "maehub.catalog",

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from maehub.errors import UsageError
+
 
 def _default(meaning: str, metavar: str | None = None) -> object:
     """What ``--help`` says that an argument is if it is left out."""
@@ -135,3 +137,29 @@ class Reconstruct:
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     overwrite: Flag = False
     """Replace an existing figure."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Look at a data set before anything is trained on it."""
+
+    what: Annotated[Positional[Literal["check", "stats"]], arg(metavar="{check,stats}")]
+    """check decodes every picture, lists those that cannot be read, and exits with 5 if there are any. stats shows
+    formats, sizes, values, and the mean and standard deviation of each channel."""
+    data: Annotated[Positional[str], arg(metavar="DATA")]
+    """A folder of pictures, any nesting; a .txt list of files, tar shards ("shards/{000..099}.tar", s3://…), a Parquet
+    file or a saved dataset."""
+    out: Annotated[Path | None, _default("none"), arg(aliases=["-o"], metavar="CSV")] = None
+    """check: a .csv file to write, with a line for each picture that cannot be read."""
+    overwrite: Flag = False
+    """check: replace an existing file."""
+    sample: Annotated[int | None, _default("2000", "PICTURES")] = None
+    """stats: how many pictures to look at, always the same ones; 0 is all."""
+    workers: Annotated[int | None, _default("as fits the machine", "PROCESSES")] = None
+    """Processes that decode pictures; 0 decodes in this one."""
+
+    def __post_init__(self) -> None:
+        if self.what == "stats" and self.out is not None:
+            raise UsageError("--out is for check; stats has --json")
+        if self.what == "check" and self.sample is not None:
+            raise UsageError("--sample is for stats; check decodes every picture")

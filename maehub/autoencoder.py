@@ -6,12 +6,14 @@ image ─ patchify ─┬─ visible patches ─ encoder ──┐
                         └───────────────────────────── target ──────────────── loss on hidden patches
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from maehub.colours import COLOURS
 from maehub.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
 from maehub.errors import UsageError
 from maehub.images import Preprocess
@@ -19,15 +21,26 @@ from maehub.masking import kept_count, random_masks, split_index, visible_count
 from maehub.patches import Size, grid_size, normalise_patches, patchify
 from maehub.positions import resize_table, sincos_table, with_cls_row
 
-Target = Literal["pixels", "normalised_pixels", "unknown"]
-"""What the decoder was trained to predict; ``unknown`` where a file does not say."""
+Target = Literal["pixels", "normalised_pixels", "pca", "tokens", "unknown"]
+"""What the decoder was trained to predict (table 1d); ``unknown`` where a file does not say.
+
+``pca`` are coefficients of a patch's preprocessed pixels, ``tokens`` the logits of a tokenizer's tokens.
+"""
+
+Tokenizer = Literal["", "mean-colour"]
+"""Whose tokens: those of a tokenizer of the caller's, or `maehub.colours`."""
+
+_OF_PIXELS = ("pixels", "normalised_pixels")
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """The network of a `MaskedAutoencoder`; saved beside its weights.
 
-    ``mask_tokens="encoder"`` is the ablation of table 1c: the encoder sees mask tokens too.
+    ``mask_tokens="encoder"`` is the ablation of table 1c: the encoder sees mask tokens too. ``decoder_depth=0`` then
+    leaves one linear map from the encoder's tokens; the width and heads of the decoder mean nothing. ``outputs`` is how
+    many values are predicted for one patch: coefficients of ``pca``, different ``tokens``; of pixels always P·P·C, for
+    which 0 stands.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -36,6 +49,8 @@ class AutoencoderConfig:
     decoder_heads: int = 16
     target: Target = "normalised_pixels"
     mask_tokens: Literal["decoder", "encoder"] = "decoder"
+    outputs: int = 0
+    tokenizer: Tokenizer = ""
 
     def __post_init__(self) -> None:
         if self.encoder.pool != "cls" or self.encoder.classes:
@@ -52,51 +67,105 @@ class AutoencoderConfig:
             raise UsageError(f"target={self.target!r} is not one of {', '.join(get_args(Target))}")
         if self.mask_tokens not in ("decoder", "encoder"):
             raise UsageError(f"mask_tokens={self.mask_tokens!r} is not one of decoder, encoder")
+        if self.decoder_depth == 0 and self.mask_tokens == "decoder":
+            raise UsageError(
+                "decoder_depth=0 is a linear head on the encoder, which must see the mask tokens: "
+                "say mask_tokens='encoder', or a depth of at least 1"
+            )
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        outputs, pixels = self.outputs, self.patch_values
+        if isinstance(outputs, bool) or not isinstance(outputs, int) or outputs < 0:
+            raise UsageError(f"outputs must be an int of at least 0, not {outputs!r}")
+        if self.target in ("pca", "tokens"):
+            if not outputs:
+                raise UsageError(f"target={self.target!r} needs outputs, how many values are predicted for one patch")
+        elif outputs not in (0, pixels):
+            raise UsageError(f"outputs={outputs} does not fit target={self.target!r}, of {pixels} values a patch")
+        else:
+            object.__setattr__(self, "outputs", 0)
+        if self.target == "pca" and outputs > pixels:
+            raise UsageError(f"a patch of {pixels} values has no {outputs} components; outputs must be at most that")
+        if self.tokenizer not in get_args(Tokenizer):
+            raise UsageError(f"tokenizer={self.tokenizer!r} is not '' (the caller's) or 'mean-colour'")
+        if self.tokenizer and self.target != "tokens":
+            raise UsageError(f"tokenizer={self.tokenizer!r} belongs to target='tokens', not {self.target!r}")
+        if self.tokenizer == "mean-colour" and outputs != COLOURS.get(self.encoder.channels):
+            raise UsageError(
+                f"mean colours are 8 tokens for 1 channel and 512 for 3, not outputs={outputs} for "
+                f"{self.encoder.channels}"
+            )
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one patch of the picture: P·P·C."""
+        return self.encoder.patch_size**2 * self.encoder.channels
 
     @property
     def prediction_width(self) -> int:
-        """Values predicted for one patch: P·P·C."""
-        return self.encoder.patch_size**2 * self.encoder.channels
+        """Values predicted for one patch: ``outputs``, of pixels P·P·C."""
+        return self.outputs or self.patch_values
+
+    @property
+    def has_picture(self) -> bool:
+        """Whether a prediction can be drawn."""
+        return self.target != "unknown" and (self.target != "tokens" or self.tokenizer != "")
 
 
 class Output(NamedTuple):
     """What a forward of the autoencoder gives."""
 
     loss: Tensor  # () float32
-    prediction: Tensor  # (B, N, P·P·C), every patch
+    prediction: Tensor  # (B, N, outputs), every patch
     masked: Tensor  # (B, N) bool, True where hidden
 
 
 class Decoder(nn.Module):
-    """A small transformer from the encoder's tokens to the pixels of every patch."""
+    """A small transformer from the encoder's tokens to what is predicted of every patch; of depth 0 its head alone."""
+
+    # of the target pca; NaN until they are fitted, so that nobody trains without
+    centre: Tensor  # (P·P·C,)
+    components: Tensor  # (outputs, P·P·C), orthonormal rows
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        width, encoder = config.decoder_width, config.encoder
-        self.embed = nn.Linear(encoder.width, width)
+        encoder, depth = config.encoder, config.decoder_depth
+        width = config.decoder_width if depth else encoder.width
+        self.embed = nn.Linear(encoder.width, width) if depth else nn.Identity()
         if config.mask_tokens == "decoder":
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(with_cls_row(sincos_table(width, encoder.grid)), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(width, config.decoder_heads, encoder.mlp_ratio) for _ in range(config.decoder_depth)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        if depth:
+            self.pos_embed = nn.Parameter(with_cls_row(sincos_table(width, encoder.grid)), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(width, config.decoder_heads, encoder.mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS) if depth else nn.Identity()
         self.pred = nn.Linear(width, config.prediction_width)
+        if config.target == "pca":
+            self.register_buffer("centre", torch.full((config.patch_values,), torch.nan))
+            self.register_buffer("components", torch.full((config.outputs, config.patch_values), torch.nan))
 
-    def forward(self, tokens: Tensor, grid: Size, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, grid: Size, wanted: Tensor | None = None, present: Tensor | None = None
+    ) -> Tensor:
         """Predict patches.
 
         Args:
             tokens: (B, N + 1, D/dec), class token first, spatial order, without positions.
             grid: (rows, columns) of the N patches.
             wanted: (B, M) int64 patches to predict; None means all. The last block and the head run on these alone.
+            present: (B, T) int64 patches that take part, the wanted ones last; None means all.
 
         Returns:
-            (B, N or M, P·P·C).
+            (B, N or M, outputs).
         """
-        native = self.config.encoder
-        x = tokens + resize_table(self.pos_embed, native.grid, grid, native.positions)
+        native, x = self.config.encoder, tokens
+        if self.blocks:
+            x = x + resize_table(self.pos_embed, native.grid, grid, native.positions)
+        if wanted is not None and present is not None:
+            x = torch.cat([x[:, :1], take(x, present + 1)], dim=1)  # (B, T + 1, D/dec)
+            count = present.shape[1]
+            wanted = torch.arange(count - wanted.shape[1], count, device=x.device).expand_as(wanted)
         if wanted is None:
             for block in self.blocks:
                 x = block(x)
@@ -147,7 +216,7 @@ class MaskedAutoencoder(nn.Module):
             seeds: (B,) int64 seeds of the random masks; None means 0 … B − 1.
 
         Returns:
-            `Output`; its loss is NaN where the target is unknown.
+            `Output`; its loss is NaN unless the target is pixels, normalised or not.
         """
         grid, patches = self._patches(images)
         if masked is None:
@@ -156,10 +225,10 @@ class MaskedAutoencoder(nn.Module):
         else:
             kept = self._check(masked, patches)
         prediction = self._predict(patches, masked, kept, grid)
-        if self.config.target == "unknown":
-            loss = torch.full((), torch.nan, device=images.device)
+        if self.config.target in _OF_PIXELS:
+            loss = _mean_over_hidden(squared_error(prediction, self.target(patches)), masked)
         else:
-            loss = _mean_over_hidden(_squared_error(prediction, self.target(patches)), masked)
+            loss = torch.full((), torch.nan, device=images.device)
         return Output(loss, prediction, masked)
 
     def loss(self, images: Tensor, masked: Tensor, *, kept: int | None = None) -> Tensor:
@@ -175,33 +244,102 @@ class MaskedAutoencoder(nn.Module):
 
         Returns:
             () float32: the mean squared error over all values of all hidden patches.
+
+        Raises:
+            UsageError: the target is not pixels, normalised or not.
         """
         if self.config.target == "unknown":
             raise UsageError(
                 "what this autoencoder was trained to predict is unknown, so it has no loss; "
                 "say it: load_autoencoder(..., target='pixels') or target='normalised_pixels'"
             )
+        if self.config.target not in _OF_PIXELS:
+            raise UsageError(
+                f"the loss of target={self.config.target!r} is a matter of training: maehub.train.targets.Objective "
+                "computes it"
+            )
         grid, patches = self._patches(images)
         kept = self._check(masked, patches) if kept is None else kept
         _, hidden = split_index(masked, kept)
         prediction = self._predict(patches, masked, kept, grid, wanted=hidden)  # (B, N − K, P·P·C)
-        return _squared_error(prediction, self.target(take(patches, hidden))).mean()
+        return squared_error(prediction, self.target(take(patches, hidden))).mean()
+
+    def predict(
+        self,
+        images: Tensor,
+        masked: Tensor,
+        *,
+        kept: int | None = None,
+        wanted: Tensor | None = None,
+        leave_out: bool = False,
+    ) -> Tensor:
+        """Predict some patches, or all, computing only what that needs.
+
+        Args:
+            images: (B, C, H, W) floating, preprocessed.
+            masked: (B, N) bool, True where hidden, each row keeping the same number. With mask tokens in the encoder
+                rows may differ, unless ``leave_out``.
+            kept: that number, where the caller knows it; None counts and checks, which waits for the device, where the
+                number matters.
+            wanted: (B, M) int64, the patches to predict, in any order; None means all.
+            leave_out: leave hidden patches that are not wanted out of the decoder: it runs on the visible and the
+                wanted ones alone, all of which must be hidden.
+
+        Returns:
+            (B, M or N, outputs).
+        """
+        grid, patches = self._patches(images)
+        self._check_shape(masked, patches)
+        if wanted is not None and (wanted.dtype != torch.int64 or wanted.ndim != 2 or len(wanted) != len(images)):
+            raise UsageError(
+                f"wanted must be int64 of shape ({len(images)}, M), patches of each image, not {wanted.dtype} of "
+                f"{tuple(wanted.shape)}"
+            )
+        counts = leave_out or self.config.mask_tokens == "decoder"
+        known, kept = kept is not None, visible_count(masked) if kept is None and counts else kept or 0
+        if not leave_out:
+            return self._predict(patches, masked, kept, grid, wanted)
+        if wanted is None:
+            raise UsageError("leave_out=True leaves out what is not wanted, so it needs wanted")
+        if not known and not masked.gather(1, wanted).all():
+            raise UsageError("leave_out=True predicts hidden patches alone, and some of the wanted ones are visible")
+        visible, _ = split_index(masked, kept)
+        return self._predict(patches, masked, kept, grid, wanted, torch.cat([visible, wanted], dim=1))
 
     def target(self, patches: Tensor) -> Tensor:
-        """What the decoder should predict for patches (B, N, P·P·C): float32, same shape."""
-        patches = patches.float()
-        return patches if self.config.target == "pixels" else normalise_patches(patches).patches
+        """What the decoder should predict for patches (B, N, P·P·C): (B, N, outputs) float32.
 
-    def _predict(self, patches: Tensor, masked: Tensor, kept: int, grid: Size, wanted: Tensor | None = None) -> Tensor:
+        Raises:
+            UsageError: of tokens, which their tokenizer makes from pictures, and of an unknown target.
+        """
+        patches = patches.float()
+        if self.config.target == "pixels":
+            return patches
+        if self.config.target == "normalised_pixels":
+            return normalise_patches(patches).patches
+        if self.config.target == "pca":
+            with _full_precision(patches.device.type):
+                return (patches - self.decoder.centre.float()) @ self.decoder.components.float().T
+        raise UsageError(f"target={self.config.target!r} is no function of a patch's pixels alone")
+
+    def _predict(
+        self,
+        patches: Tensor,
+        masked: Tensor,
+        kept: int,
+        grid: Size,
+        wanted: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> Tensor:
         """Figure 1, from left to right: patches (B, N, P·P·C) to predictions of all or of the ``wanted`` ones."""
         encoder, decoder = self.encoder, self.decoder
-        visible, hidden = split_index(masked, kept)
         positions = encoder.position_table(grid)
         if self.config.mask_tokens == "encoder":
             tokens = torch.where(masked[:, :, None], self.mask_token, encoder.patch_embed(patches))
             tokens = encoder.encode(encoder.with_cls(tokens + positions[:, 1:], positions))
-            return decoder(decoder.embed(encoder.norm(tokens)), grid, wanted)
+            return decoder(decoder.embed(encoder.norm(tokens)), grid, wanted, present)
 
+        visible, hidden = split_index(masked, kept)
         tokens = encoder.patch_embed(take(patches, visible))  # (B, K, D)
         tokens = tokens + take(positions[:, 1:].expand(len(tokens), -1, -1), visible)
         tokens = encoder.norm(encoder.encode(encoder.with_cls(tokens, positions)))  # (B, K + 1, D)
@@ -211,7 +349,7 @@ class MaskedAutoencoder(nn.Module):
         unseen = decoder.mask_token.to(seen.dtype).expand(len(seen), hidden.shape[1], -1)
         order = torch.cat([visible, hidden], dim=1).argsort(dim=1)
         everything = take(torch.cat([seen, unseen], dim=1), order)  # (B, N, decoder width), spatial order
-        return decoder(torch.cat([cls, everything], dim=1), grid, wanted)
+        return decoder(torch.cat([cls, everything], dim=1), grid, wanted, present)
 
     def _patches(self, images: Tensor) -> tuple[Size, Tensor]:
         self.encoder.check_channels(images)
@@ -227,17 +365,25 @@ class MaskedAutoencoder(nn.Module):
             raise UsageError(f"seeds must be {len(images)} ints, one an image, not of shape {tuple(seeds.shape)}")
         return seeds
 
+    def _check(self, masked: Tensor, patches: Tensor) -> int:
+        self._check_shape(masked, patches)
+        return visible_count(masked)
+
     @staticmethod
-    def _check(masked: Tensor, patches: Tensor) -> int:
+    def _check_shape(masked: Tensor, patches: Tensor) -> None:
         if masked.dtype != torch.bool or masked.shape != patches.shape[:2]:
             raise UsageError(
                 f"masked must be bool of shape {tuple(patches.shape[:2])} (images, patches), True where hidden, "
                 f"not {masked.dtype} of {tuple(masked.shape)}"
             )
-        return visible_count(masked)
 
 
-def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast, which would make products half precision; the meta device has none to switch off."""
+    return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over the values of each patch, float32: (B, M)."""
     return (prediction.float() - target).square().mean(dim=-1)
 

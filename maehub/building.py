@@ -7,20 +7,21 @@ parameters.
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
-from maehub.encoder import PRESETS, Encoder, EncoderConfig, Origin
+from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
 from maehub.images import Preprocess
-from maehub.keys import ENCODER_MASK_TOKEN, from_official, is_decoder, to_official
+from maehub.keys import from_official, is_decoder, to_official
 from maehub.patches import Size, as_size, grid_size
 from maehub.positions import ResizeRule, resize_table
+from maehub.shapes import describe
 
 log = logging.getLogger("maehub")
 
@@ -60,121 +61,6 @@ class Wanted:
 AS_STORED = Wanted()
 
 
-def infer_config(
-    state: Mapping[str, Tensor],
-    *,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    target: Target | None = None,
-    image_size: int | Size | None = None,
-    where: str = "these weights",
-) -> EncoderConfig | AutoencoderConfig:
-    """Read the network off the shapes of its tensors, where no configuration says it.
-
-    Args:
-        state: official names.
-        heads: attention heads of the encoder. Shapes do not tell them: None takes those of the published network with
-            the same width, depth and patch.
-        decoder_heads: heads of the decoder; None means 16 at width 512, as published.
-        target: what the decoder was trained to predict, which shapes do not tell either; None means unknown.
-        image_size: the size that the position table is for, in pixels; None means square.
-        where: what the tensors are, for messages.
-
-    Returns:
-        An `AutoencoderConfig` if there is a decoder, else an `EncoderConfig`.
-
-    Raises:
-        IntegrityError: these are not the tensors of a Vision Transformer.
-        UsageError: heads or size cannot be known; the text names the argument that says them.
-    """
-    shape = {name: tuple(value.shape) for name, value in state.items()}
-    kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())
-    hidden = shape.get("blocks.0.mlp.fc1.weight", ())
-    if (
-        len(kernel) != 4
-        or not all(kernel)
-        or kernel[2] != kernel[3]
-        or len(table) != 3
-        or table[1] < 2
-        or (hidden and len(hidden) != 2)
-    ):
-        raise IntegrityError(
-            f"{where}: no Vision Transformer with a class token and one position table; "
-            f"patch_embed.proj.weight is {kernel or 'missing'}, pos_embed {table or 'missing'}"
-        )
-    width, channels, patch, _ = kernel
-    depth = _depth(shape, "blocks.")
-    if heads is None:
-        heads = next(
-            (p.heads for p in PRESETS.values() if (p.width, p.depth, p.patch_size) == (width, depth, patch)), None
-        )
-        if heads is None:
-            raise UsageError(
-                f"{where}: no published network has width {width}, depth {depth} and patch {patch}, and "
-                f"tensors do not tell the number of attention heads; say it: heads={max(1, width // 64)}, for example"
-            )
-    if image_size is None:
-        side = math.isqrt(table[1] - 1)
-        if side * side != table[1] - 1:
-            raise UsageError(
-                f"{where}: positions for {table[1] - 1} patches, which are no square; say the native size: "
-                "image_size=(height, width)"
-            )
-        image_size = side * patch
-    head = shape.get("head.weight", ())
-    encoder = EncoderConfig(
-        image_size,
-        patch,
-        channels,
-        width,
-        depth,
-        heads,
-        mlp_ratio=_ratio(width, hidden[0]) if hidden else 4.0,
-        classes=head[0] if head else 0,
-        pool="mean" if "fc_norm.weight" in shape else "cls",
-    )
-    if not any(is_decoder(name) for name in shape):
-        return encoder
-    embed = shape.get("decoder_embed.weight", ())
-    if len(embed) != 2:
-        raise IntegrityError(f"{where}: tensors of a decoder but no decoder_embed.weight: {describe(state)}")
-    if decoder_heads is None:
-        if embed[0] != 512:
-            raise UsageError(
-                f"{where}: a decoder of width {embed[0]}, and tensors do not tell its number of attention heads; "
-                f"say it: decoder_heads={max(1, embed[0] // 32)}, for example"
-            )
-        decoder_heads = 16
-    return AutoencoderConfig(
-        encoder,
-        embed[0],
-        _depth(shape, "decoder_blocks."),
-        decoder_heads,
-        target or "unknown",
-        "encoder" if ENCODER_MASK_TOKEN in shape else "decoder",
-    )
-
-
-def describe(state: Mapping[str, Tensor]) -> str:
-    """What a state dictionary (official names) looks like, in a few words, from whatever it has."""
-    shape = {name: tuple(value.shape) for name, value in state.items()}
-    kernel = shape.get("patch_embed.proj.weight", ())
-    if len(kernel) != 4:
-        return "not a Vision Transformer (it has no patch_embed.proj.weight)"
-    width, depth, patch = kernel[0], _depth(shape, "blocks."), kernel[2]
-    same = [name for name, preset in PRESETS.items() if (preset.width, preset.depth) == (width, depth)]
-    size = (
-        f"ViT-{same[0].removeprefix('vit-').title()}/{patch}"
-        if same
-        else f"ViT of width {width}, depth {depth}, patch {patch}"
-    )
-    if "decoder_embed.weight" in shape:
-        return f"an autoencoder {size} with {_depth(shape, 'decoder_blocks.')} decoder blocks"
-    if "head.weight" in shape:
-        return f"a classifier {size} with {shape['head.weight'][0]} classes"
-    return f"an encoder-only {size}"
-
-
 def build_encoder(
     state: Mapping[str, Tensor],
     config: EncoderConfig | AutoencoderConfig,
@@ -204,7 +90,7 @@ def build_encoder(
     if dropped:
         log.debug("%s: the encoder alone, without %d tensors of the decoder", where, len(dropped))
     tensors = {name: value for name, value in state.items() if not is_decoder(name)}
-    _check_size(tensors, config, 0, where)
+    _check_size(tensors, config, where)
     model = _empty(Encoder, config, preprocess)
     _check(tensors, model, where, describe(state))
     changed = _changed(config, wanted)
@@ -237,10 +123,15 @@ def build_autoencoder(
         )
     if wanted.classes:
         raise UsageError("an autoencoder has no head; classes= belongs to maehub.load(...)")
-    _check_size(state, config.encoder, config.decoder_depth, where)
+    _check_size(state, config, where)
     model = _empty(MaskedAutoencoder, config, preprocess)
     _check(state, model, where, describe(state))
     tensors, encoder = dict(state), _changed(config.encoder, wanted)
+    if encoder.channels != config.encoder.channels and config.outputs:
+        raise UsageError(
+            f"{where}: the decoder predicts {config.target} of {config.encoder.channels} channels, which cannot be "
+            f"adapted to {encoder.channels}; maehub.load(..., channels=) adapts the encoder alone"
+        )
     if encoder != config.encoder:
         tensors = _adapted(tensors, config.encoder, encoder)
         transform = _changed_preprocess(model.preprocess, config.encoder, encoder)
@@ -274,14 +165,18 @@ def _empty(kind: type[Network], config: EncoderConfig | AutoencoderConfig, prepr
         return kind(config, preprocess)  # type: ignore[arg-type]
 
 
-def _check_size(state: Mapping[str, Tensor], config: EncoderConfig, decoder_depth: int, where: str) -> None:
+def _check_size(state: Mapping[str, Tensor], config: EncoderConfig | AutoencoderConfig, where: str) -> None:
     """Refuse a configuration that is far too large for its tensors, before a network of that size is built."""
-    rows, columns = config.grid
-    if config.depth + decoder_depth > len(state) or rows * columns * config.width > sum(
-        v.numel() for v in state.values()
-    ):
+    encoder = config if isinstance(config, EncoderConfig) else config.encoder
+    rows, columns = encoder.grid
+    depth, largest = encoder.depth, rows * columns * encoder.width
+    if isinstance(config, AutoencoderConfig):
+        width = config.decoder_width if config.decoder_depth else encoder.width
+        depth += config.decoder_depth
+        largest = max(largest, rows * columns * width if config.decoder_depth else 0, width * config.prediction_width)
+    if depth > len(state) or largest > sum(value.numel() for value in state.values()):
         raise IntegrityError(
-            f"{where}: too few tensors for the configuration, depth {config.depth}, width {config.width}, grid "
+            f"{where}: too few tensors for the configuration, depth {depth}, width {encoder.width}, grid "
             f"{rows}×{columns}; it looks like: {describe(state)}. Nothing was loaded"
         )
 
@@ -379,18 +274,6 @@ def _filled(model: Network, state: Mapping[str, Tensor], wanted: Wanted, where: 
     dialect = from_official(tensors, "module") if isinstance(model, MaskedAutoencoder) else tensors
     model.load_state_dict(dialect, strict=True, assign=True)
     return model.eval()
-
-
-def _depth(names: Iterable[str], stack: str) -> int:
-    """Blocks of a stack: one more than the highest number in a name."""
-    numbers = [name.removeprefix(stack).split(".")[0] for name in names if name.startswith(stack)]
-    return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 4), default=-1)
-
-
-def _ratio(width: int, hidden: int) -> float:
-    """The mlp_ratio with int(width · ratio) = hidden."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _listed(names: list[str]) -> str:

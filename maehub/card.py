@@ -10,7 +10,13 @@ from maehub.layouts import why_not_transformers
 _TARGETS = {
     "pixels": "pixels",
     "normalised_pixels": "pixels normalised per patch",
+    "pca": "{outputs} PCA coefficients of each patch's pixels",
+    "tokens": "which of {outputs} tokens each patch is",
     "unknown": "an unknown target",
+}
+_TOKENIZERS = {
+    "": "of a tokenizer that is not part of this model",
+    "mean-colour": "its mean colour in 3 bits a channel",
 }
 
 
@@ -41,8 +47,8 @@ def _head(config: EncoderConfig | AutoencoderConfig, origin: Origin | None) -> s
     tags = ["mae", "masked-autoencoder", "vision"]
     if isinstance(config, EncoderConfig):
         tags.append("timm")
-    elif not why_not_transformers(config):
-        tags += ["timm", "transformers"]
+    else:
+        tags += ["timm"] if why_not_transformers(config) else ["timm", "transformers"]
     is_classifier = isinstance(config, EncoderConfig) and config.classes
     data = ModelCardData(
         license=origin.licence.lower() if origin and origin.licence else None,
@@ -63,8 +69,11 @@ def _summary(config: EncoderConfig | AutoencoderConfig) -> str:
     source = "[Masked Autoencoders Are Scalable Vision Learners](https://arxiv.org/abs/2111.06377) (He et al. 2021)"
     if isinstance(config, AutoencoderConfig):
         blocks = f"{config.decoder_depth} block{'' if config.decoder_depth == 1 else 's'}"
-        decoder = f"a decoder of width {config.decoder_width} and {blocks}"
-        return f"A masked autoencoder after {source}: {network}, and {decoder} that predicts {_TARGETS[config.target]}."
+        decoder = f"a decoder of width {config.decoder_width} and {blocks}" if config.decoder_depth else "a linear head"
+        target = _TARGETS[config.target].format(outputs=config.outputs)
+        if config.target == "tokens":
+            target += f", {_TOKENIZERS[config.tokenizer]}"
+        return f"A masked autoencoder after {source}: {network}, and {decoder} that predicts {target}."
     if config.classes:
         return f"A classifier of {config.classes} classes whose network is the encoder of {source}: {network}."
     return f"The encoder of a masked autoencoder after {source}: {network}."
@@ -81,19 +90,22 @@ def _usage(name: str, config: EncoderConfig | AutoencoderConfig) -> str:
         lines[-1] = f'classifier = maehub.load("{name}")  # this folder, or user/repo on the Hub'
     else:
         lines.append('table = maehub.extract_features(encoder, "photos/")')
-    if isinstance(config, AutoencoderConfig) and config.target != "unknown":
+    if isinstance(config, AutoencoderConfig) and config.has_picture:
         lines += ["", f'autoencoder = maehub.load_autoencoder("{name}")']
         lines.append('maehub.reconstruct(autoencoder, "photo.jpg").save("reconstruction.png")')
     text = "\n".join([*lines, "```"])
+    in_timm = "`timm.create_model('hf-hub:user/repo', pretrained=True)`"
     if isinstance(config, EncoderConfig):
-        return text + "\n\ntimm reads this folder too: `timm.create_model('hf-hub:user/repo', pretrained=True)`."
-    reason = why_not_transformers(config)
-    if reason:
-        return text + f"\n\nOnly maehub reads this folder: transformers would not compute the same, since {reason}."
+        return text + f"\n\ntimm reads this folder too: {in_timm}."
+    if reason := why_not_transformers(config):
+        return (
+            text + "\n\nOnly maehub reads the whole of this folder: transformers would not compute the same, since "
+            f"{reason}. timm reads its encoder as {in_timm}."
+        )
     return (
         text
         + "\n\ntransformers reads this folder as `ViTMAEForPreTraining.from_pretrained('user/repo')`, and timm its "
-        "encoder as `timm.create_model('hf-hub:user/repo', pretrained=True)`."
+        f"encoder as {in_timm}."
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub import __version__, arguments
-from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, CheckpointError, MaehubError, UsageError
+from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, CheckpointError, DataError, MaehubError, UsageError
 from maehub.files import write_error
 from maehub.locating import locate
 from maehub.parsing import parsed
@@ -188,6 +188,26 @@ def run_reconstruct(config: arguments.Reconstruct, shared: Shared) -> int:
     return EXIT_DONE
 
 
+def run_data(config: arguments.Data, shared: Shared) -> int:
+    if config.out is not None and config.out.exists() and not config.overwrite:
+        raise UsageError(f"{config.out} exists; choose another --out, or replace it with --overwrite")
+    from maehub import inspection
+
+    if config.what == "stats":
+        sample = inspection.SAMPLE if config.sample is None else config.sample
+        found = inspection.data_statistics(
+            config.data, sample=sample, workers=config.workers, progress=not shared.quiet
+        )
+        _report(shared, found.to_dict(), found.describe())
+        return EXIT_DONE
+    told = None if shared.json or shared.quiet else inspection.tell
+    checked = inspection.check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
+    if config.out is not None:
+        checked.save(config.out)
+    _report(shared, checked.to_dict(), checked.describe())
+    return DataError.exit_code if checked.bad else EXIT_DONE
+
+
 def run_pretrain(config: Any, shared: Shared) -> int:
     from maehub.train import pretrain
 
@@ -195,6 +215,14 @@ def run_pretrain(config: Any, shared: Shared) -> int:
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
     _report(shared, facts, f"{result.run}: {result.step} steps done")
     return result.exit_code
+
+
+def run_plan(config: Any, shared: Shared) -> int:
+    from maehub.train.planning import plan
+
+    found = plan(config)
+    _report(shared, found.to_dict(), found.describe())
+    return EXIT_DONE
 
 
 class Command(NamedTuple):
@@ -213,7 +241,11 @@ COMMANDS = {
     "convert": Command("maehub.arguments:Convert", run_convert, "official, timm, transformers and maehub layouts"),
     "features": Command("maehub.arguments:Features", run_features, "features of a folder of pictures"),
     "reconstruct": Command("maehub.arguments:Reconstruct", run_reconstruct, "hide part of a picture and draw it anew"),
+    "data": Command(
+        "maehub.arguments:Data", run_data, "check: what cannot be read; stats: sizes, values, mean and std"
+    ),
     "pretrain": Command("maehub.train.config:PretrainConfig", run_pretrain, "train an autoencoder on pictures"),
+    "plan": Command("maehub.train.config:PlanConfig", run_plan, "memory, time and disk of a pretraining run"),
 }
 
 
@@ -251,7 +283,8 @@ def _complain(error: BaseException) -> int:
         print("maehub: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     if isinstance(error, MaehubError):
-        print(f"maehub: {error}", file=sys.stderr)
+        if error.told_by is None or str(error.told_by) == os.environ.get("RANK", str(error.told_by)):
+            print(f"maehub: {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, OSError) and error.strerror:
         print(f"maehub: {error.filename or 'the output'}: {error.strerror}; --debug shows where", file=sys.stderr)

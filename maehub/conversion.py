@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
-from maehub.building import build_autoencoder, build_encoder, infer_config
+from maehub.building import build_autoencoder, build_encoder
 from maehub.catalog import published_as
 from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
 from maehub.folders import check_free, whole_folder
 from maehub.images import Preprocess
 from maehub.keys import to_official
+from maehub.shapes import infer_config
 from maehub.tensorfile import read_tensors
 from maehub.verification import digest
 from maehub.weights import MEMBERS, find_model_folder, open_autoencoder, open_encoder, read_config, write_members

@@ -25,6 +25,8 @@ class MaehubError(Exception):
     """Base of every error that maehub raises on purpose."""
 
     exit_code = 1
+    told_by: int | None = None
+    """Of an error that all processes of a run raise, the rank that tells it; None where every process has its own."""
 
 
 class UsageError(MaehubError, ValueError):

@@ -22,7 +22,7 @@ from maehub.encoder import Encoder
 from maehub.errors import UsageError
 from maehub.images import Preprocess
 from maehub.masking import Strategy, covering_masks, make_masks, one_seed
-from maehub.patches import grid_size, patchify
+from maehub.patches import grid_size
 from maehub.pictures import (
     ImageSource,
     MaskSource,
@@ -33,11 +33,13 @@ from maehub.pictures import (
     model_name,
     network_input,
     open_picture,
+    patch_errors,
     picture_size,
 )
 
 _MASK_GREY = 128
 _MAP_TITLES = ("Original", "Predicted unseen", "Squared error")
+_SPACES = {"normalised_pixels": " (normalised patches)", "pca": " (coefficients)", "tokens": " (mean colours)"}
 _LEAK = "leaks hidden statistics: the true mean and variance of every hidden patch were used to draw it"
 
 
@@ -46,8 +48,9 @@ class Panels:
     """The four pictures of a reconstruction and what was measured.
 
     ``mse`` is the training loss: the mean squared error over hidden patches in the space of the target, which is
-    preprocessed pixels, or patches of mean 0 and variance 1 each. ``psnr`` is in dB over the hidden pixels of the
-    8-bit pictures, 255 being the peak. ``strategy`` is ``given`` where the caller gave the mask.
+    preprocessed pixels, patches of mean 0 and variance 1 each, or PCA coefficients; for tokens, whose loss has no
+    squares, that of their colours in preprocessed pixels. ``psnr`` is in dB over the hidden pixels of the 8-bit
+    pictures, 255 being the peak. ``strategy`` is ``given`` where the caller gave the mask.
     """
 
     original: np.ndarray  # (H, W, C) uint8, the preprocessed picture
@@ -73,7 +76,7 @@ class Panels:
     def caption(self) -> str:
         """One line: model, mask, seed, numbers."""
         mask = f"{self.mask_line}, {_percent(self.mask_ratio)} hidden"
-        numbers = f"MSE {self.mse:.3g}{_space(self.target)} · PSNR {self.psnr:.1f} dB"
+        numbers = f"MSE {self.mse:.3g}{_SPACES.get(self.target, '')} · PSNR {self.psnr:.1f} dB"
         if self.target == "normalised_pixels" and not self.leaks:
             numbers += " (estimated statistics)"
         return " · ".join(part for part in (self.name, mask, self.seed_line, numbers) if part)
@@ -121,7 +124,7 @@ class ErrorMap:
     """What a model could not guess.
 
     ``error`` is the squared error of a patch, the mean over its values and over the masks in which it was hidden, in
-    the space of the target: preprocessed pixels, or patches of mean 0 and variance 1 each. ``score`` is its mean.
+    the space of the target, as in `Panels`. ``score`` is its mean.
     """
 
     original: np.ndarray  # (H, W, C) uint8, the preprocessed picture
@@ -137,7 +140,7 @@ class ErrorMap:
     @property
     def caption(self) -> str:
         """One line: model, masks, seed, score."""
-        score = f"mean squared error {self.score:.3g}{_space(self.target)}"
+        score = f"mean squared error {self.score:.3g}{_SPACES.get(self.target, '')}"
         return " · ".join(part for part in (self.name, self.mask_line, self.seed_line, score) if part)
 
     @property
@@ -212,7 +215,7 @@ def reconstruct(
     """Hide part of a picture and let the model paint it in.
 
     Args:
-        autoencoder: on any device; its target must be known.
+        autoencoder: on any device; its target must be known, and of tokens only mean colours can be drawn.
         image: a path, a URL, a PIL image, or an array (H, W, C) uint8.
         mask: what to hide instead of drawing a mask: (rows, columns) bool, True = hidden; a PIL image, white = hidden,
             laid over the whole picture if it has the size of ``image``, otherwise stretched over what the model sees;
@@ -224,7 +227,7 @@ def reconstruct(
         preprocess: instead of the model's own.
 
     Raises:
-        UsageError: the target is ``unknown``, an argument is wrong, or the size is not divisible by the patch.
+        UsageError: the target cannot be drawn, an argument is wrong, or the size is not divisible by the patch.
         DataError: the picture cannot be read, or the mask hides everything.
         HubError: the URL cannot be fetched.
     """
@@ -246,6 +249,7 @@ def reconstruct(
     images = network_input(autoencoder, preprocess, pixels)
     output = autoencoder(images, masked.to(images.device))
     reconstruction = drawn(autoencoder, preprocess, images, output.prediction, masked, grid, statistics)
+    errors = patch_errors(autoencoder, preprocess, images, output.prediction, reconstruction)
     hidden = masked[0].reshape(grid).numpy()
     where = hidden.repeat(patch_size, axis=0).repeat(patch_size, axis=1)[:, :, None]
     return Panels(
@@ -254,7 +258,7 @@ def reconstruct(
         reconstruction=reconstruction,
         pasted=np.where(where, reconstruction, pixels),
         mask=hidden,
-        mse=float(output.loss),
+        mse=float(errors[masked.to(errors.device)].mean()),
         psnr=_psnr(reconstruction[where[:, :, 0]], pixels[where[:, :, 0]]),
         seed=seed,
         statistics=statistics,
@@ -277,14 +281,14 @@ def error_map(
     """Predict every patch of a picture while it is hidden, with as few masks as that takes (4 for a ratio of 0.75).
 
     Args:
-        autoencoder: on any device; its target must be known.
+        autoencoder: on any device; its target must be known, and of tokens only mean colours can be drawn.
         image: a path, a URL, a PIL image, or an array (H, W, C) uint8.
         mask_ratio: share of patches that each mask hides.
         seed: of the masks, an int64 number.
         preprocess: instead of the model's own.
 
     Raises:
-        UsageError: the target is ``unknown``, the ratio hides nothing, or the size is not divisible by the patch.
+        UsageError: the target cannot be drawn, the ratio hides nothing, or the size is not divisible by the patch.
         DataError: the picture cannot be read.
         HubError: the URL cannot be fetched.
     """
@@ -295,15 +299,14 @@ def error_map(
     grid = grid_size(pixels.shape[0], pixels.shape[1], patch_size)
     masks = covering_masks(seed, grid[0] * grid[1], mask_ratio)  # (M, N)
     images = network_input(autoencoder, preprocess, pixels)
-    target = autoencoder.target(patchify(images, patch_size))  # (1, N, P·P·C)
     error = np.zeros(grid, dtype=np.float64)
     colours = np.zeros(pixels.shape, dtype=np.float64)
     for masked in masks[:, None]:  # one by one: many patches or a high ratio would need much memory
         prediction = autoencoder(images, masked.to(images.device)).prediction
-        squared = (prediction.float() - target).square().mean(dim=2)
+        picture = drawn(autoencoder, preprocess, images, prediction, masked, grid, "visible")
+        squared = patch_errors(autoencoder, preprocess, images, prediction, picture)
         hidden = masked[0].reshape(grid).numpy()
         error += squared.reshape(grid).cpu().numpy() * hidden
-        picture = drawn(autoencoder, preprocess, images, prediction, masked, grid, "visible")
         colours += picture * over_patches(hidden[:, :, None], pixels.shape[:2])
     times = masks.sum(dim=0).reshape(grid).numpy()  # at least 1
     error /= times
@@ -339,7 +342,7 @@ def grid(panels: Sequence[Panels] | Sequence[ErrorMap], labels: Sequence[str] | 
     maps = [one for one in panels if isinstance(one, ErrorMap)]
     if maps:
         largest = max(float(one.error.max()) for one in maps)
-        caption = " · ".join(part for part in (caption, f"squared error{_space(maps[0].target)}") if part)
+        caption = " · ".join(part for part in (caption, f"squared error{_SPACES.get(maps[0].target, '')}") if part)
         return compose([one.row(largest) for one in maps], _MAP_TITLES, caption, labels=labels, bar=Bar(0.0, largest))
     rows = [one for one in panels if isinstance(one, Panels)]
     ratios = {_percent(one.mask_ratio) for one in rows}
@@ -381,10 +384,6 @@ def attention_overlay(
     overlay = (0.35 * grey + 0.65 * smooth).round().astype(np.uint8)
     number = layer % encoder.config.depth
     return AttentionMap(pixels, attention, overlay, number, head, model_name(encoder))
-
-
-def _space(target: str) -> str:
-    return " (normalised patches)" if target == "normalised_pixels" else ""
 
 
 def _percent(share: float) -> str:

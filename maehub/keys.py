@@ -60,6 +60,9 @@ _DECODER_PARTS = (
     ("decoder_pred", "decoder.decoder_pred", "decoder.pred"),
 )
 
+# official, our modules: what no published file has, so the names are ours
+_COMPONENT_PARTS = (("decoder_centre", "decoder.centre"), ("decoder_components", "decoder.components"))
+
 # official, transformers 4.x, transformers 5.x
 _BLOCK_PARTS = (
     ("norm1", "layernorm_before", "layernorm_before"),
@@ -71,6 +74,8 @@ _BLOCK_PARTS = (
     ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
     ("mlp.fc2", "output.dense", "mlp.fc2"),
 )
+
+_MODULE_PARTS = (*((official, module) for official, _, module in _DECODER_PARTS), *_COMPONENT_PARTS)
 
 # dialect: the encoder's stack of blocks, the decoder's, the column of _BLOCK_PARTS
 _STACKS = {
@@ -180,7 +185,7 @@ def _official_name(name: str, dialect: Dialect) -> str:
             return ENCODER_MASK_TOKEN
         if name.startswith("decoder.blocks."):
             return name.replace("decoder.blocks.", "decoder_blocks.", 1)
-        for official, _, module in _DECODER_PARTS:
+        for official, module in _MODULE_PARTS:
             if name == module or name.startswith(module + "."):
                 return official + name.removeprefix(module)
         return name.removeprefix("encoder.")
@@ -220,7 +225,7 @@ def _module_name(official: str) -> str:
         return "mask_token"
     if official.startswith("decoder_blocks."):
         return official.replace("decoder_blocks.", "decoder.blocks.", 1)
-    for name, _, module in _DECODER_PARTS:
+    for name, module in _MODULE_PARTS:
         if official == name or official.startswith(name + "."):
             return module + official.removeprefix(name)
     return f"encoder.{official}"
@@ -235,6 +240,8 @@ def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     if ENCODER_MASK_TOKEN in state:
         raise UsageError("an autoencoder whose encoder sees mask tokens has no transformers form; write to='maehub'")
+    if any(official in state for official, _ in _COMPONENT_PARTS):
+        raise UsageError("an autoencoder that predicts PCA coefficients has no transformers form; write to='maehub'")
     encoder_stack, decoder_stack, column = _STACKS["transformers-4"]
     prefix = "vit." if any(is_decoder(name) or name.startswith("head.") for name in state) else ""
     blocks = {row[0]: str(row[column]) for row in _BLOCK_PARTS}

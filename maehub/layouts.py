@@ -75,6 +75,8 @@ def why_not_transformers(config: AutoencoderConfig) -> str | None:
         return "its decoder has at least one block"
     if config.target == "unknown":
         return "what this decoder was trained to predict is unknown"
+    if config.target in ("pca", "tokens"):
+        return "its decoder predicts pixels"
     return None
 
 
@@ -83,10 +85,8 @@ def our_block(
 ) -> dict[str, Any]:
     """Everything that maehub needs to build the network again."""
     verified = dict(VERIFIED)
-    if isinstance(config, EncoderConfig):
+    if isinstance(config, EncoderConfig) or why_not_transformers(config):
         del verified["transformers"]
-    elif why_not_transformers(config):
-        verified = {}
     return {
         "format": FORMAT,
         "version": __version__,

@@ -5,27 +5,31 @@ Like `images` this module imports no torch, so that the processes that decode st
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from maehub.errors import DataError, UsageError
+from maehub.jpeg import fast_rows, first_rows
 
 if TYPE_CHECKING:
     from maehub.patches import Size
 
 ImagePath = str | Path | bytes
+_Result = TypeVar("_Result")
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 2 GiB/4 of 24-bit pixels
 
@@ -103,22 +107,136 @@ class Decoded(NamedTuple):
 
 def decode(source: ImagePath | BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
     """What `open_image` does, in the channels that the file has."""
-    name = printable(source) if isinstance(source, ImagePath) else "the picture"
+    return _read(source, lambda file: _decode_file(file, scaled_to, max_pixels))
+
+
+class Box(NamedTuple):
+    """A part of a picture, in its pixels: from ``left`` and ``top`` up to ``right`` and ``bottom``, without those."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> Size:
+        """(height, width)."""
+        return self.bottom - self.top, self.right - self.left
+
+
+class Part(NamedTuple):
+    """A part of a picture."""
+
+    pixels: np.ndarray  # (h, w) or (h, w, 3) uint8, upright; read-only or not
+    box: Box  # what it shows, in pixels of the upright picture; the size of ``pixels`` times ``scale``
+    scale: int  # 1, or 2, 4 or 8 where a JPEG was decoded scaled
+
+
+def open_part(
+    source: ImagePath | BinaryIO,
+    choose: Callable[[Size], Box],
+    wanted: Size,
+    max_pixels: int = MAX_PIXELS,
+) -> Part:
+    """A part of a picture file, decoded no further than it needs.
+
+    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 at which the part still has the wanted pixels (at twice
+    1/4 and 1/8 if it is 4:2:2), and no further down than the part reaches. Everything else is as in `open_image`, in the channels that the file has.
+
+    Args:
+        source: a path, or a binary file. In messages the file is called by its ``name``, if it has one.
+        choose: is told the (height, width) of the upright picture and says which part of it, inside of it. The edges
+            are then moved to multiples of that scale, so that the part is whole decoded pixels; see `aligned`.
+        wanted: (height, width) that the part must have at least, if it has as much at full scale.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        DataError: it cannot be read; the text names the path and why.
+    """
+    return _read(source, lambda file: _part(file, choose, wanted, max_pixels))
+
+
+def aligned(box: Box, wanted: Size, picture: Size) -> tuple[Box, int]:
+    """A box with its edges on multiples of the scale that leaves it the wanted pixels, and that scale.
+
+    The box never leaves the ``picture``, (height, width), and no edge moves by more than the scale.
+    """
+    (height, width), (rows, columns) = box.size, wanted
+    scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
+    height, width = height // scale, width // scale
+    top = min(round(box.top / scale), picture[0] // scale - height)
+    left = min(round(box.left / scale), picture[1] // scale - width)
+    return Box(left * scale, top * scale, (left + width) * scale, (top + height) * scale), scale
+
+
+def _read(source: ImagePath | BinaryIO, action: Callable[[BinaryIO], _Result]) -> _Result:
+    """What an action makes of a file; whatever it raises becomes one error that names the file."""
     try:
         if not isinstance(source, ImagePath):
-            return _decode_file(source, scaled_to, max_pixels)
+            return action(source)
         # A pipe or a device would block or never end.
         if not stat.S_ISREG(os.stat(source).st_mode):
             raise DataError("it is not a regular file")
         with open(source, "rb") as file:
-            return _decode_file(file, scaled_to, max_pixels)
+            return action(file)
     except Exception as error:
         # Decoders raise nearly every type there is on broken bytes, so no list of types would be complete.
+        path = source if isinstance(source, ImagePath) else getattr(source, "name", None)
+        name = printable(path) if isinstance(path, ImagePath) else "the picture"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{name} cannot be read: {reason or type(error).__name__}") from error
 
 
-def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
+def _part(file: BinaryIO, choose: Callable[[Size], Box], wanted: Size, max_pixels: int) -> Part:
+    start = file.tell()
+    image = _opened(file, max_pixels)
+    if not isinstance(image, JpegImageFile):
+        return part_of(plain(image), choose, wanted)
+    orientation = _orientation(image)
+    turned = orientation >= 5
+    upright = image.size if turned else image.size[::-1]
+    box = _mirrored(choose(upright), upright, orientation)
+    stored, scale = aligned(_swapped(box) if turned else box, wanted[::-1] if turned else wanted, image.size[::-1])
+    if scale > 2 and image.mode == "RGB" and get_sampling(image) not in (0, 2):
+        scale //= 2  # 4:2:2: scaled decoding halves the width of the colours once more
+    file.seek(start)
+    data = file.read()
+    rows = fast_rows(data, image, stored.bottom, scale)
+    if rows is None:
+        image = JpegImageFile(io.BytesIO(first_rows(data, stored.bottom) or data))
+        image.draft(None, (image.width // scale, image.height // scale))
+        rows = np.asarray(_flat(image))
+    left, top, right, bottom = (edge // scale for edge in stored)
+    pixels = rows[top:bottom, left:right]
+    if turned:
+        pixels = pixels.swapaxes(0, 1)
+    pixels = pixels[:: -1 if orientation in _FLIPS_Y else 1, :: -1 if orientation in _FLIPS_X else 1]
+    return Part(pixels, _mirrored(_swapped(stored) if turned else stored, upright, orientation), scale)
+
+
+def part_of(picture: Image.Image, choose: Callable[[Size], Box], wanted: Size) -> Part:
+    """The part of a decoded L or RGB picture that `open_part` would show of its file, at full scale."""
+    size = picture.height, picture.width
+    box, _ = aligned(choose(size), wanted, size)
+    return Part(np.asarray(picture.crop(box)), box, 1)
+
+
+def _mirrored(box: Box, picture: Size, orientation: int) -> Box:
+    """A box of an upright picture, (height, width), seen from the end where the stored one starts; and back."""
+    left, top, right, bottom = box
+    if orientation in _FLIPS_X:
+        left, right = picture[1] - right, picture[1] - left
+    if orientation in _FLIPS_Y:
+        top, bottom = picture[0] - bottom, picture[0] - top
+    return Box(left, top, right, bottom)
+
+
+def _swapped(box: Box) -> Box:
+    return Box(box.top, box.left, box.bottom, box.right)
+
+
+def _opened(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
+    """A picture whose header was read and found good."""
     start = file.tell()
     head = file.read(16)
     file.seek(start)
@@ -134,8 +252,14 @@ def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int) -> Dec
     if width * height > max_pixels:
         megapixels = width * height / 1e6
         raise DataError(f"{width}×{height} pixels are {megapixels:.0f} MP, over the limit of {max_pixels / 1e6:.0f} MP")
+    return image
+
+
+def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
+    image = _opened(file, max_pixels)
     if not scaled_to or not isinstance(image, JpegImageFile):
         return Decoded.whole(plain(image))
+    width, height = image.size
     orientation = _orientation(image)
     turned = orientation >= 5
     rows, columns = reversed(scaled_to) if turned else scaled_to
@@ -172,17 +296,24 @@ def plain(image: Image.Image) -> Image.Image:
     """Any picture as L or RGB: upright, alpha over white, wide numbers scaled."""
     image.load()  # turns a TIFF itself, and takes its orientation away
     turn = _UPRIGHT.get(_orientation(image))
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        image = Image.fromarray(_to_8_bits(image))
-    elif image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    elif image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
+    image = _flat(image)
     if turn is None:
         return image
     image = image.transpose(turn)
     image.info.clear()  # Pillow keeps the orientation in there, and it would be applied a second time
+    return image
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Any picture as L or RGB, not turned."""
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return Image.fromarray(_to_8_bits(image))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode not in ("L", "RGB"):
+        return image.convert("L" if image.mode == "1" else "RGB")
     return image
 
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maehub.autoencoder import MaskedAutoencoder
+from maehub.autoencoder import MaskedAutoencoder, squared_error
+from maehub.colours import mean_colour_of
 from maehub.encoder import Encoder
 from maehub.errors import DataError, HubError, UsageError
 from maehub.images import Preprocess, open_image
@@ -99,6 +100,11 @@ def check_target(autoencoder: MaskedAutoencoder) -> None:
             "what this autoencoder was trained to predict is unknown, so its output cannot be drawn; "
             "say it: load_autoencoder(..., target='pixels') or target='normalised_pixels'"
         )
+    if not autoencoder.config.has_picture:
+        raise UsageError(
+            "this autoencoder predicts tokens of a tokenizer that is not part of it, so its output cannot be drawn; "
+            "only mean colours (tokenizer='mean-colour') can"
+        )
 
 
 def network_input(model: Encoder | MaskedAutoencoder, preprocess: Preprocess, pixels: np.ndarray) -> Tensor:
@@ -116,18 +122,47 @@ def drawn(
     grid: Size,
     statistics: Statistics,
 ) -> np.ndarray:
-    """A prediction (1, N, P·P·C) as a picture (H, W, C) uint8, every patch as the model gives it."""
-    prediction, patch_size = prediction.float(), autoencoder.config.encoder.patch_size
+    """A prediction (1, N, outputs) as a picture (H, W, C) uint8, every patch as the model gives it.
+
+    Coefficients of ``pca`` give the pixels that have them and no others; tokens the colour of the most likely one.
+    """
+    config, patch_size = autoencoder.config, autoencoder.config.encoder.patch_size
+    prediction = prediction.float()
     if not prediction.isfinite().all():
         raise DataError("the model's prediction holds NaN or infinity; run it in float32, or check its weights")
-    if autoencoder.config.target == "normalised_pixels":
+    if config.target == "tokens":
+        colours = mean_colour_of(prediction.argmax(dim=2), config.encoder.channels)  # (1, N, C)
+        picture = unpatchify(colours.repeat(1, 1, patch_size**2), grid, patch_size)
+        return _as_pixels(picture)
+    if config.target == "pca":
+        prediction = autoencoder.decoder.centre.float() + prediction @ autoencoder.decoder.components.float()
+    if config.target == "normalised_pixels":
         patches = patchify(images, patch_size)
         if statistics == "true":
             found = true_statistics(patches)
         else:
             found = estimate_statistics(patches, prediction, masked, grid, patch_size)
         prediction = denormalise_patches(prediction, found.mean, found.variance)
-    picture = preprocess.denormalise(unpatchify(prediction, grid, patch_size))
+    return _as_pixels(preprocess.denormalise(unpatchify(prediction, grid, patch_size)))
+
+
+def patch_errors(
+    autoencoder: MaskedAutoencoder, preprocess: Preprocess, images: Tensor, prediction: Tensor, picture: np.ndarray
+) -> Tensor:
+    """The squared error of every patch in the space of the target, mean over its values: (1, N) float32.
+
+    Tokens have no squares: for them it is that of the drawn ``picture`` (H, W, C) uint8, in preprocessed pixels.
+    """
+    patch_size = autoencoder.config.encoder.patch_size
+    patches = patchify(images, patch_size)
+    if autoencoder.config.target == "tokens":
+        colours = preprocess.normalise(torch.from_numpy(picture)[None].to(images.device))
+        return squared_error(patchify(colours, patch_size), patches.float())
+    return squared_error(prediction, autoencoder.target(patches))
+
+
+def _as_pixels(picture: Tensor) -> np.ndarray:
+    """(1, C, H, W) in [0, 1] to (H, W, C) uint8."""
     return (picture[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
 
 

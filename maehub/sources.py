@@ -1,12 +1,13 @@
-"""Folders, files and lists to samples: which pictures there are, in which order, under which names."""
+"""Folders, lists, shards and tables to samples: which pictures there are, in which order, under which names."""
 
 import hashlib
+import logging
 import os
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -14,39 +15,64 @@ from torch import Tensor
 
 from maehub.errors import DataError, UsageError
 from maehub.masking import sample_id
+from maehub.names import IMAGE_ENDINGS as IMAGE_ENDINGS
+from maehub.names import Names, digest
 from maehub.opening import ImagePath, printable
+from maehub.searching import search
 
 Picture = Image.Image | np.ndarray | Tensor
+_logger = logging.getLogger(__name__)
 
-IMAGE_ENDINGS = frozenset(b".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
-"""What a folder is searched for, in lower case. A file that is named itself may have any ending."""
+
+class Source(Protocol):
+    """Pictures that are read one by one, at random, by any process: a sample is its place in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> bytes:
+        """A name that stays when the data are moved: the path below the folder, shard and member, or file and row."""
+
+    def sample_id(self, index: int) -> int:
+        """A 63-bit id that follows from the name."""
+
+    def size(self, index: int) -> int:
+        """Bytes of the picture file; −1 if it is not there."""
+
+    def where(self, index: int) -> str:
+        """Path, shard and member, or file and row: for messages."""
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Says which samples `source` will be asked for next; those far away are fetched at once."""
+
+    def source(self, index: int) -> ImagePath | BinaryIO:
+        """What `maehub.opening.open_image` takes.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+    def digest(self, first: int = 0, last: int | None = None) -> str:
+        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Picture files in a fixed order.
-
-    The names lie end to end in one buffer: a million of them cost no more than their letters, and a forked process
-    shares them without copying.
-    """
+    """Picture files in a fixed order."""
 
     root: bytes
     """What stands before every name; empty where the names are paths themselves."""
-    names: bytes
-    ends: np.ndarray = field(repr=False)
-    """(samples,) int64. Where each name ends in ``names``."""
+    names: Names
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.names)
 
     def name(self, index: int) -> bytes:
         """The path below the folder that was searched, or the path as it was given."""
-        start = int(self.ends[index - 1]) if index else 0
-        return self.names[start : int(self.ends[index])]
+        return self.names[index]
 
     def path(self, index: int) -> bytes:
         """The path to open."""
-        return os.path.join(self.root, self.name(index))
+        return os.path.join(self.root, self.names[index])
 
     def paths(self) -> Iterator[bytes]:
         """All paths, in order."""
@@ -54,19 +80,113 @@ class Samples:
 
     def sample_id(self, index: int) -> int:
         """A 63-bit id that follows from the name: the same wherever the folder lies."""
-        return sample_id(self.name(index))
+        return sample_id(self.names[index])
+
+    def size(self, index: int) -> int:
+        """Bytes of the file; −1 if it is not there."""
+        try:
+            return os.stat(self.path(index)).st_size
+        except OSError:
+            return -1
+
+    def where(self, index: int) -> str:
+        """The path, for messages."""
+        return printable(self.path(index))
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Nothing: files are read where they are decoded."""
+
+    def source(self, index: int) -> bytes:
+        """The path: files are opened by who reads them."""
+        return self.path(index)
 
     def digest(self, first: int = 0, last: int | None = None) -> str:
         """sha256 of names and file sizes of samples ``first`` to before ``last``: tells another list from this one."""
-        hasher = hashlib.sha256()
-        for index in range(first, len(self) if last is None else last):
-            name, path = self.name(index), self.path(index)
-            try:
-                size = os.stat(path).st_size
-            except OSError:
-                size = -1
-            hasher.update(struct.pack("<qq", len(name), size) + name)
-        return hasher.hexdigest()
+        chosen = range(first, len(self) if last is None else last)
+        return digest((self.name(index), self.size(index)) for index in chosen)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of a source, under the names and ids that they have there."""
+
+    whole: Source
+    indices: np.ndarray = field(repr=False)
+    """(samples,) int64. Places in ``whole``."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> bytes:
+        """As in ``whole``."""
+        return self.whole.name(int(self.indices[index]))
+
+    def sample_id(self, index: int) -> int:
+        """As in ``whole``."""
+        return self.whole.sample_id(int(self.indices[index]))
+
+    def size(self, index: int) -> int:
+        """As in ``whole``."""
+        return self.whole.size(int(self.indices[index]))
+
+    def where(self, index: int) -> str:
+        """As in ``whole``."""
+        return self.whole.where(int(self.indices[index]))
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """As in ``whole``."""
+        self.whole.prefetch([int(self.indices[index]) for index in indices])
+
+    def source(self, index: int) -> ImagePath | BinaryIO:
+        """As in ``whole``."""
+        return self.whole.source(int(self.indices[index]))
+
+    def digest(self, first: int = 0, last: int | None = None) -> str:
+        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
+        chosen = range(first, len(self) if last is None else last)
+        return digest((self.name(index), self.size(index)) for index in chosen)
+
+
+def select(samples: Source, indices: np.ndarray) -> Source:
+    """Some samples, in the order of ``indices``: (n,) integers. Costs 8 bytes a sample.
+
+    Raises:
+        DataError: none is selected.
+        UsageError: an index that is not in ``samples``.
+    """
+    chosen = np.asarray(indices, np.int64)
+    if not len(chosen):
+        raise DataError("no sample is selected")
+    if chosen.min() < 0 or chosen.max() >= len(samples):
+        raise UsageError(f"there are {len(samples)} samples, none has the number {chosen.min()} or {chosen.max()}")
+    if isinstance(samples, Subset):
+        return Subset(samples.whole, samples.indices[chosen])
+    return Subset(samples, chosen)
+
+
+def groups(samples: Source, level: int) -> np.ndarray:
+    """Which samples belong together, by the folders in their names.
+
+    Args:
+        level: 1 for the first folder of the name, 2 for the first two together, and so on. A shard counts as a folder.
+
+    Returns:
+        (samples,) int64, the number of each sample's group; groups are numbered as they first appear.
+
+    Raises:
+        UsageError: a name has fewer folders.
+    """
+    if level < 1:
+        raise UsageError(f"the level of a group must be 1 or more, not {level}")
+    numbers: dict[bytes, int] = {}
+    result = np.empty(len(samples), np.int64)
+    for index in range(len(samples)):
+        parts = samples.name(index).lstrip(b"/").split(b"/", level)
+        if len(parts) <= level:
+            has = f"{printable(samples.name(index))} has {len(parts) - 1}"
+            raise UsageError(f"groups of level {level} are the first {level} folders of a name, and {has}")
+        result[index] = numbers.setdefault(b"/".join(parts[:level]), len(numbers))
+    return result
 
 
 def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
@@ -79,65 +199,128 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
         DataError: there is nothing at the path, no picture in it, or a folder that may not be read.
     """
     if not isinstance(source, str | bytes | Path):
-        return _samples(b"", [os.fsencode(path) for path in source])
+        return _samples(b"", map(os.fsencode, source))
     path = os.fsencode(source)
     if os.path.isfile(path):
         return _samples(b"", [path])
     if not os.path.isdir(path):
         raise DataError(f"{printable(path)} is neither a file nor a folder; look for a mistyped name")
-    names, others = _search(path)
-    if not names:
-        found = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5)) or "nothing"
-        raise DataError(
-            f"0 images in {printable(path)}; found {found}. "
-            f"Endings that count: {' '.join(sorted(ending.decode() for ending in IMAGE_ENDINGS))}"
-        )
-    return _samples(path, sorted(names))
+    others: Counter[bytes] = Counter()
+    names = Names.of(search(path, IMAGE_ENDINGS, others))
+    if not len(names):
+        raise _nothing(path, others)
+    return Samples(path, names)
 
 
-def _samples(root: bytes, names: list[bytes]) -> Samples:
-    if not names:
-        raise DataError("the list of pictures is empty")
-    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return Samples(root, b"".join(names), ends)
+def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str | None = None) -> Source:
+    """The pictures of a folder, a list, tar shards, Parquet files or a saved dataset: what ``data`` is decides.
+
+    A folder is searched for pictures as `find_images` does; without any, for .tar files, then for .parquet files. A
+    folder that the datasets library saved is read as such. A .txt file is a list. What ends with .tar or .parquet may
+    have braces and wildcards: ``"shards/{000..099}.tar"``; shards may lie behind an address:
+    ``"s3://bucket/shards-{000..003}.tar"``.
+
+    Args:
+        index_dir: where to keep what was found in the headers of shards, and copies of Parquet files as Arrow tables.
+        column: of a table, the one with the pictures; None finds it.
+
+    Raises:
+        DataError: nothing is there, or it cannot be used; the text names file and line, shard and member.
+        UsageError: several columns of pictures, several splits, or a pattern that cannot be.
+        MissingDependencyError: a package is needed that is not installed.
+    """
+    text = os.fsdecode(data)
+    if os.path.isdir(text):
+        return _folder(text, index_dir, column)
+    if text.endswith(".tar"):
+        from maehub.shards import find_shards
+
+        return find_shards(text, index_dir)
+    if "://" in text:
+        raise UsageError(f"{printable(text)}: behind an address there can be tar shards, and their names end with .tar")
+    if text.endswith(".parquet"):
+        from maehub.shards import shard_paths
+        from maehub.tables import find_parquet
+
+        return find_parquet(shard_paths(text), index_dir, column)
+    if text.lower().endswith(".txt") and os.path.isfile(text):
+        return read_list(text)
+    if text.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+        raise DataError(f"{printable(text)} is compressed, and shards are read at random: unpack it to a plain .tar")
+    return find_images(text)
 
 
-def _search(root: bytes) -> tuple[list[bytes], Counter[str]]:
-    """Names of pictures below ``root``, unsorted, and how many files of each other ending there are."""
-    names: list[bytes] = []
-    others: Counter[str] = Counter()
-    # Each folder with the identities of those above it: a link back to one of them would never end.
-    waiting: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
-    while waiting:
-        below, above = waiting.pop()
-        folder = os.path.join(root, below)
-        try:
-            facts = os.stat(folder)
-            identity = (facts.st_dev, facts.st_ino)
-            if identity in above:
-                continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith(b"."):
-                        continue
-                    name = os.path.join(below, entry.name)
-                    ending = os.path.splitext(entry.name)[1].lower()
-                    if _is_folder(entry):
-                        waiting.append((name, above | {identity}))
-                    elif ending in IMAGE_ENDINGS:
-                        names.append(name)
-                    else:
-                        others[printable(ending) if ending else "without an ending"] += 1
-        except OSError as error:
-            raise DataError(f"{printable(folder)} cannot be searched: {error.strerror}") from error
-    return names, others
+def _folder(folder: str, index_dir: Path | None, column: str | None) -> Source:
+    if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
+        from maehub.tables import find_saved
+
+        return find_saved(folder, column)
+    path = os.fsencode(folder)
+    others: Counter[bytes] = Counter()
+    names = Names.of(search(path, IMAGE_ENDINGS, others))
+    if len(names):
+        if passed := [f"{others[ending]} {ending.decode()}" for ending in (b".tar", b".parquet") if others[ending]]:
+            _logger.warning("%s holds pictures; its %s files are not read", printable(path), " and ".join(passed))
+        return Samples(path, names)
+    if others[b".tar"]:
+        from maehub.shards import find_shards
+
+        return find_shards(_below(path, b".tar"), index_dir)
+    if others[b".parquet"]:
+        from maehub.tables import find_parquet
+
+        return find_parquet(_below(path, b".parquet"), index_dir, column)
+    raise _nothing(path, others)
 
 
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+def _below(folder: bytes, ending: bytes) -> list[str]:
+    return [os.fsdecode(os.path.join(folder, name)) for name in search(folder, frozenset([ending]), Counter())]
+
+
+def read_list(path: str) -> Samples:
+    """The files that a list names, one a line: absolute, or relative to the folder of the list.
+
+    Empty lines and those that begin with # are passed over. Names are as they stand in the list. A file that stands
+    there twice counts twice, and is looked at in the same way both times.
+
+    Raises:
+        DataError: the list cannot be read or is empty, or a file is not there; the text names the line.
+    """
+    root = os.path.dirname(os.fsencode(path))
+
+    def lines() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                name = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if number == 1 else line.rstrip(b"\r\n")
+                if not name.strip() or name.startswith(b"#"):
+                    continue
+                if not os.path.isfile(os.path.join(root, name)):
+                    raise DataError(f"{printable(path)}, line {number}: there is no file {printable(name)}")
+                yield name
+
     try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+        names = Names.of(lines())
+    except OSError as error:
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+    if not len(names):
+        raise DataError(f"0 images in {printable(path)}: it names no file")
+    return Samples(root, names)
+
+
+def _samples(root: bytes, names: Iterable[bytes]) -> Samples:
+    found = Names.of(names)
+    if not len(found):
+        raise DataError("the list of pictures is empty")
+    return Samples(root, found)
+
+
+def _nothing(folder: bytes, others: Counter[bytes]) -> DataError:
+    kinds = ((printable(ending) or "without an ending", count) for ending, count in others.most_common(5))
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    return DataError(
+        f"0 images in {printable(folder)}; found {counts or 'nothing'}. "
+        f"Endings that count: {' '.join(sorted(ending.decode() for ending in IMAGE_ENDINGS))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -162,11 +345,11 @@ class Pictures:
         return hasher.hexdigest()
 
 
-Source = ImagePath | Image.Image | np.ndarray | Tensor | Sequence[ImagePath] | Sequence[Image.Image | np.ndarray]
+PictureSource = ImagePath | Image.Image | np.ndarray | Tensor | Sequence[ImagePath] | Sequence[Image.Image | np.ndarray]
 """A folder, a file, a list of paths; a picture or a list of them; a (B, H, W, C) uint8 array; a (B, C, H, W) tensor."""
 
 
-def as_samples(source: Source) -> Samples | Pictures:
+def as_samples(source: PictureSource) -> Samples | Pictures:
     """What `find_images` finds, or the pictures themselves.
 
     Raises:

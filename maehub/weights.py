@@ -7,13 +7,13 @@
     README.md                    the model card
 
 This is the folder of an autoencoder. Where transformers would not compute the same, ``model.safetensors`` has the
-official names, and there is neither a timm file nor a processor. The folder of an encoder or classifier is a plain timm
-one with our block.
+official names, and there are no keys of transformers and no processor. The folder of an encoder or classifier is a
+plain timm one with our block.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from maehub import __version__, layouts
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
-from maehub.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite, infer_config
+from maehub.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
 from maehub.card import model_card
 from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import UsageError
@@ -30,6 +30,7 @@ from maehub.files import free_space_guard
 from maehub.folders import check_free, read_json, whole_folder, write_json, write_text
 from maehub.images import Preprocess
 from maehub.keys import from_official, to_official
+from maehub.shapes import infer_config, with_target
 from maehub.tensorfile import read_tensors, write_tensors
 
 __all__ = [
@@ -106,7 +107,7 @@ def save(
     dtype = dtype or torch.float32
     check_free(folder, overwrite, MEMBERS)
     copies = 1 if isinstance(model, Encoder) else 2
-    free_space_guard(folder, copies * sum(value.numel() for value in model.parameters()) * dtype.itemsize)
+    free_space_guard(folder, copies * sum(value.numel() for value in model.state_dict().values()) * dtype.itemsize)
     with whole_folder(folder, overwrite=overwrite, members=MEMBERS) as staging:
         write_members(staging, folder.absolute().name, model, dtype=dtype, card=card)
     return folder
@@ -138,17 +139,20 @@ def write_members(
         values |= layouts.transformers_config(config, dtype)
         tensors(_TENSORS, from_official(state, "transformers-4"))
         write_json(staging / _PROCESSOR, layouts.transformers_processor(preprocess))
-    elif layout == "official" or (isinstance(config, AutoencoderConfig) and layouts.why_not_transformers(config)):
+    elif layout == "official":
         tensors(_TENSORS, state)
     elif isinstance(config, EncoderConfig):
         values |= layouts.timm_config(config, preprocess, origin, _TENSORS)
         tensors(_TENSORS, state)
     else:
-        values |= layouts.transformers_config(config, dtype)
+        if layouts.why_not_transformers(config):
+            tensors(_TENSORS, state)
+        else:
+            values |= layouts.transformers_config(config, dtype)
+            tensors(_TENSORS, from_official(state, "transformers-4"))
+            write_json(staging / _PROCESSOR, layouts.transformers_processor(preprocess))
         values |= layouts.timm_config(config.encoder, preprocess, origin, layouts.TIMM_ENCODER)
-        tensors(_TENSORS, from_official(state, "transformers-4"))
         tensors(layouts.TIMM_ENCODER, from_official(state, "timm"))
-        write_json(staging / _PROCESSOR, layouts.transformers_processor(preprocess))
     values["maehub"] = layouts.our_block(config, preprocess, origin, dtype, hashes)
     write_text(staging / "README.md", model_card(name, config, preprocess, origin, card))
     write_json(staging / _CONFIG, values)
@@ -247,7 +251,7 @@ def read_config(
                 f"{config} says that its decoder predicts {network.target}, and target={target!r} was asked for; "
                 "leave target= out"
             )
-        network = replace(network, target=target)
+        network = with_target(network, target, str(config))
     return ModelFolder(config.parent, network, preprocess, origin, tensors, encoder_tensors or tensors, hashes, state)
 
 

@@ -52,6 +52,8 @@ def test_a_fresh_decoder_is_initialised_as_published():
 def test_the_training_path_gives_the_same_loss_and_gradients(
     rows, columns, channels, ratio, mask_tokens, target, depth
 ):
+    if depth == 0:
+        mask_tokens = "encoder"
     model = build(target, mask_tokens, depth, channels=channels).double()
     images = torch.randn(3, channels, rows * 8, columns * 8, dtype=torch.float64)
     masked = make_masks("random", torch.arange(3), (rows, columns), ratio)
@@ -132,12 +134,12 @@ def test_seeds_make_the_masks_and_the_device_does_not_matter():
 
 def test_the_decoder_knows_true_geometry():
     """On a 2×6 grid the decoder's positions are those of a 2×6 table, not of a stretched 4×4 sequence."""
-    model = build(decoder_depth=0)
+    model = build(decoder_depth=1)
     tokens = torch.zeros(1, 13, 24)
     seen = []
-    model.decoder.norm.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    model.decoder.blocks[0].register_forward_hook(lambda *call: seen.append(call[1][0]))
     model.decoder(tokens, (2, 6))
-    table = seen[0][0].reshape(2, 6, 24)
+    table = seen[0][0, 1:].reshape(2, 6, 24)
     assert (table[:, :, :12] - table[:1, :, :12]).abs().max() < 0.2, "the first half is the column alone"
     assert (table[:, :, 12:] - table[:, :1, 12:]).abs().max() < 0.2, "the second half is the row alone"
 
@@ -150,6 +152,58 @@ def test_an_unknown_target_predicts_but_has_no_loss():
     assert output.prediction.isfinite().all()
     with pytest.raises(UsageError, match="target="):
         model.loss(images, output.masked)
+
+
+@pytest.mark.parametrize("target", ["pca", "tokens"])
+def test_the_loss_of_other_targets_is_a_matter_of_training(target):
+    model = MaskedAutoencoder(AutoencoderConfig(EncoderConfig(32, 8, 3, 32, 1, 4), 24, 1, 3, target, outputs=9))
+    images = torch.randn(2, 3, 32, 32)
+    output = model(images)
+    assert output.loss.isnan()
+    assert output.prediction.shape == (2, 16, 9)
+    with pytest.raises(UsageError, match=r"maehub\.train"):
+        model.loss(images, output.masked)
+    if target == "tokens":
+        with pytest.raises(UsageError, match="tokens"):
+            model.target(patchify(images, 8))
+
+
+def test_outputs_of_pixels_are_all_values_of_a_patch():
+    config = AutoencoderConfig(outputs=768)
+    assert config == AutoencoderConfig()
+    assert config.prediction_width == 768
+    assert not AutoencoderConfig(target="tokens", outputs=8192).has_picture
+
+
+def test_a_linear_head_is_all_that_is_left_of_a_decoder_of_depth_0():
+    model = build("pixels", "encoder", 0).eval()
+    assert {name for name in model.state_dict() if not name.startswith("encoder.")} == {
+        "mask_token", "decoder.pred.weight", "decoder.pred.bias",
+    }  # fmt: skip
+    images = torch.randn(2, 3, 32, 32)
+    nothing_hidden = torch.zeros(2, 16, dtype=torch.bool)
+    features = model.encoder.features(images, pool="tokens")
+    assert torch.allclose(model.predict(images, nothing_hidden), model.decoder.pred(features), atol=1e-6)
+
+
+def test_bad_wishes_are_refused():
+    model = build()
+    images = torch.zeros(2, 3, 32, 32)
+    masked = make_masks("random", torch.arange(2), (4, 4))
+    hidden = masked.nonzero()[:, 1].reshape(2, 12)
+    for wanted in (hidden.int(), hidden[:1], hidden[0]):
+        with pytest.raises(UsageError, match="wanted must be int64"):
+            model.predict(images, masked, wanted=wanted)
+    with pytest.raises(UsageError, match="needs wanted"):
+        model.predict(images, masked, leave_out=True)
+    with pytest.raises(UsageError, match="visible"):
+        model.predict(images, ~masked, wanted=hidden, leave_out=True)
+    with pytest.raises(UsageError, match=r"\(2, 16\)"):
+        model.predict(images, masked[:, 1:])
+    ragged = masked.clone()
+    ragged[0] = False
+    with pytest.raises(DataError, match="one number"):
+        model.predict(images, ragged)
 
 
 def test_bad_masks_are_refused():
@@ -170,7 +224,12 @@ def test_bad_masks_are_refused():
 @pytest.mark.parametrize(
     "changes",
     [{"decoder_heads": 5}, {"decoder_width": 0}, {"decoder_depth": -1}, {"target": "edges"}, {"mask_tokens": "both"},
-     {"encoder": EncoderConfig(classes=3)}, {"encoder": EncoderConfig(pool="mean")}],
+     {"encoder": EncoderConfig(classes=3)}, {"encoder": EncoderConfig(pool="mean")}, {"decoder_depth": 0},
+     {"outputs": 5}, {"outputs": -1}, {"outputs": True}, {"outputs": "5"}, {"target": "pca"}, {"target": "tokens"},
+     {"target": "pca", "outputs": 769}, {"target": "pca", "outputs": 5, "tokenizer": "mean-colour"},
+     {"target": "tokens", "outputs": 511, "tokenizer": "mean-colour"}, {"tokenizer": "mean-colour"},
+     {"target": "tokens", "outputs": 5, "tokenizer": "mine"},
+     {"target": "tokens", "outputs": 64, "tokenizer": "mean-colour", "encoder": EncoderConfig(channels=2)}],
 )  # fmt: skip
 def test_a_config_that_cannot_be_is_refused(changes):
     with pytest.raises(UsageError):
@@ -199,3 +258,8 @@ def test_both_paths_compile_without_graph_breaks():
     assert torch.equal(compiled.masked, expected.masked)
     loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(images, expected.masked, kept=4)
     assert torch.allclose(loss, expected.loss)
+    wanted = torch.tensor([[3, 5], [3, 5]])
+    predict = torch.compile(model.predict, fullgraph=True, backend="aot_eager")
+    options = {"kept": 4, "wanted": wanted, "leave_out": True}
+    masked = torch.arange(16).repeat(2, 1) < 12
+    assert torch.allclose(predict(images, masked, **options), model.predict(images, masked, **options), atol=1e-5)

@@ -14,6 +14,7 @@ from skimage import data
 
 from maehub import figures, pictures
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.colours import mean_colours
 from maehub.drawing import as_rgb, compose, heat
 from maehub.encoder import EncoderConfig, Origin
 from maehub.errors import CheckpointError, DataError, HubError, UsageError
@@ -22,6 +23,7 @@ from maehub.images import Preprocess
 from maehub.masking import covering_masks, make_masks
 from maehub.patches import denormalise_patches, normalise_patches, patchify, unpatchify
 from maehub.statistics import estimate_statistics, harmonic, true_statistics
+from maehub.train.targets import fit_components, store_components
 
 
 class Perfect(MaskedAutoencoder):
@@ -61,6 +63,91 @@ def has_red_text(figure):
     """Whether red ink of the notice is on a figure."""
     red = np.asarray(figure).astype(int)
     return bool(((red[:, :, 0] > 150) & (red[:, :, 1] < 60) & (red[:, :, 2] < 60))[-40:].any())
+
+
+# --- other targets ---
+
+
+def fitted(photo, kind=MaskedAutoencoder, outputs=192):
+    """A model that predicts PCA coefficients, of which 192 are all there are."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(EncoderConfig(32, 8, 3, 32, 1, 2), 32, 1, 2, "pca", outputs=outputs)
+    made = kind(config).eval()
+    made.encoder.preprocess = replace(made.preprocess, crop_fraction=1.0)
+    sample = torch.tensor(photo)[None].expand(3, -1, -1, -1)
+    store_components(made, fit_components(sample, made.preprocess, 8, outputs))
+    return made
+
+
+class RightTokens(MaskedAutoencoder):
+    """Is sure of the mean colour of every patch."""
+
+    def _predict(self, patches, masked, kept, grid, wanted=None):
+        images = self.preprocess.denormalise(unpatchify(patches, grid, 8))
+        return torch.nn.functional.one_hot(mean_colours(images, 8), self.config.outputs).float() * 9
+
+
+def coloured(channels=3, tokenizer="mean-colour"):
+    encoder = EncoderConfig(32, 8, channels, 32, 1, 2)
+    outputs = {1: 8, 3: 512}[channels]
+    made = RightTokens(AutoencoderConfig(encoder, 32, 1, 2, "tokens", outputs=outputs, tokenizer=tokenizer)).eval()
+    made.encoder.preprocess = replace(made.preprocess, crop_fraction=1.0)
+    return made
+
+
+def test_coefficients_are_drawn_as_the_pixels_that_have_them(photo):
+    panels = reconstruct(fitted(photo, Perfect), photo)
+    np.testing.assert_allclose(panels.reconstruction.astype(int), panels.original.astype(int), atol=1)
+    assert panels.mse == 0
+    assert "coefficients" in panels.caption
+    few = reconstruct(fitted(photo, Perfect, 3), photo)
+    assert few.mse == 0
+    patches = few.reconstruction.reshape(4, 8, 4, 8, 3)
+    np.testing.assert_allclose(patches.mean((1, 3)), few.original.reshape(4, 8, 4, 8, 3).mean((1, 3)), atol=12)
+    assert 15 < few.psnr < panels.psnr
+
+
+def test_mse_of_coefficients_is_that_of_the_prediction(photo):
+    autoencoder = fitted(photo, outputs=5)
+    panels = reconstruct(autoencoder, photo, seed=4)
+    images = autoencoder.preprocess(photo)[None]
+    with torch.no_grad():
+        prediction = autoencoder(images, torch.from_numpy(panels.mask).reshape(1, -1)).prediction
+    wanted = autoencoder.target(patchify(images, 8))
+    hidden = torch.from_numpy(panels.mask).flatten()
+    assert panels.mse == pytest.approx((prediction - wanted)[0, hidden].square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tokens_are_drawn_as_their_colours(photo, channels):
+    panels = reconstruct(coloured(channels), photo)
+    patches = panels.reconstruction.reshape(4, 8, 4, 8, channels)
+    assert (patches == patches[:, :1, :, :1]).all()
+    means = panels.original.reshape(4, 8, 4, 8, channels).mean((1, 3))
+    assert np.abs(patches[:, 0, :, 0] - means).max() <= 17, "half a level of eight is 16"
+    error = np.square((panels.original.astype(float) - panels.reconstruction)[over_pixels(panels.mask)] / 255)
+    spread = np.square(coloured(channels).preprocess.std)
+    assert panels.mse == pytest.approx((error.reshape(-1, channels) / spread).mean(), rel=1e-4)
+    assert "(mean colours)" in panels.caption
+
+
+def test_tokens_of_somebody_elses_tokenizer_are_not_drawn(photo):
+    for function in (reconstruct, error_map):
+        with pytest.raises(UsageError, match="tokenizer that is not part of it"):
+            function(coloured(tokenizer=""), photo)
+
+
+def test_error_maps_of_other_targets(photo):
+    found = error_map(fitted(photo, outputs=5), photo)
+    assert found.score > 0
+    assert "(coefficients)" in found.caption
+    assert error_map(fitted(photo, Perfect, 5), photo).score == 0
+    right = error_map(coloured(), photo)
+    normalised = [
+        coloured().preprocess.normalise(torch.tensor(p)[None]) for p in (right.original, right.reconstruction)
+    ]
+    assert right.score == pytest.approx((normalised[0] - normalised[1]).square().mean().item(), rel=1e-5)
+    assert "(mean colours)" in right.caption
 
 
 # --- the four pictures and the numbers ---

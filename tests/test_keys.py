@@ -52,6 +52,21 @@ def test_module_names_are_those_of_the_module(state):
     assert_same(from_official(official(encoder), "module"), encoder.state_dict())
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_components_of_a_pca_have_names_of_our_own(depth):
+    config = AutoencoderConfig(TINY, 32, depth, 4, "pca", "encoder", outputs=5)
+    autoencoder = make_autoencoder(config)
+    ours = official(autoencoder)
+    assert {"decoder_centre", "decoder_components", ENCODER_MASK_TOKEN} <= set(ours)
+    assert set(from_official(ours, "module")) == set(autoencoder.state_dict())
+    for dialect in ("official", "module"):
+        assert set(to_official(from_official(ours, dialect)).state) == set(ours)
+    assert set(from_official(ours, "timm")) == set(Encoder(TINY).state_dict())
+    del ours[ENCODER_MASK_TOKEN]
+    with pytest.raises(UsageError, match="PCA"):
+        from_official(ours, "transformers-4")
+
+
 def test_timm_is_the_encoder_alone(state):
     written = from_official(state, "timm")
     assert set(written) == set(Encoder(TINY).state_dict())

@@ -103,8 +103,8 @@ def test_row_50_a_million_names_take_little_more_than_their_letters():
     samples = find_images([b"folder/picture-%06d.jpg" % index for index in range(count)])
     assert len(samples) == count
     assert samples.name(123_456) == b"folder/picture-123456.jpg"
-    assert isinstance(samples.names, bytes)
-    assert len(samples.names) + samples.ends.nbytes == count * (25 + 8)
+    assert isinstance(samples.names.letters, bytes)
+    assert len(samples.names.letters) + samples.names.ends.nbytes == count * (25 + 8)
 
 
 def test_row_51_the_digest_tells_another_folder_from_this_one(tree):

@@ -78,6 +78,7 @@ METHODS = {
     ("Encoder", "attention"): (["images"], {"layer": -1}),
     ("MaskedAutoencoder", "forward"): (["images", "masked"], {"mask_ratio": 0.75, "seeds": None}),
     ("MaskedAutoencoder", "loss"): (["images", "masked"], {"kept": None}),
+    ("MaskedAutoencoder", "predict"): (["images", "masked"], {"kept": None, "wanted": None, "leave_out": False}),
     ("Panels", "figure"): ([], {}),
     ("Panels", "save"): (["path"], {}),
     ("Preprocess", "__call__"): (["image"], {}),
@@ -95,7 +96,7 @@ CLASSES = {
 }
 FIELDS = {
     "EncoderConfig": {"image_size", "patch_size", "channels", "width", "depth", "heads", "classes", "pool"},
-    "AutoencoderConfig": {"encoder", "target", "mask_tokens"},
+    "AutoencoderConfig": {"encoder", "target", "mask_tokens", "outputs", "tokenizer"},
     "Panels": {"original", "masked", "reconstruction", "pasted", "mask", "mse", "psnr", "seed", "statistics"},
     "FeatureTable": {"paths", "features"},
 }

@@ -33,6 +33,7 @@ from maehub.images import Preprocess
 from maehub.keys import from_official
 from maehub.positions import resize_table
 from maehub.tensorfile import read_header, read_tensors, write_tensors
+from maehub.train.targets import Components, store_components
 from maehub.weights import (
     Wanted,
     build_autoencoder,
@@ -65,6 +66,15 @@ def same_weights(ours, theirs):
     return set(ours.state_dict()) == set(theirs) and all(
         torch.equal(v, theirs[k]) for k, v in ours.state_dict().items()
     )
+
+
+def made(config):
+    """A network of any kind, the components of a PCA fitted."""
+    model = make_encoder(config) if isinstance(config, EncoderConfig) else make_autoencoder(config)
+    if isinstance(config, AutoencoderConfig) and config.target == "pca":
+        basis = torch.linalg.qr(torch.randn(config.patch_values, config.outputs)).Q.T
+        store_components(model, Components(torch.randn(config.patch_values), basis))
+    return model
 
 
 def edit_config(folder, change):
@@ -346,7 +356,13 @@ OTHERS = {
     "non-square": replace(MAE, encoder=replace(TINY, image_size=(16, 48))),
     "mask tokens in the encoder": replace(MAE, mask_tokens="encoder"),
     "unknown target": replace(MAE, target="unknown"),
-    "no decoder blocks": replace(MAE, decoder_depth=0),
+    "linear head": replace(MAE, decoder_depth=0, mask_tokens="encoder"),
+    "pca": replace(MAE, target="pca", outputs=5),
+    "tokens": replace(MAE, target="tokens", outputs=17, mask_tokens="encoder", decoder_depth=0),
+    "mean colours": replace(MAE, target="tokens", outputs=512, tokenizer="mean-colour"),
+    "grey mean colours": replace(
+        MAE, encoder=replace(TINY, channels=1), target="tokens", outputs=8, tokenizer="mean-colour"
+    ),
     "four channels": replace(MAE, encoder=replace(TINY, channels=4)),
 }
 
@@ -355,19 +371,100 @@ OTHERS = {
 def test_every_network_comes_back(kind, tmp_path):
     config = OTHERS[kind]
     is_encoder = isinstance(config, EncoderConfig)
-    model = make_encoder(config) if is_encoder else make_autoencoder(config)
+    model = made(config)
     save(model, tmp_path / "a")
     again = open_encoder(tmp_path / "a") if is_encoder else open_autoencoder(tmp_path / "a")
     assert same_weights(again, model)
     assert again.config == config
     assert again.preprocess == model.preprocess
     values = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert "timm" in values["maehub"]["verified"]
+    assert ("transformers" in values["maehub"]["verified"]) == (kind == "four channels")
     for_transformers = kind == "four channels"
     assert ("model_type" in values) == for_transformers
     assert (tmp_path / "a" / "preprocessor_config.json").exists() == for_transformers
     if not is_encoder and not for_transformers:
-        assert "Only maehub reads this folder" in (tmp_path / "a" / "README.md").read_text()
+        assert "Only maehub reads the whole of this folder" in (tmp_path / "a" / "README.md").read_text()
         assert set(read_header(tmp_path / "a" / "model.safetensors").tensors) == set(official(model))
+        assert same_weights(open_encoder(tmp_path / "a"), model.encoder)
+    else:
+        assert for_transformers or is_encoder
+
+
+HEADS = ["linear head", "pca", "tokens", "mean colours", "grey mean colours"]
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_bare_file_with_another_head(kind, tmp_path):
+    config = OTHERS[kind]
+    model = made(config)
+    said = {"heads": 4, "decoder_heads": 4}
+    if config.target in ("normalised_pixels", "tokens"):
+        said["target"] = config.target
+    # a file tells neither the tokenizer nor the width that a decoder without blocks would have
+    expected = replace(config, tokenizer="") if config.decoder_depth else replace(config, decoder_width=512, decoder_heads=16)  # fmt: skip  # noqa: E501
+    for dialect in ("official", "module"):
+        path = tmp_path / f"{dialect}.safetensors"
+        write_tensors(path, from_official(official(model), dialect))
+        again = open_autoencoder(path, **said)
+        assert same_weights(again, model)
+        assert again.config == expected
+        assert same_weights(open_encoder(path, heads=4), model.encoder)
+    if config.target == "tokens":
+        with pytest.raises(UsageError, match=rf"predicts {config.outputs} values.*target='tokens'"):
+            open_autoencoder(path, heads=4, decoder_heads=4)
+        with pytest.raises(IntegrityError, match="decoder_pred"):
+            open_autoencoder(path, heads=4, decoder_heads=4, target="pixels")
+    else:
+        wrong = "pixels" if config.target == "pca" else "pca"
+        with pytest.raises(UsageError, match="components of a PCA"):
+            open_autoencoder(path, heads=4, decoder_heads=4, target=wrong)
+
+
+def test_a_pixel_head_may_be_said_to_give_tokens(tmp_path):
+    model = make_autoencoder(replace(MAE, target="unknown"))
+    save(model, tmp_path / "a")
+    assert open_autoencoder(tmp_path / "a", target="tokens").config.outputs == 192
+    with pytest.raises(UsageError, match="no components of a PCA"):
+        open_autoencoder(tmp_path / "a", target="pca")
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_other_sizes_but_no_other_channels_for_another_head(kind):
+    config = OTHERS[kind]
+    model = made(config)
+    built = build_autoencoder(official(model), config, wanted=Wanted(image_size=(16, 48)))
+    pictures = images(config.encoder, size=(16, 48))
+    assert torch.equal(built(pictures).prediction, model(pictures).prediction)
+    wanted = Wanted(channels=4 - config.encoder.channels)
+    if config.outputs:
+        with pytest.raises(UsageError, match="encoder alone"):
+            build_autoencoder(official(model), config, wanted=wanted)
+    else:
+        assert build_autoencoder(official(model), config, wanted=wanted).config.prediction_width == 64
+    assert build_encoder(official(model), config, wanted=wanted).config.channels == wanted.channels
+
+
+def test_a_file_with_half_a_basis_is_refused():
+    config = OTHERS["pca"]
+    state = official(made(config))
+    for name in ("decoder_centre", "decoder_components"):
+        with pytest.raises(IntegrityError, match=f"missing, 1 of .*{name}"):
+            build_autoencoder({key: value for key, value in state.items() if key != name}, config)
+    with pytest.raises(IntegrityError, match=r"unexpected, 2 of .*decoder_centre, decoder_components"):
+        build_autoencoder(state, replace(config, target="unknown", outputs=0))
+
+
+def test_components_that_were_never_fitted_are_not_saved(tmp_path):
+    with pytest.raises(IntegrityError, match="decoder_components"):
+        save(make_autoencoder(OTHERS["pca"]), tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", [{"outputs": 10**12}, {"decoder_width": 4 * 10**9, "decoder_heads": 4}])
+def test_a_decoder_far_too_large_for_its_tensors_is_refused_at_once(change):
+    config = OTHERS["mean colours"]
+    with pytest.raises(IntegrityError, match="too few tensors"):
+        build_autoencoder(official(made(config)), replace(config, tokenizer="", **change))
 
 
 def test_a_folder_is_deterministic(autoencoder, tmp_path):
@@ -469,6 +566,10 @@ CHANGES = {
     "a huge depth": lambda c: c["maehub"]["network"]["encoder"].update(depth=10**9),
     "a list for a number": lambda c: c["maehub"]["network"]["encoder"].update(width=[64]),
     "hashes": lambda c: c["maehub"].update(sha256={"model.safetensors": 1}),
+    "outputs of pixels": lambda c: c["maehub"]["network"].update(outputs=3),
+    "outputs no int": lambda c: c["maehub"]["network"].update(target="tokens", outputs="3"),
+    "a tokenizer unknown here": lambda c: c["maehub"]["network"].update(target="tokens", outputs=3, tokenizer="dall-e"),
+    "a head without mask tokens in the encoder": lambda c: c["maehub"]["network"].update(decoder_depth=0),
     "another patch": lambda c: c["maehub"]["network"]["encoder"].update(patch_size=4),
 }
 
@@ -679,14 +780,19 @@ def test_timm_loads_the_folder_of_an_encoder(tmp_path, kind):
     assert transform["crop_pct"] == ours.preprocess.crop_fraction
 
 
-def test_timm_loads_the_encoder_of_an_autoencoder(autoencoder, folder):
+@pytest.mark.parametrize("kind", ["pixels", *HEADS, "non-square", "mask tokens in the encoder"])
+def test_timm_loads_the_encoder_of_an_autoencoder(kind, tmp_path):
+    config = OTHERS.get(kind, MAE)
+    autoencoder = made(config)
+    folder = save(autoencoder, tmp_path / "model")
     values = json.loads((folder / "config.json").read_text())
     weights = folder / values["pretrained_cfg"]["hf_hub_filename"]
     theirs = timm.create_model(
         values["architecture"], num_classes=0, checkpoint_path=str(weights), **values["model_args"]
     ).eval()
     with torch.inference_mode():
-        assert_equal_outputs(autoencoder.encoder(images(TINY)), theirs(images(TINY)))
+        pictures = images(config.encoder)
+        assert_equal_outputs(autoencoder.encoder(pictures), theirs(pictures))
 
 
 def test_the_published_shapes_need_no_arguments_in_timm(tmp_path):
@@ -713,6 +819,13 @@ def test_the_card_says_what_it_is(folder, autoencoder, tmp_path):
     save(autoencoder, tmp_path / "b", card="## Training\n\nTrained on 3 photos; top-1 12.3 % on them.")
     assert "top-1 12.3 %" in (tmp_path / "b" / "README.md").read_text()
     assert "top-1" not in text
+    texts = {kind: (save(made(OTHERS[kind]), tmp_path / kind) / "README.md").read_text() for kind in HEADS}
+    assert "a linear head that predicts pixels normalised per patch" in texts["linear head"]
+    assert "predicts 5 PCA coefficients of each patch's pixels" in texts["pca"]
+    assert "predicts which of 17 tokens each patch is, of a tokenizer that is not part of" in texts["tokens"]
+    assert "which of 512 tokens each patch is, its mean colour in 3 bits a channel" in texts["mean colours"]
+    assert [kind for kind in HEADS if "reconstruct" not in texts[kind]] == ["tokens"]
+    assert all("timm reads its encoder" in text and "  - timm\n" in text.replace("\n- ", "\n  - ") for text in texts.values())  # fmt: skip  # noqa: E501
     classifier = save(make_encoder(OTHERS["mean"]), tmp_path / "c")
     assert ModelCard((classifier / "README.md").read_text()).data.pipeline_tag == "image-classification"
 

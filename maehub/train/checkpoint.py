@@ -1,15 +1,18 @@
 """Checkpoints of a run: ``checkpoints/step-N/`` with weights and optimizer in safetensors, and a manifest written last.
 
 A checkpoint is put together beside its place and renamed when it is whole, so a folder ``step-N`` that lacks a file or
-has one that differs from its manifest was damaged later. No pickle is involved.
+has one that differs from its manifest was damaged later. No pickle is involved, except in runs that shard their weights
+(`maehub.train.sharded`).
 """
 
+import contextlib
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ log = logging.getLogger("maehub")
 _MANIFEST, _MODEL, _OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
 _FILES = (_MODEL, _OPTIMIZER)
 _FORMAT = 1
+_TORN = re.compile(r"\.step-\d+\.[0-9a-f]+\.partial")  # what a process that was killed while it saved leaves
 
 
 @dataclass(frozen=True)
@@ -36,37 +40,72 @@ class Progress:
     config: dict[str, Any]
     """The settings that the result depends on, as JSON keeps them."""
     data: str
-    """`Samples.digest` of the pictures."""
+    """`digest` of the pictures."""
+    processes: int = 1
+    """How many wrote it; a resumed run may have another number."""
+    micro_batch: int = 0
+    """Views that each computed at once; with as many processes it is used again, for equal sums."""
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write a checkpoint, then delete all older ones but the one before it.
+class Written(NamedTuple):
+    """A file of a checkpoint, as the manifest lists it."""
+
+    bytes: int
+    sha256: str
+
+
+def save_checkpoint(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int = 2
+) -> Path:
+    """Write a checkpoint, then delete older ones, so that ``keep`` are left.
 
     Raises:
         DivergedError: weights or optimizer state are not finite; nothing was written.
         CheckpointError: the disk is full or cannot be written; older checkpoints are untouched.
     """
-    checkpoints = run / "checkpoints"
-    for remains in checkpoints.glob(".step-*.partial"):  # of a process that was killed while it saved
-        shutil.rmtree(remains, ignore_errors=True)
     parts = {_MODEL: model.state_dict(), _OPTIMIZER: _optimizer_tensors(model, optimizer)}
     for name, tensors in parts.items():
         check_converging(tensors, f"{name} of step {progress.step}")
-    free_space_guard(checkpoints, sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values()))
-    folder = checkpoints / f"step-{progress.step}"
-    with whole_folder(folder, overwrite=False, members=()) as staging:
+    with checkpoint_folder(run, progress, [tensor for part in parts.values() for tensor in part.values()]) as staging:
         files = {}
         for name, tensors in parts.items():
             sha256 = write_tensors(staging / name, tensors)
-            files[name] = {"bytes": (staging / name).stat().st_size, "sha256": sha256}
-        write_json(staging / _MANIFEST, {"format": _FORMAT, "progress": asdict(progress), "files": files})
-    older = [step for step in _steps(run) if step < progress.step]
-    for step in older[:-1]:
+            files[name] = Written((staging / name).stat().st_size, sha256)
+        write_manifest(staging, progress, files)
+    rotate(run, progress.step, keep)
+    return run / "checkpoints" / f"step-{progress.step}"
+
+
+@contextlib.contextmanager
+def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor]) -> Iterator[Path]:
+    """The folder to put a checkpoint together in; when the block ends without an error, it gets its name.
+
+    Raises:
+        CheckpointError: the tensors will not fit on the disk, or it cannot be written; nothing is left behind.
+    """
+    checkpoints = run / "checkpoints"
+    for remains in checkpoints.glob(".step-*.partial"):
+        if _TORN.fullmatch(remains.name):
+            shutil.rmtree(remains, ignore_errors=True)
+    free_space_guard(checkpoints, sum(tensor.nbytes for tensor in tensors))
+    with whole_folder(checkpoints / f"step-{progress.step}", overwrite=False, members=()) as staging:
+        yield staging
+
+
+def write_manifest(staging: Path, progress: Progress, files: Mapping[str, Written]) -> None:
+    """What makes a folder a checkpoint: written last."""
+    listed = {name: written._asdict() for name, written in files.items()}
+    write_json(staging / _MANIFEST, {"format": _FORMAT, "progress": asdict(progress), "files": listed})
+
+
+def rotate(run: Path, newest: int, keep: int) -> None:
+    """Delete checkpoints older than the newest, so that ``keep`` are left; others' folders are left alone."""
+    older = [step for step in _steps(run) if step < newest]
+    for step in older[: max(0, len(older) - (keep - 1))]:
         try:
-            shutil.rmtree(checkpoints / f"step-{step}")
+            shutil.rmtree(run / "checkpoints" / f"step-{step}")
         except OSError as error:
             log.warning("the old checkpoint of step %d cannot be deleted: %s", step, error)
-    return folder
 
 
 def check_converging(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -114,7 +153,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         CheckpointError: it is of another network.
     """
-    numbers = {name: number for number, name in enumerate(_parameter_names(model, optimizer))}
+    numbers = {name: number for number, name in enumerate(parameter_names(model, optimizer))}
     state = optimizer.state_dict()
     state["state"] = {number: {} for number in numbers.values()}
     try:
@@ -125,6 +164,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder} is of another network: {error}. Nothing was changed.") from error
     optimizer.load_state_dict(state)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a checkpoint was written by a run that shards its weights."""
+    return not (folder / _MODEL).exists() and (folder / ".metadata").exists()
 
 
 def _verified(folder: Path, step: int) -> Progress:
@@ -138,7 +182,10 @@ def _verified(folder: Path, step: int) -> Progress:
         )
     try:
         progress = Progress(**manifest["progress"])
-        facts = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
+        listed = manifest["files"]
+        facts = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in [*listed] or _FILES}
+        if not is_sharded(folder) and not set(_FILES) <= set(facts):
+            raise KeyError(*sorted(set(_FILES) - set(facts)))
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"its manifest is malformed at {error}") from error
     if progress.step != step:
@@ -166,7 +213,7 @@ def _free_name(folder: Path) -> Path:
     return name
 
 
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the optimizer's parameters, in its own numbering."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
@@ -174,7 +221,7 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``exp_avg/encoder.blocks.0.…`` and so on."""
-    names = _parameter_names(model, optimizer)
+    names = parameter_names(model, optimizer)
     return {
         f"{key}/{names[number]}": value
         for number, state in optimizer.state_dict()["state"].items()

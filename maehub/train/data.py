@@ -1,17 +1,20 @@
 """Samples of a training run: which picture, which crop, which mask at which step.
 
-Everything is a pure function of the run's seed and the position in the run: the pictures of epoch e are in a random
-order of their own, position p of the run is picture p mod n of epoch p div n, and the crop, the flip and the mask of
-a sample follow from (seed, epoch, sample id). So a resumed run, and one with other workers, sees the same samples.
+Everything is a pure function of the run's seed and the position in the run. A run is a row of views: view p is view
+p mod k of image p div k, k being the masks per picture. The pictures of epoch e are in a random order of their own, and
+the crop, the flip and the mask of a view follow from (seed, epoch, sample id, view). Step s takes views s·B to
+(s + 1)·B, of which process r of R takes the r-th part. So a resumed run, one with other workers and one with another
+number of processes see the same samples.
 """
 
 import contextlib
-import math
+import logging
 import os
+import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,31 +23,53 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maehub.errors import DataError
-from maehub.masking import Strategy, make_masks, random_bits, random_uniform, sample_seed
+from maehub.masking import Strategy, make_masks, random_bits, sample_seed
 from maehub.opening import open_image
 from maehub.patches import Size, grid_size
-from maehub.sources import Samples
+from maehub.sources import Source
+from maehub.train.augment import Augmentation, colour_factors, crop
 
-_ASPECT = (3 / 4, 4 / 3)  # width to height of a random crop, Szegedy et al. 2015
-_CROP_TRIES = 10
+log = logging.getLogger("maehub")
+
 _SILENCE = 300  # seconds until a reading process that gives nothing counts as hanging
+_PREFETCHED = 4  # batches that a reading process has ready
+_ORDER, _VALIDATION, _MORE_MASKS = 2, 3, 100  # views of `sample_seed` that are not the first of a picture
+_SHARED_MEMORY = "/dev/shm"
 
 
 class Batch(NamedTuple):
-    """One step's samples."""
+    """Views of one step, or a part of them."""
 
     pixels: Tensor  # (B, H, W, C) uint8
     masked: Tensor  # (B, N) bool, True where hidden
+    seeds: Tensor  # (B,) int64, for what else is random about a view
+    factors: Tensor  # (B, 3) float32 of brightness, contrast, saturation; (B, 0) without colour jitter
+
+    def split(self, size: int) -> Iterable[Self]:
+        """Parts of ``size`` views, the last one smaller."""
+        return (type(self)(*part) for part in zip(*(field.split(size) for field in self), strict=True))
+
+    def to(self, device: torch.device) -> Self:
+        """On a device, without waiting for it."""
+        return type(self)(*(field.to(device, non_blocking=True) for field in self))
+
+
+class Key(NamedTuple):
+    """One view: which picture, and the seeds of its crop and its mask."""
+
+    index: int
+    crop: int
+    mask: int
 
 
 @dataclass(frozen=True)
 class View:
-    """How samples are looked at: crop size, patches and masks."""
+    """How pictures are looked at: crops, patches and masks."""
 
     size: Size
     patch_size: int
     channels: int
-    crop_scale: tuple[float, float]
+    augmentation: Augmentation
     strategy: Strategy
     mask_ratio: float
 
@@ -57,109 +82,113 @@ class View:
         """(B, N) bool, one mask a seed, True where hidden."""
         return make_masks(self.strategy, torch.tensor(seeds), self.grid, self.mask_ratio)
 
+    def batch(self, pixels: Tensor, keys: list[Key]) -> Batch:
+        """Crops (B, H, W, C) with what belongs to them."""
+        jitters = self.augmentation.kind == "colour-jitter"
+        factors = colour_factors([key.crop for key in keys]) if jitters else torch.empty(len(keys), 0)
+        masks = [key.mask for key in keys]
+        return Batch(pixels, self.masks(masks), torch.tensor(masks), factors)
+
     def empty(self, count: int) -> Tensor:
         """(count, H, W, C) uint8, to be filled with crops."""
         return torch.empty(count, *self.size, self.channels, dtype=torch.uint8)
 
 
 class Crops(Dataset[Batch | DataError]):
-    """Random crops with their masks, a whole batch at a time; a key is (index, seed of the sample).
+    """Crops with their masks, a whole batch at a time.
 
     With ``cache`` every picture is decoded once, here; forked workers share the memory. A picture that cannot be read
     comes back as its error: raised in a worker, it would arrive with a traceback for its text.
     """
 
-    def __init__(self, samples: Samples, view: View, cache: bool) -> None:
+    def __init__(self, samples: Source, view: View, cache: bool) -> None:
         self.samples = samples
         self.view = view
-        self.decoded = [self._open(index) for index in range(len(samples))] if cache else None
+        self.decoded = [self._decoded(index) for index in range(len(samples))] if cache else None
 
-    def _open(self, index: int) -> Image.Image:
-        return open_image(self.samples.path(index), channels=self.view.channels)
+    def _decoded(self, index: int) -> Image.Image:
+        with naming(self.samples, index):
+            return open_image(self.samples.source(index), channels=self.view.channels)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | DataError:
+    def __getitems__(self, keys: list[Key]) -> Batch | DataError:
         pixels = self.view.empty(len(keys))
-        for row, (index, seed) in enumerate(keys):
+        if self.decoded is None:
+            self.samples.prefetch([key.index for key in keys])
+        for row, key in enumerate(keys):
+            if row and keys[row - 1][:2] == key[:2]:  # another mask of the same crop
+                pixels[row] = pixels[row - 1]
+                continue
             try:
-                picture = self.decoded[index] if self.decoded else self._open(index)
+                pixels[row] = torch.from_numpy(self._crop(key))
             except DataError as error:
                 return error
-            pixels[row] = torch.from_numpy(random_crop(picture, self.view, seed))
-        return Batch(pixels, self.view.masks([seed for _, seed in keys]))
+        return self.view.batch(pixels, keys)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch | DataError:
+    def _crop(self, key: Key) -> np.ndarray:
+        view = self.view
+        with naming(self.samples, key.index):
+            source = self.decoded[key.index] if self.decoded else self.samples.source(key.index)
+            return crop(source, view.size, view.channels, view.augmentation, key.crop)
+
+    def __getitem__(self, key: Key) -> Batch | DataError:
         return self.__getitems__([key])
 
 
-def random_crop(image: Image.Image, view: View, seed: int) -> np.ndarray:
-    """A random part of a picture, scaled to the view's size with bicubic filtering, flipped half of the time.
-
-    The part covers ``crop_scale`` of the area and has an aspect from 3/4 to 4/3 times the view's; where ten tries do
-    not fit the picture, the largest centred part of a permitted aspect is taken.
-
-    Returns:
-        (H, W, C) uint8.
-    """
-    numbers = random_uniform(sample_seed(seed, 0, 0, 1), 1 + 4 * _CROP_TRIES)
-    box = _crop_box(image.size, view, numbers[1:].reshape(_CROP_TRIES, 4))
-    height, width = view.size
-    crop = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    if numbers[0] < 0.5:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(crop).reshape(height, width, view.channels)
-
-
-def _crop_box(size: tuple[int, int], view: View, tries: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the crop, pixels of a picture of ``size`` (width, height)."""
-    width, height = size
-    shape = view.size[1] / view.size[0]
-    low, high = (math.log(shape * aspect) for aspect in _ASPECT)
-    for area, aspect, right, down in tries.tolist():
-        share = view.crop_scale[0] + area * (view.crop_scale[1] - view.crop_scale[0])
-        ratio = math.exp(low + aspect * (high - low))
-        w = round(math.sqrt(width * height * share * ratio))
-        h = round(math.sqrt(width * height * share / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(right * (width - w + 1)), int(down * (height - h + 1))
-            return left, top, left + w, top + h
-    ratio = min(max(width / height, math.exp(low)), math.exp(high))
-    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+@contextlib.contextmanager
+def naming(samples: Source, index: int) -> Iterator[None]:
+    """Put the place of a sample into an error that does not name it: bytes out of a shard have no path."""
+    try:
+        yield
+    except DataError as error:
+        where = samples.where(index)
+        if where in str(error):
+            raise
+        raise DataError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
 class StepKeys:
-    """The keys of every step's batch, from ``first_step`` on."""
+    """The keys of every step's batch, from ``first_step`` on: of one process its part."""
 
-    samples: Samples
+    samples: Source
     batch_size: int
+    """Views of a step, over all processes."""
     seed: int
     first_step: int
     steps: int
+    masks: int = 1
+    """Views of each picture."""
+    rank: int = 0
+    size: int = 1
+    """Processes; divides ``batch_size``."""
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        count = len(self.samples)
+    def __iter__(self) -> Iterator[list[Key]]:
+        count, part = len(self.samples), self.batch_size // self.size
         known, order = -1, torch.empty(0)
         for step in range(self.first_step, self.steps):
             keys = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                epoch, place = divmod(position, count)
+            start = step * self.batch_size + self.rank * part
+            for position in range(start, start + part):
+                number, view = divmod(position, self.masks)
+                epoch, place = divmod(number, count)
                 if epoch != known:
                     known, order = epoch, epoch_order(self.seed, epoch, count)
                 index = int(order[place])
-                keys.append((index, sample_seed(self.seed, epoch, self.samples.sample_id(index))))
+                sample = self.samples.sample_id(index)
+                seed = sample_seed(self.seed, epoch, sample)
+                mask = sample_seed(self.seed, epoch, sample, _MORE_MASKS + view) if view else seed
+                keys.append(Key(index, seed, mask))
             yield keys
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The random order of an epoch: (count,) int64."""
-    return random_bits(torch.tensor([sample_seed(seed, epoch, 0, 2)]), count)[0].argsort(stable=True)
+    return random_bits(torch.tensor([sample_seed(seed, epoch, 0, _ORDER)]), count)[0].argsort(stable=True)
 
 
 @contextlib.contextmanager
 def training_batches(
-    samples: Samples, view: View, keys: StepKeys, *, workers: int, cache: bool, pin: bool
+    samples: Source, view: View, keys: Iterable[list[Key]], *, workers: int, cache: bool, pin: bool
 ) -> Iterator[Iterator[Batch]]:
     """Batches of the steps of ``keys``, in order.
 
@@ -177,30 +206,48 @@ def training_batches(
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCHED if workers else None,
         timeout=_SILENCE if workers else 0,
         worker_init_fn=_own_group,
         multiprocessing_context="fork" if workers else None,
     )
-    batches = (_readable(batch) for batch in loader)
+    batches = _readable(loader)
     try:
         yield batches
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # what has ended by it holds the processes, which end when let go
-        # torch has no class of its own for a worker's death.
-        if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
+        # torch tells of a dead process wherever the loop happens to be, not only where it asks for a batch.
+        if (told := _of_a_reader(error)) is None:
             raise
-        signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
-        reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
-        raise DataError(
-            f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
-            "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
-        ) from error
+        raise told from error
     finally:
         batches.close()
 
 
-def validation_batch(samples: Samples, view: View, count: int, seed: int) -> Batch:
+def check_shared_memory(view: View, views: int, workers: int) -> None:
+    """Warn where finished batches may not fit into the memory that processes share: a full one kills them.
+
+    Args:
+        views: of one batch of this process.
+        workers: processes that read.
+    """
+    needed = workers * _PREFETCHED * (view.empty(1).nbytes + view.grid[0] * view.grid[1]) * views
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return
+    if workers and needed > free:
+        log.warning(
+            "%d processes that read may need %.2f GB of %s, and %.2f GB are free: if one dies by SIGBUS, use fewer "
+            "--workers, or give it more (docker: --shm-size)",
+            workers,
+            needed / 1e9,
+            _SHARED_MEMORY,
+            free / 1e9,
+        )
+
+
+def validation_batch(samples: Source, view: View, count: int, seed: int) -> Batch:
     """Crops and masks that never change: ``count`` of them, the pictures taken in turn.
 
     Of more pictures than that, ``count`` are chosen by their sample ids. Each is decoded once.
@@ -209,27 +256,43 @@ def validation_batch(samples: Samples, view: View, count: int, seed: int) -> Bat
         DataError: a picture cannot be read.
     """
     chosen = sorted(sorted(range(len(samples)), key=samples.sample_id)[:count])
-    pixels, seeds = view.empty(count), [0] * count
+    pixels, keys = view.empty(count), [Key(0, 0, 0)] * count
     for place, index in enumerate(chosen):
-        picture = open_image(samples.path(index), channels=view.channels)
+        with naming(samples, index):
+            picture = open_image(samples.source(index), channels=view.channels)
         for row in range(place, count, len(chosen)):
-            seeds[row] = sample_seed(seed, row // len(chosen), samples.sample_id(index), 3)
-            pixels[row] = torch.from_numpy(random_crop(picture, view, seeds[row]))
-    return Batch(pixels, view.masks(seeds))
+            number = sample_seed(seed, row // len(chosen), samples.sample_id(index), _VALIDATION)
+            keys[row] = Key(index, number, number)
+            pixels[row] = torch.from_numpy(crop(picture, view.size, view.channels, view.augmentation, number))
+    return view.batch(pixels, keys)
 
 
-def worker_count(workers: int | None) -> int:
-    """As many processes as asked for, or as there are cores that this process may use, one left for the loop."""
+def worker_count(workers: int | None, processes: int = 1) -> int:
+    """As many reading processes as asked for, or as there are cores for each training process, one left for it."""
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 1)
+    return max(1, cores // processes - 1)
 
 
-def _readable(batch: Batch | DataError) -> Batch:
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
+def _readable(loader: Iterable[Batch | DataError]) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _of_a_reader(error: Exception) -> DataError | None:
+    """What to say of an error that came from a reading process; None for all others."""
+    # torch has no class of its own for a worker's death.
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
+        return None
+    signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
+    reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
+    return DataError(
+        f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
+        "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
+    )
 
 
 def _as_is(batch: Any) -> Any:

@@ -3,9 +3,13 @@
 import contextlib
 import fcntl
 import json
+import logging
 import math
+import resource
 import shutil
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +19,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maehub.errors import EXIT_INTERRUPTED, DivergedError, MaehubError, UsageError
+from maehub.errors import (
+    EXIT_INTERRUPTED,
+    CheckpointError,
+    DivergedError,
+    MaehubError,
+    MissingDependencyError,
+    UsageError,
+)
 from maehub.files import atomic_write, write_error
 
-_CONFIG, _STATE, _METRICS = "config.json", "run.json", "metrics.jsonl"
-_OURS = (_CONFIG, _STATE, "checkpoints", "pictures", "model")  # beside the metrics, what a new run replaces
-_LOG_EVERY = 20  # steps between reads of the loss: each read waits for the device
+log = logging.getLogger("maehub")
+
+LOG_EVERY = 16
+"""Steps between reads of the loss, each of which waits for the device."""
+
+_CONFIG, _STATE, _METRICS, _DIVERGED = "config.json", "run.json", "metrics.jsonl", "diverged.json"
+# beside the metrics, what a new run replaces
+_OURS = (_CONFIG, _STATE, _DIVERGED, "checkpoints", "pictures", "model", "tensorboard", "report.html")
+_SPIKE_WINDOW, _SPIKE = 64, 3.0  # a loss this many times the median of so many before it is worth a word
+_BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt} · {postfix} · {remaining} left"
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -53,29 +71,39 @@ def run_state(folder: Path) -> str | None:
 
 class _Step(NamedTuple):
     number: int
-    loss: Tensor
+    numbers: Tensor  # (3,) float32 on the device: loss, norm of the gradient, 1 if the update was bad and skipped
     rate: float
 
 
 class RunLog:
     """The record of one run; a context manager that keeps other processes out of the run folder.
 
-    Nothing that is in the folder changes before `begin`. An error that ends the block is written to ``run.json``.
+    Nothing that is in the folder changes before `begin`. An error that ends the block is written to ``run.json``. Of
+    the processes of a run one ``leads`` and writes; the others only look at the numbers, to end where it ends.
 
     Raises:
         UsageError: another process writes the folder.
         CheckpointError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, batch_size: int) -> None:
+    def __init__(self, folder: Path, batch_size: int, *, leads: bool = True) -> None:
         self.folder = folder
         self.batch_size = batch_size
+        self.leads = leads
         self.last_saved: int | None = None
+        self.bad_step: int | None = None
         self._waiting: list[_Step] = []
+        self._recent: deque[float] = deque(maxlen=_SPIKE_WINDOW)
+        self._spiked = False
         self._bar: tqdm[Any] | None = None  # from `begin` on
+        self._boards: Any = None  # TensorBoard's writer
         self._clock = 0.0
+        self._idle = 0.0  # seconds of waiting for pictures since the clock was started
+        self._memory = 0.0
 
     def __enter__(self) -> Self:
+        if not self.leads:
+            return self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._metrics = open(self.folder / _METRICS, "a+b")
@@ -95,16 +123,32 @@ class RunLog:
 
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             if error is not None:
                 self._fail(error)
-        with contextlib.suppress(OSError):
-            self._metrics.close()
+        if self._boards is not None:
+            with contextlib.suppress(Exception):
+                self._boards.close()
+        if self.leads:
+            with contextlib.suppress(OSError):
+                self._metrics.close()
 
     def begin(
-        self, config: Mapping[str, Any], *, first_step: int, steps: int, overwrite: bool = False, hide_bar: bool = False
+        self,
+        config: Mapping[str, Any],
+        *,
+        first_step: int,
+        steps: int,
+        overwrite: bool = False,
+        hide_bar: bool = False,
+        tensorboard: bool = False,
     ) -> None:
         """Write what the run is told, and drop the metrics of steps that will be done again."""
+        self.last_saved = first_step or None
+        self.restart_clock()
+        if not self.leads:
+            return
         try:
             for name in _OURS if overwrite else ():
                 path = self.folder / name
@@ -115,55 +159,117 @@ class RunLog:
             self._drop_lines(first_step)
         except OSError as error:
             raise write_error(self.folder, error) from error
-        self.last_saved = first_step or None
         self._write_state("running", None)
         with atomic_write(self.folder / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=hide_bar or None)
-        self.restart_clock()
+        if tensorboard:
+            self._boards = _tensorboard(self.folder / "tensorboard", first_step)
+        self._bar = tqdm(
+            total=steps, initial=first_step, unit="step", disable=hide_bar or None, dynamic_ncols=True, bar_format=_BAR
+        )
 
-    def log(self, step: int, loss: Tensor, rate: float) -> None:
-        """Remember a step that is done; written every few steps, since reading the loss waits for the device."""
-        self._waiting.append(_Step(step, loss, rate))
-        if len(self._waiting) == _LOG_EVERY:
+    def log(self, step: int, numbers: Tensor, rate: float) -> None:
+        """Remember a step that is done; written every few steps, since reading its numbers waits for the device.
+
+        Args:
+            step: 1 for the first.
+            numbers: (3,) float32 on the device: loss, norm of the gradient, 1 if the update was bad and skipped.
+            rate: learning rate.
+        """
+        self._waiting.append(_Step(step, numbers, rate))
+        if len(self._waiting) == LOG_EVERY:
             self.flush()
 
+    def idled(self, seconds: float) -> None:
+        """The loop waited this long for pictures."""
+        self._idle += seconds
+
     def flush(self) -> None:
-        """Write what is remembered, one line a step; a loss that is not finite as null.
+        """Write what is remembered, one line a step; a number that is not finite as null.
 
         Raises:
-            DivergedError: a loss is not finite.
+            DivergedError: an update was bad. It and those after it were skipped: the weights are those of before.
             CheckpointError: the disk is full.
         """
         if not self._waiting:
             return
         steps, self._waiting = self._waiting, []
-        losses = torch.stack([step.loss for step in steps]).tolist()
-        speed = round(len(losses) * self.batch_size / (time.perf_counter() - self._clock), 1)
-        for step, loss in zip(steps, losses, strict=True):
-            self.note(step.number, loss=loss, lr=step.rate, images_per_second=speed)
-        self.restart_clock()
-        if self._bar is not None:
-            self._bar.update(len(losses))
-            self._bar.set_postfix(loss=f"{losses[-1]:.4f}", images_per_second=speed, refresh=False)
-        bad = [step.number for step, loss in zip(steps, losses, strict=True) if not math.isfinite(loss)]
-        if bad:
-            raise DivergedError(
-                f"the loss of step {bad[0]} is not finite. {self._kept()} Try a lower --base-lr, or --precision fp32."
+        rows = torch.stack([step.numbers for step in steps]).tolist()
+        seconds = time.perf_counter() - self._clock
+        speed, wait = round(len(rows) * self.batch_size / seconds, 1), round(min(1.0, self._idle / seconds), 4)
+        self._memory = max(self._memory, _memory_gb(steps[0].numbers.device))
+        bad = next((place for place, (_, _, flag) in enumerate(rows) if flag), len(rows))
+        for step, (loss, norm, _) in zip(steps[: bad + 1], rows[: bad + 1], strict=True):
+            self.note(
+                step.number,
+                loss=loss,
+                lr=step.rate,
+                images_per_second=speed,
+                data_wait=wait,
+                grad_norm=norm,
+                memory_gb=self._memory,
             )
+        self.restart_clock()
+        self._show(len(rows), rows[-1][0], steps[-1].rate, speed, wait)
+        if bad < len(rows):
+            self.bad_step = steps[bad].number
+            diverged = DivergedError(
+                f"the loss or the gradient of step {steps[bad].number} is not finite. The update was skipped, and the "
+                f"weights are those of step {steps[bad].number - 1}. {self._kept()} Its samples are in {_DIVERGED}. "
+                "Try a lower --base-lr, --clip-grad 1 or --precision fp32 in a new run."
+            )
+            diverged.told_by = 0
+            raise diverged
+        self._watch(steps, rows)
+
+    def _show(self, steps: int, loss: float, rate: float, speed: float, wait: float) -> None:
+        """The live line; a terminal that went away must not end the run."""
+        if self._bar is None or self._bar.disable:
+            return
+        memory = f"{self._memory:.1f} GB"
+        words = f"loss {loss:.4f} · lr {rate:.2e} · {speed:,.0f} images/s · data wait {100 * wait:.0f} % · {memory}"
+        try:
+            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.update(steps)
+        except OSError as error:
+            log.warning("the progress line cannot be shown any more: %s; the run goes on", error)
+            self._bar.disable = True
+
+    def _watch(self, steps: list[_Step], rows: list[list[float]]) -> None:
+        """Say once where the loss jumps, though it is finite."""
+        for step, (loss, _, _) in zip(steps, rows, strict=True):
+            usual = statistics.median(self._recent) if len(self._recent) == _SPIKE_WINDOW else math.inf
+            if loss > _SPIKE * usual and not self._spiked:
+                self._spiked = True
+                log.warning("the loss of step %d is %.3g, usually %.3g: a lower --base-lr?", step.number, loss, usual)
+            self._recent.append(loss)
 
     def note(self, step: int, **values: float) -> None:
         """Write one object to metrics.jsonl."""
+        if not self.leads:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._draw_curves(step, finite)
         try:
             self._metrics.write(json.dumps({"step": step} | finite).encode() + b"\n")
             self._metrics.flush()
         except OSError as error:
             raise write_error(self.folder / _METRICS, error) from error
 
+    def _draw_curves(self, step: int, values: Mapping[str, float | None]) -> None:
+        if self._boards is None:
+            return
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    self._boards.add_scalar(name, value, step)
+        except Exception as error:  # whatever it is, the metrics are in our own file
+            log.warning("TensorBoard's files cannot be written any more: %s; the run goes on", error)
+            self._boards = None
+
     def restart_clock(self) -> None:
         """What was done since the last step does not count as time of the next one."""
-        self._clock = time.perf_counter()
+        self._clock, self._idle = time.perf_counter(), 0.0
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step is on the disk."""
@@ -174,6 +280,12 @@ class RunLog:
         """The run ends here, and not by an error."""
         self.flush()
         self._write_state(state, exit_code)
+
+    def dump(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Write down what is known of a bad step."""
+        if self.leads:
+            with contextlib.suppress(CheckpointError), atomic_write(self.folder / _DIVERGED) as temporary:
+                temporary.write_text(json.dumps({"step": step, **facts}, indent=1) + "\n")
 
     def _fail(self, error: BaseException) -> None:
         # The disk may be full or the device lost; the error that ends the run must not be hidden by another.
@@ -194,6 +306,8 @@ class RunLog:
         return f"The checkpoint of step {self.last_saved} is kept."
 
     def _write_state(self, state: str, exit_code: int | None, reason: str = "") -> None:
+        if not self.leads:
+            return
         facts = {"state": state, "exit_code": exit_code, "last_good_step": self.last_saved, "reason": reason}
         with atomic_write(self.folder / _STATE) as temporary:
             temporary.write_text(json.dumps(facts, indent=1) + "\n")
@@ -210,3 +324,18 @@ class RunLog:
                 break
             end += len(line)
         self._metrics.truncate(end)
+
+
+def _memory_gb(device: torch.device) -> float:
+    """The most memory that was in use on the device, or on the CPU by this process, GB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError('--tensorboard needs TensorBoard: pip install "maehub[log]"') from error
+    return SummaryWriter(folder, purge_step=first_step + 1)

@@ -1,42 +1,57 @@
-"""Pretraining a masked autoencoder: one process, one visible loop."""
+"""Pretraining a masked autoencoder: one visible loop, for one process and for many."""
 
 import contextlib
 import json
 import logging
 import math
-import os
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS
-from maehub.errors import EXIT_DONE, DataError, UsageError
-from maehub.figures import grid as figure_grid
-from maehub.figures import reconstruct
-from maehub.files import atomic_write
-from maehub.hub import load_autoencoder, usable_device
-from maehub.images import Preprocess
-from maehub.locating import locate
-from maehub.sources import Samples, find_images
-from maehub.train.checkpoint import Progress, check_converging, load_checkpoint, newest_checkpoint, save_checkpoint
+import maehub
+from maehub.autoencoder import MaskedAutoencoder
+from maehub.errors import EXIT_DONE, CheckpointError, DataError, DivergedError, UsageError
+from maehub.train.augment import jitter
+from maehub.train.checkpoint import Progress
 from maehub.train.config import PretrainConfig
-from maehub.train.data import Batch, StepKeys, View, training_batches, validation_batch, worker_count
+from maehub.train.data import (
+    Batch,
+    StepKeys,
+    View,
+    check_shared_memory,
+    training_batches,
+    validation_batch,
+    worker_count,
+)
+from maehub.train.distributed import Group, joined
+from maehub.train.fitting import micro_batch
+from maehub.train.holdout import Split, split_data
 from maehub.train.log import RunLog, check_run_folder, run_state
-from maehub.train.optim import adamw, learning_rate
-from maehub.train.stopping import stop_requests
+from maehub.train.machine import code_digest, environment
+from maehub.train.networks import build_network, find_weights, kept_patches, view_of
+from maehub.train.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate
+from maehub.train.parallel import accumulating, autocast, deterministic, wrapped
+from maehub.train.report import write_report
+from maehub.train.saving import Saver, resumed
+from maehub.train.sharded import gathered
+from maehub.train.stopping import Stop, stop_requests
+from maehub.train.targets import Objective, fit_components, store_components
+from maehub.train.validation import Validation, check_start
 from maehub.weights import save
 
 log = logging.getLogger("maehub")
 
-# decoder (width, depth, heads) of a preset; He et al. 2021 use one for all sizes
-_DECODERS = {"vit-nano": (160, 5, 5)}
-_PAPER_DECODER = (512, 8, 16)
-_WHOLE_PICTURE = {"vit-nano"}  # presets whose evaluation crops nothing off
-_VALIDATION_CROPS = 256
-_SHOWN_PICTURES = 4
+Tokenizer = Callable[[Tensor], Tensor]
+"""Pictures (B, C, H, W) in [0, 1] to (B, N) integers, one a patch; ``vocabulary`` is how many there are."""
+
+_PCA_PICTURES = 1000  # pictures that the components of patches are fitted on
 
 
 class PretrainResult(NamedTuple):
@@ -47,153 +62,323 @@ class PretrainResult(NamedTuple):
     exit_code: int
 
 
-def pretrain(config: PretrainConfig) -> PretrainResult:
-    """Pretrain a masked autoencoder.
+def pretrain(config: PretrainConfig, *, tokenizer: Tokenizer | None = None) -> PretrainResult:
+    """Pretrain a masked autoencoder, in this process or, started by torchrun, in many.
 
     The run folder gets ``config.json``, ``run.json`` (state), ``metrics.jsonl`` (one object a step), ``pictures/``,
-    ``checkpoints/`` and at the end ``model/``, a model folder that `maehub.load` reads.
+    ``checkpoints/``, at the end ``model/``, a model folder that `maehub.load` reads, and ``report.html``.
+
+    Args:
+        tokenizer: with ``target="tokens"``, what gives the tokens of pictures (B, C, H, W) in [0, 1] as (B, N)
+            integers below its attribute ``vocabulary``; None takes ViT's 512 mean colours.
 
     Returns:
-        `PretrainResult`; its exit code is 0 when all steps are done, 75 after SIGTERM or SIGUSR1 and 130 after Ctrl-C,
-        both with a checkpoint to ``resume`` from.
+        `PretrainResult`; its exit code is 0 when all steps are done, 75 after SIGTERM, SIGUSR1 or the time limit and
+        130 after Ctrl-C, both with a checkpoint to ``resume`` from.
 
     Raises:
         UsageError: a setting that cannot be, or a run folder in use.
         DataError: no pictures, one that cannot be read, or on ``resume`` others than before.
-        DivergedError: a loss or a weight is not finite; the last checkpoint is kept.
+        DivergedError: a loss or a gradient is not finite; a checkpoint of the step before it is kept.
         CheckpointError: a checkpoint cannot be written or read.
+        DistributedError: a process failed, hangs or disagrees.
         KeyboardInterrupt: a second stop signal came before the step was done.
     """
-    check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
-    model = _model(config)
-    view = _view(config, model.config)
-    kept = _kept(view)
-    device = usable_device(config.device)
-    training, validation = _split(config.data)
-    steps = config.steps or math.ceil((config.epochs or 0) * len(training) / config.batch_size)
+    deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
+    with joined(config.device, config.timeout) as group, deterministic(config.deterministic):
+        with group.together("setting up"):
+            if group.leads:
+                check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
+            job = _set_up(config, group, tokenizer)
+        logged = RunLog(config.out, config.batch_size, leads=group.leads)
+        with logged as run, stop_requests(deadline) as stop:
+            return _train(config, group, job, run, stop)
+
+
+@dataclass
+class _Job:
+    """What a run is made of."""
+
+    model: MaskedAutoencoder  # what is saved
+    objective: Objective  # the model with its target: what is differentiated
+    objective_of: Callable[[MaskedAutoencoder], Objective]  # the same for a copy of the model
+    module: nn.Module  # the objective, wrapped for this machine: what is called
+    optimizer: torch.optim.Optimizer
+    view: View
+    split: Split
+    validation: Validation | None  # on rank 0
+    steps: int
+    start: Progress
+    precision: contextlib.AbstractContextManager[Any]
+
+
+def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -> _Job:
+    """Everything before the first step; nothing is written."""
+    if config.batch_size % (group.size * config.masks_per_image):
+        raise UsageError(
+            f"--batch-size {config.batch_size} counts the views of all processes: it must be a multiple of "
+            f"{group.size} processes times {config.masks_per_image} masks of a picture"
+        )
+    if group.local_leads:
+        find_weights(config)  # one process of each host downloads; the others find the files
+    group.all(None, "downloading the weights")
+    model = build_network(config, find_weights(config), getattr(tokenizer, "vocabulary", 512))
+    view, device = view_of(config, model.config), group.device
+    kept = kept_patches(view)
+    if group.local_leads:  # what it finds out about shards is kept for the others
+        split_data(config.data, config.holdout, config.group)
+    group.all(None, "looking for pictures")
+    split = split_data(config.data, config.holdout, config.group)
+    views = len(split.training) * config.masks_per_image
+    steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
+    if model.config.target == "pca" and not model.decoder.components.isfinite().all():
+        _fit_pca(model, split, view, config)
+    settings = _settings(config, steps)
+    start = Progress(0, settings, split.training.digest(), group.size)
+    group.agree(
+        {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+        | {"the code of maehub": code_digest(), "maehub": maehub.__version__, "torch": torch.__version__}
+        | {"the data": start.data}
+    )
     preprocess = replace(model.preprocess, size=view.size)
-    fixed = validation_batch(validation, view, _VALIDATION_CROPS, config.seed) if validation else None
-    shown = validation or training
-
     model = model.to(device).train()
+    objective_of = partial(
+        Objective,
+        preprocess=preprocess,
+        loss_on=config.loss_on,
+        predict_share=config.predict_share,
+        corruption=config.corruption,
+        kept=kept,
+        tokenizer=tokenizer,
+    )
+    objective = objective_of(model)
+    validation = None
+    if group.leads:
+        validation = Validation(config, objective, view, split.heldout or split.training, split.heldout)
+    precision = autocast(config, device)
+    micro = micro_batch(config, objective, model.config, view, kept, group, precision)
+    module = wrapped(objective, config, group)
     optimizer = adamw(model, config.weight_decay)
-    loss_of = torch.compile(model.loss) if config.compile else model.loss
-    autocast = _autocast(config, device)
-    peak = config.base_lr * config.batch_size / 256
-    start = Progress(0, _settings(config, steps), training.digest())
-
-    with RunLog(config.out, config.batch_size) as run, stop_requests() as stop:
-        first_step = _resume(config, model, optimizer, start) if config.resume else 0
-        if first_step == steps and run_state(config.out) == "completed":
-            log.info("%s is already at step %d: nothing to do", config.out, steps)
-            return PretrainResult(config.out, steps, EXIT_DONE)
-        run.begin(asdict(config), first_step=first_step, steps=steps, overwrite=config.overwrite, hide_bar=config.quiet)
-        log.info("%d pictures, %d steps of %d, lr %.3g, on %s", len(training), steps, config.batch_size, peak, device)
-        keys = StepKeys(training, config.batch_size, config.seed, first_step, steps)
-        workers, pin = worker_count(config.workers), device.type == "cuda"
-        with training_batches(training, view, keys, workers=workers, cache=config.cache, pin=pin) as batches:
-            for step, batch in enumerate(batches, start=first_step):
-                rate = learning_rate(step, steps, peak, config.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-
-                images = preprocess.normalise(batch.pixels.to(device, non_blocking=True))
-                with autocast:
-                    loss = loss_of(images, batch.masked.to(device, non_blocking=True), kept=kept)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-                done, stopping = step + 1, stop.exit_code
-                run.log(done, loss.detach(), rate)
-                drawing = done % config.validate_every == 0 or done == steps
-                saving = done % config.checkpoint_every == 0 or done == steps or stopping
-                if drawing or saving:
-                    run.flush()
-                    check_converging(model.state_dict(), f"the weights after step {done}")
-                    if drawing:
-                        _draw(model, shown, preprocess, config, run.folder / "pictures" / f"step-{done}.png")
-                    if drawing and fixed:
-                        run.note(done, val_loss=_validate(model, preprocess, fixed, kept, autocast, config.batch_size))
-                    if saving:
-                        save_checkpoint(run.folder, model, optimizer, replace(start, step=done))
-                        run.saved(done)
-                    run.restart_clock()
-                if stopping and done < steps:
-                    run.finish("preempted", stopping)
-                    return PretrainResult(config.out, done, stopping)
-
-        save(model.eval(), run.folder / "model", overwrite=True)
-        run.finish("completed", EXIT_DONE)
-    return PretrainResult(config.out, steps, EXIT_DONE)
+    start = replace(start, micro_batch=micro)
+    return _Job(model, objective, objective_of, module, optimizer, view, split, validation, steps, start, precision)
 
 
-def _model(config: PretrainConfig) -> MaskedAutoencoder:
-    """A fresh autoencoder of a preset, or one with weights; on the CPU."""
-    if config.from_:
-        found = locate(config.from_, "pretrain")  # of vit-b the one on normalised pixels, not the one that draws
-        model = load_autoencoder(found, image_size=config.image_size, target=config.target)
-        if model.config.target == "unknown":
-            raise UsageError(f"what {config.from_} was trained to predict is unknown: say it by --target")
-        return model
-    if config.model not in PRESETS:
-        raise UsageError(f"--model {config.model} is not one of {', '.join(PRESETS)}; --from names weights")
-    encoder = PRESETS[config.model]
-    if config.image_size:
-        if config.image_size % encoder.patch_size:
-            raise UsageError(f"--image-size must be a multiple of {encoder.patch_size}, not {config.image_size}")
-        encoder = replace(encoder, image_size=config.image_size)
-    width, depth, heads = _DECODERS.get(config.model, _PAPER_DECODER)
-    network = AutoencoderConfig(
-        encoder,
-        config.decoder_width or width,
-        depth if config.decoder_depth is None else config.decoder_depth,
-        config.decoder_heads or heads,
-        config.target or "normalised_pixels",
-        config.mask_tokens or "decoder",
+def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> PretrainResult:
+    """The loop."""
+    steps, device, peak = job.steps, group.device, peak_rate(config.base_lr, config.batch_size)
+    at = resumed(config, group, job.model, job.optimizer, job.start) if config.resume else job.start
+    if at.step == steps and run_state(config.out) == "completed":
+        log.info("%s is already at step %d: nothing to do", config.out, steps)
+        return PretrainResult(config.out, steps, EXIT_DONE)
+    micro = at.micro_batch if at.processes == group.size and at.micro_batch and not config.micro_batch else None
+    micro = micro or job.start.micro_batch
+    facts = asdict(config) | {"steps": steps, "environment": environment(group)}
+    run.begin(
+        facts,
+        first_step=at.step,
+        steps=steps,
+        overwrite=config.overwrite,
+        hide_bar=config.quiet,
+        tensorboard=config.tensorboard,
     )
-    preprocess = Preprocess.evaluation(encoder.size, encoder.channels, encoder.patch_size)
-    if config.model in _WHOLE_PICTURE:
-        preprocess = replace(preprocess, crop_fraction=1.0)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(config.seed)
-        return MaskedAutoencoder(network, preprocess)
+    workers = worker_count(config.workers, group.local_size)
+    if group.leads:
+        _announce(config, group, job, peak, micro)
+        check_shared_memory(job.view, config.batch_size // group.size, workers)
+    if at.step == 0:
+        _look(config, group, job, run, 0)
+    keys = StepKeys(
+        job.split.training,
+        config.batch_size,
+        config.seed,
+        at.step,
+        steps,
+        config.masks_per_image,
+        group.rank,
+        group.size,
+    )
+    parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    bad = torch.zeros((), device=device)  # 1 from the first update on that is not finite
+    saver = Saver(config, group, run, stop, job.model, job.optimizer, replace(job.start, micro_batch=micro))
+    loading = training_batches(
+        job.split.training, job.view, keys, workers=workers, cache=config.cache, pin=device.type == "cuda"
+    )
+    with loading as batches, _rescuing(keys, job, run, saver):
+        for step in range(at.step, steps):
+            group.step = step + 1
+            batch, said = _next(batches, group, run, stop)
+            rate = learning_rate(step, steps, peak, config.warmup)
+            for settings in job.optimizer.param_groups:
+                settings["lr"] = rate
+
+            loss = torch.zeros((), device=device)
+            with group.waiting("the gradients"):
+                for part, last in _parts(batch, micro):
+                    pixels, masked, seeds, factors = part.to(device)
+                    if factors.shape[1]:
+                        pixels = jitter(pixels, factors)
+                    with accumulating(job.module, last=last):
+                        with job.precision:
+                            share = job.module(pixels, masked, seeds) * (len(masked) / len(batch.masked))
+                        share.backward()
+                    loss += share.detach()
+                norm = gradient_norm(parameters)
+                loss, bad = _agreed(loss, norm, bad, group)
+            if config.clip_grad:
+                nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
+            guarded_step(job.optimizer, bad)
+            job.optimizer.zero_grad(set_to_none=True)
+
+            done, stopping = step + 1, said or (stop.exit_code if group.size == 1 else None)
+            run.log(done, torch.stack([loss, norm, bad]), rate)
+            looking = done % config.validate_every == 0 or done == steps
+            saving = done % config.checkpoint_every == 0 or done == steps or stopping
+            if looking or saving:
+                run.flush()
+                if looking:
+                    _look(config, group, job, run, done)
+                if saving:
+                    saver.save(done, must=bool(stopping) or done == steps)
+                run.restart_clock()
+            if stopping and done < steps:
+                run.finish("preempted", stopping)
+                return PretrainResult(config.out, done, stopping)
+
+    return _finished(config, group, job, run)
 
 
-def _view(config: PretrainConfig, network: AutoencoderConfig) -> View:
-    encoder = network.encoder
-    return View(
-        encoder.size, encoder.patch_size, encoder.channels, config.crop_scale, config.strategy, config.mask_ratio
+def _next(batches: Iterator[Batch], group: Group, run: RunLog, stop: Stop) -> tuple[Batch, int]:
+    """The batch of a step, and the exit code to stop with after it, the same in every process (0: go on)."""
+    begun = time.perf_counter()
+    batch, failure = None, None
+    try:
+        batch = next(batches)
+    except (DataError, RuntimeError) as error:  # of many processes, the others must hear of it before they wait
+        failure = error
+    run.idled(time.perf_counter() - begun)
+    said = group.exchange(stop.exit_code, failure is not None)
+    if said.failed:
+        with group.together("reading pictures"):
+            if failure is not None:
+                raise failure
+    assert batch is not None
+    return batch, said.stop
+
+
+def _parts(batch: Batch, size: int) -> Iterator[tuple[Batch, bool]]:
+    """Micro-batches, and whether each is the last."""
+    parts = list(batch.split(size))
+    return ((part, number == len(parts)) for number, part in enumerate(parts, start=1))
+
+
+def _agreed(loss: Tensor, norm: Tensor, bad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The loss of the global batch, and 1 if it or the gradient is not finite anywhere, now or before."""
+    both = torch.stack([loss / group.size, (~torch.isfinite(loss + norm)).float()])
+    if group.size > 1:
+        dist.all_reduce(both, group=group.brisk)
+    return both[0], torch.maximum(bad, (both[1] > 0).float())
+
+
+@contextlib.contextmanager
+def _rescuing(keys: StepKeys, job: _Job, run: RunLog, saver: Saver) -> Iterator[None]:
+    """Where an update was bad, write down its samples, and keep the weights: they are those of the step before."""
+    try:
+        yield
+    except DivergedError as error:
+        if run.bad_step is None:
+            raise
+        step = run.bad_step
+        batch = next(iter(replace(keys, first_step=step - 1, steps=step, rank=0, size=1)))
+        names = [job.split.training.where(key.index) for key in batch]
+        run.dump(step, {"reason": str(error), "samples": names, "crop_seeds": [key.crop for key in batch]})
+        if step > 1 and run.last_saved != step - 1:
+            with contextlib.suppress(CheckpointError):  # the first error tells more
+                saver.save(step - 1, must=True)
+        raise
+
+
+def _look(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step: int) -> None:
+    """Validate, and draw."""
+    with group.together("validating"):
+        still = _still(job, group)
+        if still is None or job.validation is None:
+            return
+        numbers = job.validation.measure(still, job.precision)
+        if numbers:
+            run.note(step, **numbers)
+        if step:
+            job.validation.draw(still.model, run.folder / "pictures" / f"step-{step}.png")
+        elif config.from_:
+            check_start(numbers, config.from_)
+
+
+def _still(job: _Job, group: Group) -> Objective | None:
+    """The objective as rank 0 can call it alone: a copy, where the weights are spread over all processes."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in job.model.parameters()):
+        return job.objective if group.leads else None
+    weights = gathered(job.model)
+    if not group.leads:
+        return None
+    with torch.device("meta"):
+        model = MaskedAutoencoder(job.model.config, job.model.preprocess)
+    model.load_state_dict(weights, assign=True)
+    model.encoder.origin = job.model.encoder.origin
+    return job.objective_of(model.to(group.device))
+
+
+def _finished(config: PretrainConfig, group: Group, job: _Job, run: RunLog) -> PretrainResult:
+    """Export the model and write the report."""
+    with group.together("exporting the model"):
+        still = _still(job, group)
+        if still is not None:
+            save(still.model.eval(), run.folder / "model", overwrite=True)
+    run.finish("completed", EXIT_DONE)
+    if group.leads:
+        write_report(run.folder)
+    return PretrainResult(config.out, job.steps, EXIT_DONE)
+
+
+def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micro: int) -> None:
+    part = config.batch_size // group.size
+    how = f"{config.batch_size}" if group.size == 1 else f"{config.batch_size} ({group.size} processes of {part}"
+    if part > micro:
+        how += f"{', ' if group.size > 1 else ' ('}{-(-part // micro)} micro-batches of {micro}"
+    if "(" in how:
+        how += ")"
+    held = f", {len(job.split.heldout)} held out" if job.split.heldout is not None else ""
+    log.info(
+        "%d pictures%s, %d steps of %s, lr %.3g, on %s",
+        len(job.split.training),
+        held,
+        job.steps,
+        how,
+        peak,
+        group.device,
     )
 
 
-def _kept(view: View) -> int:
-    """How many patches every mask of a view leaves visible."""
-    masked = view.masks([0])
-    if not masked.any():
-        raise UsageError(f"--mask-ratio {view.mask_ratio} hides none of {masked.shape[1]} patches: take a higher one")
-    return int((~masked).sum())
-
-
-def _split(data: Path) -> tuple[Samples, Samples | None]:
-    """Training and validation pictures of a folder."""
-    if (data / "train").is_dir() and (data / "val").is_dir():
-        return find_images(data / "train"), find_images(data / "val")
-    return find_images(data), None
-
-
-def _autocast(config: PretrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "bf16" or (config.precision == "auto" and capable):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+def _fit_pca(model: MaskedAutoencoder, split: Split, view: View, config: PretrainConfig) -> None:
+    """Give the decoder the principal components of patches of some training pictures."""
+    count = min(len(split.training), _PCA_PICTURES)
+    sample = validation_batch(split.training, view, count, config.seed)
+    found = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
+    store_components(model, found)
 
 
 # What may be another when a run is resumed: it changes nothing that is computed, or only how fast.
 _FREE = {"out", "data", "resume", "overwrite", "allow_data_change", "quiet", "device", "workers", "cache"} | {
     "checkpoint_every",
-    "validate_every",
+    "checkpoint_activations",
+    "deterministic",
     "epochs",  # its steps count
+    "fsdp",
+    "keep",
+    "knn",
+    "micro_batch",
+    "tensorboard",
+    "time_limit",
+    "timeout",
+    "validate_every",
 }
 
 
@@ -201,71 +386,3 @@ def _settings(config: PretrainConfig, steps: int) -> dict[str, Any]:
     """What must be the same when a run is resumed, as JSON gives it back."""
     fixed = {name: value for name, value in asdict(config).items() if name not in _FREE}
     return json.loads(json.dumps(fixed | {"steps": steps}))
-
-
-def _resume(config: PretrainConfig, model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, now: Progress) -> int:
-    """Put the newest checkpoint back; the step to go on from."""
-    found = newest_checkpoint(config.out)
-    if found is None:
-        log.warning("%s has no checkpoint: starting at step 0", config.out)
-        return 0
-    folder, before = found
-    names = sorted(before.config | now.config)
-    changed = [
-        f"{name} {before.config.get(name)} → {now.config.get(name)}"
-        for name in names
-        if before.config.get(name) != now.config.get(name)
-    ]
-    if changed:
-        raise UsageError(
-            f"{config.out} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
-            "Resume with the same ones, or choose another --out."
-        )
-    if before.data != now.data and not config.allow_data_change:
-        raise DataError(
-            f"the pictures in {config.data} are not those that {config.out} was started with: names or sizes differ. "
-            "Nothing was changed. Put them back, or accept it by --allow-data-change."
-        )
-    load_checkpoint(folder, model, optimizer)
-    log.info("resumed %s", folder)
-    return before.step
-
-
-@torch.no_grad()
-def _validate(
-    model: MaskedAutoencoder,
-    preprocess: Preprocess,
-    batch: Batch,
-    kept: int,
-    autocast: contextlib.AbstractContextManager[Any],
-    at_once: int,
-) -> float:
-    """Mean loss on fixed crops with fixed masks."""
-    device = next(model.parameters()).device
-    total = 0.0
-    for pixels, masked in zip(batch.pixels.split(at_once), batch.masked.split(at_once), strict=True):
-        with autocast:
-            loss = model.loss(preprocess.normalise(pixels.to(device)), masked.to(device), kept=kept)
-        total += loss.item() * len(pixels)
-    return total / len(batch.pixels)
-
-
-def _draw(
-    model: MaskedAutoencoder, samples: Samples, preprocess: Preprocess, config: PretrainConfig, path: Path
-) -> None:
-    """Reconstructions of a few pictures, always the same."""
-    chosen = sorted(range(len(samples)), key=samples.sample_id)[:_SHOWN_PICTURES]
-    panels = [
-        reconstruct(
-            model,
-            os.fsdecode(samples.path(index)),
-            strategy=config.strategy,
-            mask_ratio=config.mask_ratio,
-            seed=config.seed,
-            preprocess=preprocess,
-        )
-        for index in chosen
-    ]
-    path.parent.mkdir(exist_ok=True)
-    with atomic_write(path) as temporary:
-        figure_grid(panels).save(temporary, format="png")

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -14,12 +15,23 @@ from maehub.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 class Stop:
     """Whether a stop was asked for; it may change at any moment, so read it once a step."""
 
-    exit_code: int | None = None
+    signalled: int | None = None
     """75 after SIGTERM or SIGUSR1, 130 after Ctrl-C, None before."""
+    deadline: float | None = None
+    """When the run must have ended, on the clock of `time.monotonic`."""
+    ending: float = 0.0
+    """Seconds that the last save took: what must be left for another one."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """What to stop with after this step; None to go on."""
+        if self.signalled is None and self.deadline is not None:
+            return EXIT_PREEMPTED if time.monotonic() + 2 * self.ending + 5 > self.deadline else None
+        return self.signalled
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Stop]:
+def stop_requests(deadline: float | None = None) -> Iterator[Stop]:
     """Turn the first stop signal into a `Stop` for the end of the step; a second one stops at once.
 
     Outside the main thread, where Python delivers no signals, nothing is changed.
@@ -27,15 +39,15 @@ def stop_requests() -> Iterator[Stop]:
     Raises:
         KeyboardInterrupt: the second signal.
     """
-    stop = Stop()
+    stop = Stop(deadline=deadline)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, _: FrameType | None) -> None:
-        if stop.exit_code is not None:
+        if stop.signalled is not None:
             raise KeyboardInterrupt
-        stop.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+        stop.signalled = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -1,0 +1,278 @@
+"""A look at a data set before anything is trained on it: what cannot be read, and what its pictures are like."""
+
+import csv
+import heapq
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from maehub.errors import DataError, UsageError
+from maehub.examination import Examiners, Finding
+from maehub.files import atomic_write
+from maehub.opening import ImagePath
+from maehub.reading import reader_count
+from maehub.sources import Source, find_samples
+
+SAMPLE = 2000
+"""Pictures that `data_statistics` looks at unless told otherwise."""
+
+
+class BadPicture(NamedTuple):
+    """A picture that cannot be read."""
+
+    where: str  # path; shard and member; file and row
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What `check_data` found."""
+
+    images: int
+    """Pictures, those that cannot be read included."""
+    formats: dict[str, int]
+    """How many of each format can be read: JPEG, PNG, …"""
+    bad: tuple[BadPicture, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        return {
+            "images": self.images,
+            "readable": self.images - len(self.bad),
+            "formats": self.formats,
+            "bad": [picture._asdict() for picture in self.bad],
+        }
+
+    def describe(self) -> str:
+        """The result in a line or two."""
+        kinds = _counts(self.formats)
+        if not self.bad:
+            return f"{_pictures(self.images)}, all readable: {kinds}"
+        readable = f"{self.images - len(self.bad):,} readable" + (f" ({kinds})" if kinds else "")
+        return f"{_pictures(self.images)}: {readable}, {len(self.bad):,} not"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the pictures that cannot be read to a CSV file with the columns path and reason.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there is unchanged.
+        """
+        with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("path", "reason"))
+            writer.writerows(self.bad)
+
+
+class Spread(NamedTuple):
+    """Of one number over the pictures."""
+
+    least: float
+    median: float
+    greatest: float
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """What `data_statistics` found. All but ``images`` and ``bytes`` is about the pictures that were looked at."""
+
+    images: int
+    looked_at: int
+    """Pictures that were decoded."""
+    unreadable: int
+    """Pictures that were chosen and cannot be read; `check_data` lists them."""
+    formats: dict[str, int]
+    modes: dict[str, int]
+    """How many of each mode of Pillow, with the bits of a channel: ``"RGB (8 bits)"``."""
+    bytes: Spread
+    """Of the picture files."""
+    width: Spread
+    """Pixels, upright."""
+    height: Spread
+    megapixels: Spread
+    value_range: tuple[float, float]
+    """Least and greatest value in the files."""
+    mean: tuple[float, ...]
+    """Of each channel in [0, 1], over the pixels of a picture, then over pictures: a large one counts like a small one.
+    One channel if all are grey, else three."""
+    std: tuple[float, ...]
+    """Standard deviation likewise."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain = {
+            name: value._asdict() if isinstance(value, Spread) else list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
+        return plain | {"python": self.python()}
+
+    def python(self) -> str:
+        """A line of Python that makes a transform with these statistics."""
+        mean, std = (f"({', '.join(f'{number:.4f}' for number in numbers)},)" for numbers in (self.mean, self.std))
+        short = [text.replace(",)", ")") if len(self.mean) > 1 else text for text in (mean, std)]
+        return f"maehub.Preprocess(mean={short[0]}, std={short[1]})"
+
+    def describe(self) -> str:
+        """A table."""
+        whole = self.looked_at + self.unreadable == self.images
+        looked = "all of them" if whole else f"{self.looked_at + self.unreadable:,} of them, chosen by their names"
+        rows = [("pictures", f"{self.images:,}"), ("looked at", looked)]
+        if self.unreadable:
+            rows.append(("unreadable", f"{self.unreadable:,}; `maehub data check` lists them"))
+        rows += [("formats", _counts(self.formats)), ("modes", _counts(self.modes))]
+        lines = [f"{name:<12}{text}" for name, text in [*rows, ("values", self._values())]]
+        lines += ["", f"{'':<12}{'least':>10}{'median':>10}{'greatest':>10}"]
+        spreads = [("width", self.width, "{:,.0f}"), ("height", self.height, "{:,.0f}")]
+        spreads += [("megapixels", self.megapixels, "{:,.2f}")]
+        spreads += [("kilobytes", Spread(*(number / 1000 for number in self.bytes)), "{:,.0f}")]
+        lines += [f"{name:<12}" + "".join(f"{form.format(x):>10}" for x in spread) for name, spread, form in spreads]
+        channels = ("grey",) if len(self.mean) == 1 else ("red", "green", "blue")
+        lines += ["", f"{'':<12}" + "".join(f"{channel:>10}" for channel in channels)]
+        lines += [f"{name:<12}" + "".join(f"{x:>10.4f}" for x in numbers) for name, numbers in self._moments()]
+        return "\n".join([*lines, "", self.python()])
+
+    def _values(self) -> str:
+        low, high = self.value_range
+        # Pictures of 16 bits are scaled by all that 16 bits can hold, so those of a 12-bit camera come out dark.
+        dark = 255 < high <= 65535 // 2
+        hint = "; 16 bits can hold 65535, and are scaled by that: these pictures will be dark" if dark else ""
+        return f"{low:g} to {high:g}{hint}"
+
+    def _moments(self) -> list[tuple[str, tuple[float, ...]]]:
+        return [("mean", self.mean), ("deviation", self.std)]
+
+
+def tell(picture: BadPicture) -> None:
+    """Print a picture that cannot be read, above a progress bar."""
+    tqdm.write(f"{picture.where}: {picture.reason}")
+
+
+def check_data(
+    folder: ImagePath,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    on_bad: Callable[[BadPicture], None] | None = None,
+) -> DataCheck:
+    """Decode every picture in full and say which cannot be read.
+
+    Args:
+        folder: what `maehub.sources.find_samples` takes: a folder, a list, tar shards, Parquet, a saved dataset.
+        workers: processes that decode; None is as many as there are cores, 0 decodes in this one.
+        progress: show a progress bar on stderr.
+        on_bad: called with each picture that cannot be read, as soon as it is known, in order.
+
+    Raises:
+        DataError: there are no pictures, or a process hangs.
+    """
+    samples = find_samples(_text(folder))
+    formats: Counter[str] = Counter()
+    bad: list[BadPicture] = []
+    for index, finding in _findings(samples, range(len(samples)), workers, progress, statistics=False):
+        if not finding.reason:
+            formats[finding.format] += 1
+            continue
+        bad.append(BadPicture(samples.where(index), finding.reason))
+        if on_bad is not None:
+            on_bad(bad[-1])
+    return DataCheck(len(samples), dict(formats.most_common()), tuple(bad))
+
+
+def data_statistics(
+    folder: ImagePath, *, sample: int = SAMPLE, workers: int | None = None, progress: bool = False
+) -> DataStatistics:
+    """Sizes, formats, values and per-channel statistics of pictures.
+
+    Args:
+        folder: as in `check_data`.
+        sample: how many pictures to look at, chosen by a hash of their names, so always the same ones; 0 is all.
+        workers: as in `check_data`.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DataError: there are no pictures, or none of those that were chosen can be read.
+        UsageError: a negative number.
+    """
+    if sample < 0:
+        raise UsageError(f"sample must be 0 or more, not {sample}; 0 looks at all pictures")
+    samples = find_samples(_text(folder))
+    chosen: Sequence[int] = range(len(samples))
+    if 0 < sample < len(samples):
+        chosen = sorted(heapq.nsmallest(sample, chosen, key=samples.sample_id))
+    found = list(_findings(samples, chosen, workers, progress, statistics=True))
+    good = [(samples.size(index), finding) for index, finding in found if not finding.reason]
+    if not good:
+        index, finding = found[0]
+        raise DataError(f"none of {_pictures(len(found))} can be read; {samples.where(index)}: {finding.reason}")
+    findings = [finding for _, finding in good]
+    mean, std = _channel_statistics(findings)
+    return DataStatistics(
+        images=len(samples),
+        looked_at=len(good),
+        unreadable=len(found) - len(good),
+        formats=dict(Counter(finding.format for finding in findings).most_common()),
+        modes=dict(Counter(f"{finding.mode} ({_bits(finding.bits)})" for finding in findings).most_common()),
+        bytes=_spread(size for size, _ in good),
+        width=_spread(finding.width for finding in findings),
+        height=_spread(finding.height for finding in findings),
+        megapixels=_spread(finding.width * finding.height / 1e6 for finding in findings),
+        value_range=(min(finding.low for finding in findings), max(finding.high for finding in findings)),
+        mean=mean,
+        std=std,
+    )
+
+
+def _findings(
+    samples: Source, chosen: Sequence[int], workers: int | None, progress: bool, *, statistics: bool
+) -> Iterator[tuple[int, Finding]]:
+    """Index and finding of each chosen sample, in order."""
+    pictures = (partial(samples.source, index) for index in chosen)
+    # A process of their own even for a few: a decoder may crash.
+    count = max(1, reader_count(None, len(chosen))) if workers is None else reader_count(workers, len(chosen))
+    with (
+        Examiners(count, statistics=statistics) as examiners,
+        tqdm(total=len(chosen), unit=" images", disable=None if progress else True, leave=False) as bar,
+    ):
+        for index, finding in zip(chosen, examiners.findings(pictures), strict=True):
+            bar.update()
+            yield index, finding
+
+
+def _channel_statistics(findings: list[Finding]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel; grey pictures among coloured ones count as red, green and blue."""
+    channels = max(len(finding.mean) for finding in findings)
+
+    def average(numbers: Iterable[tuple[float, ...]]) -> np.ndarray:
+        return np.mean([number * (channels // len(number)) for number in numbers], axis=0)
+
+    mean = average(finding.mean for finding in findings)
+    square = average(finding.square for finding in findings)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+    return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+def _spread(numbers: Iterable[float]) -> Spread:
+    values = np.fromiter(numbers, np.float64)
+    return Spread(float(values.min()), float(np.median(values)), float(values.max()))
+
+
+def _text(folder: ImagePath) -> str:
+    return os.fsdecode(folder)
+
+
+def _pictures(count: int) -> str:
+    return f"{count:,} picture" + ("" if count == 1 else "s")
+
+
+def _bits(bits: int) -> str:
+    return f"{bits} bit" + ("" if bits == 1 else "s")
+
+
+def _counts(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())

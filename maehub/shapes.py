@@ -1,0 +1,191 @@
+"""The network that tensors are for, read off their shapes where no configuration says it."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from maehub.autoencoder import AutoencoderConfig, Target
+from maehub.encoder import PRESETS, EncoderConfig
+from maehub.errors import IntegrityError, UsageError
+from maehub.keys import ENCODER_MASK_TOKEN, is_decoder
+from maehub.patches import Size
+
+
+def infer_config(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    target: Target | None = None,
+    image_size: int | Size | None = None,
+    where: str = "these weights",
+) -> EncoderConfig | AutoencoderConfig:
+    """Read the network off the shapes of its tensors, where no configuration says it.
+
+    Args:
+        state: official names.
+        heads: attention heads of the encoder. Shapes do not tell them: None takes those of the published network with
+            the same width, depth and patch.
+        decoder_heads: heads of the decoder; None means 16 at width 512, as published.
+        target: what the decoder was trained to predict, which shapes do not tell either; None means unknown, unless
+            there are the components of ``pca``, which nothing else has.
+        image_size: the size that the position table is for, in pixels; None means square.
+        where: what the tensors are, for messages.
+
+    Returns:
+        An `AutoencoderConfig` if there is a decoder, else an `EncoderConfig`.
+
+    Raises:
+        IntegrityError: these are not the tensors of a Vision Transformer.
+        UsageError: heads or size cannot be known; the text names the argument that says them.
+    """
+    shape = {name: tuple(value.shape) for name, value in state.items()}
+    kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())
+    hidden = shape.get("blocks.0.mlp.fc1.weight", ())
+    if (
+        len(kernel) != 4
+        or not all(kernel)
+        or kernel[2] != kernel[3]
+        or len(table) != 3
+        or table[1] < 2
+        or (hidden and len(hidden) != 2)
+    ):
+        raise IntegrityError(
+            f"{where}: no Vision Transformer with a class token and one position table; "
+            f"patch_embed.proj.weight is {kernel or 'missing'}, pos_embed {table or 'missing'}"
+        )
+    width, channels, patch, _ = kernel
+    depth = _depth(shape, "blocks.")
+    if heads is None:
+        heads = next(
+            (p.heads for p in PRESETS.values() if (p.width, p.depth, p.patch_size) == (width, depth, patch)), None
+        )
+        if heads is None:
+            raise UsageError(
+                f"{where}: no published network has width {width}, depth {depth} and patch {patch}, and "
+                f"tensors do not tell the number of attention heads; say it: heads={max(1, width // 64)}, for example"
+            )
+    if image_size is None:
+        side = math.isqrt(table[1] - 1)
+        if side * side != table[1] - 1:
+            raise UsageError(
+                f"{where}: positions for {table[1] - 1} patches, which are no square; say the native size: "
+                "image_size=(height, width)"
+            )
+        image_size = side * patch
+    head = shape.get("head.weight", ())
+    encoder = EncoderConfig(
+        image_size,
+        patch,
+        channels,
+        width,
+        depth,
+        heads,
+        mlp_ratio=_ratio(width, hidden[0]) if hidden else 4.0,
+        classes=head[0] if head else 0,
+        pool="mean" if "fc_norm.weight" in shape else "cls",
+    )
+    if not any(is_decoder(name) for name in shape):
+        return encoder
+    config = AutoencoderConfig(
+        encoder, target="unknown", mask_tokens="encoder" if ENCODER_MASK_TOKEN in shape else "decoder"
+    )
+    if _is_linear_head(shape):
+        config = replace(config, decoder_depth=0)
+    else:
+        config = _with_decoder(config, state, decoder_heads, where)
+    return _with_outputs(config, shape, target, where)
+
+
+def with_target(config: AutoencoderConfig, target: Target, where: str = "these weights") -> AutoencoderConfig:
+    """The configuration of unknown target once somebody says it; the head keeps its width.
+
+    Raises:
+        UsageError: such a target needs more than that.
+    """
+    if target == "pca":
+        raise UsageError(f"{where} has no components of a PCA, so its target is not pca; say another target=")
+    return replace(config, target=target, outputs=config.prediction_width)
+
+
+def _with_decoder(
+    config: AutoencoderConfig, state: Mapping[str, Tensor], heads: int | None, where: str
+) -> AutoencoderConfig:
+    """The configuration with the width, depth and heads of the decoder."""
+    embed = tuple(state["decoder_embed.weight"].shape) if "decoder_embed.weight" in state else ()
+    if len(embed) != 2:
+        raise IntegrityError(f"{where}: tensors of a decoder but no decoder_embed.weight: {describe(state)}")
+    if heads is None:
+        if embed[0] != 512:
+            raise UsageError(
+                f"{where}: a decoder of width {embed[0]}, and tensors do not tell its number of attention heads; "
+                f"say it: decoder_heads={max(1, embed[0] // 32)}, for example"
+            )
+        heads = 16
+    depth = _depth(state, "decoder_blocks.")
+    return replace(config, decoder_width=embed[0], decoder_depth=depth, decoder_heads=heads)
+
+
+def _with_outputs(
+    config: AutoencoderConfig, shape: Mapping[str, tuple[int, ...]], target: Target | None, where: str
+) -> AutoencoderConfig:
+    """The configuration with what is predicted, as far as the caller and the shapes tell."""
+    found = shape.get("decoder_components", ())
+    if len(found) == 2:
+        if target not in (None, "unknown", "pca"):
+            raise UsageError(f"{where} has the components of a PCA, so its target is pca, not {target}")
+        return replace(config, target="pca", outputs=found[0])
+    head = shape.get("decoder_pred.weight", ())
+    width = head[0] if len(head) == 2 else config.patch_values
+    if target == "tokens":
+        return replace(config, target=target, outputs=width)
+    if target in (None, "unknown") and width != config.patch_values:
+        raise UsageError(
+            f"{where}: the head predicts {width} values for a patch, whose pixels would be {config.patch_values}; they "
+            "may be the logits of tokens: say target='tokens'"
+        )
+    return with_target(config, target or "unknown", where)
+
+
+def _is_linear_head(names: Iterable[str]) -> bool:
+    """Whether all there is of a decoder is the head, on an encoder that sees mask tokens."""
+    names = set(names)
+    return {ENCODER_MASK_TOKEN, "decoder_pred.weight"} <= names and not any(
+        name.startswith(("decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm")) for name in names
+    )
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What a state dictionary (official names) looks like, in a few words, from whatever it has."""
+    shape = {name: tuple(value.shape) for name, value in state.items()}
+    kernel = shape.get("patch_embed.proj.weight", ())
+    if len(kernel) != 4:
+        return "not a Vision Transformer (it has no patch_embed.proj.weight)"
+    width, depth, patch = kernel[0], _depth(shape, "blocks."), kernel[2]
+    same = [name for name, preset in PRESETS.items() if (preset.width, preset.depth) == (width, depth)]
+    size = (
+        f"ViT-{same[0].removeprefix('vit-').title()}/{patch}"
+        if same
+        else f"ViT of width {width}, depth {depth}, patch {patch}"
+    )
+    if _is_linear_head(shape):
+        return f"an autoencoder {size} with a linear head"
+    if "decoder_embed.weight" in shape:
+        return f"an autoencoder {size} with {_depth(shape, 'decoder_blocks.')} decoder blocks"
+    if "head.weight" in shape:
+        return f"a classifier {size} with {shape['head.weight'][0]} classes"
+    return f"an encoder-only {size}"
+
+
+def _depth(names: Iterable[str], stack: str) -> int:
+    """Blocks of a stack: one more than the highest number in a name."""
+    numbers = [name.removeprefix(stack).split(".")[0] for name in names if name.startswith(stack)]
+    return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 4), default=-1)
+
+
+def _ratio(width: int, hidden: int) -> float:
+    """The mlp_ratio with int(width · ratio) = hidden."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

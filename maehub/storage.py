@@ -1,0 +1,142 @@
+"""Byte ranges of files, on this machine or behind an address such as s3://bucket/file.
+
+Addresses go through fsspec. A connection belongs to the process that made it, so a forked one makes its own.
+"""
+
+import functools
+import glob
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError
+from maehub.opening import printable
+
+_OPEN_FILES = 64  # kept open by a process: opening is what a network filesystem is slow at
+_REQUESTS = 16  # under way at once
+_STAMPS = ("ETag", "etag", "md5", "content_md5", "mtime", "LastModified", "last_modified", "created")
+
+Given, Made = TypeVar("Given"), TypeVar("Made")
+
+
+class StoredFile(NamedTuple):
+    """A file as it was when it was looked at."""
+
+    path: str  # or address
+    size: int  # bytes
+    stamp: str  # another one after each change; empty where the storage has none
+
+
+def is_remote(path: str) -> bool:
+    """Whether it is an address rather than a path."""
+    return "://" in path
+
+
+def stored_file(path: str) -> StoredFile:
+    """Look at a file.
+
+    Raises:
+        DataError: it is not there, is no regular file, or may not be read.
+        MissingDependencyError: its protocol needs a package that is not installed.
+    """
+    if not is_remote(path):
+        try:
+            facts = os.stat(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if not os.path.isfile(path):
+            raise DataError(f"{printable(path)} is not a regular file")
+        return StoredFile(path, facts.st_size, f"{facts.st_mtime_ns}-{facts.st_ino}")
+    filesystem = _filesystem(path)
+    try:
+        info = filesystem.info(path)
+    except Exception as error:  # each protocol has errors of its own
+        raise _unreadable(path, error) from error
+    return StoredFile(path, int(info["size"]), next((str(info[name]) for name in _STAMPS if info.get(name)), ""))
+
+
+def read_range(file: StoredFile, start: int, size: int) -> bytes:
+    """``size`` bytes from ``start`` on; fewer where the file ends.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    end = min(start + size, file.size)
+    if start >= end:  # some servers refuse to give nothing
+        return b""
+    try:
+        if is_remote(file.path):
+            return bytes(_filesystem(file.path).cat_file(file.path, start=start, end=end))
+        return _pread(_opened(file), start, end - start)
+    except MaehubError:
+        raise
+    except Exception as error:
+        raise _unreadable(file.path, error) from error
+
+
+def matching(pattern: str) -> list[str]:
+    """Files that a pattern with * and ? names, sorted; ** stands for folders at any depth."""
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern, recursive=True))
+    filesystem = _filesystem(pattern)
+    try:
+        return sorted(filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern))
+    except Exception as error:
+        raise _unreadable(pattern, error) from error
+
+
+def at_once(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
+    """The results of a function that waits for the network, in order."""
+    threads = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="maehub-storage")
+    try:
+        yield from threads.map(function, items)
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+class _Handle:
+    """An open file that is closed when nobody holds it: another thread may still read what the cache let go."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _opened(file: StoredFile) -> _Handle:
+    return _Handle(file.path)
+
+
+def _pread(handle: _Handle, start: int, size: int) -> bytes:
+    # No position is shared, so threads and forked processes may use one handle.
+    data = os.pread(handle.number, size, start)
+    while len(data) < size and (more := os.pread(handle.number, size - len(data), start + len(data))):
+        data += more
+    return data
+
+
+def _filesystem(path: str) -> Any:
+    return _connected(path.split("://")[0], os.getpid())
+
+
+@functools.lru_cache(maxsize=16)
+def _connected(protocol: str, _process: int) -> Any:
+    try:
+        fsspec = importlib.import_module("fsspec")
+        return fsspec.filesystem(protocol)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{protocol}:// addresses need a package that is not installed: pip install 'maehub[data]' ({error})"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{protocol}:// is not a kind of address that fsspec knows: {error}") from error
+
+
+def _unreadable(path: str, error: Exception) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().split("\n")[0]
+    return DataError(f"{printable(path)} cannot be read: {reason or type(error).__name__}")

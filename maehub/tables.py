@@ -1,0 +1,220 @@
+"""Hugging Face datasets and Parquet files as samples.
+
+Both are read as Arrow tables that lie memory-mapped on the disk, where any row is as near as any other. A saved
+dataset is one; of Parquet files, whose rows are packed in groups, the datasets library makes one, once.
+"""
+
+import importlib
+import io
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maehub.errors import DataError, MissingDependencyError, UsageError
+from maehub.masking import sample_id
+from maehub.names import below_common, digest
+from maehub.opening import printable
+
+_BATCH = 1000
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Pictures in a column of a table, in the order of its rows."""
+
+    rows: Any = field(repr=False)
+    """datasets.Dataset with the one column, which is not decoded."""
+    column: str
+    parts: tuple[bytes, ...] = field(repr=False)
+    """The paths of the files, each as messages have it; of a saved dataset the folder alone."""
+    prefixes: tuple[bytes, ...] = field(repr=False)
+    """What stands before the row number in a name: the file's path below their common folder, or nothing."""
+    starts: np.ndarray = field(repr=False)
+    """(files + 1,) int64. The first sample of each file, and their number."""
+    sizes: np.ndarray = field(repr=False)
+    """(rows,) int64, bytes; −1 where a row holds none."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def name(self, index: int) -> bytes:
+        """The file below the common folder, then the row in it: ``b"data.parquet/17"``; of a saved dataset the row."""
+        part, row = self._place(index)
+        return self.prefixes[part] + b"%d" % row
+
+    def sample_id(self, index: int) -> int:
+        """A 63-bit id that follows from the name."""
+        return sample_id(self.name(index))
+
+    def size(self, index: int) -> int:
+        """Bytes of the picture file."""
+        return int(self.sizes[index])
+
+    def where(self, index: int) -> str:
+        """File and row, for messages."""
+        part, row = self._place(index)
+        return f"{printable(self.parts[part])}, row {row}"
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Nothing: rows are on this machine."""
+
+    def source(self, index: int) -> io.BytesIO:
+        """The bytes of the picture file.
+
+        Raises:
+            DataError: the row holds none; the text names file and row.
+        """
+        cell = self.rows[index][self.column]
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is None:
+            path = cell.get("path") if isinstance(cell, dict) else None
+            why = f"only the path {path!r} of a file" if path else "nothing"
+            raise DataError(f"{self.where(index)}: its column {self.column!r} holds {why}, no picture")
+        return io.BytesIO(data)
+
+    def digest(self, first: int = 0, last: int | None = None) -> str:
+        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
+        chosen = range(first, len(self) if last is None else last)
+        return digest((self.name(index), self.size(index)) for index in chosen)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(file, row in it)."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return part, index - int(self.starts[part])
+
+
+def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: str | None = None) -> Table:
+    """The pictures of Parquet files, in the order given.
+
+    The first time they are copied to an Arrow file as large as the pictures, below ``index_dir``, or in the cache of
+    the datasets library if that is None.
+
+    Args:
+        column: the one with the pictures; None finds it, see `image_column`.
+
+    Raises:
+        DataError: a file cannot be read, has other columns than the first, or has no column of pictures.
+        UsageError: there are several such columns, or none of that name.
+        MissingDependencyError: the datasets library is not installed.
+    """
+    datasets = _datasets()
+    parquet = importlib.import_module("pyarrow.parquet")
+    counts = []
+    for path in paths:
+        try:
+            counts.append(parquet.read_metadata(path).num_rows)
+        except Exception as error:  # pyarrow's errors share no base
+            raise DataError(f"{printable(path)} cannot be read: {_first_line(error)}") from error
+    _logger.info("Reading %d Parquet files; what is new is copied to an Arrow file first", len(paths))
+    try:
+        rows = datasets.Dataset.from_parquet(list(paths), cache_dir=str(index_dir) if index_dir else None)
+    except Exception as error:
+        cause = error.__cause__ or error
+        where = f"{printable(paths[0])} and its like"
+        raise DataError(f"{where} cannot be read as one table: {_first_line(cause)}") from error
+    prefixes = [name + b"/" for name in below_common(paths)]
+    return _table(rows, [os.fsencode(path) for path in paths], prefixes, counts, column)
+
+
+def find_saved(folder: str, column: str | None = None) -> Table:
+    """The pictures of a dataset that the datasets library saved with ``save_to_disk``.
+
+    Args:
+        column: as in `find_parquet`.
+
+    Raises:
+        DataError, UsageError, MissingDependencyError: as in `find_parquet`.
+    """
+    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        raise UsageError(f"{printable(folder)} holds several splits; name one: {', '.join(splits)}")
+    try:
+        rows = _datasets().load_from_disk(folder)
+    except MissingDependencyError:
+        raise
+    except Exception as error:
+        raise DataError(f"{printable(folder)} cannot be read as a saved dataset: {_first_line(error)}") from error
+    return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
+
+
+def image_column(features: Any, wanted: str | None, where: str) -> str:
+    """The column that holds pictures: the one whose feature is an image; else the one of bytes with a path; else the
+    one of bytes.
+
+    Args:
+        features: of the datasets library: names to kinds.
+        wanted: a name that is taken in place of a search.
+
+    Raises:
+        DataError: there is none.
+        UsageError: there are several, or none of the wanted name.
+    """
+    if wanted is not None and wanted not in features:
+        raise UsageError(f"{where} has no column {wanted!r}; its columns: {', '.join(features)}")
+    if wanted is not None:
+        return wanted
+    ranks = {name: _rank(kind) for name, kind in features.items()}
+    best = min(ranks.values(), default=_NO_PICTURE)
+    found = [name for name, rank in ranks.items() if rank == best]
+    if best == _NO_PICTURE:
+        raise DataError(f"{where} has no column of pictures; its columns: {', '.join(features)}")
+    if len(found) > 1:
+        names = ", ".join(found)
+        raise UsageError(f"{where} has several columns of pictures: {names}. Keep one of them, or give column=")
+    return found[0]
+
+
+_NO_PICTURE = 3
+
+
+def _rank(kind: Any) -> int:
+    if type(kind).__name__ == "Image":
+        return 0
+    if isinstance(kind, dict) and set(kind) == {"bytes", "path"}:
+        return 1
+    return 2 if getattr(kind, "dtype", None) in ("binary", "large_binary") else _NO_PICTURE
+
+
+def _table(rows: Any, parts: list[bytes], prefixes: list[bytes], counts: list[int], column: str | None) -> Table:
+    where = printable(parts[0])
+    name = image_column(rows.features, column, where)
+    rows = rows.select_columns([name]).with_format(None)
+    if type(rows.features[name]).__name__ == "Image":
+        rows = rows.cast_column(name, _datasets().Image(decode=False))
+    if not len(rows):
+        raise DataError(f"0 images in {where}: the table has no rows")
+    starts = np.cumsum([0, *counts], dtype=np.int64)
+    return Table(rows, name, tuple(parts), tuple(prefixes), starts, _sizes(rows, name))
+
+
+def _sizes(rows: Any, column: str) -> np.ndarray:
+    """(rows,) int64. Of the offsets in the table alone: no picture is read."""
+    compute, types = importlib.import_module("pyarrow.compute"), importlib.import_module("pyarrow.types")
+    sizes = []
+    for batch in rows.with_format("arrow").iter(_BATCH):
+        cells = batch.column(column)
+        if types.is_struct(cells.type):
+            cells = compute.struct_field(cells, "bytes")
+        sizes.append(compute.fill_null(compute.binary_length(cells), -1).to_numpy().astype(np.int64))
+    return np.concatenate(sizes)
+
+
+def _datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Parquet files and saved datasets need the datasets library: pip install 'maehub[data]' ({error})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error).strip().split("\n")[0] or type(error).__name__

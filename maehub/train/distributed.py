@@ -1,0 +1,317 @@
+"""The processes of a run: how they find each other, agree, wait and fail together.
+
+torchrun starts them and says in the environment who is who; without it a run is one process, and everything here costs
+nothing. A wait of one process for the others is bounded and has a name, so that an error says what was waited for, at
+which step, and which process did not come.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from maehub import errors
+from maehub.errors import DistributedError, MaehubError, UsageError
+from maehub.hub import usable_device
+
+Value = TypeVar("Value")
+
+START_TIMEOUT = 600.0
+"""Seconds that processes wait for each other to start, to scan the data, to save and to validate."""
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_REPORTS = 3.0  # seconds in which the survivors of a failure say what they know
+_RUNS = itertools.count()  # of this process
+_FAILED = 1 << 16  # an exit code fits below
+_LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "socket")
+
+
+class Together(NamedTuple):
+    """What all processes said at the beginning of a step."""
+
+    stop: int  # exit code to stop with after this step, 0 to go on
+    failed: bool  # some process cannot do this step
+
+
+class _Said(NamedTuple):
+    """What one process tells all."""
+
+    value: Any
+    failure: tuple[str, str] | None  # name of the class of an error, and its text
+
+
+@dataclass
+class Group:
+    """The processes of a run, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    """Processes on this host."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: float = 120.0
+    """Seconds to wait for the others within a step."""
+    step: int = 0
+    """What the process is doing, for error messages: the loop keeps it current."""
+    brisk: dist.ProcessGroup | None = None
+    """What steps communicate through, with the short timeout."""
+    store: Store | None = None
+    _shared: list[BaseException] = field(default_factory=list, init=False)  # errors that every process has
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0: the one that writes."""
+        return self.rank == 0
+
+    @property
+    def local_leads(self) -> bool:
+        """The first process of its host: the one that downloads."""
+        return self.local_rank == 0
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Do something in every process; if it fails in one, all raise that error, the lowest rank's.
+
+        Args:
+            what: for the error if a process does not come: "saving the checkpoint".
+
+        Raises:
+            MaehubError: of the same class and text in every process.
+            DistributedError: a process failed in another way, or did not come.
+        """
+        if self.size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            if caught in self._shared:
+                raise  # all have it already
+            error = caught
+        self._gathered(None, what, error)
+
+    def first(self, value: Value, what: str) -> Value:
+        """Rank 0's value, in every process."""
+        return self._gathered(value if self.leads else None, what)[0] if self.size > 1 else value
+
+    def all(self, value: Value, what: str) -> list[Value]:
+        """Every process's value, by rank."""
+        return self._gathered(value, what) if self.size > 1 else [value]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Refuse processes that were told, or see, different things.
+
+        Raises:
+            DistributedError: the text names what differs, and who says what.
+        """
+        everyone = self.all({name: str(value) for name, value in facts.items()}, "comparing their settings")
+        differing = []
+        for name in facts:
+            values = [one.get(name, "nothing") for one in everyone]
+            if len(set(values)) > 1:
+                odd = next(rank for rank, value in enumerate(values) if value != values[0])
+                differing.append(f"{name}: rank 0 has {values[0]:.80}, rank {odd} has {values[odd]:.80}")
+        if differing:
+            disagreement = DistributedError(
+                f"the processes do not agree: {'; '.join(differing[:4])}. Nothing was changed. Start all of them with "
+                "the same command, code and data."
+            )
+            disagreement.told_by = 0
+            self._shared.append(disagreement)
+            raise disagreement
+
+    def exchange(self, stop: int | None, failed: bool) -> Together:
+        """Tell the others at the beginning of a step, and hear from them; on the CPU, the GPU goes on working.
+
+        Args:
+            stop: exit code to stop with, or None.
+            failed: this process cannot do the step; the error is then raised in `together`.
+        """
+        if self.size == 1:
+            return Together(stop or 0, failed)
+        self._pulse()
+        said = torch.tensor([(stop or 0) + failed * _FAILED], dtype=torch.int64)
+        with self.waiting("the beginning of a step"):
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.brisk)
+        return Together(int(said) % _FAILED, bool(int(said) & _FAILED))
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Name what is waited for; a lost connection or a timeout becomes a `DistributedError` that says who."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if self.size == 1 or isinstance(error, MaehubError) or not _is_loss(error):
+                raise
+            lost = DistributedError(self._loss(what, error))
+            self._shared.append(lost)
+            raise lost from error
+
+    def _gathered(self, value: Any, what: str, error: Exception | None = None) -> list[Any]:
+        """Every process's value, by rank; or the lowest rank's error, raised in all of them."""
+        kind = type(error).__name__ if isinstance(error, MaehubError) else "DistributedError"
+        text = str(error) if isinstance(error, MaehubError) else f"{what} failed: {type(error).__name__}: {error}"
+        mine = _Said(value, (kind, text) if error else None)
+        everyone: list[Any] = [None] * self.size
+        self._pulse()
+        with self.waiting(what):
+            dist.all_gather_object(everyone, mine)
+        for rank, (_, failure) in enumerate(everyone):
+            if failure:
+                kind, text = failure
+                shared = getattr(errors, kind)(text if text.startswith("rank ") else f"rank {rank}: {text}")
+                shared.told_by = rank
+                self._shared.append(shared)
+                raise shared from error
+        return [said.value for said in everyone]
+
+    def _pulse(self) -> None:
+        """Leave a sign of life with the step where all can read it."""
+        assert self.store is not None
+        with contextlib.suppress(Exception):  # the wait that follows has the better error
+            self.store.set(f"pulse/{self.rank}", self._sign())
+
+    def _sign(self, error: str = "") -> str:
+        facts = {"step": self.step, "pid": os.getpid(), "host": socket.gethostname(), "at": time.time()}
+        return json.dumps(facts | {"error": error})
+
+    def fell(self, error: BaseException) -> None:
+        """Say why this process ends, for the others, whose connections to it will break."""
+        if self.store is not None:
+            with contextlib.suppress(Exception):
+                self.store.set(f"fell/{self.rank}", self._sign(f"{type(error).__name__}: {error}"[:500]))
+
+    def _loss(self, what: str, error: BaseException) -> str:
+        """Who is to blame for a wait that failed."""
+        assert self.store is not None
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        self.fell(DistributedError("waited"))
+        silent, told = self._survey()
+        where = f"rank {self.rank} waited for {what}, step {self.step}"
+        lines = [f"{where}, and the others did not come ({'timeout' if timed_out else 'connection lost'})."]
+        for rank, facts in told.items():
+            if not facts["error"].endswith(": waited"):
+                lines.append(f"Rank {rank} failed: {facts['error']}")
+        for rank, facts in silent.items():
+            state = f"last seen at step {facts['step']}, pid {facts['pid']} on {facts['host']}" if facts else "not seen"
+            how = "hangs or cannot be reached" if timed_out else "died or was killed"
+            lines.append(f"Rank {rank} {how}: {state}.")
+        if len(lines) == 1:
+            lines.append(f"The reason given: {reason}.")
+        return " ".join(lines) + " Checkpoints are kept: start the same command again with --resume."
+
+    def _survey(self) -> tuple[dict[int, Any], dict[int, Any]]:
+        """The last signs of ranks that stay silent, and the reports of those that do not."""
+        told: dict[int, Any] = {}
+        until = time.monotonic() + _REPORTS
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        while len(told) < len(others) and time.monotonic() < until:
+            told |= {rank: facts for rank in others if rank not in told and (facts := self._read(f"fell/{rank}"))}
+            time.sleep(0.1)
+        silent = {rank: self._read(f"pulse/{rank}") for rank in others if rank not in told}
+        return silent, told
+
+    def _read(self, key: str) -> Any:
+        assert self.store is not None
+        with contextlib.suppress(Exception):
+            if self.store.check([key]):
+                return json.loads(self.store.get(key))
+        return None
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout: float) -> Iterator[Group]:
+    """This process's `Group`, from what torchrun says in the environment; a group of one without torchrun.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``; several processes take a GPU each.
+        timeout: seconds to wait for the others within a step. To start and to save they have `START_TIMEOUT`.
+
+    Raises:
+        UsageError: the environment says only half.
+        DistributedError: the others cannot be reached.
+    """
+    told = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    if "RANK" not in told and "WORLD_SIZE" not in told:
+        yield Group(device=usable_device(device), timeout=timeout)
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in told]
+    numbers = [
+        name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if not told.get(name, "0").isdigit()
+    ]
+    if missing or numbers:
+        wrong = f"{', '.join(missing)} missing" if missing else f"{', '.join(numbers)} no number"
+        raise UsageError(
+            f"the environment describes a run of many processes, but with {wrong}. Start it by torchrun, which sets "
+            "all of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; or unset them for one process."
+        )
+    rank, size, local = int(told["RANK"]), int(told["WORLD_SIZE"]), int(told.get("LOCAL_RANK", told["RANK"]))
+    if size == 1:
+        yield Group(device=usable_device(device), timeout=timeout)
+        return
+    if rank >= size:
+        raise UsageError(f"RANK={rank} must be below WORLD_SIZE={size}; start the run by torchrun, which sets both")
+    place = usable_device(f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    # A restarted process, and a second run in one process, must not read what the one before left in the store.
+    store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_RUNS)}", _meet(rank, size, told))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    group = Group(rank, size, local, here, place, timeout, store=PrefixStore("maehub", store))
+    try:
+        with group.waiting("the start"):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+                store=PrefixStore("group", store),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=START_TIMEOUT),
+            )
+            brisk = dist.new_group(timeout=timedelta(seconds=timeout))
+            assert isinstance(brisk, dist.ProcessGroup)
+            group.brisk = brisk
+        yield group
+    except BaseException as error:
+        group.fell(error)
+        raise
+    finally:
+        if dist.is_initialized():
+            with contextlib.suppress(Exception):  # of a connection that is lost already
+                dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int, told: Mapping[str, str]) -> Store:
+    """The key-value store at the address that the environment says."""
+    host, port = told["MASTER_ADDR"], told["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(host, int(port))
+        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=timedelta(seconds=START_TIMEOUT))))
+    except (OSError, RuntimeError, OverflowError, dist.DistError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        taken = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+        remedy = (
+            "choose another MASTER_PORT" if taken else "check MASTER_ADDR and MASTER_PORT, or let torchrun set them"
+        )
+        raise DistributedError(
+            f"rank {rank} cannot meet the others at {host}:{port}: {reason}. Nothing was changed; {remedy}."
+        ) from error
+    return store
+
+
+def _is_loss(error: BaseException) -> bool:
+    """A broken connection or a timeout, and not a mistake in a computation."""
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)

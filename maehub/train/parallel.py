@@ -1,0 +1,98 @@
+"""What is put around a network for training: it knows nothing of processes, precision or compilation itself."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from maehub.encoder import Block
+from maehub.train.config import PretrainConfig
+from maehub.train.distributed import Group
+
+
+def autocast(config: PretrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 where the configuration or the device says so."""
+    if computes_bf16(config, device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def computes_bf16(config: PretrainConfig, device: torch.device) -> bool:
+    """Whether matrix products are done in bf16."""
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16" or (config.precision == "auto" and capable)
+
+
+def wrapped(module: nn.Module, config: PretrainConfig, group: Group) -> nn.Module:
+    """The module as the loop calls it; its parameters are those of ``module``, which stays what is saved.
+
+    From the inside to the outside:
+
+    1. activation checkpointing, so that what is compiled includes the second forward;
+    2. compilation, of single blocks where FSDP2 gathers their weights one by one;
+    3. FSDP2, or DDP, which overlap communication with the backward pass.
+    """
+    blocks = [part for part in module.modules() if isinstance(part, Block)]
+    if config.checkpoint_activations:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    shards = config.fsdp and group.size > 1
+    if config.compile and shards:
+        for block in blocks:
+            block.compile()
+    if shards:
+        assert group.brisk is not None
+        mesh = DeviceMesh.from_group(group.brisk, group.device.type)
+        bf16 = computes_bf16(config, group.device)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        return module
+    called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
+    if group.size == 1:
+        return called
+    device = None if group.device.type == "cpu" else [group.device]
+    with warnings.catch_warnings():
+        # Newer versions want another name for broadcast_buffers, which older ones do not have.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(
+            called, device_ids=device, process_group=group.brisk, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+
+@contextlib.contextmanager
+def accumulating(module: nn.Module, *, last: bool) -> Iterator[None]:
+    """Run forward and backward of a micro-batch; gradients are exchanged with the ``last`` one of a step alone."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms for a while: slower on a GPU, and there what makes two runs equal bit for bit."""
+    if not wanted:
+        yield
+        return
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)

@@ -1,0 +1,138 @@
+"""Checkpoints of a run as its processes write and find them together."""
+
+import logging
+import socket
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from maehub.errors import CheckpointError, DataError, DistributedError, UsageError
+from maehub.train.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
+from maehub.train.config import PretrainConfig
+from maehub.train.distributed import Group
+from maehub.train.log import RunLog
+from maehub.train.sharded import load_shards, load_whole, save_shards
+from maehub.train.stopping import Stop
+
+log = logging.getLogger("maehub")
+
+_GRACE = 30  # seconds between torchrun's SIGTERM and its SIGKILL
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints, and bears one that cannot be written."""
+
+    config: PretrainConfig
+    group: Group
+    run: RunLog
+    stop: Stop
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    start: Progress
+    _failed: bool = field(default=False, init=False)
+
+    def save(self, step: int, *, must: bool) -> None:
+        """A checkpoint of this step.
+
+        Args:
+            must: no other will follow, so it has to succeed. Otherwise a first failure is only said.
+
+        Raises:
+            CheckpointError: it cannot be written, and must be, or the one before could not be either.
+        """
+        begun = time.monotonic()
+        progress = replace(self.start, step=step)
+        try:
+            if self.config.fsdp and self.group.size > 1:
+                save_shards(self.run.folder, self.model, self.optimizer, progress, self.config.keep, self.group)
+            else:
+                with self.group.together(f"saving step {step}"):
+                    if self.group.leads:
+                        save_checkpoint(self.run.folder, self.model, self.optimizer, progress, self.config.keep)
+        except CheckpointError as error:
+            if must or self._failed:
+                raise
+            self._failed = True
+            if self.group.leads:
+                log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.config.checkpoint_every)
+            return
+        self._failed = False
+        self.run.saved(step)
+        self._warn_if_slow(time.monotonic() - begun)
+
+    def _warn_if_slow(self, seconds: float) -> None:
+        first, self.stop.ending = not self.stop.ending, seconds
+        if first and seconds > 0.7 * _GRACE and self.group.leads:
+            log.warning(
+                "a checkpoint takes %.0f s, and torchrun kills %d s after a SIGTERM: stop by SIGUSR1 ahead of time, or "
+                "by --time-limit",
+                seconds,
+                _GRACE,
+            )
+
+
+def resumed(
+    config: PretrainConfig, group: Group, model: nn.Module, optimizer: torch.optim.Optimizer, now: Progress
+) -> Progress:
+    """Put the newest valid checkpoint back; where the run goes on from: step 0 if there was never one.
+
+    Rank 0 chooses, and every process reads.
+
+    Raises:
+        UsageError: the run was started with other settings.
+        DataError: with other pictures.
+        CheckpointError: none of the checkpoints is valid, or it is of another network.
+        DistributedError: a process does not see the checkpoint.
+    """
+    with group.together("looking for a checkpoint"):
+        found = newest_checkpoint(config.out) if group.leads else None
+    found = group.first(found, "the newest checkpoint")
+    if found is None:
+        if group.leads:
+            log.warning("%s has no checkpoint: starting at step 0", config.out)
+        return now
+    folder, before = found
+    with group.together("reading the checkpoint"):
+        _check_same(config, before, now)
+        if not folder.is_dir():
+            raise DistributedError(
+                f"rank {group.rank} on {socket.gethostname()} does not see {Path(folder).absolute()}, which rank 0 "
+                "chose. Nothing was changed. All hosts need the run folder on a filesystem that they share."
+            )
+        if is_sharded(folder):
+            load_shards(folder, model, optimizer, group)
+        elif config.fsdp and group.size > 1:
+            load_whole(folder, model, optimizer)
+        else:
+            load_checkpoint(folder, model, optimizer)
+    if group.leads:
+        log.info("resumed %s", folder)
+        if before.processes != group.size:
+            log.info(
+                "it was written by %d processes; the samples stay the same, sums may round another way",
+                before.processes,
+            )
+    return before
+
+
+def _check_same(config: PretrainConfig, before: Progress, now: Progress) -> None:
+    """Refuse what would make another run of it."""
+    changed = [
+        f"{name} {before.config.get(name)} → {now.config.get(name)}"
+        for name in sorted(before.config | now.config)
+        if before.config.get(name) != now.config.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{config.out} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
+            "Resume with the same ones, or choose another --out."
+        )
+    if before.data != now.data and not config.allow_data_change:
+        raise DataError(
+            f"the pictures in {config.data} are not those that {config.out} was started with: names or sizes differ. "
+            "Nothing was changed. Put them back, or accept it by --allow-data-change."
+        )

@@ -1,0 +1,133 @@
+"""Checkpoints of runs that shard their weights (FSDP2), in the format of torch.distributed.checkpoint.
+
+Every process writes its shards; a run with another number of processes, or with one that shards nothing, reads them.
+The format has a pickle inside (``.metadata``), so such a folder is read from the user's own run alone, after its hashes
+were compared.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from maehub.errors import CheckpointError
+from maehub.files import is_disk_full, sha256_file, sync_folder
+from maehub.tensorfile import read_tensors
+from maehub.train.checkpoint import Progress, Written, check_converging, checkpoint_folder, rotate, write_manifest
+from maehub.train.distributed import Group
+
+
+def save_shards(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int, group: Group
+) -> Path:
+    """Write a checkpoint, every process its shards, then delete older ones, so that ``keep`` are left.
+
+    Raises:
+        DivergedError: weights are not finite; nothing was written.
+        CheckpointError: the disk is full or cannot be written; older checkpoints are untouched.
+        DistributedError: a process failed or does not answer.
+    """
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    local = {name: _local(value) for name, value in weights.items()}
+    with contextlib.ExitStack() as stack:
+        with group.together(f"saving step {progress.step}"):
+            check_converging(local, f"the weights of step {progress.step}")
+            tensors = [*local.values()] * 3  # AdamW has two more of each
+            entered = checkpoint_folder(run, progress, tensors)
+            staging = stack.enter_context(entered) if group.leads else None
+        folder = group.first(staging, "the name of the checkpoint")
+        assert folder is not None
+        with group.together(f"saving step {progress.step}"), _as_checkpoint_errors(folder):
+            save(state, storage_writer=FileSystemWriter(folder))
+        with group.together(f"saving step {progress.step}"):
+            if group.leads:
+                files = {
+                    path.name: Written(path.stat().st_size, sha256_file(path)) for path in sorted(folder.iterdir())
+                }
+                sync_folder(folder)
+                write_manifest(folder, progress, files)
+                stack.close()
+                rotate(run, progress.step, keep)
+    return run / "checkpoints" / f"step-{progress.step}"
+
+
+def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:
+    """Put a sharded checkpoint back, into a model that is sharded otherwise or not at all.
+
+    Raises:
+        CheckpointError: it is of another network.
+    """
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    with _as_checkpoint_errors(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")  # which is what is wanted
+        load(state, storage_reader=FileSystemReader(folder), no_dist=group.size == 1)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+
+def load_whole(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint that is not sharded into a sharded model; see `maehub.train.checkpoint.load_checkpoint`.
+
+    Raises:
+        CheckpointError: it is of another network.
+    """
+    options = StateDictOptions(full_state_dict=True)
+    state: dict[str, dict[str, Tensor]] = {}
+    for joined, tensor in read_tensors(folder / "optimizer.safetensors").tensors.items():
+        key, name = joined.split("/", 1)
+        state.setdefault(name, {})[key] = tensor
+    _, moments = get_state_dict(model, optimizer)
+    with _as_checkpoint_errors(folder):
+        set_model_state_dict(model, dict(read_tensors(folder / "model.safetensors").tensors), options=options)
+        whole: dict[str, Any] = {"state": state, "param_groups": moments["param_groups"]}
+        set_optimizer_state_dict(model, optimizer, whole, options=options)
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """All weights on the CPU of rank 0, empty elsewhere; of a model that is not sharded its own tensors."""
+    if not any(isinstance(part, FSDPModule) for part in model.modules()):
+        return model.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {name: value for name, value in get_model_state_dict(model, options=options).items() if _is_tensor(value)}
+
+
+def _is_tensor(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
+
+
+def _local(value: Any) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+@contextlib.contextmanager
+def _as_checkpoint_errors(folder: Path) -> Iterator[None]:
+    """torch reports what went wrong in any process as one exception that no ``except Exception`` catches."""
+    try:
+        yield
+    except (CheckpointException, RuntimeError, KeyError, ValueError, OSError) as error:
+        causes = [*error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        cause = causes[0][0] if isinstance(causes[0], tuple) else causes[0]
+        full = isinstance(cause, Exception) and is_disk_full(cause)
+        reason = "the disk is full" if full else str(cause).strip().splitlines()[0][:300]
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be written or read: {reason}. Older checkpoints are untouched."
+        ) from error

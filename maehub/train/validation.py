@@ -1,0 +1,157 @@
+"""What a run looks at besides its loss: held-out pictures, by numbers that need no labels, and by eye."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maehub.autoencoder import MaskedAutoencoder
+from maehub.errors import DataError
+from maehub.figures import grid as figure_grid
+from maehub.figures import reconstruct
+from maehub.files import atomic_write
+from maehub.images import Preprocess
+from maehub.opening import open_image
+from maehub.sources import Source, find_samples, groups
+from maehub.train.baselines import baselines
+from maehub.train.config import PretrainConfig
+from maehub.train.data import Batch, View, naming, validation_batch
+from maehub.train.neighbours import effective_rank, leave_one_out
+from maehub.train.targets import Objective
+
+log = logging.getLogger("maehub")
+
+_CROPS = 2000  # at most, and no more than pictures are held out, unless those are very few
+_FEWEST_CROPS = 256
+_LABELLED = 5000  # pictures for the nearest neighbours, kept in memory
+_SHOWN = 4
+_VIEWS_AT_ONCE = 64
+
+
+class Validation:
+    """Fixed crops with fixed masks of pictures that are not trained on; only rank 0 has one.
+
+    Args:
+        objective: of the run; its settings decide what the loss is.
+        shown: pictures to draw, held-out ones where there are any.
+        heldout: None measures nothing.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, objective: Objective, view: View, shown: Source, heldout: Source | None
+    ) -> None:
+        self.config = config
+        self.shown = shown
+        self.preprocess = objective.preprocess
+        self.batch: Batch | None = None
+        self._baselines: dict[str, float] = {}
+        self._labelled: tuple[Tensor, Tensor] | None = None
+        if heldout is not None:
+            count = max(_FEWEST_CROPS, min(len(heldout), _CROPS))
+            self.batch = validation_batch(heldout, view, count, config.seed)
+            simple = [baselines(objective, part.pixels, part.masked) for part in self.batch.split(_VIEWS_AT_ONCE)]
+            shares = [len(part.pixels) / count for part in self.batch.split(_VIEWS_AT_ONCE)]
+            self._baselines = {
+                name: sum(getattr(one, name) * share for one, share in zip(simple, shares, strict=True))
+                for name in ("mean_fill", "interpolation")
+            }
+        if config.knn is not None:
+            self._labelled = _labelled(config.knn, self.preprocess)
+
+    @torch.no_grad()
+    def measure(self, objective: Objective, autocast: contextlib.AbstractContextManager[object]) -> dict[str, float]:
+        """The loss beside what filling holes without a network would give, and signals of the features' quality.
+
+        Returns:
+            ``val_loss``, ``mean_fill``, ``interpolation`` in the target's units and ``effective_rank``;
+            ``knn_top1`` in percent where there is a labelled folder.
+        """
+        model = objective.model
+        device = next(model.parameters()).device
+        numbers: dict[str, float] = {}
+        with _evaluating(model):
+            if self.batch is not None:
+                total, features = 0.0, []
+                for part in self.batch.split(_VIEWS_AT_ONCE):
+                    pixels, masked, seeds, _ = part.to(device)
+                    with autocast:
+                        total += objective(pixels, masked, seeds).item() * len(pixels)
+                        features.append(model.encoder.features(self.preprocess.normalise(pixels), pool="mean").float())
+                numbers["val_loss"] = total / len(self.batch.pixels)
+                numbers |= self._baselines
+                numbers["effective_rank"] = effective_rank(torch.cat(features))
+            if self._labelled is not None:
+                pixels, labels = self._labelled
+                with autocast:
+                    features = [
+                        model.encoder.features(self.preprocess.normalise(part.to(device)), pool="mean").float()
+                        for part in pixels.split(_VIEWS_AT_ONCE)
+                    ]
+                numbers["knn_top1"] = leave_one_out(torch.cat(features), labels.to(device))
+        return {name: value for name, value in numbers.items() if not math.isnan(value)}
+
+    def draw(self, model: MaskedAutoencoder, path: Path) -> None:
+        """Reconstructions of a few pictures, always the same."""
+        if model.config.target == "tokens" and not model.config.tokenizer:
+            return  # what a caller's tokens look like is not known
+        panels = []
+        for index in sorted(range(len(self.shown)), key=self.shown.sample_id)[:_SHOWN]:
+            with naming(self.shown, index):
+                picture = open_image(self.shown.source(index), channels=model.config.encoder.channels)
+            panels.append(
+                reconstruct(
+                    model,
+                    picture,
+                    strategy=self.config.strategy,
+                    mask_ratio=self.config.mask_ratio,
+                    seed=self.config.seed,
+                    preprocess=self.preprocess,
+                )
+            )
+        path.parent.mkdir(exist_ok=True)
+        with atomic_write(path) as temporary:
+            figure_grid(panels).save(temporary, format="png")
+
+
+def check_start(numbers: dict[str, float], name: str) -> None:
+    """Warn where loaded weights predict hidden patches worse than their mean colour does."""
+    loss, simple = numbers.get("val_loss"), numbers.get("mean_fill")
+    if loss is None or simple is None or loss <= simple:
+        return
+    log.warning(
+        "%s starts with a loss of %.3g on held-out pictures, worse than the mean colour's %.3g. Likely causes: weights "
+        "trained on another target (--target), other channel statistics or value range, a patch or head count that is "
+        "not the file's, or pictures far from what it knows.",
+        name,
+        loss,
+        simple,
+    )
+
+
+def _labelled(folder: str, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
+    """Pictures (n, H, W, C) uint8 and the classes (n,) that their folders name."""
+    samples = find_samples(folder)
+    classes = groups(samples, 1)
+    if classes.max() < 1:
+        raise DataError(f"{folder} has one class; --knn needs DIR/CLASS/pictures with at least two")
+    chosen = sorted(sorted(range(len(samples)), key=samples.sample_id)[:_LABELLED])
+    pixels = []
+    for index in chosen:
+        with naming(samples, index):
+            picture = open_image(samples.source(index), channels=preprocess.channels)
+        pixels.append(torch.from_numpy(preprocess.pixels(picture)))
+    return torch.stack(pixels), torch.from_numpy(classes[chosen])
+
+
+@contextlib.contextmanager
+def _evaluating(model: MaskedAutoencoder) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
