@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, UsageError
-from maehub.opening import MAX_PIXELS, ImagePath, _decoder, decode
+from maehub.opening import MAX_PIXELS, ImagePath, decode, decoder_of
 
 _WAITING = 4  # pictures a process that are fetched beside it: those behind an address take their time
 _SILENCE = 300.0  # seconds until a process that gives nothing counts as hanging
@@ -62,7 +62,7 @@ def examine(picture: ImagePath | BinaryIO, statistics: bool) -> Finding:
             file.seek(0)
             head = file.read(16)
             file.seek(0)
-            raw = _decoder(head)(file)
+            raw = decoder_of(head)(file)
             facts = Finding("", raw.format or "", raw.mode, _bits(raw.mode), image.width, image.height)
             return _with_values(facts, image, raw) if statistics else facts
     except DataError as error:

@@ -36,7 +36,7 @@ from maehub.files import free_space_guard
 from maehub.images import Preprocess, TransformName
 from maehub.patches import grid_size
 from maehub.reading import Readers, reader_count
-from maehub.sources import Pictures, Samples, Source, as_samples
+from maehub.sources import Pictures, PictureSource, Samples, as_samples
 
 _Input = np.ndarray | Tensor
 """(H, W, C) uint8 pixels, or (C, H, W) floats that are preprocessed."""
@@ -51,7 +51,7 @@ _TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**15}  # in a batch whose size nobody 
 
 def extract_features(
     encoder: Encoder,
-    source: Source,
+    source: PictureSource,
     *,
     pool: FeaturePool | None = None,
     layers: Sequence[int] | None = None,

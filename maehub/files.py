@@ -12,6 +12,7 @@ from pathlib import Path
 from maehub.errors import CheckpointError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RENAME = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -60,6 +61,8 @@ def write_error(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
         free = _megabytes(_free_bytes(Path(path).parent))
         return CheckpointError(f"{path} cannot be written: the disk is full, {free} free. {safe} Free some space.")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if getattr(error, "errno", None) in _NO_RENAME:
+        reason += "; this file system cannot rename, as buckets mounted as folders cannot: choose a folder on a disk"
     return CheckpointError(f"{path} cannot be written: {reason}. {safe}")
 
 

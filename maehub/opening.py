@@ -140,8 +140,9 @@ def open_part(
 ) -> Part:
     """A part of a picture file, decoded no further than it needs.
 
-    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 at which the part still has the wanted pixels (at twice
-    1/4 and 1/8 if it is 4:2:2), and no further down than the part reaches. Everything else is as in `open_image`, in the channels that the file has.
+    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 at which the part still has the wanted pixels (a 4:2:2
+    one at 1/2 and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in
+    `open_image`, in the channels that the file has.
 
     Args:
         source: a path, or a binary file. In messages the file is called by its ``name``, if it has one.
@@ -159,7 +160,7 @@ def open_part(
 def aligned(box: Box, wanted: Size, picture: Size) -> tuple[Box, int]:
     """A box with its edges on multiples of the scale that leaves it the wanted pixels, and that scale.
 
-    The box never leaves the ``picture``, (height, width), and no edge moves by more than the scale.
+    The box never leaves the ``picture``, (height, width), and its edges move by less than twice the scale.
     """
     (height, width), (rows, columns) = box.size, wanted
     scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
@@ -241,7 +242,7 @@ def _opened(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
     head = file.read(16)
     file.seek(start)
     # Not `Image.open`: its limit on pixels is a global setting and half of it a global warning filter.
-    image = _decoder(head)(file)
+    image = decoder_of(head)(file)
     if isinstance(image, PngImageFile):
         image.verify()  # the checksums of the pixels, which loading passes over
         file.seek(start)
@@ -273,7 +274,7 @@ def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int) -> Dec
     return Decoded(upright, (height, width), (left, top, left + right, top + bottom))
 
 
-def _decoder(head: bytes) -> type[ImageFile.ImageFile]:
+def decoder_of(head: bytes) -> type[ImageFile.ImageFile]:
     for name, beginnings, decoder in _DECODERS:
         if head.startswith(beginnings) and (name != "WebP" or head[8:12] == b"WEBP"):
             return decoder

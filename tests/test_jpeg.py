@@ -50,7 +50,7 @@ KINDS = {
     "CMYK": encoded(photo().convert("CMYK"), quality=92),
     "followed": encoded(photo(), quality=92) + b"a film may follow",
 }
-BOXES = [Box(0, 0, 301, 403), Box(13, 7, 290, 100), Box(160, 270, 301, 403), Box(77, 160, 140, 201)]
+BOXES = [Box(0, 0, 301, 403), Box(13, 7, 290, 104), Box(160, 270, 301, 403), Box(77, 160, 140, 201)]
 
 
 def whole(data, **options):
@@ -278,9 +278,15 @@ def test_row_39_damaged_files_are_refused_exactly_where_pillow_refuses_them(seed
 
 @given(data=st.binary(max_size=400), known=st.sampled_from([b"", b"\xff\xd8\xff", KINDS["4:2:0"][:700]]))
 @settings(max_examples=60, deadline=None)
-def test_bytes_of_any_kind_end_in_one_error(data, known):
-    with pytest.raises(DataError, match="the picture cannot be read"):
-        open_part(io.BytesIO(known + data), lambda size: Box(0, 0, *size[::-1]), (8, 8))
+def test_bytes_of_any_kind_are_read_as_pillow_does_or_end_in_one_error(data, known):
+    def action():
+        return open_part(io.BytesIO(known + data), lambda size: Box(0, 0, *size[::-1]), (8, 8))
+
+    if readable(lambda: open_image(io.BytesIO(known + data))):  # it fills up what a marker cuts short
+        assert action().pixels.size
+    else:
+        with pytest.raises(DataError, match="the picture cannot be read"):
+            action()
 
 
 @given(data=st.binary(max_size=60), rows=st.integers(1, 400))

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "maehub"
 
 LAYERS = [
     {"errors"},
-    {"patches", "masking", "positions", "images", "opening", "files", "folders"},
+    {"patches", "masking", "positions", "images", "opening", "jpeg", "shapes", "colours", "files", "folders"},
     {"encoder", "autoencoder"},
     {
         "keys",
@@ -27,10 +27,10 @@ LAYERS = [
         "card",
         "hub",
     },
-    {"sources", "reading", "features", "feature_files", "feature_store"}
-    | {"figures", "pictures", "drawing", "statistics"},
+    {"sources", "names", "searching", "storage", "tar_index", "shards", "tables", "reading", "examination", "inspection"}
+    | {"features", "feature_files", "feature_store", "figures", "pictures", "drawing", "statistics"},
     {"train"},
-    {"arguments", "parsing", "cli", "__main__"},
+    {"arguments", "parsing", "commands", "cli", "__main__"},
 ]
 TORCH_FREE = {
     "errors",

@@ -1,16 +1,22 @@
 """Folders, files and lists to samples."""
 
 import os
+import pickle
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from rights import as_nobody, needs_root
 
 from maehub import masking
 from maehub.errors import DataError, UsageError
-from maehub.sources import Pictures, as_samples, find_images
+from maehub.searching import search
+from maehub.sources import Pictures, as_samples, find_images, find_samples, groups, select
 
 
 @pytest.fixture
@@ -141,3 +147,125 @@ def test_pictures_in_memory():
             as_samples(wrong)
     with pytest.raises(DataError):
         as_samples(torch.rand(0, 3, 8, 8))
+
+
+# -- what a run is given
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "a-", "a.", "b", "a.jpg", "Z", "ä"]), min_size=1, max_size=4), max_size=12)
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_folder_comes_in_the_order_of_the_bytes_of_its_paths(tmp_path_factory, paths):
+    root = tmp_path_factory.mktemp("tree")
+    written = set()
+    for parts in paths:
+        path = root.joinpath(*parts[:-1], parts[-1] + ".png")
+        if not any(above.is_file() for above in path.parents):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+            written.add(os.fsencode(path.relative_to(root)))
+    assert list(search(os.fsencode(root), frozenset([b".png"]), Counter())) == sorted(written)
+
+
+def test_row_50_a_folder_is_searched_in_the_memory_of_one_folder(tmp_path):
+    for folder in range(20):
+        (tmp_path / f"{folder:02}").mkdir()
+        for number in range(200):
+            (tmp_path / f"{folder:02}" / f"{'n' * 60}-{number:03}.png").touch()
+    find_images(tmp_path)
+    tracemalloc.start()
+    samples = find_images(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    kept = len(samples.names.letters) + samples.names.ends.nbytes
+    assert len(samples) == 4000
+    assert peak < 3 * kept  # a list of them would be more than that alone
+
+
+def test_what_a_source_says_of_a_file(tree):
+    samples = find_samples(tree)
+    assert samples.source(0) == samples.path(0) == os.fsencode(tree / "B.webp")
+    assert samples.where(0) == str(tree / "B.webp")
+    assert samples.size(0) == len("B.webp")
+    (tree / "B.webp").unlink()
+    assert samples.size(0) == -1
+    assert samples.prefetch([0, 1]) is None
+    assert find_samples(str(tree / "x.heic")).name(0) == os.fsencode(tree / "x.heic")
+    again = pickle.loads(pickle.dumps(samples))  # noqa: S301
+    assert again.digest() == samples.digest()
+
+
+def test_a_list_names_files_line_by_line(tree, tmp_path):
+    lines = ["# chosen by hand", "", "photos/b.jpg", f"{tree}/a/2.PNG", "  ", "photos/x.heic", "photos/b.jpg"]
+    for end, start in (("\n", ""), ("\r\n", "\ufeff")):
+        (tmp_path / "list.txt").write_bytes((start + end.join(lines)).encode())
+        samples = find_samples(tmp_path / "list.txt")
+        assert [samples.name(i) for i in range(4)] == [
+            b"photos/b.jpg", os.fsencode(tree / "a/2.PNG"), b"photos/x.heic", b"photos/b.jpg"
+        ]  # fmt: skip
+        assert samples.source(0) == os.fsencode(tmp_path / "photos/b.jpg")
+        assert samples.source(1) == os.fsencode(tree / "a/2.PNG")
+    (tmp_path / "list.txt").write_text("photos/b.jpg\n\nphotos/gone.jpg\n")
+    with pytest.raises(DataError, match=r"list\.txt, line 3: there is no file photos/gone\.jpg"):
+        find_samples(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("photos\n")
+    with pytest.raises(DataError, match="line 1"):  # a folder is no picture
+        find_samples(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    with pytest.raises(DataError, match="names no file"):
+        find_samples(tmp_path / "list.txt")
+
+
+def test_a_list_moves_with_its_pictures(tree, tmp_path):
+    (tmp_path / "list.txt").write_text("photos/b.jpg\nphotos/a/2.PNG\n")
+    first = find_samples(tmp_path / "list.txt")
+    digest = first.digest()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    tree.rename(moved / "photos")
+    (tmp_path / "list.txt").rename(moved / "list.txt")
+    again = find_samples(moved / "list.txt")
+    assert again.digest() == digest
+    assert [again.sample_id(i) for i in range(2)] == [first.sample_id(i) for i in range(2)]
+
+
+def test_row_46_what_is_no_source(tmp_path):
+    for given_as in (tmp_path / "nothing", tmp_path / "nothing.txt"):
+        with pytest.raises(DataError, match="neither a file nor a folder"):
+            find_samples(given_as)
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(DataError, match=r"0 images in .*found 1 \.md"):
+        find_samples(tmp_path)
+
+
+def test_a_selection_keeps_names_and_ids(tree):
+    samples = find_samples(tree)
+    some = select(samples, np.array([3, 0]))
+    assert [some.name(i) for i in range(len(some))] == [samples.name(3), samples.name(0)]
+    assert some.sample_id(0) == samples.sample_id(3)
+    assert (some.source(1), some.where(1), some.size(1)) == (samples.source(0), samples.where(0), samples.size(0))
+    assert some.digest() != samples.digest(0, 2)
+    assert some.digest(1) == samples.digest(0, 1)
+    fewer = select(some, np.array([1]))
+    assert fewer.whole is samples
+    assert fewer.name(0) == samples.name(0)
+    with pytest.raises(DataError, match="no sample"):
+        select(samples, np.array([], np.int64))
+    for wrong in ([5], [-1]):
+        with pytest.raises(UsageError, match="there are 5 samples"):
+            select(samples, np.array(wrong))
+
+
+def test_groups_by_folder(tree):
+    samples = find_samples(tree)  # B.webp a/10.jpeg a/2.PNG b.jpg c/d/e.tiff
+    deep = select(samples, np.array([1, 4, 2]))
+    assert groups(deep, 1).tolist() == [0, 1, 0]
+    assert groups(deep, 1).dtype == np.int64
+    assert groups(select(samples, np.array([4])), 2).tolist() == [0]
+    with pytest.raises(UsageError, match=r"first 1 folders of a name, and B\.webp has 0"):
+        groups(samples, 1)
+    with pytest.raises(UsageError, match=r"a/10\.jpeg has 1"):
+        groups(deep, 2)
+    with pytest.raises(UsageError, match="1 or more"):
+        groups(deep, 0)

@@ -64,12 +64,16 @@ FUNCTIONS = {
     "convert": (["source", "folder"], {"to": "maehub", "heads": None, "decoder_heads": None, "target": None}),
     "download": (["name"], {"revision": None, "cache_dir": None}),
     "verify": (["source"], {"cache_dir": None}),
+    "check_data": (["folder"], {}),
+    "data_statistics": (["folder"], {}),
 }
 # Keyword-only parameters with defaults that came later.
 LATER = {
     "extract_features": {"exact_decode": False, "overwrite": False, "progress": True},
     "save": {"dtype": None, "card": None, "overwrite": False},
     "convert": {"overwrite": False},
+    "check_data": {"workers": None, "progress": False, "on_bad": None},
+    "data_statistics": {"sample": 2000, "workers": None, "progress": False},
 }
 POSITIONAL_DEFAULTS = {("list_models", "pattern"): "*"}
 METHODS = {
@@ -112,6 +116,7 @@ FLAGS = {
     "--exact-decode --skip-bad",
     "reconstruct": "-m --model -o --out --overwrite --image-size --device --seed --strategy --mask-ratio --mask-image "
     "--statistics --error-map",
+    "data": "-o --out --overwrite --sample --workers",
     "pretrain": "-m --model -o --out --overwrite --image-size --device --seed --workers --steps --epochs --batch-size "
     "--checkpoint-every --resume --from --mask-ratio --strategy --target --base-lr",
 }

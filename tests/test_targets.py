@@ -14,6 +14,7 @@ from scipy.interpolate import griddata
 from scipy.special import log_softmax
 from skimage import data
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.colours import mean_colour_of, mean_colours
@@ -339,6 +340,18 @@ def test_patches_that_are_left_out_have_no_influence(mask_tokens, depth):
             assert torch.equal(model.predict(images, masked, wanted=wanted, leave_out=True), before)
             assert not torch.equal(model.predict(images, masked, wanted=wanted), before)
             model.decoder.pos_embed.copy_(moved)
+
+
+def test_a_smaller_share_is_less_work():
+    """A quarter of 12 hidden patches: 8 instead of 17 tokens in the first decoder block, 3 instead of 12 leave it."""
+
+    def flops(share):
+        with FlopCounterMode(display=False) as counter:
+            objective(build(depth=3), predict_share=share)(pictures(), masks(), torch.arange(3))
+        counts = counter.get_flop_counts()
+        return sum(next(count for name, count in counts.items() if name.endswith("decoder.blocks.0")).values())
+
+    assert flops(0.25) / flops(1.0) == pytest.approx(8 / 17, rel=0.02)
 
 
 @settings(deadline=None, max_examples=25)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ START_TIMEOUT = 600.0
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _REPORTS = 3.0  # seconds in which the survivors of a failure say what they know
+_WAITED = "waited for the others"
 _RUNS = itertools.count()  # of this process
 _FAILED = 1 << 16  # an exit code fits below
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "socket")
@@ -49,6 +51,13 @@ class _Said(NamedTuple):
 
     value: Any
     failure: tuple[str, str] | None  # name of the class of an error, and its text
+
+
+class _Signs(NamedTuple):
+    """What is known of the other processes, by rank."""
+
+    silent: dict[int, Any]  # the last sign of life of those that say nothing, None where there is none
+    told: dict[int, Any]  # why the others ended
 
 
 @dataclass
@@ -162,8 +171,9 @@ class Group:
 
     def _gathered(self, value: Any, what: str, error: Exception | None = None) -> list[Any]:
         """Every process's value, by rank; or the lowest rank's error, raised in all of them."""
-        kind = type(error).__name__ if isinstance(error, MaehubError) else "DistributedError"
-        text = str(error) if isinstance(error, MaehubError) else f"{what} failed: {type(error).__name__}: {error}"
+        kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
+        text = str(error) if kinds else f"{what} failed: {type(error).__name__}: {error}"
+        kind = kinds[0] if kinds else "DistributedError"
         mine = _Said(value, (kind, text) if error else None)
         everyone: list[Any] = [None] * self.size
         self._pulse()
@@ -199,12 +209,11 @@ class Group:
         assert self.store is not None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-        self.fell(DistributedError("waited"))
         silent, told = self._survey()
         where = f"rank {self.rank} waited for {what}, step {self.step}"
         lines = [f"{where}, and the others did not come ({'timeout' if timed_out else 'connection lost'})."]
         for rank, facts in told.items():
-            if not facts["error"].endswith(": waited"):
+            if not facts["error"].endswith(_WAITED):
                 lines.append(f"Rank {rank} failed: {facts['error']}")
         for rank, facts in silent.items():
             state = f"last seen at step {facts['step']}, pid {facts['pid']} on {facts['host']}" if facts else "not seen"
@@ -214,16 +223,26 @@ class Group:
             lines.append(f"The reason given: {reason}.")
         return " ".join(lines) + " Checkpoints are kept: start the same command again with --resume."
 
-    def _survey(self) -> tuple[dict[int, Any], dict[int, Any]]:
-        """The last signs of ranks that stay silent, and the reports of those that do not."""
-        told: dict[int, Any] = {}
+    def _survey(self) -> _Signs:
+        """What the others left in the store; nothing where it cannot be reached, which may take it minutes to say."""
+        signs = _Signs({}, {})
+        asking = threading.Thread(target=self._ask, args=(signs,), daemon=True)
+        asking.start()
+        asking.join(_REPORTS + 2)
+        return _Signs(dict(signs.silent), dict(signs.told))
+
+    def _ask(self, signs: _Signs) -> None:
+        self.fell(DistributedError(_WAITED))
         until = time.monotonic() + _REPORTS
         others = [rank for rank in range(self.size) if rank != self.rank]
-        while len(told) < len(others) and time.monotonic() < until:
-            told |= {rank: facts for rank in others if rank not in told and (facts := self._read(f"fell/{rank}"))}
+        signs.silent.update(dict.fromkeys(others))
+        signs.silent.update({rank: self._read(f"pulse/{rank}") for rank in others})
+        while signs.silent and time.monotonic() < until:
+            for rank in list(signs.silent):
+                if facts := self._read(f"fell/{rank}"):
+                    signs.told[rank] = facts
+                    del signs.silent[rank]
             time.sleep(0.1)
-        silent = {rank: self._read(f"pulse/{rank}") for rank in others if rank not in told}
-        return silent, told
 
     def _read(self, key: str) -> Any:
         assert self.store is not None
@@ -284,9 +303,11 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
             brisk = dist.new_group(timeout=timedelta(seconds=timeout))
             assert isinstance(brisk, dist.ProcessGroup)
             group.brisk = brisk
+        store.set_timeout(timedelta(seconds=timeout))
         yield group
     except BaseException as error:
-        group.fell(error)
+        if error not in group._shared:  # of a lost connection the others cannot be told
+            group.fell(error)
         raise
     finally:
         if dist.is_initialized():

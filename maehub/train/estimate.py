@@ -141,4 +141,6 @@ def byte_words(count: float) -> str:
 def _duration(hours: float) -> str:
     if hours >= 72:
         return f"{hours:,.0f} h ({hours / 24:,.1f} days)"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"

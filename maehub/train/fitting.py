@@ -1,6 +1,8 @@
 """How many views a process computes at once, so that they fit into memory."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,6 +61,25 @@ def micro_batch(
     if fits < part:
         log.info("%d views do not fit at once: gradients are accumulated over %d × %d", part, part // fits, fits)
     return fits
+
+
+@contextlib.contextmanager
+def within_memory(views: int, device: torch.device) -> Iterator[None]:
+    """Say what helps where memory runs out in a step.
+
+    Raises:
+        CheckpointError: of an allocation that failed, on a device or on the host.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        raise CheckpointError(
+            f"the memory of {device} ran out with {views} views at once. Checkpoints are kept. Resume with a smaller "
+            "--micro-batch, which changes no result but the rounding, or with --checkpoint-activations or --fsdp."
+        ) from error
 
 
 def _fits(objective: nn.Module, view: View, size: int, device: torch.device, autocast: Any) -> bool:

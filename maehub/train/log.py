@@ -10,7 +10,7 @@ import shutil
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -92,6 +92,7 @@ class RunLog:
         self.leads = leads
         self.last_saved: int | None = None
         self.bad_step: int | None = None
+        self._begun = False
         self._waiting: list[_Step] = []
         self._recent: deque[float] = deque(maxlen=_SPIKE_WINDOW)
         self._spiked = False
@@ -125,8 +126,8 @@ class RunLog:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
-            if error is not None:
-                self._fail(error)
+        if self._begun and error is not None:
+            self._fail(error)
         if self._boards is not None:
             with contextlib.suppress(Exception):
                 self._boards.close()
@@ -160,13 +161,16 @@ class RunLog:
         except OSError as error:
             raise write_error(self.folder, error) from error
         self._write_state("running", None)
+        self._begun = True
         with atomic_write(self.folder / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
         if tensorboard:
             self._boards = _tensorboard(self.folder / "tensorboard", first_step)
-        self._bar = tqdm(
-            total=steps, initial=first_step, unit="step", disable=hide_bar or None, dynamic_ncols=True, bar_format=_BAR
-        )
+        with self._terminal():
+            hidden = hide_bar or None
+            self._bar = tqdm(
+                total=steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True, bar_format=_BAR
+            )
 
     def log(self, step: int, numbers: Tensor, rate: float) -> None:
         """Remember a step that is done; written every few steps, since reading its numbers waits for the device.
@@ -223,17 +227,24 @@ class RunLog:
         self._watch(steps, rows)
 
     def _show(self, steps: int, loss: float, rate: float, speed: float, wait: float) -> None:
-        """The live line; a terminal that went away must not end the run."""
+        """The live line."""
         if self._bar is None or self._bar.disable:
             return
         memory = f"{self._memory:.1f} GB"
         words = f"loss {loss:.4f} · lr {rate:.2e} · {speed:,.0f} images/s · data wait {100 * wait:.0f} % · {memory}"
-        try:
+        with self._terminal():
             self._bar.set_postfix_str(words, refresh=False)
             self._bar.update(steps)
+
+    @contextlib.contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """A terminal that went away must not end the run."""
+        try:
+            yield
         except OSError as error:
             log.warning("the progress line cannot be shown any more: %s; the run goes on", error)
-            self._bar.disable = True
+            if self._bar is not None:
+                self._bar.disable = True
 
     def _watch(self, steps: list[_Step], rows: list[list[float]]) -> None:
         """Say once where the loss jumps, though it is finite."""

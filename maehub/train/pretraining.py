@@ -31,7 +31,7 @@ from maehub.train.data import (
     worker_count,
 )
 from maehub.train.distributed import Group, joined
-from maehub.train.fitting import micro_batch
+from maehub.train.fitting import micro_batch, within_memory
 from maehub.train.holdout import Split, split_data
 from maehub.train.log import RunLog, check_run_folder, run_state
 from maehub.train.machine import code_digest, environment
@@ -212,7 +212,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 settings["lr"] = rate
 
             loss = torch.zeros((), device=device)
-            with group.waiting("the gradients"):
+            with group.waiting("the gradients"), within_memory(micro, device):
                 for part, last in _parts(batch, micro):
                     pixels, masked, seeds, factors = part.to(device)
                     if factors.shape[1]:

@@ -1,0 +1,265 @@
+"""What each command does: a few lines that call one public function and say what came of it.
+
+torch is imported inside the commands, so that ``list``, a mistyped name and a refusal answer at once.
+"""
+
+import itertools
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maehub import arguments
+from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
+from maehub.files import write_error
+from maehub.locating import locate
+
+EMBEDDED_PHOTO = Path(__file__).parent / "assets" / "cat.jpg"
+
+
+class Shared(NamedTuple):
+    """Flags that every command takes, wherever they stand on the line."""
+
+    json: bool
+    quiet: bool
+    debug: bool
+
+
+def run_list(config: arguments.List, shared: Shared) -> int:
+    from maehub.catalog import list_models, model_info
+
+    rows = [model_info(name) for name in list_models(config.pattern)]
+    if not rows:
+        raise UsageError(f"no model is called {config.pattern!r}; `maehub list` shows all of them")
+    if shared.json:
+        _print_json({"models": [row.to_dict() for row in rows]})
+        return EXIT_DONE
+    table = [("NAME", "SIZE", "ROLE", "TARGET", "LICENCE", "SOURCE")]
+    table += [
+        (row.name, _side(row.image_size), row.role, row.target or "–", row.licence, row.sources[0].where())
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return EXIT_DONE
+
+
+def run_info(config: arguments.Info, shared: Shared) -> int:
+    from maehub.catalog import model_info
+
+    info = model_info(config.name)
+    if shared.json:
+        _print_json(info.to_dict())
+    else:
+        print(info.describe())
+    return EXIT_DONE
+
+
+def run_download(config: arguments.Download, shared: Shared) -> int:
+    from maehub.fetching import download
+
+    path = download(config.name, revision=config.revision, cache_dir=config.cache_dir)
+    _report(shared, {"path": str(path)}, f"{config.name} is at {path}")
+    return EXIT_DONE
+
+
+def run_verify(config: arguments.Verify, shared: Shared) -> int:
+    from maehub.fetching import verify
+
+    checked = verify(config.source)
+    lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
+    _report(shared, {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}, "\n".join(lines))
+    return EXIT_DONE
+
+
+def run_convert(config: arguments.Convert, shared: Shared) -> int:
+    from maehub.conversion import convert
+
+    result = convert(
+        config.source,
+        config.out,
+        to=config.to,
+        heads=config.heads,
+        decoder_heads=config.decoder_heads,
+        target=config.target,
+        overwrite=config.overwrite,
+    )
+    difference = f"largest relative difference after reloading {result.difference:.1e}"
+    _report(shared, {"folder": str(result.folder), "difference": result.difference}, f"{result.folder}: {difference}")
+    return EXIT_DONE
+
+
+def run_features(config: arguments.Features, shared: Shared) -> int:
+    size = _size(config.image_size)
+    found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
+    from maehub.features import extract_features
+    from maehub.hub import load
+
+    encoder = load(found, image_size=size, device=config.device)
+    table = extract_features(
+        encoder,
+        config.source,
+        pool=config.pool,
+        layers=list(config.layers) or None,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        out=config.out,
+        skip_bad=config.skip_bad,
+        exact_decode=config.exact_decode,
+        overwrite=config.overwrite,
+        progress=not shared.quiet,
+    )
+    facts = {
+        "out": str(config.out),
+        "images": len(table),
+        "skipped": len(table.skipped),
+        "shape": list(table.features.shape),
+    }
+    skipped = f", {len(table.skipped)} skipped (see bad_files.csv)" if table.skipped else ""
+    _report(shared, facts, f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}")
+    return EXIT_SKIPPED if table.skipped else EXIT_DONE
+
+
+def run_reconstruct(config: arguments.Reconstruct, shared: Shared) -> int:
+    if config.mask_image and config.error_map:
+        raise UsageError("--error-map hides every patch in turn, so it takes no --mask-image")
+    if not config.mask_ratio:
+        raise UsageError("--mask-ratio takes at least one number, such as 0.75")
+    size = _size(config.image_size)
+    sources = config.images or (str(EMBEDDED_PHOTO),)
+    images = list(dict.fromkeys(image for source in sources for image in _pictures(source)))
+    one_each = config.out.is_dir() or not config.out.suffix
+    outs = _figure_paths(images, config.out) if one_each else [config.out]
+    if taken := [out for out in outs if out.exists() and not config.overwrite]:
+        raise UsageError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
+    found = locate(config.model, "autoencoder")
+    if one_each:
+        _make_folder(config.out)
+
+    from maehub.drawing import check_figure, save_figure
+    from maehub.figures import error_map, grid, reconstruct
+    from maehub.hub import load_autoencoder
+    from maehub.opening import open_image
+
+    check_figure(outs[0])
+    model = load_autoencoder(found, image_size=size, device=config.device)
+    mask = open_image(config.mask_image, channels=1) if config.mask_image else None
+
+    def drawn(image: str, ratio: float) -> Any:
+        if config.error_map:
+            return error_map(model, image, mask_ratio=ratio, seed=config.seed)
+        return reconstruct(
+            model,
+            image,
+            mask=mask,
+            strategy=config.strategy,
+            mask_ratio=ratio,
+            seed=config.seed,
+            statistics=config.statistics,
+        )
+
+    numbers = []
+    for out, share in zip(outs, [[image] for image in images] if one_each else [images], strict=True):
+        rows = [drawn(image, ratio) for image in share for ratio in config.mask_ratio]
+        save_figure(rows[0].figure() if len(rows) == 1 else grid(rows), out)
+        names = [image for image in share for _ in config.mask_ratio]
+        numbers += [{"image": image, **_numbers(row)} for image, row in zip(names, rows, strict=True)]
+    _report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
+    return EXIT_DONE
+
+
+def run_data(config: arguments.Data, shared: Shared) -> int:
+    if config.out is not None and config.out.exists() and not config.overwrite:
+        raise UsageError(f"{config.out} exists; choose another --out, or replace it with --overwrite")
+    from maehub import inspection
+
+    if config.what == "stats":
+        sample = inspection.SAMPLE if config.sample is None else config.sample
+        found = inspection.data_statistics(
+            config.data, sample=sample, workers=config.workers, progress=not shared.quiet
+        )
+        _report(shared, found.to_dict(), found.describe())
+        return EXIT_DONE
+    told = None if shared.json or shared.quiet else inspection.tell
+    checked = inspection.check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
+    if config.out is not None:
+        checked.save(config.out)
+    _report(shared, checked.to_dict(), checked.describe())
+    return DataError.exit_code if checked.bad else EXIT_DONE
+
+
+def run_pretrain(config: Any, shared: Shared) -> int:
+    from maehub.train import pretrain
+
+    result = pretrain(replace(config, quiet=config.quiet or shared.quiet))
+    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
+    _report(shared, facts, f"{result.run}: {result.step} steps done")
+    return result.exit_code
+
+
+def run_plan(config: Any, shared: Shared) -> int:
+    from maehub.train.planning import plan
+
+    found = plan(config)
+    _report(shared, found.to_dict(), found.describe())
+    return EXIT_DONE
+
+
+def _pictures(source: str) -> list[str]:
+    """The pictures that one argument names: an address, a file, or all of a folder."""
+    if source.startswith(("http://", "https://")) or os.path.isfile(source):
+        return [source]
+    from maehub.sources import find_images
+
+    return [os.fsdecode(path) for path in find_images(source).paths()]
+
+
+def _figure_paths(images: list[str], folder: Path) -> list[Path]:
+    """A figure in a folder for each picture; pictures of one name are numbered."""
+    names: dict[str, None] = {}
+    for stem in (Path(image).stem for image in images):
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = None
+    return [folder / f"{name}_mae.png" for name in names]
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _numbers(figure: Any) -> dict[str, Any]:
+    """What was measured for one figure; JSON has no infinity, which is the PSNR of a perfect one."""
+    names = ("mask_ratio", "seed", "mse", "psnr", "score")
+    values = {name: getattr(figure, name) for name in names if hasattr(figure, name)}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _report(shared: Shared, facts: dict[str, Any], text: str) -> None:
+    if shared.json:
+        _print_json(facts)
+    elif not shared.quiet:
+        print(text)
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, allow_nan=False))
+
+
+def _side(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}×{size[1]}"
+
+
+def _size(sides: tuple[int, ...]) -> int | tuple[int, int] | None:
+    if not sides:
+        return None
+    if len(sides) > 2:
+        raise UsageError(f"--image-size takes a side, or a height and a width, not {len(sides)} numbers")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
