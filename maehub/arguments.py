@@ -71,7 +71,7 @@ class Convert:
     """Attention heads of the encoder."""
     decoder_heads: Annotated[int | None, _default("16 at width 512")] = None
     """Attention heads of the decoder."""
-    target: Annotated[Literal["pixels", "normalised_pixels"] | None, _default("unknown")] = None
+    target: Annotated[Literal["pixels", "normalised_pixels", "pca", "tokens"] | None, _default("unknown")] = None
     """What the decoder was trained to predict; no file of weights says it."""
     overwrite: Flag = False
     """Replace an existing folder."""

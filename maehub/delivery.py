@@ -12,10 +12,21 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from maehub.caching import LOCK_TIMEOUT, bring, held, repo_folder
 from maehub.catalog import Source
-from maehub.errors import HubError, IntegrityError
-from maehub.transport import Stated, Wanted, ask_hub, get_from_hub, get_from_url, hub_constants
-from maehub.verification import Differs, cache_folder, check, discard, expected_bytes, expected_here, stated_hash
+from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.room import Wanted
+from maehub.transport import Stated, ask_hub, get_from_url, hub_constants
+from maehub.verification import (
+    Differs,
+    cache_folder,
+    check,
+    discard,
+    expand,
+    expected_bytes,
+    expected_here,
+    stated_hash,
+)
 
 logger = logging.getLogger("maehub")
 
@@ -47,13 +58,16 @@ class Place(NamedTuple):
     own: Path  # maehub's own: stamps, and files from addresses
     offline: bool
     verify: bool  # hash even what has an unchanged stamp
+    patience: float  # seconds to wait for another process's lock, at most
 
 
-def place_of(cache_dir: PathLike | None, offline: bool, verify: bool) -> Place:
+def place_of(cache_dir: PathLike | None, offline: bool, verify: bool, lock_timeout: float = LOCK_TIMEOUT) -> Place:
     """The caches of this machine, or those below ``cache_dir``; offline also where $HF_HUB_OFFLINE says so."""
+    if not 0 <= lock_timeout < float("inf"):
+        raise UsageError(f"lock_timeout is seconds to wait, 0 or more, not {lock_timeout}; 0 does not wait at all")
     constants = hub_constants()
-    hub = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    return Place(hub, cache_folder(cache_dir), offline or bool(constants.HF_HUB_OFFLINE), verify)
+    hub = expand(cache_dir or constants.HF_HUB_CACHE)
+    return Place(hub, cache_folder(cache_dir), offline or bool(constants.HF_HUB_OFFLINE), verify, lock_timeout)
 
 
 def from_here(name: str, source: Source, place: Place) -> Fetched | None:
@@ -86,11 +100,14 @@ def from_there(name: str, source: Source, place: Place) -> Fetched:
     for last in (False, True):
         if source.kind == "url":
             path, expected = _url_path(source, place), expected_bytes(source, "")
-            get_from_url(source.url, path, wanted)
+            with held(place.own / "locks" / f"{path.name}.lock", wanted, place.patience):
+                if not path.is_file():  # another process may have brought it meanwhile
+                    get_from_url(source.url, path, wanted)
         else:
             stated = ask_hub(source.repo, source.filename, source.revision or "main", wanted)
             _check_pin(source, stated, wanted)
-            path = get_from_hub(source.repo, source.filename, source.revision or "main", place.hub, wanted, stated.size)
+            asked = (source.repo, source.filename, source.revision or "main")
+            path = bring(*asked, stated, place.hub, wanted, place.patience)
             expected = expected_bytes(source, stated_hash(path) or stated.etag)
         try:
             return _found(name, source, path, check(path, expected, place.own, place.verify))
@@ -128,7 +145,7 @@ def cached_path(source: Source, place: Place) -> Path | None:
     elif source.kind == "url":
         path = _url_path(source, place)
     else:
-        folder, commit = place.hub / f"models--{source.repo.replace('/', '--')}", source.revision or "main"
+        folder, commit = repo_folder(place.hub, source.repo), source.revision or "main"
         if not COMMIT.fullmatch(commit):
             reference = folder / "refs" / commit
             commit = reference.read_text().strip() if reference.is_file() else ""

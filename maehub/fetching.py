@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maehub.caching import LOCK_TIMEOUT
 from maehub.catalog import ModelInfo, Source, Want, is_model, model_info
 from maehub.delivery import COMMIT, Place, cached_path, from_here, from_there, not_here, place_of
 from maehub.delivery import Fetched as Fetched
@@ -43,6 +44,7 @@ def fetch(
     cache_dir: PathLike | None = None,
     offline: bool = False,
     verify: bool = False,
+    lock_timeout: float = LOCK_TIMEOUT,
 ) -> Fetched:
     """The file of a catalog row: from the cache if it is there, else from the first source that has it.
 
@@ -52,12 +54,15 @@ def fetch(
         cache_dir: the Hub's cache folder; None is its own ($HF_HOME, $HF_HUB_CACHE).
         offline: use no network. $HF_HUB_OFFLINE says the same.
         verify: hash the file even if its stamp is unchanged.
+        lock_timeout: the longest wait for another process that downloads the same file, in seconds; then it is
+            downloaded beside that one.
 
     Raises:
         HubError: no source has it, or none answers, or it is not cached and there is no network.
         IntegrityError: the bytes are not the expected ones, and a second download was no better.
+        CheckpointError: it is not cached, and the disk is full or the cache may not be written.
     """
-    place = place_of(cache_dir, offline, verify)
+    place = place_of(cache_dir, offline, verify, lock_timeout)
     return _first_source(info, _asked(info, revision), place, look_here=True)
 
 
@@ -70,6 +75,7 @@ def fetch_repo(
     cache_dir: PathLike | None = None,
     offline: bool = False,
     verify: bool = False,
+    lock_timeout: float = LOCK_TIMEOUT,
 ) -> Fetched:
     """Weights and config.json of any repository on the Hub, at one commit.
 
@@ -78,14 +84,14 @@ def fetch_repo(
         filenames: weight files to try, in order. Empty means: asked for an encoder, the one with fused qkv that
             config.json names for timm, if it does; then ``model.safetensors``.
         want: see above.
-        revision, cache_dir, offline, verify: as in `fetch`. A branch is looked up on the Hub at each call, and taken
+        revision, cache_dir, offline, verify, lock_timeout: as in `fetch`. A branch is looked up on the Hub at each call, and taken
             from the cache, with a warning, where the Hub does not answer.
 
     Raises:
-        HubError, IntegrityError: as in `fetch`. IntegrityError also where the repository has no safetensors, or names
+        HubError, IntegrityError, CheckpointError: as in `fetch`. IntegrityError also where the repository has no safetensors, or names
             that lead out of its folder.
     """
-    place = place_of(cache_dir, offline, verify)
+    place = place_of(cache_dir, offline, verify, lock_timeout)
     repo, revision = _split(repo_id, revision)
     try:
         config = _repo_file(repo_id, Source("hub", "config.json", "safetensors", repo, revision), place)
@@ -108,22 +114,28 @@ def fetch_repo(
     return found
 
 
-def download(name: str, *, revision: str | None = None, cache_dir: PathLike | None = None) -> Path:
+def download(
+    name: str,
+    *,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    lock_timeout: float = LOCK_TIMEOUT,
+) -> Path:
     """Bring a model's files to this machine and verify them, so that it loads without a network.
 
     Args:
         name: a catalog name, or a Hub id ``user/repo[@revision]``.
-        revision, cache_dir: as in `fetch`.
+        revision, cache_dir, lock_timeout: as in `fetch`.
 
     Returns:
         The path of the weights; of a repository with several layouts, of the one that `maehub.load` reads.
     """
     if "/" not in name:
-        info = model_info(name)
-        return _first_source(info, _asked(info, revision), place_of(cache_dir, False, False), look_here=False).path
-    encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir)
+        info, place = model_info(name), place_of(cache_dir, False, False, lock_timeout)
+        return _first_source(info, _asked(info, revision), place, look_here=False).path
+    encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
     if encoder.filename != "model.safetensors":
-        fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir)
+        fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
     return encoder.path
 
 

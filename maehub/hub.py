@@ -114,7 +114,8 @@ def load_autoencoder(
         source: as in `load`. A short name such as ``vit-l`` means the model trained on plain pixels, which draws
             directly.
         decoder_heads: attention heads of the decoder, for a file without a configuration whose decoder is not 512 wide.
-        target: what the decoder was trained to predict, "pixels" or "normalised_pixels", where nothing says it.
+        target: what the decoder was trained to predict, where nothing says it: "pixels", "normalised_pixels", "pca" or
+            "tokens".
         image_size, channels, heads, positions, revision, cache_dir, offline, verify, device, dtype: as in `load`; both
             position tables are resized, and the pixel head is adapted too.
         classes: must be None or 0, since an autoencoder has no head.

@@ -59,5 +59,5 @@ def below_common(paths: Sequence[str]) -> list[bytes]:
     """Paths or addresses without the folder that holds them all."""
     encoded = [os.fsencode(path) for path in paths]
     # `commonpath` would make one slash of the two in an address.
-    common = os.path.commonprefix([path[: path.rfind(b"/") + 1] for path in encoded])  # noqa: RUF071
+    common: bytes = os.path.commonprefix([path[: path.rfind(b"/") + 1] for path in encoded])  # type: ignore[assignment]  # noqa: RUF071
     return [path[common.rfind(b"/") + 1 :] for path in encoded]

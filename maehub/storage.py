@@ -18,7 +18,8 @@ _OPEN_FILES = 64  # kept open by a process: opening is what a network filesystem
 _REQUESTS = 16  # under way at once
 _STAMPS = ("ETag", "etag", "md5", "content_md5", "mtime", "LastModified", "last_modified", "created")
 
-Given, Made = TypeVar("Given"), TypeVar("Made")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class StoredFile(NamedTuple):

@@ -57,7 +57,7 @@ def tar_index(file: StoredFile, index_dir: Path | None = None) -> TarIndex:
         known = _read(file)
         index_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary, open(temporary, "wb") as out:
-            arrays = known._replace(names=known.names.ends)._asdict()
+            arrays = known._asdict() | {"names": known.names.ends}
             np.savez(out, letters=np.frombuffer(known.names.letters, np.uint8), **arrays)
     return known
 

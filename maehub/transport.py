@@ -16,7 +16,8 @@ from urllib.parse import urljoin, urlsplit
 
 from maehub import __version__
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError
-from maehub.files import atomic_write
+from maehub.files import atomic_write, is_disk_full
+from maehub.room import NoRoom, Wanted, check_room, disk_trouble, readable
 
 if TYPE_CHECKING:
     import requests
@@ -28,6 +29,7 @@ LONGEST_WAIT = 60  # seconds; a server that asks for more is taken at its word a
 SILENCE = 10  # seconds without a byte after which an address counts as dead
 _CHUNK = 65_536  # bytes; what a broken connection loses at most
 _RETRIED = {408, 429, 500, 502, 503, 504}
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _LIBRARY: dict[str, Any] = {"library_name": "maehub", "library_version": __version__}
 
@@ -42,16 +44,6 @@ class NoFile(NotThere):
 
 class Unreachable(HubError):
     """The place did not answer, or not in a usable way; a copy on this machine may do."""
-
-
-class Wanted(NamedTuple):
-    """What is being fetched, for texts: a catalog name or Hub id, and the file."""
-
-    name: str
-    file: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.file})"
 
 
 class Stated(NamedTuple):
@@ -126,8 +118,15 @@ def ask_hub(repo: str, filename: str, revision: str, wanted: Wanted) -> Stated:
     return Stated(found.commit_hash, found.etag, found.size)
 
 
-def get_from_hub(repo: str, filename: str, revision: str, cache: Path, wanted: Wanted, size: int | None) -> Path:
-    """Download into the Hub's cache: the path there. The client retries within one call and renames what is whole."""
+def get_from_hub(repo: str, filename: str, commit: str, folder: Path, wanted: Wanted, size: int | None) -> Path:
+    """Download below a folder that nobody else uses: the path there. The client retries within one call.
+
+    Args:
+        repo, filename, commit: what to take.
+        folder: made if it is not there; on any error no part of the file is left in it.
+        wanted: for texts.
+        size: of the file in bytes, as the Hub states it.
+    """
     hub_constants()
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import httpx, tqdm  # type: ignore[attr-defined]
@@ -143,20 +142,28 @@ def get_from_hub(repo: str, filename: str, revision: str, cache: Path, wanted: W
     url = f"{endpoint()}/{repo}"
     try:
         path = hf_hub_download(
-            repo, filename, revision=revision, cache_dir=cache, endpoint=endpoint(), tqdm_class=CountingBar, **_LIBRARY
+            *(repo, filename),
+            revision=commit,
+            local_dir=folder,
+            cache_dir=folder,  # no other copy is to be taken
+            endpoint=endpoint(),
+            tqdm_class=CountingBar,
+            **_LIBRARY,
         )
     except errors.HfHubHTTPError as error:
-        raise _refused(error, repo, filename, revision, wanted) from error
+        raise _refused(error, repo, filename, commit, wanted) from error
     except errors.LocalEntryNotFoundError as error:  # the client's word for any trouble with its first question
         cause = error.__cause__ or error
         if isinstance(cause, errors.HfHubHTTPError):
-            raise _refused(cause, repo, filename, revision, wanted) from error
+            raise _refused(cause, repo, filename, commit, wanted) from error
         raise _silent(cause, url, wanted) from error
     except httpx.HTTPError as error:
         raise _silent(error, url, wanted, f"{readable(received)} of {readable(size)} had come") from error
     except OSError as error:
-        raise _local_trouble(error, cache, wanted, received, size) from error
+        raise _local_trouble(error, folder.parent, wanted, received, size) from error
     except (ValueError, RuntimeError, errors.XetDownloadError) as error:  # a name it refuses; the Xet transfer
+        if is_disk_full(error):
+            raise disk_trouble(error, folder.parent, wanted, size) from error
         raise HubError(f"{wanted} could not be downloaded from {_host(url)}: {scrub(error)}") from error
     return Path(path)
 
@@ -207,6 +214,10 @@ def get_from_url(url: str, target: Path, wanted: Wanted) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary, requests.Session() as session, temporary.open("wb") as file:
             _stream(session, url, file, wanted)
+    except CheckpointError as error:
+        if isinstance(error, NoRoom) or not isinstance(error.__cause__, OSError):
+            raise
+        raise disk_trouble(error.__cause__, target.parent, wanted, None) from error
     except MaehubError:
         raise
     except OSError as error:
@@ -260,7 +271,10 @@ def _prepare(answer: "requests.Response", file: BinaryIO, wanted: Wanted) -> int
         file.seek(0)
         file.truncate()
     length = answer.headers.get("Content-Length")
-    return file.tell() + int(length) if length else None
+    if not length:
+        return None
+    check_room(Path(file.name).parent, int(length), wanted)
+    return file.tell() + int(length)
 
 
 def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, wanted: Wanted) -> None:
@@ -268,7 +282,12 @@ def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, w
 
     with tqdm(desc=wanted.file, total=total, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
         for chunk in answer.iter_content(_CHUNK):
-            file.write(chunk)
+            try:
+                file.write(chunk)
+                file.flush()
+            except OSError as error:
+                os.truncate(file.fileno(), 0)  # it is given up, and what it took is free again
+                raise disk_trouble(error, Path(file.name).parent, wanted, total) from error
             bar.update(len(chunk))
 
 
@@ -286,13 +305,6 @@ def scrub(error: BaseException | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"(/[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
     return re.sub(r"\b(hf_|api_)\w{8,}|(?i:bearer)\s+[^\s)]+", "(hidden)", text)[:300]
-
-
-def readable(size: float | None) -> str:
-    """Bytes for a person: 343 MB."""
-    if size is None:
-        return "an unknown size"
-    return f"{size:.0f} B" if size < 1000 else f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:,.0f} MB"
 
 
 def _pause(status: int, headers: Any, attempt: int) -> float:
@@ -373,12 +385,8 @@ def _silent(error: BaseException, url: str, wanted: Wanted, progress: str = "") 
 
 def _local_trouble(error: OSError, folder: Path, wanted: Wanted, received: int, size: int | None) -> MaehubError:
     """An OSError of a download: the disk, or a body of the wrong length."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-        needs = f"; it needs {readable(size)}" if size else ""
-        return CheckpointError(
-            f"{wanted} cannot be written below {folder}: {os.strerror(error.errno)}{needs}\n"
-            "nothing half is kept; free space, or set HF_HOME or cache_dir to a folder that can be written"
-        )
+    if is_disk_full(error) or error.errno in _NOT_WRITABLE:
+        return disk_trouble(error, folder, wanted, size)
     if size is not None and received != size:
         return IntegrityError(
             f"got {readable(received)} instead of {readable(size)} for {wanted}; nothing is kept\n"

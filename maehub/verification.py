@@ -48,10 +48,16 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     It holds stamps and the files that are downloaded from addresses; what comes from the Hub lies in the Hub's cache.
     """
     if cache_dir is not None:
-        return Path(cache_dir).expanduser() / "maehub"
+        return expand(cache_dir) / "maehub"
     if own := os.environ.get("MAEHUB_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maehub"
+        return expand(own)
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maehub"
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """``~`` as the user's home; where nobody knows one, as for a user without an account, it is / as in containers."""
+    text = os.path.expanduser(path)
+    return Path("/", text[2:]) if text.startswith("~/") else Path(text)
 
 
 def digest(path: Path, other: Literal["md5", "git", None] = None) -> Digests:

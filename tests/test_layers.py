@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parent.parent / "maehub"
 
 LAYERS = [
     {"errors"},
-    {"patches", "masking", "positions", "images", "opening", "jpeg", "shapes", "colours", "files", "folders"},
+    {"patches", "masking", "positions", "images", "opening", "jpeg", "colours", "files", "folders"},
     {"encoder", "autoencoder"},
     {
         "keys",
         "tensorfile",
         "layouts",
         "building",
+        "shapes",
         "weights",
         "catalog",
         "delivery",
@@ -27,7 +28,18 @@ LAYERS = [
         "card",
         "hub",
     },
-    {"sources", "names", "searching", "storage", "tar_index", "shards", "tables", "reading", "examination", "inspection"}
+    {
+        "sources",
+        "names",
+        "searching",
+        "storage",
+        "tar_index",
+        "shards",
+        "tables",
+        "reading",
+        "examination",
+        "inspection",
+    }
     | {"features", "feature_files", "feature_store", "figures", "pictures", "drawing", "statistics"},
     {"train"},
     {"arguments", "parsing", "commands", "cli", "__main__"},

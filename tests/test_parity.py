@@ -27,8 +27,9 @@ from peers import (
 )
 from transformers import ViTMAEForPreTraining
 
-from maehub.building import build_autoencoder, build_encoder, infer_config
+from maehub.building import build_autoencoder, build_encoder
 from maehub.keys import to_official
+from maehub.shapes import infer_config
 
 
 @pytest.mark.parametrize("name", SHAPES)

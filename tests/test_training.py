@@ -26,7 +26,7 @@ import maehub
 from maehub import cli, files
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError, UsageError
-from maehub.masking import make_masks
+from maehub.masking import make_masks, sample_seed
 from maehub.sources import find_images
 from maehub.train import PretrainConfig, checkpoint, data, log, pretrain, pretraining, saving
 from maehub.train.augment import Augmentation, crop
@@ -607,7 +607,7 @@ def test_row_58_the_message_names_the_step_and_the_samples_are_those_of_it(pictu
     assert losses(run)[-1] == (5, None)
     samples = find_images(pictures / "train")
     (keys,) = StepKeys(samples, 6, 0, 4, 5)
-    assert json.loads((run / "diverged.json").read_text())["samples"] == [samples.where(key.index) for key in keys]
+    assert json.loads((run / "diverged.json").read_text())["samples"] == [samples.where(key.sample) for key in keys]
 
 
 def test_row_59_a_jump_of_the_loss_is_said_once(tmp_path, caplog):
@@ -961,11 +961,11 @@ def test_every_epoch_visits_every_picture_once_however_batches_are_cut(count, ba
     singly = [key for batch in StepKeys(samples, 1, seed, 0, 4 * count) for key in batch]
     assert keys[: 4 * count] == singly
     epochs = [singly[start : start + count] for start in range(0, 4 * count, count)]
-    assert all(sorted(key.index for key in epoch) == list(range(count)) for epoch in epochs)
+    assert all(sorted(key.sample for key in epoch) == list(range(count)) for epoch in epochs)
     assert len({key.crop for key in singly}) == 4 * count
     assert all(key.crop == key.mask for key in singly)
     if count > 20:
-        assert len({tuple(key.index for key in epoch) for epoch in epochs}) == 4
+        assert len({tuple(key.sample for key in epoch) for epoch in epochs}) == 4
     assert list(StepKeys(samples, batch_size, seed, steps // 2, steps)) == batches[steps // 2 :]
 
 
@@ -980,14 +980,14 @@ def test_processes_share_the_views_of_a_step_and_masks_the_crop(count, size, sha
     views = [key for keys in StepKeys(samples, masks, 3, 0, 2 * count, masks) for key in keys]
     for start in range(0, len(views), masks):  # one picture after the other
         of_one = views[start : start + masks]
-        assert len({(key.index, key.crop) for key in of_one}) == 1
+        assert len({(key.sample, key.crop) for key in of_one}) == 1
         assert len({key.mask for key in of_one}) == masks
 
 
 def test_a_sample_is_known_by_its_name_not_by_its_place():
     one, other = find_images(["a.png", "b.png"]), find_images(["b.png", "a.png"])
     first, second = (
-        {samples.name(key.index): key.crop for batch in StepKeys(samples, 2, 5, 0, 1) for key in batch}
+        {samples.name(key.sample): key.crop for batch in StepKeys(samples, 2, 5, 0, 1) for key in batch}
         for samples in (one, other)
     )
     assert first == second
@@ -1004,7 +1004,7 @@ def test_a_batch_holds_crops_and_masks_of_its_keys(pictures):
     assert torch.equal(batch.masked, make_masks("random", torch.tensor([key.mask for key in wanted]), (4, 4), 0.75))
     assert batch.seeds.tolist() == [key.mask for key in wanted]
     for pixels, key in zip(batch.pixels, wanted, strict=True):
-        assert np.array_equal(pixels.numpy(), crop(samples.path(key.index), (32, 32), 3, VIEW.augmentation, key.crop))
+        assert np.array_equal(pixels.numpy(), crop(samples.path(key.sample), (32, 32), 3, VIEW.augmentation, key.crop))
     halves = list(batch.split(3))
     assert [len(half.pixels) for half in halves] == [3, 2]
     assert torch.equal(torch.cat([half.masked for half in halves]), batch.masked)
@@ -1029,3 +1029,28 @@ def test_workers_fit_the_machine():
     assert worker_count(5) == 5
     assert worker_count(0) == 0
     assert 1 <= worker_count(None) <= (os.cpu_count() or 1)
+
+
+@given(count=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1))
+@settings(max_examples=60, deadline=None)
+def test_shuffling_place_by_place_is_a_permutation(count, seed):
+    found = data.shuffled(np.arange(count), count, seed)
+    assert sorted(found.tolist()) == list(range(count))
+    some = np.arange(0, count, 7)
+    assert np.array_equal(data.shuffled(some, count, seed), found[some])
+
+
+def test_shuffling_looks_random_and_needs_no_memory_for_a_billion():
+    orders = np.stack([data.shuffled(np.arange(100), 100, sample_seed(seed, 0, 0)) for seed in range(3000)])
+    counts = np.zeros((100, 100))
+    for order in orders:
+        counts[np.arange(100), order] += 1
+    chi = ((counts - 30) ** 2 / 30).sum()  # every picture in every place equally often: 99² degrees of freedom
+    assert abs(chi - 99**2) < 5 * math.sqrt(2 * 99**2)
+    follows = np.mean(orders[:, 1:] == orders[:, :-1] + 1)  # neighbours stay neighbours by chance alone
+    assert abs(follows - 1 / 100) < 0.002
+    places = np.arange(10**9 - 1000, 10**9)
+    found = data.shuffled(places, 10**9, 5)
+    assert len(set(found.tolist())) == 1000
+    assert 0 <= found.min() < found.max() < 10**9
+    assert abs(found.mean() / 10**9 - 0.5) < 0.05

@@ -76,7 +76,7 @@ def their_losses(config, *, decay_all=False):
     rise = 0.05 * STEPS
     losses = []
     for step, keys in enumerate(StepKeys(samples, BATCH, config.seed, 0, STEPS)):
-        crops = [crop(samples.source(key.index), view.size, 3, view.augmentation, key.crop) for key in keys]
+        crops = [crop(samples.source(key.sample), view.size, 3, view.augmentation, key.crop) for key in keys]
         images = preprocess.normalise(torch.from_numpy(np.stack(crops)))
         masked = view.masks([key.mask for key in keys])
         share = step / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / (STEPS - rise)))

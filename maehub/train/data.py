@@ -9,10 +9,11 @@ number of processes see the same samples.
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -33,6 +34,7 @@ log = logging.getLogger("maehub")
 
 _SILENCE = 300  # seconds until a reading process that gives nothing counts as hanging
 _PREFETCHED = 4  # batches that a reading process has ready
+_ROUNDS = 6  # of the shuffling network; 4 look random already
 _ORDER, _VALIDATION, _MORE_MASKS = 2, 3, 100  # views of `sample_seed` that are not the first of a picture
 _SHARED_MEMORY = "/dev/shm"
 
@@ -57,7 +59,7 @@ class Batch(NamedTuple):
 class Key(NamedTuple):
     """One view: which picture, and the seeds of its crop and its mask."""
 
-    index: int
+    sample: int
     crop: int
     mask: int
 
@@ -113,7 +115,7 @@ class Crops(Dataset[Batch | DataError]):
     def __getitems__(self, keys: list[Key]) -> Batch | DataError:
         pixels = self.view.empty(len(keys))
         if self.decoded is None:
-            self.samples.prefetch([key.index for key in keys])
+            self.samples.prefetch([key.sample for key in keys])
         for row, key in enumerate(keys):
             if row and keys[row - 1][:2] == key[:2]:  # another mask of the same crop
                 pixels[row] = pixels[row - 1]
@@ -126,8 +128,8 @@ class Crops(Dataset[Batch | DataError]):
 
     def _crop(self, key: Key) -> np.ndarray:
         view = self.view
-        with naming(self.samples, key.index):
-            source = self.decoded[key.index] if self.decoded else self.samples.source(key.index)
+        with naming(self.samples, key.sample):
+            source = self.decoded[key.sample] if self.decoded else self.samples.source(key.sample)
             return crop(source, view.size, view.channels, view.augmentation, key.crop)
 
     def __getitem__(self, key: Key) -> Batch | DataError:
@@ -164,16 +166,16 @@ class StepKeys:
 
     def __iter__(self) -> Iterator[list[Key]]:
         count, part = len(self.samples), self.batch_size // self.size
-        known, order = -1, torch.empty(0)
         for step in range(self.first_step, self.steps):
-            keys = []
             start = step * self.batch_size + self.rank * part
-            for position in range(start, start + part):
-                number, view = divmod(position, self.masks)
-                epoch, place = divmod(number, count)
-                if epoch != known:
-                    known, order = epoch, epoch_order(self.seed, epoch, count)
-                index = int(order[place])
+            numbers, views = np.divmod(np.arange(start, start + part), self.masks)
+            epochs, places = np.divmod(numbers, count)
+            indices = np.empty(part, dtype=np.int64)
+            for epoch in np.unique(epochs):
+                of_epoch = epochs == epoch
+                indices[of_epoch] = shuffled(places[of_epoch], count, sample_seed(self.seed, int(epoch), 0, _ORDER))
+            keys = []
+            for index, epoch, view in zip(indices.tolist(), epochs.tolist(), views.tolist(), strict=True):
                 sample = self.samples.sample_id(index)
                 seed = sample_seed(self.seed, epoch, sample)
                 mask = sample_seed(self.seed, epoch, sample, _MORE_MASKS + view) if view else seed
@@ -181,9 +183,34 @@ class StepKeys:
             yield keys
 
 
-def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The random order of an epoch: (count,) int64."""
-    return random_bits(torch.tensor([sample_seed(seed, epoch, 0, _ORDER)]), count)[0].argsort(stable=True)
+def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Where places of a row of ``count`` go when it is shuffled, without shuffling all of it.
+
+    A permutation of 0 … count − 1 that is computed place by place, so that an epoch of a billion pictures costs no
+    memory: a Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that holds ``count``, walked
+    on until it ends inside (Black and Rogaway 2002).
+
+    Args:
+        places: (n,) int64 in [0, count).
+
+    Returns:
+        (n,) int64 in [0, count).
+    """
+    half = max(1, math.ceil(max(1, (count - 1).bit_length()) / 2))
+    low = (1 << half) - 1
+    keys = random_bits(torch.tensor([seed]), _ROUNDS)[0].tolist()
+
+    def permuted(values: np.ndarray) -> np.ndarray:
+        left, right = values >> half, values & low
+        for key in keys:
+            bits = random_bits(torch.from_numpy(right ^ key), 1)[:, 0].numpy() >> 20  # the high bits are the best
+            left, right = right, left ^ (bits & low)
+        return left << half | right
+
+    found = permuted(np.asarray(places, dtype=np.int64))
+    while (outside := found >= count).any():
+        found[outside] = permuted(found[outside])
+    return found
 
 
 @contextlib.contextmanager
@@ -225,17 +252,28 @@ def training_batches(
 
 
 def check_shared_memory(view: View, views: int, workers: int) -> None:
-    """Warn where finished batches may not fit into the memory that processes share: a full one kills them.
+    """See whether finished batches fit into the memory that processes share: where it is full they die or hang.
+
+    Warns if not all that may be ready at once do.
 
     Args:
         views: of one batch of this process.
         workers: processes that read.
+
+    Raises:
+        DataError: not even one batch fits.
     """
-    needed = workers * _PREFETCHED * (view.empty(1).nbytes + view.grid[0] * view.grid[1]) * views
+    each = (view.empty(1).nbytes + view.grid[0] * view.grid[1]) * views
+    needed = workers * _PREFETCHED * each
     try:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
         return
+    if workers and each > free:
+        raise DataError(
+            f"a batch of {views} views needs {each / 1e6:,.1f} MB of {_SHARED_MEMORY}, which processes share, and "
+            f"{free / 1e6:,.1f} MB are free. Give it more (docker: --shm-size), or read in this process by --workers 0."
+        )
     if workers and needed > free:
         log.warning(
             "%d processes that read may need %.2f GB of %s, and %.2f GB are free: if one dies by SIGBUS, use fewer "
@@ -275,7 +313,7 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
     return max(1, cores // processes - 1)
 
 
-def _readable(loader: Iterable[Batch | DataError]) -> Iterator[Batch]:
+def _readable(loader: Iterable[Batch | DataError]) -> Generator[Batch]:
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch

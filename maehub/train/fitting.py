@@ -10,8 +10,8 @@ from torch import nn
 
 from maehub.autoencoder import AutoencoderConfig
 from maehub.errors import CheckpointError
-from maehub.train.config import PretrainConfig
-from maehub.train.costs import activation_bytes
+from maehub.train.config import Precision, PretrainConfig
+from maehub.train.costs import activation_bytes, block_parameters, count_parameters, fixed_bytes, work_of
 from maehub.train.data import Batch, Key, View
 from maehub.train.distributed import Group
 from maehub.train.machine import available_bytes
@@ -46,11 +46,17 @@ def micro_batch(
     if group.device.type == "cuda" and not config.fsdp:
         fits = next((size for size in sizes if _fits(objective, view, size, group.device, autocast)), 0)
     else:
-        precision = "bf16" if computes_bf16(config, group.device) else "fp32"
+        precision: Precision = "bf16" if computes_bf16(config, group.device) else "fp32"
         free = available_bytes() / group.local_size
         if group.device.type == "cuda":
             free = torch.cuda.mem_get_info(group.device)[0]
-        each = activation_bytes(network, kept, precision)
+        corrupts = config.corruption[0] < 1
+        work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
+        each = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
+        shards = group.size if config.fsdp else 1
+        free -= fixed_bytes(
+            count_parameters(network), precision, shards=shards, largest_block=block_parameters(network)
+        )
         fits = next((size for size in sizes if size * each <= _SHARE * free), 0)
     fits = min(group.all(fits, "finding the micro-batch"))
     if not fits:

@@ -1,6 +1,7 @@
 """What a run runs on, and which code: for its record, and to compare processes."""
 
 import hashlib
+import math
 import os
 import platform
 import socket
@@ -42,7 +43,20 @@ def code_digest() -> str:
 
 
 def available_bytes() -> int:
-    """Memory that a process could take now without swapping; all there is where the system does not say."""
+    """Memory that a process could take now without swapping or being killed by the limit of its container."""
+    return int(min(_free_of_machine(), _free_of_container()))
+
+
+def _free_of_container() -> float:
+    """What the control group leaves (version 2, at its usual place); no limit where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return math.inf
+
+
+def _free_of_machine() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

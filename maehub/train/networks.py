@@ -7,6 +7,7 @@ import torch
 
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.catalog import is_model, model_info
+from maehub.colours import COLOURS
 from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.hub import load, load_autoencoder
@@ -23,7 +24,6 @@ log = logging.getLogger("maehub")
 _DECODERS = {"vit-nano": (160, 5, 5)}
 _PAPER_DECODER = (512, 8, 16)
 _WHOLE_PICTURE = {"vit-nano"}  # presets whose evaluation crops nothing off
-_COLOURS = 512  # of ViT's tokenizer (Dosovitskiy et al. 2020, appendix B.1.2)
 
 
 def find_weights(config: PretrainConfig) -> Located | None:
@@ -38,12 +38,12 @@ def find_weights(config: PretrainConfig) -> Located | None:
         raise
 
 
-def build_network(config: PretrainConfig, found: Located | None, vocabulary: int = _COLOURS) -> MaskedAutoencoder:
+def build_network(config: PretrainConfig, found: Located | None, vocabulary: int = 0) -> MaskedAutoencoder:
     """The autoencoder to train, on the CPU: fresh, with weights, or with an encoder's weights and a fresh decoder.
 
     Args:
         found: what `find_weights` gives.
-        vocabulary: tokens that a tokenizer knows.
+        vocabulary: tokens that the caller's tokenizer knows; 0 for ViT's mean colours.
     """
     size: int | Size | None = _pair(config.image_size)
     if found is None:
@@ -121,7 +121,7 @@ def _fresh(
     if like is not None:
         width, depth, heads = like.decoder_width, like.decoder_depth, like.decoder_heads
     target = config.target or "normalised_pixels"
-    outputs = {"pca": config.pca_components, "tokens": vocabulary}.get(target, 0)
+    outputs = {"pca": config.pca_components, "tokens": vocabulary or COLOURS[size.channels]}.get(target, 0)
     network = AutoencoderConfig(
         size,
         config.decoder_width or width,
@@ -130,7 +130,7 @@ def _fresh(
         target,
         config.mask_tokens or (like.mask_tokens if like else "decoder"),
         outputs,
-        "mean-colour" if target == "tokens" and vocabulary == _COLOURS else "",
+        "mean-colour" if target == "tokens" and not vocabulary else "",
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(config.seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import maehub
 from maehub.autoencoder import MaskedAutoencoder
-from maehub.errors import EXIT_DONE, CheckpointError, DataError, DivergedError, UsageError
+from maehub.errors import EXIT_DONE, CheckpointError, DataError, DivergedError, MaehubError, UsageError
 from maehub.train.augment import jitter
 from maehub.train.checkpoint import Progress
 from maehub.train.config import PretrainConfig
@@ -122,7 +122,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     if group.local_leads:
         find_weights(config)  # one process of each host downloads; the others find the files
     group.all(None, "downloading the weights")
-    model = build_network(config, find_weights(config), getattr(tokenizer, "vocabulary", 512))
+    model = build_network(config, find_weights(config), _vocabulary(tokenizer))
     view, device = view_of(config, model.config), group.device
     kept = kept_patches(view)
     if group.local_leads:  # what it finds out about shards is kept for the others
@@ -132,7 +132,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     views = len(split.training) * config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
-        _fit_pca(model, split, view, config)
+        _fit_pca(model, split, view, config, group)
     settings = _settings(config, steps)
     start = Progress(0, settings, split.training.digest(), group.size)
     group.agree(
@@ -182,9 +182,10 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
         tensorboard=config.tensorboard,
     )
     workers = worker_count(config.workers, group.local_size)
+    with group.together("setting up"):
+        check_shared_memory(job.view, config.batch_size // group.size, workers)
     if group.leads:
         _announce(config, group, job, peak, micro)
-        check_shared_memory(job.view, config.batch_size // group.size, workers)
     if at.step == 0:
         _look(config, group, job, run, 0)
     keys = StepKeys(
@@ -242,6 +243,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 run.restart_clock()
             if stopping and done < steps:
                 run.finish("preempted", stopping)
+                _report(run)
                 return PretrainResult(config.out, done, stopping)
 
     return _finished(config, group, job, run)
@@ -289,11 +291,12 @@ def _rescuing(keys: StepKeys, job: _Job, run: RunLog, saver: Saver) -> Iterator[
             raise
         step = run.bad_step
         batch = next(iter(replace(keys, first_step=step - 1, steps=step, rank=0, size=1)))
-        names = [job.split.training.where(key.index) for key in batch]
+        names = [job.split.training.where(key.sample) for key in batch]
         run.dump(step, {"reason": str(error), "samples": names, "crop_seeds": [key.crop for key in batch]})
         if step > 1 and run.last_saved != step - 1:
             with contextlib.suppress(CheckpointError):  # the first error tells more
                 saver.save(step - 1, must=True)
+        _report(run)
         raise
 
 
@@ -333,9 +336,17 @@ def _finished(config: PretrainConfig, group: Group, job: _Job, run: RunLog) -> P
         if still is not None:
             save(still.model.eval(), run.folder / "model", overwrite=True)
     run.finish("completed", EXIT_DONE)
-    if group.leads:
-        write_report(run.folder)
+    _report(run)
     return PretrainResult(config.out, job.steps, EXIT_DONE)
+
+
+def _report(run: RunLog) -> None:
+    """The page of a run; one that cannot be written takes nothing from it."""
+    try:
+        if run.leads:
+            write_report(run.folder)
+    except MaehubError as error:
+        log.warning("report.html: %s", error)
 
 
 def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micro: int) -> None:
@@ -357,12 +368,22 @@ def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micr
     )
 
 
-def _fit_pca(model: MaskedAutoencoder, split: Split, view: View, config: PretrainConfig) -> None:
-    """Give the decoder the principal components of patches of some training pictures."""
+def _vocabulary(tokenizer: Tokenizer | None) -> int:
+    """How many tokens a caller's tokenizer knows; 0 without one."""
+    if tokenizer is None:
+        return 0
+    vocabulary = getattr(tokenizer, "vocabulary", None)
+    if type(vocabulary) is not int or vocabulary < 1:
+        raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
+    return vocabulary
+
+
+def _fit_pca(model: MaskedAutoencoder, split: Split, view: View, config: PretrainConfig, group: Group) -> None:
+    """Give the decoder the principal components of patches of some training pictures, the same in every process."""
     count = min(len(split.training), _PCA_PICTURES)
     sample = validation_batch(split.training, view, count, config.seed)
     found = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
-    store_components(model, found)
+    store_components(model, group.first(found, "the principal components"))
 
 
 # What may be another when a run is resumed: it changes nothing that is computed, or only how fast.

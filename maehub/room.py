@@ -1,0 +1,70 @@
+"""Room for a download on this machine's disk, and what to say where it does not fit or may not be written."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from maehub.errors import CheckpointError
+from maehub.files import is_disk_full
+
+
+class Wanted(NamedTuple):
+    """What is being fetched, for texts: a catalog name or Hub id, and the file."""
+
+    name: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.file})"
+
+
+class NoRoom(CheckpointError):
+    """The disk below a cache is full, or the cache may not be written."""
+
+
+def check_room(folder: Path, needed: int | None, wanted: Wanted) -> None:
+    """Refuse before the download what will not fit; where its size is unknown, nothing can be said.
+
+    Args:
+        folder: where it is to be kept; it need not exist yet.
+        needed: bytes still to come.
+
+    Raises:
+        NoRoom: less than that is free; the text names both numbers.
+    """
+    if needed is not None and _free(folder) < needed:
+        raise _full(folder, needed, wanted, "nothing was downloaded")
+
+
+def disk_trouble(error: Exception, folder: Path, wanted: Wanted, size: int | None) -> NoRoom:
+    """The error to raise, from ``error``, where a download cannot be written below ``folder``."""
+    if is_disk_full(error):
+        return _full(folder, size, wanted, "the part that had come was removed")
+    reason = getattr(error, "strerror", None) or error
+    return NoRoom(
+        f"{wanted} cannot be written below {folder}: {reason}\n"
+        "nothing half is kept; set HF_HOME (MAEHUB_CACHE for official files) to a folder that can be written, or give\n"
+        f"one to `maehub download {wanted.name} --cache-dir FOLDER` (cache_dir= in Python)"
+    )
+
+
+def readable(size: float | None) -> str:
+    """Bytes for a person: 343 MB."""
+    if size is None:
+        return "an unknown size"
+    return f"{size:.0f} B" if size < 1000 else f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:,.0f} MB"
+
+
+def _full(folder: Path, needed: int | None, wanted: Wanted, kept: str) -> NoRoom:
+    return NoRoom(
+        f"{wanted} needs {readable(needed)}, {readable(_free(folder))} free at {folder}\n"
+        f"{kept}; free some space (`maehub cache clean` removes what killed downloads left), or take another disk:\n"
+        f"set HF_HOME (MAEHUB_CACHE for official files), or `maehub download {wanted.name} --cache-dir FOLDER`"
+    )
+
+
+def _free(folder: Path) -> int:
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(os.fspath(folder)).free
