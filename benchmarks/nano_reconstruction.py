@@ -25,7 +25,7 @@ from maehub.images import open_image
 from maehub.masking import make_masks, sample_id, sample_seed
 from maehub.patches import unpatchify
 from maehub.sources import find_images
-from maehub.train.data import View, random_crop
+from maehub.train.augment import Augmentation, crop
 
 
 def linear(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def main() -> None:
 
     model = load_autoencoder(options.model)
     network = model.config.encoder
-    view = View(network.size, network.patch_size, 3, (0.2, 1.0), "random", 0.75)
+    augmentation = Augmentation()  # area 0.2 to 1, as in training
     samples = find_images(options.folder)
     variance = np.array(model.preprocess.std) ** 2
     rows: dict[str, dict[str, float]] = {}
@@ -71,14 +71,14 @@ def main() -> None:
         name = Path(path.decode() if isinstance(path, bytes) else path).stem
         picture = open_image(path)
         seeds = [sample_seed(0, crop, sample_id(name.encode())) for crop in range(options.crops)]
-        crops = np.stack([random_crop(picture, view, seed) for seed in seeds])
-        masked = make_masks("random", torch.tensor(seeds), view.grid, 0.75)
+        crops = np.stack([crop(picture, network.size, 3, augmentation, seed) for seed in seeds])
+        masked = make_masks("random", torch.tensor(seeds), network.grid, 0.75)
         drawn = predict(model, crops, masked)
         errors: dict[str, list[float]] = {"model": [], "linear": [], "mean": []}
-        for number, crop in enumerate(crops):
-            pixels = crop / 255.0
+        for number, taken in enumerate(crops):
+            pixels = taken / 255.0
             patch = network.patch_size
-            hidden = np.kron(masked[number].reshape(view.grid).numpy(), np.ones((patch, patch), dtype=bool))
+            hidden = np.kron(masked[number].reshape(network.grid).numpy(), np.ones((patch, patch), dtype=bool))
 
             def score(values: np.ndarray, pixels: np.ndarray = pixels, hidden: np.ndarray = hidden) -> float:
                 return float(((values - pixels[hidden]) ** 2 / variance).mean())

@@ -43,9 +43,23 @@ class Download:
 
     name: Annotated[Positional[str], arg(metavar="NAME")]
     """A name that `maehub list` shows, or a Hub id: user/repo or user/repo@revision."""
-    revision: Annotated[str | None, _default("the catalog's, or main", "REVISION")] = None
-    """Branch, tag or commit on the Hub."""
-    cache_dir: Annotated[Path | None, _default("the Hub's own cache")] = None
+    revision: Annotated[str | None, _default("the catalog's, or main", "BRANCH|TAG|COMMIT")] = None
+    """What to take from the Hub."""
+    cache_dir: Annotated[Path | None, _default("the Hub's own cache", "FOLDER")] = None
+    """Where downloads are kept."""
+    lock_timeout: Annotated[float, arg(metavar="SECONDS")] = 60.0
+    """Longest wait for another process that downloads the same file; then it is downloaded beside that one."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Look after the caches that downloads are kept in."""
+
+    what: Annotated[Positional[Literal["clean"]], arg(metavar="{clean}")]
+    """clean removes what killed downloads left, unless something was written to it within the last hour."""
+    dry_run: Flag = False
+    """Only say what would be removed."""
+    cache_dir: Annotated[Path | None, _default("the Hub's own cache", "FOLDER")] = None
     """Where downloads are kept."""
 
 

@@ -69,7 +69,7 @@ def bring(
 def held(lock: Path, wanted: Wanted, patience: float) -> Iterator[None]:
     """Hold a lock file, or, after ``patience`` seconds or where it cannot be locked, go on without it."""
     hub_constants()
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     with contextlib.ExitStack() as stack:
 
@@ -86,9 +86,9 @@ def held(lock: Path, wanted: Wanted, patience: float) -> Iterator[None]:
                 logger.info("%s: waiting at most %g s for %s, held%s", wanted, patience, lock, _holder(lock))
                 if not patience or not taken(patience):
                     logger.warning(
-                        "%s: %s is held%s, also after %g s; going on without it, which may download the file twice\n"
+                        "%s: after %g s, %s is still held%s; going on without it, which may download the file twice\n"
                         "if no such process is at work any more, delete the lock file",
-                        *(wanted, lock, _holder(lock), patience),
+                        *(wanted, patience, lock, _holder(lock)),
                     )
         except OSError as error:  # it may lie where nothing can be written, or belong to another user
             logger.debug("%s cannot be locked: %s", lock, error)
@@ -97,17 +97,17 @@ def held(lock: Path, wanted: Wanted, patience: float) -> Iterator[None]:
 
 def _holder(lock: Path) -> str:
     """Who holds a lock, where that can be seen: `` by process 12``, or nothing."""
-    try:
-        words, status = lock.read_text(errors="replace").split(), lock.stat()
-        if words and words[0].isdigit():  # written by its owner, where the file's being there is the lock
-            return f" by process {words[0]}" + (f" on {words[1]}" if len(words) > 1 else "")
-        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError, ValueError):  # it is not Linux
+        status = lock.stat()
+        place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
         for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5] == device and fields[4].isdigit() and fields[4] != "0":
-                return f" by process {fields[4]}"
-    except (OSError, IndexError):  # not on Linux
-        pass
+            _, kind, _, _, process, where = line.split()[:6]
+            if kind in ("FLOCK", "POSIX") and where == place and process.isdigit() and process != "0":
+                return f" by process {process}"
+    with contextlib.suppress(OSError):  # where the file's being there is the lock, its owner wrote who it is
+        words = lock.read_text(errors="replace").split()
+        if words and words[0].isdigit():
+            return f" by process {words[0]}" + (f" on {words[1]}" if len(words) > 1 else "")
     return ""
 
 
@@ -126,10 +126,8 @@ def _fill(folder: Path, path: Path, own: Path, repo: str, filename: str, stated:
     blob, link = folder / "blobs" / stated.etag, own / "link"
     for place in (blob.parent, path.parent):
         place.mkdir(parents=True, exist_ok=True)
-    try:
-        link.symlink_to(os.path.relpath(blob, path.parent))
-    except OSError:  # a file system without links: the file itself lies at ``path``
-        blob = path
+    if not _linked(link, os.path.relpath(blob, path.parent)):
+        blob = path  # the file itself lies there
     if not blob.is_file():
         check_room(folder, stated.size, wanted)
         whole = get_from_hub(repo, filename, stated.commit, own / "download", wanted, stated.size)
@@ -138,15 +136,28 @@ def _fill(folder: Path, path: Path, own: Path, repo: str, filename: str, stated:
         os.replace(link, path)
 
 
+def _linked(link: Path, target: str) -> bool:
+    """Make a link, unless the file system has none or the user wants none."""
+    if getattr(hub_constants(), "HF_HUB_DISABLE_SYMLINKS", False):
+        return False
+    try:
+        link.symlink_to(target)
+    except OSError:
+        return False
+    return True
+
+
 def _note(folder: Path, revision: str, commit: str) -> None:
-    """Remember which commit a branch or tag is at; a cache that cannot be written costs a question when offline."""
+    """Remember which commit a branch or tag is at; where that cannot be written, a run offline does not know it."""
     reference = folder / "refs" / revision
-    with contextlib.suppress(OSError):
+    try:
         if not reference.is_file() or reference.read_text().strip() != commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
             with _staging(folder) as own:
                 (own / "ref").write_text(commit)
                 os.replace(own / "ref", reference)
+    except OSError as error:
+        logger.info("that %s is at commit %s cannot be noted in %s: %s", revision, commit[:12], folder, error.strerror)
 
 
 def _tag(cache: Path) -> None:

@@ -41,6 +41,7 @@ COMMANDS = {
     "download": Command(
         "maehub.arguments:Download", commands.run_download, "fetch and verify a model for later use offline"
     ),
+    "cache": Command("maehub.arguments:Cache", commands.run_cache, "clean: remove what killed downloads left"),
     "verify": Command("maehub.arguments:Verify", commands.run_verify, "hash a model's files again and compare"),
     "convert": Command(
         "maehub.arguments:Convert", commands.run_convert, "official, timm, transformers and maehub layouts"

@@ -61,8 +61,16 @@ def run_info(config: arguments.Info, shared: Shared) -> int:
 def run_download(config: arguments.Download, shared: Shared) -> int:
     from maehub.fetching import download
 
-    path = download(config.name, revision=config.revision, cache_dir=config.cache_dir)
+    path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
     _report(shared, {"path": str(path)}, f"{config.name} is at {path}")
+    return EXIT_DONE
+
+
+def run_cache(config: arguments.Cache, shared: Shared) -> int:
+    from maehub.leftovers import clean_cache
+
+    cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
+    _report(shared, cleaned.to_dict(), cleaned.describe())
     return EXIT_DONE
 
 

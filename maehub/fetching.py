@@ -84,12 +84,12 @@ def fetch_repo(
         filenames: weight files to try, in order. Empty means: asked for an encoder, the one with fused qkv that
             config.json names for timm, if it does; then ``model.safetensors``.
         want: see above.
-        revision, cache_dir, offline, verify, lock_timeout: as in `fetch`. A branch is looked up on the Hub at each call, and taken
-            from the cache, with a warning, where the Hub does not answer.
+        revision, cache_dir, offline, verify, lock_timeout: as in `fetch`. A branch is looked up on the Hub at each
+            call, and taken from the cache, with a warning, where the Hub does not answer.
 
     Raises:
-        HubError, IntegrityError, CheckpointError: as in `fetch`. IntegrityError also where the repository has no safetensors, or names
-            that lead out of its folder.
+        HubError, IntegrityError, CheckpointError: as in `fetch`. IntegrityError also where the repository has no
+            safetensors, or names that lead out of its folder.
     """
     place = place_of(cache_dir, offline, verify, lock_timeout)
     repo, revision = _split(repo_id, revision)

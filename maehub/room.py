@@ -1,4 +1,4 @@
-"""Room for a download on this machine's disk, and what to say where it does not fit or may not be written."""
+"""Room for a download on this machine's disk, and what to say where the disk refuses."""
 
 import os
 import shutil
@@ -46,6 +46,14 @@ def disk_trouble(error: Exception, folder: Path, wanted: Wanted, size: int | Non
         f"{wanted} cannot be written below {folder}: {reason}\n"
         "nothing half is kept; set HF_HOME (MAEHUB_CACHE for official files) to a folder that can be written, or give\n"
         f"one to `maehub download {wanted.name} --cache-dir FOLDER` (cache_dir= in Python)"
+    )
+
+
+def no_login(error: OSError) -> CheckpointError:
+    """The error to raise, from ``error``, where the file that keeps a login may not be read."""
+    return CheckpointError(
+        f"{error.filename} cannot be read: {error.strerror}; the Hub's client looks there for a login\n"
+        "set HF_HOME to a folder of your own, or HF_TOKEN_PATH to a file of your own"
     )
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 from maehub import __version__
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError
 from maehub.files import atomic_write, is_disk_full
-from maehub.room import NoRoom, Wanted, check_room, disk_trouble, readable
+from maehub.room import NoRoom, Wanted, check_room, disk_trouble, no_login, readable
 
 if TYPE_CHECKING:
     import requests
@@ -29,8 +29,9 @@ LONGEST_WAIT = 60  # seconds; a server that asks for more is taken at its word a
 SILENCE = 10  # seconds without a byte after which an address counts as dead
 _CHUNK = 65_536  # bytes; what a broken connection loses at most
 _RETRIED = {408, 429, 500, 502, 503, 504}
-_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_PLAIN = re.compile(r"\w[\w.+-]{0,127}")  # of commits and hashes, which become names in the cache
 _LIBRARY: dict[str, Any] = {"library_name": "maehub", "library_version": __version__}
 
 
@@ -103,6 +104,8 @@ def ask_hub(repo: str, filename: str, revision: str, wanted: Wanted) -> Stated:
             if attempt == TRIES:
                 raise _silent(error, url, wanted) from error
         except (httpx.HTTPError, OSError) as error:  # no network, no such host, a proxy's refusal, silence
+            if isinstance(error, OSError) and error.filename:
+                raise no_login(error) from error
             raise _silent(error, url, wanted) from error
         else:
             break
@@ -110,23 +113,16 @@ def ask_hub(repo: str, filename: str, revision: str, wanted: Wanted) -> Stated:
         time.sleep(pause)
         waited += pause
     no_downgrade(url, found.location, wanted)
-    if not found.commit_hash or not found.etag:
+    if not _PLAIN.fullmatch(found.commit_hash or "") or not _PLAIN.fullmatch(found.etag or ""):
         raise Unreachable(
             f"{_host(url)} does not answer like a Hub for {wanted}: no commit or hash is stated\n"
             "a proxy or a login page may answer in its place; check HF_ENDPOINT and the network, then try again"
         )
-    return Stated(found.commit_hash, found.etag, found.size)
+    return Stated(str(found.commit_hash), str(found.etag), found.size)
 
 
 def get_from_hub(repo: str, filename: str, commit: str, folder: Path, wanted: Wanted, size: int | None) -> Path:
-    """Download below a folder that nobody else uses: the path there. The client retries within one call.
-
-    Args:
-        repo, filename, commit: what to take.
-        folder: made if it is not there; on any error no part of the file is left in it.
-        wanted: for texts.
-        size: of the file in bytes, as the Hub states it.
-    """
+    """Download below ``folder``, which nobody else uses: the path there. The client retries within one call."""
     hub_constants()
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import httpx, tqdm  # type: ignore[attr-defined]
@@ -145,7 +141,7 @@ def get_from_hub(repo: str, filename: str, commit: str, folder: Path, wanted: Wa
             *(repo, filename),
             revision=commit,
             local_dir=folder,
-            cache_dir=folder,  # no other copy is to be taken
+            cache_dir=folder,  # what lies in the cache is not to be copied
             endpoint=endpoint(),
             tqdm_class=CountingBar,
             **_LIBRARY,
@@ -214,11 +210,7 @@ def get_from_url(url: str, target: Path, wanted: Wanted) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary, requests.Session() as session, temporary.open("wb") as file:
             _stream(session, url, file, wanted)
-    except CheckpointError as error:
-        if isinstance(error, NoRoom) or not isinstance(error.__cause__, OSError):
-            raise
-        raise disk_trouble(error.__cause__, target.parent, wanted, None) from error
-    except MaehubError:
+    except (HubError, NoRoom):
         raise
     except OSError as error:
         raise _local_trouble(error, target.parent, wanted, 0, None) from error
@@ -385,8 +377,9 @@ def _silent(error: BaseException, url: str, wanted: Wanted, progress: str = "") 
 
 def _local_trouble(error: OSError, folder: Path, wanted: Wanted, received: int, size: int | None) -> MaehubError:
     """An OSError of a download: the disk, or a body of the wrong length."""
-    if is_disk_full(error) or error.errno in _NOT_WRITABLE:
-        return disk_trouble(error, folder, wanted, size)
+    cause = error.__cause__ if isinstance(error, CheckpointError) else error  # `atomic_write` has words of its own
+    if isinstance(cause, OSError) and (is_disk_full(cause) or cause.errno in _NOT_WRITABLE):
+        return disk_trouble(cause, folder, wanted, size)
     if size is not None and received != size:
         return IntegrityError(
             f"got {readable(received)} instead of {readable(size)} for {wanted}; nothing is kept\n"

@@ -614,8 +614,8 @@ def test_row_84_ctrl_c_while_training_and_going_on(crowd, tmp_path, run):
     state = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (state["state"], state["exit_code"]) == ("preempted", 130)
     step = state["last_good_step"]
-    lines = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert lines == list(range(1, step + 1))
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, step + 1))
     from maehub.train.checkpoint import newest_checkpoint
 
     folder, _ = newest_checkpoint(tmp_path / "run")

@@ -84,8 +84,9 @@ def files_below(folder):
 
 
 def whole_files(hub):
-    """What lies in the caches, less references and stamps."""
-    return [path for path in files_below(hub.folder.name) if "stamps" not in path.parts and "refs" not in path.parts]
+    """What lies in the caches, less references, stamps and locks."""
+    others = {"stamps", "refs", "locks", ".locks"}
+    return [path for path in files_below(hub.folder.name) if not others & set(path.parts)]
 
 
 def run(hub, code, **environment):

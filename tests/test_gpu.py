@@ -13,6 +13,9 @@ from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.cli import main
 from maehub.encoder import Encoder, EncoderConfig
 from maehub.masking import kept_count, make_masks
+from maehub.train import pretraining
+from maehub.train.log import RunLog
+from maehub.train.targets import Objective
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,3 +145,93 @@ def test_training_on_a_gpu(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len([line for line in lines if "loss" in line]) == 3
     assert main([*words, "--device", "cuda", "--resume"]) == 0
+
+
+def run_of(tmp_path, name, *more):
+    words = [
+        "pretrain",
+        str(ASSETS),
+        "-o",
+        str(tmp_path / name),
+        "--steps",
+        "24",
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+    ]
+    assert main([*words, "--holdout", "0", "--validate-every", "100", "--device", "cuda", "--quiet", *more]) == 0
+    lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
+    """From the learning rate to the log, once everything is warm; micro-batches and clipping included."""
+    real_rate, real_log = pretraining.learning_rate, RunLog.log
+
+    def rate(step, *rest):
+        torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
+        return real_rate(step, *rest)
+
+    def log(self, *arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        real_log(self, *arguments)
+
+    monkeypatch.setattr(pretraining, "learning_rate", rate)
+    monkeypatch.setattr(RunLog, "log", log)
+    try:
+        run_of(tmp_path, "run", "--micro-batch", "4", "--clip-grad", "1", "--augment", "colour-jitter")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    whole = run_of(tmp_path, "whole", "--deterministic")
+    real = pretraining.learning_rate
+
+    def dies(step, *rest):
+        if step == 13:
+            raise MemoryError
+        return real(step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "learning_rate", dies)
+        with pytest.raises(AssertionError):
+            run_of(tmp_path, "cut", "--deterministic", "--checkpoint-every", "8")
+    assert run_of(tmp_path, "cut", "--deterministic", "--checkpoint-every", "8", "--resume") == whole
+    states = [maehub.load_autoencoder(tmp_path / name).state_dict() for name in ("whole", "cut")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_bad_step_is_skipped_on_the_device(tmp_path, monkeypatch):
+    real_rate, real_normalise, at = pretraining.learning_rate, Objective.normalise, []
+
+    def rate(step, *rest):
+        at.append(step)
+        return real_rate(step, *rest)
+
+    def normalise(self, pixels):
+        return real_normalise(self, pixels) * (torch.nan if at and at[-1] == 5 else 1)
+
+    monkeypatch.setattr(pretraining, "learning_rate", rate)
+    monkeypatch.setattr(Objective, "normalise", normalise)
+    with pytest.raises(AssertionError):
+        run_of(tmp_path, "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "diverged"
+    assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
+    assert len(at) > 6  # the host was ahead
+
+
+def test_a_batch_that_does_not_fit_is_accumulated(tmp_path, monkeypatch, caplog):
+    real = Objective.forward
+
+    def small(self, pixels, *rest):
+        if len(pixels) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, pixels, *rest)
+
+    monkeypatch.setattr(Objective, "forward", small)
+    with caplog.at_level("INFO", "maehub"):
+        run_of(tmp_path, "run")
+    assert "gradients are accumulated over 2 × 4" in caplog.text

@@ -18,11 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import losses, words
 
-from maehub import masking, storage, tar_index
+from maehub import cli, masking, storage, tar_index
+from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.opening import open_image
 from maehub.shards import expanded, find_shards
@@ -432,7 +435,7 @@ def free_ports(count):
 def bucket(tmp_path, monkeypatch):
     """SeaweedFS on loopback with an empty bucket: (client of S3, name of the bucket)."""
     session = pytest.importorskip("botocore.session")
-    pytest.importorskip("s3fs")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # of a server that is gone
     master, volume, filer, s3 = free_ports(4)
     ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
     ports += ["-filer", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
@@ -520,3 +523,25 @@ def test_shards_on_a_real_s3_server(folder, bucket, tmp_path):
     client.delete_object(Bucket=name, Key="train/s-001.tar")
     with pytest.raises(DataError, match=r"s-001\.tar, member k/0004\.jpg: .*cannot be read"):
         remote.source(4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WEED, reason="no S3 server; scripts/test-s3 installs one and runs this")
+@pytest.mark.filterwarnings("default")  # of the client's own
+def test_training_from_a_real_s3_server_is_training_from_the_disk(folder, bucket, tmp_path_factory, monkeypatch):
+    out = tmp_path_factory.mktemp("runs")
+    client, name = bucket
+    for path in sorted(folder.glob("*.tar")):
+        client.put_object(Bucket=name, Key=f"train/{path.name}", Body=path.read_bytes())
+    monkeypatch.setitem(PRESETS, "vit-tiny", EncoderConfig(32, 8, 3, 32, 1, 2))
+    monkeypatch.setenv("MAEHUB_CACHE", str(out / "cache"))
+    remote = f"s3://{name}/train/s-{{000..001}}.tar"
+    changes = {"steps": 5, "batch-size": 4, "workers": 2, "holdout": 2, "validate-every": 5, "checkpoint-every": 5}
+    torch.set_num_threads(1)
+    assert cli.main(words(folder, out / "local", **changes)) == 0
+    assert cli.main(words(remote, out / "remote", **changes)) == 0
+    assert losses(out / "remote") == losses(out / "local")
+    cut = (folder / "s-001.tar").read_bytes()[: int(find_samples(folder).index.offsets[4]) + 100]
+    client.put_object(Bucket=name, Key="train/s-001.tar", Body=cut)
+    storage._connected("s3", os.getpid()).invalidate_cache()
+    assert cli.main(words(remote, out / "cut", **changes)) == 5

@@ -72,6 +72,7 @@ LATER = {
     "extract_features": {"exact_decode": False, "overwrite": False, "progress": True},
     "save": {"dtype": None, "card": None, "overwrite": False},
     "convert": {"overwrite": False},
+    "download": {"lock_timeout": 60.0},
     "check_data": {"workers": None, "progress": False, "on_bad": None},
     "data_statistics": {"sample": 2000, "workers": None, "progress": False},
 }
@@ -109,7 +110,8 @@ SHARED = ["--json", "--quiet", "--debug"]
 FLAGS = {
     "list": "",
     "info": "",
-    "download": "--revision --cache-dir",
+    "download": "--revision --cache-dir --lock-timeout",
+    "cache": "--dry-run --cache-dir",
     "verify": "",
     "convert": "-o --out --to --heads --decoder-heads --target --overwrite",
     "features": "-m --model -o --out --overwrite --image-size --device --seed --workers --pool --layers --batch-size "
@@ -119,6 +121,8 @@ FLAGS = {
     "data": "-o --out --overwrite --sample --workers",
     "pretrain": "-m --model -o --out --overwrite --image-size --device --seed --workers --steps --epochs --batch-size "
     "--checkpoint-every --resume --from --mask-ratio --strategy --target --base-lr",
+    "plan": "-m --model --image-size --steps --epochs --batch-size --checkpoint-every --from --mask-ratio --strategy "
+    "--target --base-lr --images --on --processes --utilisation",
 }
 EXIT_CODES = {
     "MaehubError": 1,
@@ -153,8 +157,9 @@ def test_exported_names():
     assert {name for name in CLASSES if not inspect.isclass(getattr(maehub, name))} == set()
     with pytest.raises(AttributeError, match="nonsense"):
         _ = maehub.nonsense
-    assert set(maehub.train.__all__) == {"PretrainConfig", "pretrain"}
-    assert signature(maehub.train.pretrain) == (["config"], {})
+    assert set(maehub.train.__all__) == {"PlanConfig", "PretrainConfig", "plan", "pretrain", "recipes"}
+    assert signature(maehub.train.pretrain) == (["config"], {"tokenizer": None})
+    assert signature(maehub.train.plan) == (["config"], {})
     with pytest.raises(AttributeError, match="nonsense"):
         _ = maehub.train.nonsense
 

@@ -8,9 +8,10 @@ import math
 import resource
 import shutil
 import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from maehub.errors import (
     EXIT_INTERRUPTED,
@@ -38,7 +40,7 @@ _CONFIG, _STATE, _METRICS, _DIVERGED = "config.json", "run.json", "metrics.jsonl
 # beside the metrics, what a new run replaces
 _OURS = (_CONFIG, _STATE, _DIVERGED, "checkpoints", "pictures", "model", "tensorboard", "report.html")
 _SPIKE_WINDOW, _SPIKE = 64, 3.0  # a loss this many times the median of so many before it is worth a word
-_BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt} · {postfix} · {remaining} left"
+_BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt}{postfix} · {remaining} left"
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -69,6 +71,24 @@ def run_state(folder: Path) -> str | None:
         return None
 
 
+class _Terminal:
+    """A stream as long as somebody reads it: one that went away must not end the run, nor keep tqdm's lock."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _Step(NamedTuple):
     number: int
     numbers: Tensor  # (3,) float32 on the device: loss, norm of the gradient, 1 if the update was bad and skipped
@@ -93,6 +113,7 @@ class RunLog:
         self.last_saved: int | None = None
         self.bad_step: int | None = None
         self._begun = False
+        self._above = contextlib.ExitStack()
         self._waiting: list[_Step] = []
         self._recent: deque[float] = deque(maxlen=_SPIKE_WINDOW)
         self._spiked = False
@@ -124,8 +145,8 @@ class RunLog:
 
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
         if self._bar is not None:
-            with contextlib.suppress(OSError):
-                self._bar.close()
+            self._bar.close()
+        self._above.close()
         if self._begun and error is not None:
             self._fail(error)
         if self._boards is not None:
@@ -166,11 +187,16 @@ class RunLog:
             temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
         if tensorboard:
             self._boards = _tensorboard(self.folder / "tensorboard", first_step)
-        with self._terminal():
-            hidden = hide_bar or None
-            self._bar = tqdm(
-                total=steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True, bar_format=_BAR
-            )
+        self._above.enter_context(logging_redirect_tqdm())  # what is said meanwhile stands above the line
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            unit="step",
+            disable=True if hide_bar or sys.stderr is None else None,
+            dynamic_ncols=True,
+            bar_format=_BAR,
+            file=_Terminal(sys.stderr),
+        )
 
     def log(self, step: int, numbers: Tensor, rate: float) -> None:
         """Remember a step that is done; written every few steps, since reading its numbers waits for the device.
@@ -232,19 +258,8 @@ class RunLog:
             return
         memory = f"{self._memory:.1f} GB"
         words = f"loss {loss:.4f} · lr {rate:.2e} · {speed:,.0f} images/s · data wait {100 * wait:.0f} % · {memory}"
-        with self._terminal():
-            self._bar.set_postfix_str(words, refresh=False)
-            self._bar.update(steps)
-
-    @contextlib.contextmanager
-    def _terminal(self) -> Iterator[None]:
-        """A terminal that went away must not end the run."""
-        try:
-            yield
-        except OSError as error:
-            log.warning("the progress line cannot be shown any more: %s; the run goes on", error)
-            if self._bar is not None:
-                self._bar.disable = True
+        self._bar.set_postfix_str(words, refresh=False)
+        self._bar.update(steps)
 
     def _watch(self, steps: list[_Step], rows: list[list[float]]) -> None:
         """Say once where the loss jumps, though it is finite."""

@@ -119,16 +119,16 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
             f"--batch-size {config.batch_size} counts the views of all processes: it must be a multiple of "
             f"{group.size} processes times {config.masks_per_image} masks of a picture"
         )
-    if group.local_leads:
-        find_weights(config)  # one process of each host downloads; the others find the files
+    found = find_weights(config) if group.local_leads else None  # one process of each host downloads
     group.all(None, "downloading the weights")
-    model = build_network(config, find_weights(config), _vocabulary(tokenizer))
+    if not group.local_leads:
+        found = find_weights(config)
+    model = build_network(config, found, _vocabulary(tokenizer))
     view, device = view_of(config, model.config), group.device
     kept = kept_patches(view)
-    if group.local_leads:  # what it finds out about shards is kept for the others
-        split_data(config.data, config.holdout, config.group)
-    group.all(None, "looking for pictures")
-    split = split_data(config.data, config.holdout, config.group)
+    first = split_data(config.data, config.holdout, config.group) if group.local_leads else None
+    group.all(None, "looking for pictures")  # what the first finds out about shards is kept for the others
+    split = first or split_data(config.data, config.holdout, config.group)
     views = len(split.training) * config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
@@ -172,7 +172,12 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
         return PretrainResult(config.out, steps, EXIT_DONE)
     micro = at.micro_batch if at.processes == group.size and at.micro_batch and not config.micro_batch else None
     micro = micro or job.start.micro_batch
-    facts = asdict(config) | {"steps": steps, "environment": environment(group)}
+    workers = worker_count(config.workers, group.local_size)
+    with group.together("setting up"):
+        check_shared_memory(job.view, config.batch_size // group.size, workers)
+    if group.leads:
+        _announce(config, group, job, peak, micro)
+    facts = asdict(config) | {"steps": steps, "target": job.model.config.target, "environment": environment(group)}
     run.begin(
         facts,
         first_step=at.step,
@@ -181,11 +186,6 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
         hide_bar=config.quiet,
         tensorboard=config.tensorboard,
     )
-    workers = worker_count(config.workers, group.local_size)
-    with group.together("setting up"):
-        check_shared_memory(job.view, config.batch_size // group.size, workers)
-    if group.leads:
-        _announce(config, group, job, peak, micro)
     if at.step == 0:
         _look(config, group, job, run, 0)
     keys = StepKeys(
