@@ -345,7 +345,7 @@ def test_row_6_what_cannot_be_removed_is_named(tmp_path):
 @KINDS
 @pytest.mark.parametrize("patch", ["", NO_FLOCK], ids=["locks", "no locks"])
 def test_row_7_four_processes_and_a_cold_cache(hub, vit_b, start, name, pattern, patch):
-    hub.fault(pattern, "slow", after=600_000, seconds=0.7)
+    hub.fault(pattern, "slow", after=600_000, seconds=2 if patch else 0.7)
     before = len(hub.asked("GET", contains=pattern.rpartition("/")[2]))
     processes = [start("download", name, "--json", patch=patch) for _ in range(4)]
     ends = [finished(process) for process in processes]

@@ -269,7 +269,7 @@ _RULES = {
 
 @dataclass(frozen=True)
 class PlanConfig(PretrainConfig):
-    """Say what a pretraining run will need, before anything is spent: the flags of `maehub pretrain`, and these."""
+    """What a pretraining run will need: the flags of `maehub pretrain`, and these."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DATA]", help_behavior_hint="")] = ""
     """The pictures: they are counted, and reading them is timed. Not needed with --images."""
