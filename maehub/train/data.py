@@ -8,6 +8,7 @@ number of processes see the same samples.
 """
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -239,6 +240,9 @@ def training_batches(
         multiprocessing_context="fork" if workers else None,
     )
     batches = _readable(loader)
+    # A full garbage collection writes into every object there is: in each forked process it would copy what they share.
+    gc.collect()
+    gc.freeze()
     try:
         yield batches
     except Exception as error:
@@ -249,6 +253,7 @@ def training_batches(
         raise told from error
     finally:
         batches.close()
+        gc.unfreeze()
 
 
 def check_shared_memory(view: View, views: int, workers: int) -> None:

@@ -43,7 +43,7 @@ from maehub.train.saving import Saver, resumed
 from maehub.train.sharded import gathered
 from maehub.train.stopping import Stop, stop_requests
 from maehub.train.targets import Objective, fit_components, store_components
-from maehub.train.validation import Validation, check_start
+from maehub.train.validation import Validation, tell_start
 from maehub.weights import save
 
 log = logging.getLogger("maehub")
@@ -311,8 +311,8 @@ def _look(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step: in
             run.note(step, **numbers)
         if step:
             job.validation.draw(still.model, run.folder / "pictures" / f"step-{step}.png")
-        elif config.from_:
-            check_start(numbers, config.from_)
+        else:
+            tell_start(numbers, config.from_)
 
 
 def _still(job: _Job, group: Group) -> Objective | None:

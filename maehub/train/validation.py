@@ -117,19 +117,25 @@ class Validation:
             figure_grid(panels).save(temporary, format="png")
 
 
-def check_start(numbers: dict[str, float], name: str) -> None:
-    """Warn where loaded weights predict hidden patches worse than their mean colour does."""
-    loss, simple = numbers.get("val_loss"), numbers.get("mean_fill")
-    if loss is None or simple is None or loss <= simple:
+def tell_start(numbers: dict[str, float], name: str) -> None:
+    """Say what is measured before the first step; warn where loaded weights do worse than the mean colour.
+
+    Args:
+        numbers: of `Validation.measure`.
+        name: of the weights; empty for fresh ones, of which nothing is expected.
+    """
+    if "val_loss" not in numbers:
         return
-    log.warning(
-        "%s starts with a loss of %.3g on held-out pictures, worse than the mean colour's %.3g. Likely causes: weights "
-        "trained on another target (--target), other channel statistics or value range, a patch or head count that is "
-        "not the file's, or pictures far from what it knows.",
-        name,
-        loss,
-        simple,
-    )
+    words = {"val_loss": "loss", "mean_fill": "the mean colour's", "interpolation": "interpolation's"}
+    told = ", ".join(f"{word} {numbers[key]:.4g}" for key, word in words.items() if key in numbers)
+    log.info("on held-out pictures before training: %s", told)
+    if name and numbers["val_loss"] > numbers.get("mean_fill", math.inf):
+        log.warning(
+            "%s predicts hidden patches worse than their mean colour does. Likely causes: weights trained on another "
+            "target (--target), other channel statistics or value range, a patch or head count that is not the file's, "
+            "or pictures far from what it knows.",
+            name,
+        )
 
 
 def _labelled(folder: str, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
