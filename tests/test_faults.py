@@ -1,5 +1,6 @@
 """What goes wrong around a training run: the disk, memory, terminals, the environment, downloads of many processes."""
 
+import contextlib
 import errno
 import io
 import os
@@ -20,9 +21,11 @@ from maehub import cli
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import CheckpointError
-from maehub.train import PretrainConfig, data, log, pretrain, saving
+from maehub.train import PretrainConfig, data, fitting, log, pretrain, saving
 from maehub.train.augment import Augmentation
+from maehub.train.costs import activation_bytes, count_parameters, fixed_bytes
 from maehub.train.stopping import Stop
+from maehub.train.targets import Objective
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
 PRESET = """
@@ -192,6 +195,42 @@ def test_row_60_a_real_limit_on_memory(pictures, tmp_path):
     assert done.returncode == 6, done.stderr
     assert "ran out with 8 views at once" in done.stderr
     assert resource.getrlimit(resource.RLIMIT_AS) != (6 << 30, 6 << 30)
+
+
+def test_a_batch_that_does_not_fit_is_accumulated(pictures, tmp_path, monkeypatch, caplog):
+    pretrain(config_of(pictures, tmp_path / "whole", batch_size=12))
+    network = AutoencoderConfig(TINY, 32, 1, 2, "pixels")
+    fixed = fixed_bytes(count_parameters(network), "fp32")
+    room = fixed + 2 * 5 * activation_bytes(network, 4, "fp32")  # half of what is left is for five views
+    monkeypatch.setattr(fitting, "available_bytes", lambda: room)
+    with caplog.at_level("INFO", "maehub"):
+        pretrain(config_of(pictures, tmp_path / "parts", batch_size=12))
+    assert "12 views do not fit at once: gradients are accumulated over 3 × 4" in caplog.text
+    np.testing.assert_allclose(
+        list(losses(tmp_path / "parts").values()), list(losses(tmp_path / "whole").values()), rtol=1e-5
+    )
+    monkeypatch.setattr(fitting, "available_bytes", lambda: fixed)
+    with pytest.raises(CheckpointError, match=r"not even one view of 32×32 fits"):
+        pretrain(config_of(pictures, tmp_path / "none", batch_size=12))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_device_that_runs_out_is_asked_for_less(monkeypatch):
+    model = MaskedAutoencoder(AutoencoderConfig(TINY, 32, 1, 2, "pixels"))
+    objective = Objective(model, model.preprocess, kept=4)
+    view = data.View((32, 32), 8, 3, Augmentation(), "random", 0.75)
+    real = Objective.forward
+
+    def small(self, pixels, *rest):
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, pixels, *rest)
+
+    monkeypatch.setattr(Objective, "forward", small)
+    cpu = torch.device("cpu")
+    found = [fitting._fits(objective, view, size, cpu, contextlib.nullcontext()) for size in (6, 3)]
+    assert found == [False, True]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_row_63_a_failing_tensorboard_is_a_warning(pictures, tmp_path, monkeypatch, caplog):

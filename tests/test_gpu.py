@@ -13,7 +13,7 @@ from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.cli import main
 from maehub.encoder import Encoder, EncoderConfig
 from maehub.masking import kept_count, make_masks
-from maehub.train import pretraining
+from maehub.train import PretrainConfig, pretrain, pretraining
 from maehub.train.log import RunLog
 from maehub.train.targets import Objective
 
@@ -233,5 +233,5 @@ def test_a_batch_that_does_not_fit_is_accumulated(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(Objective, "forward", small)
     with caplog.at_level("INFO", "maehub"):
-        run_of(tmp_path, "run")
+        pretrain(PretrainConfig(ASSETS, tmp_path / "run", steps=2, batch_size=8, workers=0, device="cuda", quiet=True))
     assert "gradients are accumulated over 2 × 4" in caplog.text

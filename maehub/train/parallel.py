@@ -1,6 +1,7 @@
 """What is put around a network for training: it knows nothing of processes, precision or compilation itself."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -90,6 +91,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses; it reads it at its first call
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,7 +1,6 @@
 """Pretraining a masked autoencoder: one visible loop, for one process and for many."""
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -39,7 +38,7 @@ from maehub.train.networks import build_network, find_weights, kept_patches, vie
 from maehub.train.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate
 from maehub.train.parallel import accumulating, autocast, deterministic, wrapped
 from maehub.train.report import write_report
-from maehub.train.saving import Saver, resumed
+from maehub.train.saving import Saver, fixed_settings, resumed
 from maehub.train.sharded import gathered
 from maehub.train.stopping import Stop, stop_requests
 from maehub.train.targets import Objective, fit_components, store_components
@@ -133,7 +132,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
         _fit_pca(model, split, view, config, group)
-    settings = _settings(config, steps)
+    settings = fixed_settings(config, steps)
     start = Progress(0, settings, split.training.digest(), group.size)
     group.agree(
         {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
@@ -384,26 +383,3 @@ def _fit_pca(model: MaskedAutoencoder, split: Split, view: View, config: Pretrai
     sample = validation_batch(split.training, view, count, config.seed)
     found = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
     store_components(model, group.first(found, "the principal components"))
-
-
-# What may be another when a run is resumed: it changes nothing that is computed, or only how fast.
-_FREE = {"out", "data", "resume", "overwrite", "allow_data_change", "quiet", "device", "workers", "cache"} | {
-    "checkpoint_every",
-    "checkpoint_activations",
-    "deterministic",
-    "epochs",  # its steps count
-    "fsdp",
-    "keep",
-    "knn",
-    "micro_batch",
-    "tensorboard",
-    "time_limit",
-    "timeout",
-    "validate_every",
-}
-
-
-def _settings(config: PretrainConfig, steps: int) -> dict[str, Any]:
-    """What must be the same when a run is resumed, as JSON gives it back."""
-    fixed = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    return json.loads(json.dumps(fixed | {"steps": steps}))

@@ -1,10 +1,12 @@
 """Checkpoints of a run as its processes write and find them together."""
 
+import json
 import logging
 import socket
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,22 @@ from maehub.train.sharded import load_shards, load_whole, save_shards
 from maehub.train.stopping import Stop
 
 log = logging.getLogger("maehub")
+
+# What may be another when a run is resumed: it changes nothing that is computed, or only how fast.
+_FREE = {"out", "data", "resume", "overwrite", "allow_data_change", "quiet", "device", "workers", "cache"} | {
+    "checkpoint_every",
+    "checkpoint_activations",
+    "deterministic",
+    "epochs",  # its steps count
+    "fsdp",
+    "keep",
+    "knn",
+    "micro_batch",
+    "tensorboard",
+    "time_limit",
+    "timeout",
+    "validate_every",
+}
 
 _GRACE = 30  # seconds between torchrun's SIGTERM and its SIGKILL
 
@@ -117,6 +135,12 @@ def resumed(
                 before.processes,
             )
     return before
+
+
+def fixed_settings(config: PretrainConfig, steps: int) -> dict[str, Any]:
+    """What must be the same when a run is resumed, as JSON gives it back."""
+    fixed = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    return json.loads(json.dumps(fixed | {"steps": steps}))
 
 
 def _check_same(config: PretrainConfig, before: Progress, now: Progress) -> None:
