@@ -235,21 +235,30 @@ def test_row_53_a_resumed_run_equals_an_undisturbed_one(
     assert state(run)["state"] == "completed"
 
 
-@pytest.mark.parametrize("part", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize("part", ["weights", "exp_avg", "exp_avg_sq", "step", "position"])
 def test_row_53_the_comparison_notices_a_lost_part_of_the_state(pictures, tmp_path, monkeypatch, undisturbed, part):
     run = tmp_path / "run"
-    real = checkpoint.load_checkpoint
+    real, found = checkpoint.load_checkpoint, checkpoint.newest_checkpoint
 
     def forgetful(folder, model, optimizer):
+        fresh = {name: value.clone() for name, value in model.state_dict().items()}
         real(folder, model, optimizer)
+        if part == "weights":
+            model.load_state_dict(fresh)
         for entry in optimizer.state.values():
-            entry[part].zero_()
+            if part in entry:
+                entry[part].zero_()
+
+    def misplaced(folder):
+        place, progress = found(folder)
+        return place, dataclasses.replace(progress, step=progress.step + (part == "position"))
 
     with monkeypatch.context() as patch:
         at_step(patch, 4, die)
         with pytest.raises(Killed):
             pretrain(settings_of(pictures, run, checkpoint_every=3))
     monkeypatch.setattr(saving, "load_checkpoint", forgetful)
+    monkeypatch.setattr(saving, "newest_checkpoint", misplaced)
     pretrain(settings_of(pictures, run, checkpoint_every=3, resume=True))
     assert losses(run)[:3] == losses(undisturbed)[:3]
     assert losses(run) != losses(undisturbed)
