@@ -204,7 +204,8 @@ def run_pretrain(config: Any, shared: Shared) -> int:
 
     result = pretrain(replace(config, quiet=config.quiet or shared.quiet))
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
-    _report(shared, facts, f"{result.run}: {result.step} steps done")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+        _report(shared, facts, f"{result.run}: {result.step} steps done")
     return result.exit_code
 
 

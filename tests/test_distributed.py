@@ -385,9 +385,12 @@ def test_row_72_sets_smaller_than_a_step_and_of_any_size_are_shared_evenly(pictu
         folder.mkdir()
         for path in sorted(pictures.iterdir())[:count]:
             (folder / path.name).write_bytes(path.read_bytes())
-        scenarios.append({"words": words(folder, tmp_path / f"run{count}", steps=3, **{"validate-every": 3})})
+        scenarios.append(
+            {"words": words(folder, tmp_path / f"run{count}", steps=3, json=True, **{"validate-every": 3})}
+        )
     launch = Launch(tmp_path, scenarios)
     assert launch.wait() == 0, launch.output()
+    assert launch.output().count('"exit_code": 0') == 3  # each is told once
     for count in (1, 5, 9):
         assert cli.main(words(tmp_path / f"{count}", tmp_path / f"one{count}", steps=3)) == 0
         one, two = losses(tmp_path / f"one{count}"), losses(tmp_path / f"run{count}")
