@@ -48,7 +48,7 @@ def photos(folder: Path, size: tuple[int, int], count: int) -> Path:
 
 
 def rate_of(command: list[str], out: Path, threads: int) -> float:
-    """Images a second of a run of the command line, without its first step."""
+    """Images a second of a run of the command line, its first step included."""
     shutil.rmtree(out, ignore_errors=True)
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, env=env, check=True, capture_output=True)

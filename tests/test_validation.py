@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 import maehub
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import DataError, UsageError
+from maehub.keys import to_official
 from maehub.train import PretrainConfig, data, pretrain
 from maehub.train.holdout import split_data
 from maehub.train.neighbours import effective_rank, leave_one_out
@@ -237,3 +239,14 @@ def test_a_tokenizer_of_the_callers(pictures, tmp_path):
     assert found[-1]["val_loss"] < found[0]["val_loss"]
     with pytest.raises(UsageError, match="attribute vocabulary"):
         pretrain(config_of(pictures, tmp_path / "other", target="tokens"), tokenizer=lambda images: images)
+
+
+def test_a_file_that_does_not_say_its_target_is_trained_on_the_one_that_is_said(pictures, tmp_path):
+    network = maehub.AutoencoderConfig(EncoderConfig(32, 16, 3, 768, 12, 12), 512, 1, 16, "pixels")
+    model = maehub.MaskedAutoencoder(network)
+    save_file(to_official(model.state_dict()).state, tmp_path / "bare.safetensors")  # a shape whose heads are known
+    with pytest.raises(UsageError, match="say it by --target"):
+        pretrain(config_of(pictures, tmp_path / "none", from_=str(tmp_path / "bare.safetensors")))
+    config = config_of(pictures, tmp_path / "run", from_=str(tmp_path / "bare.safetensors"), target="pixels", steps=1)
+    pretrain(config)
+    assert maehub.load_autoencoder(tmp_path / "run").config.target == "pixels"

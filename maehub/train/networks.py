@@ -60,7 +60,7 @@ def build_network(config: PretrainConfig, found: Located | None, vocabulary: int
     if model.config.target == "unknown":
         if config.target is None:
             raise UsageError(f"what {config.from_} was trained to predict is unknown: say it by --target")
-        model.config = replace(model.config, target=config.target)
+        model = load_autoencoder(found, image_size=size, channels=config.channels, target=config.target)
     if other := _other_decoder(config, model.config):
         log.info("%s: other than %s was asked for: its encoder is kept, the decoder is fresh", config.from_, other)
         return _fresh(config, model.encoder, vocabulary, model.config)

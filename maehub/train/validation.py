@@ -96,7 +96,7 @@ class Validation:
 
     def draw(self, model: MaskedAutoencoder, path: Path) -> None:
         """Reconstructions of a few pictures, always the same."""
-        if model.config.target == "tokens" and not model.config.tokenizer:
+        if not model.config.has_picture:
             return  # what a caller's tokens look like is not known
         panels = []
         for index in sorted(range(len(self.shown)), key=self.shown.sample_id)[:_SHOWN]:
