@@ -20,7 +20,7 @@ from maehub.names import Names
 from maehub.sources import Samples
 from maehub.train import data
 from maehub.train.augment import Augmentation
-from maehub.train.data import StepKeys, View, training_batches
+from maehub.train.data import Crops, StepKeys, View, batches_of
 
 VIEW = View((16, 16), 8, 3, Augmentation(), "random", 0.75)
 MILLIONS = 3
@@ -47,7 +47,7 @@ def memories(files: int, workers: int) -> Iterator[tuple[Memory, Memory]]:
     every = 1_000_000 // BATCH
     # A little more: the readers end when they have nothing more to do.
     keys = StepKeys(samples, BATCH, 0, 0, MILLIONS * every + 20)
-    with training_batches(samples, VIEW, keys, workers=workers, cache=False, pin=False) as batches:
+    with batches_of(Crops(samples, VIEW, False), keys, workers=workers, pin=False) as batches:
         for step, _ in enumerate(batches, start=1):
             if step % every == 0:
                 yield Memory.of("self"), Memory.of(str(multiprocessing.active_children()[0].pid))

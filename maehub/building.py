@@ -215,6 +215,8 @@ def _changed(config: EncoderConfig, wanted: Wanted) -> EncoderConfig:
         image_size=size,
         channels=config.channels if wanted.channels is None else wanted.channels,
         classes=config.classes if wanted.classes is None else wanted.classes,
+        class_names=config.class_names if wanted.classes in (None, config.classes) else (),
+        multi_label=config.multi_label and wanted.classes in (None, config.classes),
         positions=config.positions if wanted.positions is None else wanted.positions,
     )
 

@@ -45,6 +45,8 @@ class EncoderConfig:
 
     ``image_size`` (height, width; one int means a square) is the native size that the position table is stored for,
     in pixels. ``classes`` = 0 means no head. ``positions`` says how the table is resized for other sizes.
+    ``class_names`` are those of the classes, if they are known; with ``multi_label`` a picture may have several, so
+    logits are for a sigmoid each instead of one softmax.
     """
 
     image_size: int | Size = 224
@@ -57,9 +59,12 @@ class EncoderConfig:
     classes: int = 0
     pool: Pool = "cls"
     positions: ResizeRule = "bicubic"
+    class_names: tuple[str, ...] = ()
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", as_size(self.image_size, "image_size"))
+        object.__setattr__(self, "class_names", tuple(self.class_names))
         for name in ("patch_size", "channels", "width", "depth", "heads", "classes"):
             value, least = getattr(self, name), 0 if name in ("depth", "classes") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -75,6 +80,12 @@ class EncoderConfig:
         if self.positions not in get_args(ResizeRule):
             raise UsageError(f"positions={self.positions!r} is not one of {', '.join(get_args(ResizeRule))}")
         grid_size(*self.size, self.patch_size)
+        if self.class_names and (
+            len(self.class_names) != self.classes or not all(isinstance(name, str) for name in self.class_names)
+        ):
+            raise UsageError(f"class_names must be {self.classes} strings, one a class, not {len(self.class_names)}")
+        if not isinstance(self.multi_label, bool):
+            raise UsageError(f"multi_label must be a bool, not {self.multi_label!r}")
 
     @property
     def size(self) -> Size:
@@ -153,7 +164,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: (B, T, D) to (B, T, D)."""
+    """One pre-norm transformer block: (B, T, D) to (B, T, D).
+
+    ``drop_path`` is applied to each branch before it is added; a training loop may put stochastic depth there.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -161,15 +175,16 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.drop_path: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Run the block; with ``wanted`` (B, M) int64 only those tokens leave it, all of them being attended to."""
         normed = self.norm1(x)
         if wanted is None:
-            x = x + self.attn(normed)
+            x = x + self.drop_path(self.attn(normed))
         else:
-            x = take(x, wanted) + self.attn(normed, take(normed, wanted))  # (B, M, D)
-        return x + self.mlp(self.norm2(x))
+            x = take(x, wanted) + self.drop_path(self.attn(normed, take(normed, wanted)))  # (B, M, D)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, get_args
 
 import numpy as np
 from PIL import Image
@@ -34,9 +34,9 @@ _LARGEST_CROPPED = 224  # the published evaluation crops up to this size and tak
 
 
 def read_pixels(
-    source: ImagePath, preprocess: Preprocess, *, exact_decode: bool = False, max_pixels: int = MAX_PIXELS
+    source: ImagePath | BinaryIO, preprocess: Preprocess, *, exact_decode: bool = False, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """A file straight to ``preprocess.pixels``: (H, W, C) uint8.
+    """A file, by its path or open, straight to ``preprocess.pixels``: (H, W, C) uint8.
 
     Unless ``exact_decode``, JPEGs are decoded at a smaller size that is large enough, and only the pixels inside the
     crop are resampled, which moves some of them by a grey level or two.
@@ -45,7 +45,8 @@ def read_pixels(
         DataError: it cannot be read, or the model takes a number of channels that files do not have.
     """
     if preprocess.channels not in (1, 3):
-        raise DataError(f"{printable(source)}: files have 1 or 3 channels and the model takes {preprocess.channels}")
+        where = printable(source) if isinstance(source, ImagePath) else "a picture"
+        raise DataError(f"{where}: files have 1 or 3 channels and the model takes {preprocess.channels}")
     decoded = decode(source, None if exact_decode else preprocess.decode_size, max_pixels)
     return preprocess._fit(decoded, exact=exact_decode)
 

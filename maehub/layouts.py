@@ -174,7 +174,8 @@ def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | 
         pretrained["hf_hub_filename"] = filename
     if origin and origin.licence:
         pretrained["license"] = origin.licence
-    return {
+    names = {"label_names": list(config.class_names)} if config.class_names else {}
+    return names | {
         "architecture": _TIMM_ARCHITECTURES.get(key, "vit_base_patch16_224"),
         "num_classes": config.classes,
         "num_features": config.width,
@@ -207,7 +208,8 @@ def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     if isinstance(config, EncoderConfig):
         if config.pool == "mean":
             raise UsageError("transformers' ViT pools the class token, and this encoder the mean; say to='timm'")
-        labels = {str(number): f"LABEL_{number}" for number in range(config.classes)}
+        words = config.class_names or [f"LABEL_{number}" for number in range(config.classes)]
+        labels = {str(number): word for number, word in enumerate(words)}
         head = {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
         names = ["ViTForImageClassification"] if config.classes else ["ViTModel"]
         return {"architectures": names, "model_type": "vit"} | common | (head if config.classes else {})

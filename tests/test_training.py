@@ -30,7 +30,7 @@ from maehub.masking import make_masks, sample_seed
 from maehub.sources import find_images
 from maehub.train import PretrainConfig, checkpoint, data, log, pretrain, pretraining, saving
 from maehub.train.augment import Augmentation, crop
-from maehub.train.data import StepKeys, View, training_batches, validation_batch, worker_count
+from maehub.train.data import Crops, StepKeys, View, batches_of, validation_batch, worker_count
 from maehub.train.optim import adamw, learning_rate, peak_rate
 from maehub.train.targets import Objective
 from maehub.train.validation import Validation
@@ -1005,7 +1005,7 @@ def test_a_sample_is_known_by_its_name_not_by_its_place():
 def test_a_batch_holds_crops_and_masks_of_its_keys(pictures):
     samples = find_images(pictures / "train")
     keys = StepKeys(samples, 5, 3, 2, 3)
-    with training_batches(samples, VIEW, keys, workers=0, cache=False, pin=False) as batches:
+    with batches_of(Crops(samples, VIEW, False), keys, workers=0, pin=False) as batches:
         (batch,) = batches
     (wanted,) = keys
     assert batch.pixels.shape == (5, 32, 32, 3)

@@ -16,7 +16,7 @@ import shutil
 import traceback
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from maehub.sources import Source
 from maehub.train.augment import Augmentation, colour_factors, crop
 
 log = logging.getLogger("maehub")
+
+Read = TypeVar("Read")
+"""What a data set gives for the keys of a batch."""
 
 _SILENCE = 300  # seconds until a reading process that gives nothing counts as hanging
 _PREFETCHED = 4  # batches that a reading process has ready
@@ -215,21 +218,21 @@ def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def training_batches(
-    samples: Source, view: View, keys: Iterable[list[Key]], *, workers: int, cache: bool, pin: bool
-) -> Iterator[Iterator[Batch]]:
-    """Batches of the steps of ``keys``, in order.
+def batches_of(
+    dataset: Dataset[Read | DataError], keys: Iterable[list[Any]], *, workers: int, pin: bool
+) -> Iterator[Iterator[Read]]:
+    """Batches of a data set, such as `Crops`, in the order of their keys.
 
     Args:
+        keys: one list a batch, for the data set's ``__getitems__``.
         workers: processes that read; 0 reads in this one.
-        cache: see `Crops`.
         pin: put batches into page-locked memory, for a GPU.
 
     Raises:
         DataError: a picture cannot be read, or a reading process died or hangs, at any point of the block.
     """
     loader = DataLoader(
-        Crops(samples, view, cache),
+        dataset,
         batch_sampler=keys,
         collate_fn=_as_is,
         num_workers=workers,
@@ -318,7 +321,7 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
     return max(1, cores // processes - 1)
 
 
-def _readable(loader: Iterable[Batch | DataError]) -> Generator[Batch]:
+def _readable(loader: Iterable[Read | DataError]) -> Generator[Read]:
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch

@@ -15,24 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from maehub.encoder import Block
-from maehub.train.config import PretrainConfig
 from maehub.train.distributed import Group
+from maehub.train.settings import RunConfig
 
 
-def autocast(config: PretrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 where the configuration or the device says so."""
     if computes_bf16(config, device):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
-def computes_bf16(config: PretrainConfig, device: torch.device) -> bool:
+def computes_bf16(config: RunConfig, device: torch.device) -> bool:
     """Whether matrix products are done in bf16."""
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bf16" or (config.precision == "auto" and capable)
 
 
-def wrapped(module: nn.Module, config: PretrainConfig, group: Group) -> nn.Module:
+def wrapped(module: nn.Module, config: RunConfig, group: Group) -> nn.Module:
     """The module as the loop calls it; its parameters are those of ``module``, which stays what is saved.
 
     From the inside to the outside:

@@ -22,10 +22,11 @@ from maehub.train.checkpoint import Progress
 from maehub.train.config import PretrainConfig
 from maehub.train.data import (
     Batch,
+    Crops,
     StepKeys,
     View,
+    batches_of,
     check_shared_memory,
-    training_batches,
     validation_batch,
     worker_count,
 )
@@ -200,9 +201,8 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     bad = torch.zeros((), device=device)  # 1 from the first update on that is not finite
     saver = Saver(config, group, run, stop, job.model, job.optimizer, replace(job.start, micro_batch=micro))
-    loading = training_batches(
-        job.split.training, job.view, keys, workers=workers, cache=config.cache, pin=device.type == "cuda"
-    )
+    crops = Crops(job.split.training, job.view, config.cache)
+    loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
     with loading as batches, _rescuing(keys, job, run, saver):
         for step in range(at.step, steps):
             group.step = step + 1

@@ -13,9 +13,9 @@ from torch import nn
 
 from maehub.errors import CheckpointError, DataError, DistributedError, UsageError
 from maehub.train.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
-from maehub.train.config import PretrainConfig
 from maehub.train.distributed import Group
 from maehub.train.log import RunLog
+from maehub.train.settings import RunConfig
 from maehub.train.sharded import load_shards, load_whole, save_shards
 from maehub.train.stopping import Stop
 
@@ -44,7 +44,7 @@ _GRACE = 30  # seconds between torchrun's SIGTERM and its SIGKILL
 class Saver:
     """Writes checkpoints, and bears one that cannot be written."""
 
-    config: PretrainConfig
+    config: RunConfig
     group: Group
     run: RunLog
     stop: Stop
@@ -94,7 +94,7 @@ class Saver:
 
 
 def resumed(
-    config: PretrainConfig, group: Group, model: nn.Module, optimizer: torch.optim.Optimizer, now: Progress
+    config: RunConfig, group: Group, model: nn.Module, optimizer: torch.optim.Optimizer, now: Progress
 ) -> Progress:
     """Put the newest valid checkpoint back; where the run goes on from: step 0 if there was never one.
 
@@ -137,13 +137,13 @@ def resumed(
     return before
 
 
-def fixed_settings(config: PretrainConfig, steps: int) -> dict[str, Any]:
+def fixed_settings(config: RunConfig, steps: int) -> dict[str, Any]:
     """What must be the same when a run is resumed, as JSON gives it back."""
     fixed = {name: value for name, value in asdict(config).items() if name not in _FREE}
     return json.loads(json.dumps(fixed | {"steps": steps}))
 
 
-def _check_same(config: PretrainConfig, before: Progress, now: Progress) -> None:
+def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
     """Refuse what would make another run of it."""
     changed = [
         f"{name} {before.config.get(name)} → {now.config.get(name)}"
