@@ -56,6 +56,24 @@ COMMANDS = {
     "pretrain": Command(
         "maehub.train.config:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
     ),
+    "finetune": Command(
+        "maehub.train.finetune_config:FinetuneConfig", commands.run_finetune, "train a classifier on labelled pictures"
+    ),
+    "probe": Command("maehub.train.probe_config:ProbeConfig", commands.run_probe, "a linear classifier on features"),
+    "knn": Command(
+        "maehub.train.probe_config:KnnConfig", commands.run_knn, "what the nearest features tell of classes"
+    ),
+    "compare": Command(
+        "maehub.train.probe_config:CompareConfig", commands.run_compare, "several networks by the same protocols"
+    ),
+    "evaluate": Command(
+        "maehub.train.evaluate_config:EvaluateConfig",
+        commands.run_evaluate,
+        "measure a classifier on labelled pictures",
+    ),
+    "predict": Command(
+        "maehub.train.evaluate_config:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
+    ),
     "plan": Command("maehub.train.config:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"),
 }
 

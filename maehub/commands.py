@@ -209,6 +209,81 @@ def run_pretrain(config: Any, shared: Shared) -> int:
     return result.exit_code
 
 
+def run_finetune(config: Any, shared: Shared) -> int:
+    from maehub.train import finetune
+
+    result = finetune(replace(config, quiet=config.quiet or shared.quiet))
+    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
+    lines = [f"{result.run}: {result.step} steps done"]
+    if result.scores is not None:
+        facts |= result.scores.summary()
+        lines = [str(result.scores), "", lines[0]]
+    if os.environ.get("RANK", "0") == "0":
+        _report(shared, facts, "\n".join(lines))
+    return result.exit_code
+
+
+def run_probe(config: Any, shared: Shared) -> int:
+    from maehub.train import probe
+    from maehub.train.probing import probe_sweep
+
+    quiet = replace(config, quiet=config.quiet or shared.quiet)
+    found = probe_sweep(quiet) if config.sweep else probe(quiet)
+    _report(shared, found.to_dict(), str(found))
+    return EXIT_DONE
+
+
+def run_knn(config: Any, shared: Shared) -> int:
+    from maehub.train import knn
+
+    found = knn(replace(config, quiet=config.quiet or shared.quiet))
+    _report(shared, found.to_dict(), str(found))
+    return EXIT_DONE
+
+
+def run_compare(config: Any, shared: Shared) -> int:
+    from maehub.train import compare
+
+    found = compare(replace(config, quiet=config.quiet or shared.quiet))
+    _report(shared, found.to_dict(), str(found))
+    return EXIT_DONE
+
+
+def run_evaluate(config: Any, shared: Shared) -> int:
+    from maehub.train import evaluate
+
+    found = evaluate(replace(config, quiet=config.quiet or shared.quiet))
+    _report(shared, found.to_dict(), str(found))
+    return EXIT_DONE
+
+
+def run_predict(config: Any, shared: Shared) -> int:
+    size = _size(config.image_size)
+    located = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
+    from maehub.hub import load
+    from maehub.sources import find_images
+    from maehub.train import predict
+
+    paths = dict.fromkeys(path for source in config.pictures for path in find_images(source).paths())
+    encoder = load(located, image_size=size, device=config.device)
+    found = predict(
+        encoder,
+        list(paths),
+        top=config.top,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        skip_bad=config.skip_bad,
+        progress=not shared.quiet,
+    )
+    facts, text = found.to_dict(), str(found)
+    if config.out is not None:
+        found.save(config.out, overwrite=config.overwrite)
+        facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
+        text = f"{config.out}: {len(found)} images" + (f", {len(found.skipped)} skipped" if found.skipped else "")
+    _report(shared, facts, text)
+    return EXIT_SKIPPED if found.skipped else EXIT_DONE
+
+
 def run_plan(config: Any, shared: Shared) -> int:
     from maehub.train.planning import plan
 

@@ -30,6 +30,8 @@ class Table:
 
     rows: Any = field(repr=False)
     """datasets.Dataset with the one column, which is not decoded."""
+    others: Any = field(repr=False)
+    """datasets.Dataset with the other columns, none of them decoded."""
     column: str
     parts: tuple[bytes, ...] = field(repr=False)
     """The paths of the files, each as messages have it; of a saved dataset the folder alone."""
@@ -77,6 +79,18 @@ class Table:
             why = f"only the path {path!r} of a file" if path else "nothing"
             raise DataError(f"{self.where(index)}: its column {self.column!r} holds {why}, no picture")
         return io.BytesIO(data)
+
+    def values(self, column: str) -> list[Any]:
+        """What another column holds in each row, as Python objects; None where a row holds nothing.
+
+        Raises:
+            UsageError: there is no such column beside the pictures.
+        """
+        if column not in self.others.column_names:
+            have = ", ".join(self.others.column_names) or "none"
+            raise UsageError(f"{printable(self.parts[0])} has no column {column!r} beside the pictures; it has: {have}")
+        batches = self.others.select_columns([column]).with_format("arrow").iter(_BATCH)
+        return [value for batch in batches for value in batch.column(column).to_pylist()]
 
     def digest(self, first: int = 0, last: int | None = None) -> str:
         """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
@@ -184,13 +198,14 @@ def _rank(kind: Any) -> int:
 def _table(rows: Any, parts: list[bytes], prefixes: list[bytes], counts: list[int], column: str | None) -> Table:
     where = printable(parts[0])
     name = image_column(rows.features, column, where)
+    others = rows.remove_columns([name])
     rows = rows.select_columns([name]).with_format(None)
     if type(rows.features[name]).__name__ == "Image":
         rows = rows.cast_column(name, _datasets().Image(decode=False))
     if not len(rows):
         raise DataError(f"0 images in {where}: the table has no rows")
     starts = np.cumsum([0, *counts], dtype=np.int64)
-    return Table(rows, name, tuple(parts), tuple(prefixes), starts, _sizes(rows, name))
+    return Table(rows, others, name, tuple(parts), tuple(prefixes), starts, _sizes(rows, name))
 
 
 def _sizes(rows: Any, column: str) -> np.ndarray:

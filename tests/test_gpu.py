@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from peers import images, make_autoencoder, make_encoder
+from PIL import Image, ImageOps
 
 import maehub
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.cli import main
 from maehub.encoder import Encoder, EncoderConfig
 from maehub.masking import kept_count, make_masks
-from maehub.train import PretrainConfig, pretrain, pretraining
+from maehub.train import FinetuneConfig, PretrainConfig, finetune, finetuning, pretrain, pretraining
 from maehub.train.log import RunLog
 from maehub.train.targets import Objective
 
@@ -235,3 +236,71 @@ def test_a_batch_that_does_not_fit_is_accumulated(tmp_path, monkeypatch, caplog)
     with caplog.at_level("INFO", "maehub"):
         pretrain(PretrainConfig(ASSETS, tmp_path / "run", steps=2, batch_size=8, workers=0, device="cuda", quiet=True))
     assert "gradients are accumulated over 2 × 4" in caplog.text
+
+
+def labelled(folder):
+    """Two classes: the photos of maehub, and their negatives."""
+    for number in range(6):
+        for path in ASSETS.glob("*.jpg"):
+            picture = Image.open(path).convert("RGB").resize((80 + number, 80))
+            for name, image in (("plain", picture), ("negative", ImageOps.invert(picture))):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                image.save(folder / name / f"{path.stem}-{number}.png")
+    return folder
+
+
+def finetuned(data, out, **changes):
+    usual = {"steps": 24, "batch_size": 8, "workers": 0, "device": "cuda", "quiet": True, "skip_twins": True}
+    return finetune(FinetuneConfig(str(data), out, **(usual | {"precision": "fp32"} | changes)))
+
+
+def losses_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_fine_tuning_is_that_of_the_cpu(tmp_path):
+    data = labelled(tmp_path / "data")
+    plain = {"mixup": 0, "cutmix": 0, "erasing": 0, "drop_path": 0, "steps": 8}
+    on_gpu_, on_cpu = (finetuned(data, tmp_path / name, device=name, **plain) for name in ("cuda", "cpu"))
+    assert losses_of(on_gpu_.run) == pytest.approx(losses_of(on_cpu.run), rel=1e-3)
+
+
+def test_a_deterministic_fine_tuning_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    data, full = labelled(tmp_path / "data"), {"deterministic": True, "checkpoint_every": 8, "ema": 0.9, "mixup": 0.8}
+    whole = finetuned(data, tmp_path / "whole", **full)
+    real = finetuning.learning_rate
+
+    def dies(step, *rest):
+        if step == 13:
+            raise MemoryError
+        return real(step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "learning_rate", dies)
+        with pytest.raises(MemoryError):
+            finetuned(data, tmp_path / "cut", **full)
+    cut = finetuned(data, tmp_path / "cut", resume=True, **full)
+    assert losses_of(cut.run) == losses_of(whole.run)
+    states = [maehub.load(result.run).state_dict() for result in (whole, cut)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_step_of_fine_tuning_never_waits_for_the_device(tmp_path, monkeypatch):
+    real_rate, real_log = finetuning.learning_rate, RunLog.log
+
+    def rate(step, *rest):
+        torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
+        return real_rate(step, *rest)
+
+    def log(self, *arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        real_log(self, *arguments)
+
+    monkeypatch.setattr(finetuning, "learning_rate", rate)
+    monkeypatch.setattr(RunLog, "log", log)
+    try:
+        finetuned(labelled(tmp_path / "data"), tmp_path / "run", micro_batch=4, clip_grad=1.0, ema=0.9, mixup=0.8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

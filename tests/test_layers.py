@@ -64,7 +64,11 @@ TORCH_FREE = {
     "cli",
     "__main__",
     "__init__",
+    "train/settings",
     "train/config",
+    "train/finetune_config",
+    "train/probe_config",
+    "train/evaluate_config",
 }
 
 

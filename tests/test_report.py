@@ -1,19 +1,28 @@
 """The report of a run: one page, whole, harmless, and true to the run folder."""
 
 import base64
+import html
 import io
 import json
+import os
 import re
+import shutil
+import signal
 import time
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from sklearn import metrics
 
-from maehub.errors import CheckpointError, UsageError
+from maehub.encoder import PRESETS, EncoderConfig
+from maehub.errors import CheckpointError, DivergedError, UsageError
+from maehub.train import FinetuneConfig, finetune, finetuning
 from maehub.train.curves import Series, chart, decimated, smoothed, tick_words
 from maehub.train.report import read_metrics, write_report
+from maehub.train.scores import score
 
 CONFIG = {
     "data": "photos/",
@@ -231,8 +240,7 @@ def test_what_is_no_number_is_left_out(tmp_path):
 def test_settings_that_are_not_the_default_are_marked(tmp_path):
     write_report(write_run(tmp_path / "run"))
     text = (tmp_path / "run" / "report.html").read_text()
-    marked = re.findall(r'<tr class="changed"><th>([^<]*)', text)
-    assert marked == ["data", "out", "target", "steps", "batch-size", "seed"]
+    assert marked(text) == ["data", "out", "target", "steps", "batch-size", "seed"]
     assert "<tr><th>crop-scale</th><td>0.2 1</td>" in text
     assert "<tr><th>hflip</th><td>yes</td>" in text
 
@@ -311,3 +319,260 @@ def test_a_report_that_cannot_be_written(tmp_path):
     (run / "report.html").mkdir()
     with pytest.raises(CheckpointError, match=r"report\.html"):
         write_report(run)
+
+
+# --- runs of fine-tuning ----------------------------------------------------------------------------------------------
+
+
+TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(PRESETS, "vit-tiny", TINY)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Noise, of three classes that cannot be told apart."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for number, kind in enumerate(("ash & elm", "birch", "cedar")):
+        (folder / kind).mkdir()
+        for tree in range(10):
+            noise = np.random.default_rng(100 * number + tree).integers(0, 255, (36, 40, 3))
+            Image.fromarray(noise.astype(np.uint8)).save(folder / kind / f"tree-{tree}.png")
+    return folder
+
+
+def settings_of(data, out, **changes):
+    usual = {"model": "untrained/vit-tiny", "steps": 8, "batch_size": 8, "workers": 0, "device": "cpu", "quiet": True}
+    return FinetuneConfig(str(data), out, **(usual | {"skip_twins": True, "validate_every": 3} | changes))
+
+
+def written(run):
+    """The page that the run itself wrote."""
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def marked(text):
+    return re.findall(r'<tr class="changed"><th>([^<]*)', text)
+
+
+def class_rows(run):
+    table = re.search(r'<table class="classes.*?</table>', (run / "report.html").read_text(), re.DOTALL)
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table[0].split("</tr>")[1:-1]]
+
+
+@pytest.fixture(scope="module")
+def finished(labelled, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "vit-tiny", TINY)
+        out = tmp_path_factory.mktemp("finished") / "run"
+        return finetune(settings_of(labelled, out, hflip=False, mixup=0.3, warmup=0.25))
+
+
+def test_a_finished_fine_tuning_run(finished):
+    page, scores = written(finished.run), finished.scores
+    for fact in (
+        "completed",
+        "vit-tiny from fresh weights, trained by the recipe scratch on 24 pictures of 3 classes: 8 steps of 8 pictures.",
+        f"top-1 {scores.top1:.1f} % (95 % interval {scores.low:.1f} to {scores.high:.1f}, Wilson; n = 6)",
+        f"balanced accuracy {scores.balanced_accuracy:.1f} %",
+        f"calibration error {scores.calibration_error:.1f} %",
+        f"loss {scores.loss:.4g} nats",
+        "33.3 % for always the most frequent class",
+        "pictures held out by --seed, at the last step",
+        "not looked for (--skip-twins)",
+        "; of mixed labels, smoothed labels",
+        "steps 8 of 8",
+        "pictures seen 64",
+        "Step 3",
+        "Step 6",
+        "Step 8",
+        "Hardware and versions",
+    ):
+        assert fact in page.text, fact
+    assert "top-5" not in page.text  # of three classes it says nothing
+    assert "best" not in page.text  # nothing is chosen on the held-out pictures
+    labels = page.values("aria-label")
+    for curve in ("Calibration", "Loss", "Right on held-out", "Learning rate", "Images a second", "Norm"):
+        assert sum(label.startswith(curve) for label in labels) == 1, curve
+    pictures = page.values("alt")
+    assert pictures[0] == "The confusion matrix"
+    assert pictures[-3:] == [f"Held-out pictures at step {step}" for step in (3, 6, 8)]
+
+
+def test_the_page_of_a_classifier_needs_nothing_and_names_no_picture(finished):
+    page = written(finished.run)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    assert all(value.startswith("data:image/") for value in page.values("src"))
+    assert "tree-" not in page.text
+    assert not [value for _, _, value in page.attributes if "tree-" in value]
+
+
+def test_settings_of_the_recipe_and_of_the_run_are_marked_where_they_were_given(finished):
+    page = (finished.run / "report.html").read_text()
+    recipe, settings = page[page.index("<h2>Recipe") :].split("<h2>Settings")
+    assert marked(recipe) == ["batch-size", "mixup", "warmup"]
+    assert "<th>randaugment</th><td>rand-m9-mstd0.5-inc1</td>" in recipe
+    assert "<th>mixup</th><td>0.3</td>" in recipe
+    rates = read_metrics(finished.run / "metrics.jsonl")["lr"].values
+    assert f"<th>peak-lr</th><td>{rates.max():g}</td>" in recipe
+    given = ["data", "out", "model", "hflip", "skip-twins", "validate-every", "device", "workers", "quiet"]
+    assert marked(settings) == given
+    assert "<th>val-share</th><td>0.2</td>" in settings
+    assert "mixup" not in settings
+
+
+def test_classes_stand_worst_first(finished):
+    rows = class_rows(finished.run)
+    ranked = sorted(finished.scores.per_class, key=lambda row: row.recall)
+    assert [html.unescape(row[0]) for row in rows] == [row.name for row in ranked]
+    assert {row[0] for row in rows} == {"ash &amp; elm", "birch", "cedar"}
+    for cells, row in zip(rows, ranked, strict=True):
+        assert cells[1] == str(row.n) == "2"
+        assert f"width:{row.recall:.0f}%" in cells[2]
+        assert cells[2].endswith(f"{row.recall:.1f} %")
+        wrong = f"{html.escape(row.taken_for)} ({row.times} of 2)" if row.taken_for else ""
+        assert cells[4] == wrong
+
+
+def test_of_many_classes_the_worst_thirty(finished, tmp_path):
+    rng = np.random.default_rng(0)
+    names = [EVIL, *(f"class {number}" for number in range(1, 45))]
+    labels = np.concatenate([np.zeros(10, int), rng.integers(0, 40, 2000)])  # 40 to 44 are never shown
+    logits = rng.normal(size=(len(labels), 45)).astype(np.float32)
+    logits[np.arange(len(labels)), labels] += rng.uniform(0, 4, 45)[labels]
+    logits[labels == 0, 0] = -9
+    run = shutil.copytree(finished.run, tmp_path / "run")
+    scored = {"split": "as given", "scores": score(logits, labels, names).to_dict()}
+    (run / "scores.json").write_text(json.dumps(scored))
+    page = page_of(run)
+    recall = metrics.recall_score(labels, logits.argmax(axis=1), labels=range(40), average=None)
+    rows = class_rows(run)
+    assert len(rows) == 30
+    assert [row[2].split(">")[-1] for row in rows] == [f"{100 * share:.1f} %" for share in np.sort(recall)[:30]]
+    assert html.unescape(rows[0][0]) == EVIL[:31] + "…"
+    assert "10 better classes are left out. 5 of the classes have no held-out picture." in page.text
+    assert "held out as the data say" in page.text
+    assert f"top-5 {100 * metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(45)):.1f} %" in page.text
+    assert "script" not in page.tags
+
+
+def test_pictures_with_several_labels(labelled, tmp_path, tiny):
+    rows = [
+        f"{labelled}/{kind}/tree-{tree}.png,{kind}{'|<i>odd</i>' if tree % 2 else ''}"
+        for kind in ("birch", "cedar")
+        for tree in range(8)
+    ]
+    table = tmp_path / "trees.csv"
+    table.write_text("path,label\n" + "\n".join(rows) + "\n")
+    result = finetune(settings_of(table, tmp_path / "run", steps=2, class_weights="balanced"))
+    page = written(result.run)
+    assert f"mean average precision {result.scores.mean_average_precision:.1f} %" in page.text
+    assert f"interval {result.scores.low:.1f} to {result.scores.high:.1f}, Wilson; n = {result.scores.n})" in page.text
+    assert "where the surest class is one of theirs" in page.text
+    assert "; of weighted classes" in page.text
+    assert "onfusion" not in page.text
+    rows = class_rows(result.run)
+    precise = {row.name: f"{row.average_precision:.1f} %" for row in result.scores.per_class}
+    assert {html.unescape(row[0]): row[2].split(">")[-1] for row in rows} == precise
+    assert "<i>odd</i>" in precise
+
+
+def test_twins_are_counted(labelled, tmp_path, tiny):
+    for side, trees in (("train", range(6)), ("val", range(6, 9))):
+        for kind in ("birch", "cedar"):
+            (tmp_path / "data" / side / kind).mkdir(parents=True)
+            for tree in trees:
+                shutil.copy(labelled / kind / f"tree-{tree}.png", tmp_path / "data" / side / kind)
+    for name in ("here.png", "there\nnear,.png"):
+        shutil.copy(labelled / "birch" / "tree-0.png", tmp_path / "data" / "val" / "birch" / name)
+    result = finetune(settings_of(tmp_path / "data", tmp_path / "run", steps=1, skip_twins=False))
+    page = written(result.run)
+    assert "2 of 8 held-out pictures are in training too: 2 the same file. The scores may be too high." in page.text
+    assert "here.png" not in page.text
+    assert "not looked for" not in page.text
+
+
+def at_step(monkeypatch, wanted, action):
+    real = finetuning.learning_rate
+
+    def rate(step, *rest):
+        if step == wanted:
+            action()
+        return real(step, *rest)
+
+    monkeypatch.setattr(finetuning, "learning_rate", rate)
+
+
+def test_a_fine_tuning_run_that_was_stopped(labelled, tmp_path, tiny, monkeypatch):
+    at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    result = finetune(settings_of(labelled, tmp_path / "run"))
+    assert result.exit_code == 75
+    page, measured = written(result.run), read_metrics(result.run / "metrics.jsonl")["val_top1"]
+    assert (
+        "It was stopped from outside and goes on with --resume. The newest checkpoint is that of step 5." in page.text
+    )
+    assert "5 steps of 8 pictures" in page.text
+    assert "steps 5 of 8" in page.text
+    assert measured.steps.tolist() == [3]
+    assert f"top-1 so far {measured.values[0]:.4g} % at step 3" in page.text
+    assert "95 % interval" not in page.text  # nothing that looks like a result
+    assert "worst first" not in page.text
+    assert page.values("alt") == ["Held-out pictures at step 3"]
+
+
+def test_a_fine_tuning_run_that_diverged(labelled, tmp_path, tiny, monkeypatch):
+    def spoil():
+        monkeypatch.setattr(finetuning.Objective, "forward", lambda *_: torch.full((), torch.nan, requires_grad=True))
+
+    at_step(monkeypatch, 1, spoil)
+    with pytest.raises(DivergedError):
+        finetune(settings_of(labelled, tmp_path / "run"))
+    assert "trained by the recipe scratch on 24 pictures" in written(tmp_path / "run").text
+    page = page_of(tmp_path / "run")  # once more, now that run.json says how it ended
+    assert "diverged" in page.text
+    assert "The loss or a gradient was not finite." in page.text
+    assert "steps 1 of 8" in page.text
+    assert "so far" not in page.text
+    assert not re.search(r"\b(nan|inf)\b", page.text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "vit-b"}, "vit-b, fine-tuned by the recipe"),
+        ({"blocks": 3}, "The last 3 blocks of vit-tiny from fresh weights, trained by the recipe"),
+        ({"blocks": 1, "model": "vit-b"}, "The last block of vit-b, fine-tuned by the recipe"),
+        ({"blocks": 0.5, "model": "vit-b"}, "Half of the last block of vit-b, fine-tuned by the recipe"),
+        ({"blocks": 0, "model": "vit-b"}, "The head of vit-b, fine-tuned by the recipe"),
+        ({"head": "normed", "model": "vit-b"}, "A linear probe on vit-b, trained by the recipe"),
+        ({"head": "attentive", "model": "vit-b"}, "An attentive probe on vit-b, trained by the recipe"),
+        ({"image_size": [64, 96]}, "of 3 classes at 64×96 pixels: 8 steps"),
+    ],
+)
+def test_what_was_trained(finished, tmp_path, changes, words):
+    config = json.loads((finished.run / "config.json").read_text())
+    settings = config["settings"] | {name: value for name, value in changes.items() if name == "head"}
+    (tmp_path / "config.json").write_text(json.dumps(config | changes | {"settings": settings}))
+    shutil.copy(finished.run / "metrics.jsonl", tmp_path)
+    assert words in page_of(tmp_path).text
+
+
+@pytest.mark.parametrize("broken", [EVIL, {"scores": EVIL}, {"scores": {"per_class": [{EVIL: 1}]}}, {"scores": None}])
+def test_nothing_that_is_broken_stops_the_page_of_a_classifier(finished, tmp_path, broken):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = json.loads((finished.run / "config.json").read_text())
+    settings = dict.fromkeys(config["settings"], EVIL)
+    evil = dict.fromkeys(config, EVIL) | {"kind": "finetune", "settings": settings, "classes": [EVIL]}
+    (run / "config.json").write_text(json.dumps(evil))
+    (run / "scores.json").write_text(json.dumps(broken))
+    (run / "twins.csv").write_bytes(b'exact,"\xff\0')
+    page = page_of(run)
+    assert not {"script", "img"} & set(page.tags)
+    assert "No step was written yet." in page.text
+    assert "95 %" not in page.text
+    (run / "config.json").write_text(json.dumps(config | {"settings": EVIL, "classes": EVIL}))
+    assert "8 steps" not in page_of(run).text

@@ -121,8 +121,24 @@ FLAGS = {
     "data": "-o --out --overwrite --sample --workers",
     "pretrain": "-m --model -o --out --overwrite --image-size --device --seed --workers --steps --epochs --batch-size "
     "--checkpoint-every --resume --from --mask-ratio --strategy --target --base-lr",
+    "finetune": "-m --model -o --out --overwrite --image-size --device --seed --workers --steps --epochs --batch-size "
+    "--checkpoint-every --resume --base-lr --recipe --blocks --pool --layer-decay --drop-path --weight-decay --warmup "
+    "--randaugment --mixup --cutmix --smoothing --erasing --ema --class-weights --val-share --group --label --fsdp "
+    "--precision --compile --time-limit --skip-twins --validate-every",
+    "probe": "-m --model -o --out --overwrite --image-size --device --seed --workers --batch-size --method "
+    "--pool --layer --sweep --val-share --group --label",
+    "knn": "-m --model -o --out --overwrite --image-size --device --seed --workers --batch-size --pool --layer",
+    "compare": "-m --model -o --out --overwrite --image-size --device --seeds --workers --batch-size "
+    "--protocol --epochs",
+    "evaluate": "-m --model -o --out --overwrite --image-size --device --seed --workers --batch-size --label --group",
+    "predict": "-m --model -o --out --overwrite --image-size --device --seed --workers --batch-size --top --skip-bad",
     "plan": "-m --model --image-size --steps --epochs --batch-size --checkpoint-every --from --mask-ratio --strategy "
     "--target --base-lr --images --on --processes --utilisation",
+}
+TRAINING = {
+    *("PretrainConfig", "PlanConfig", "FinetuneConfig", "ProbeConfig", "KnnConfig", "CompareConfig", "EvaluateConfig"),
+    *("pretrain", "plan", "finetune", "probe", "probe_sweep", "knn", "compare", "evaluate", "predict", "recipes"),
+    *("Comparison", "Evaluation", "FinetuneResult", "KnnResult", "Predictions", "ProbeResult", "Scores", "Sweep"),
 }
 EXIT_CODES = {
     "MaehubError": 1,
@@ -157,7 +173,13 @@ def test_exported_names():
     assert {name for name in CLASSES if not inspect.isclass(getattr(maehub, name))} == set()
     with pytest.raises(AttributeError, match="nonsense"):
         _ = maehub.nonsense
-    assert set(maehub.train.__all__) == {"PlanConfig", "PretrainConfig", "plan", "pretrain", "recipes"}
+    assert set(maehub.train.__all__) == TRAINING
+    for name in TRAINING - {"recipes"}:
+        assert getattr(maehub.train, name).__module__.startswith("maehub.train.")
+    for name in ("finetune", "evaluate", "probe", "knn", "compare"):
+        assert signature(getattr(maehub.train, name)) == (["config"], {})
+    predicting = {"top": 5, "batch_size": None, "workers": None, "skip_bad": False, "progress": True}
+    assert signature(maehub.train.predict) == (["encoder", "source"], predicting)
     assert signature(maehub.train.pretrain) == (["config"], {"tokenizer": None})
     assert signature(maehub.train.plan) == (["config"], {})
     with pytest.raises(AttributeError, match="nonsense"):

@@ -37,7 +37,7 @@ class Faults:
 
     def at_step(self, action):
         """In the middle of a step (0 is the first), once."""
-        from maehub.train import pretraining
+        from maehub.train import finetuning, pretraining
 
         done = []
 
@@ -47,6 +47,7 @@ class Faults:
             return real(step, *rest)
 
         real = self.patch(pretraining, "learning_rate", rate)
+        self.patch(finetuning, "learning_rate", rate)
 
     def kill(self):
         self.at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -23,6 +23,7 @@ from maehub.train.settings import (
     number,
     numbers,
     one_of,
+    own_first,
     sides,
     whole,
 )
@@ -35,6 +36,7 @@ LossOn = Literal["hidden", "all"]
 Augment = Literal["none", "fixed-crop", "random-crop", "colour-jitter"]
 
 
+@own_first
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Pretrain a masked autoencoder by the recipe of He et al. 2021, table 8."""
@@ -174,6 +176,7 @@ _RULES = {
 }
 
 
+@own_first
 @dataclass(frozen=True)
 class PlanConfig(PretrainConfig):
     """What a pretraining run will need: the flags of `maehub pretrain`, and these."""

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from html import escape
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -94,6 +95,40 @@ def chart(series: Sequence[Series], description: str) -> str:
         points = [(x(float(s)), y(float(v))) for s, v in zip(*decimated(one.steps, one.values), strict=True)]
         parts.append(_curve(points, one))
     return "".join([*parts, "</svg>"])
+
+
+def figure(title: str, unit: str, series: Sequence[Series], *, legend: bool) -> str:
+    """A chart with a title above it; nothing where no curve has a point.
+
+    Args:
+        title, unit: what is drawn, and what it is counted in.
+        series: see `chart`; the last one is told to who cannot see it.
+        legend: say which curve is which.
+    """
+    drawn = [one for one in series if len(one.values)]
+    if not drawn:
+        return ""
+    main = drawn[-1]
+    words = f"{title}: {tick_words(float(main.values[0]))} at first, {tick_words(float(main.values[-1]))} at the end"
+    keys = "".join(
+        f'<span class="key"><i class="c{one.colour} {one.style}"></i>{escape(one.name)}</span>'
+        for one in drawn
+        if one.name and legend
+    )
+    unit = f" <small>{escape(unit)}</small>" if unit else ""
+    caption = f"<figcaption><b>{escape(title)}</b>{unit}{keys}</figcaption>"
+    return f"<figure>{caption}{chart(drawn, escape(words))}</figure>"
+
+
+def raw_and_smooth(name: str, steps: np.ndarray, values: np.ndarray, colour: int) -> list[Series]:
+    """A curve of many points, faint, and its mean over a fortieth of them on top."""
+    window = len(values) // 40
+    if window <= 1:
+        return [Series(name, steps, values, colour)]
+    return [
+        Series("", steps, values, colour, "faint"),
+        Series(f"{name} (mean over {window | 1} steps)", steps, smoothed(values, window), colour),
+    ]
 
 
 def _curve(points: Sequence[tuple[float, float]], one: Series) -> str:

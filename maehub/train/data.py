@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     seeds: Tensor  # (B,) int64, for what else is random about a view
     factors: Tensor  # (B, 3) float32 of brightness, contrast, saturation; (B, 0) without colour jitter
 
-    def split(self, size: int) -> Iterable[Self]:
+    def split(self, size: int) -> Iterator[Self]:
         """Parts of ``size`` views, the last one smaller."""
         return (type(self)(*part) for part in zip(*(field.split(size) for field in self), strict=True))
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maehub.autoencoder import AutoencoderConfig
 from maehub.errors import CheckpointError
@@ -15,7 +15,8 @@ from maehub.train.costs import activation_bytes, block_parameters, count_paramet
 from maehub.train.data import Batch, Key, View
 from maehub.train.distributed import Group
 from maehub.train.machine import available_bytes
-from maehub.train.parallel import computes_bf16
+from maehub.train.parallel import autocast, computes_bf16
+from maehub.train.settings import RunConfig
 
 log = logging.getLogger("maehub")
 
@@ -24,49 +25,77 @@ _SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is 
 
 
 def micro_batch(
-    config: PretrainConfig,
-    objective: nn.Module,
-    network: AutoencoderConfig,
-    view: View,
-    kept: int,
-    group: Group,
-    autocast: Any,
+    config: RunConfig, part: int, group: Group, fits: Callable[[int], bool], size: str, multiple: int = 1
 ) -> int:
     """The largest divisor of this process's part of the batch that fits, the same in every process.
 
-    On a GPU forward and backward are tried; on a CPU, where nothing says no, memory is estimated.
+    Args:
+        part: views of a step in this process.
+        fits: whether so many fit.
+        size: of the pictures, for an error.
+        multiple: what a micro-batch must be a multiple of, where the part is.
 
     Raises:
         CheckpointError: not even one view fits.
     """
-    part = config.batch_size // group.size
     if config.micro_batch:
         return min(config.micro_batch, part)
-    sizes = [size for size in range(part, 0, -1) if part % size == 0]
-    if group.device.type == "cuda" and not config.fsdp:
-        fits = next((size for size in sizes if _fits(objective, view, size, group.device, autocast)), 0)
-    else:
-        precision: Precision = "bf16" if computes_bf16(config, group.device) else "fp32"
-        free = available_bytes() / group.local_size
-        if group.device.type == "cuda":
-            free = torch.cuda.mem_get_info(group.device)[0]
-        corrupts = config.corruption[0] < 1
-        work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
-        each = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
-        shards = group.size if config.fsdp else 1
-        free -= fixed_bytes(
-            count_parameters(network), precision, shards=shards, largest_block=block_parameters(network)
-        )
-        fits = next((size for size in sizes if size * each <= _SHARE * free), 0)
-    fits = min(group.all(fits, "finding the micro-batch"))
-    if not fits:
+    sizes = [size for size in range(part, 0, -1) if part % size == 0 and (size % multiple == 0 or part % multiple)]
+    found = min(group.all(next(filter(fits, sizes), 0), "finding the micro-batch"))
+    if not found:
         raise CheckpointError(
-            f"not even one view of {view.size[0]}×{view.size[1]} fits into the memory of {group.device}. Nothing was "
+            f"not even one view of {size} fits into the memory of {group.device}. Nothing was "
             "written. Use --checkpoint-activations, --fsdp, a smaller model or --image-size; `maehub plan` estimates."
         )
-    if fits < part:
-        log.info("%d views do not fit at once: gradients are accumulated over %d × %d", part, part // fits, fits)
-    return fits
+    if found < part:
+        log.info("%d views do not fit at once: gradients are accumulated over %d × %d", part, part // found, found)
+    return found
+
+
+def views_fit(
+    config: PretrainConfig, objective: nn.Module, network: AutoencoderConfig, view: View, kept: int, group: Group
+) -> Callable[[int], bool]:
+    """Whether pretraining on so many views at once fits.
+
+    On a GPU forward and backward are tried; on a CPU, where nothing says no, memory is estimated.
+    """
+    device, precise = group.device, autocast(config, group.device)
+    if device.type == "cuda" and not config.fsdp:
+        return lambda size: _pass_fits(objective, _blank(view, size, device), device, precise)
+    precision: Precision = "bf16" if computes_bf16(config, device) else "fp32"
+    free = available_bytes() / group.local_size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    corrupts = config.corruption[0] < 1
+    work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
+    each = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
+    shards = group.size if config.fsdp else 1
+    free -= fixed_bytes(count_parameters(network), precision, shards=shards, largest_block=block_parameters(network))
+    return lambda size: size * each <= _SHARE * free
+
+
+def pictures_fit(
+    config: RunConfig, objective: nn.Module, blank: Callable[[int], Sequence[Tensor]], group: Group
+) -> Callable[[int], bool]:
+    """Whether training any network on so many pictures at once fits.
+
+    On a GPU forward and backward are tried; on a CPU what the forward of two pictures keeps for the backward is
+    counted.
+
+    Args:
+        objective: gives a loss.
+        blank: arguments of the objective for so many pictures.
+    """
+    device, precise = group.device, autocast(config, group.device)
+    if device.type == "cuda" and not config.fsdp:
+        return lambda size: _pass_fits(objective, blank(size), device, precise)
+    free = available_bytes() / group.local_size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
+    free -= (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
+    each = _kept_bytes(objective, blank(2), precise) / 2
+    return lambda size: size * each <= _SHARE * free
 
 
 @contextlib.contextmanager
@@ -88,16 +117,20 @@ def within_memory(views: int, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _fits(objective: nn.Module, view: View, size: int, device: torch.device, autocast: Any) -> bool:
-    """Whether a forward and backward pass of so many views fits beside what the optimizer will need."""
+def _blank(view: View, size: int, device: torch.device) -> Sequence[Tensor]:
     keys = [Key(0, number, number) for number in range(size)]
     batch: Batch = view.batch(view.empty(size).zero_(), keys).to(device)
+    return batch.pixels, batch.masked, batch.seeds
+
+
+def _pass_fits(objective: nn.Module, arguments: Sequence[Tensor], device: torch.device, precise: Any) -> bool:
+    """Whether a forward and backward pass fits beside what the optimizer will need."""
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     try:
         values = sum(parameter.numel() for parameter in parameters)
         reserved = torch.empty(_ADAM * values, dtype=torch.float32, device=device)
-        with autocast:
-            loss = objective(batch.pixels, batch.masked, batch.seeds)
+        with precise:
+            loss = objective(*arguments)
         loss.backward()
         del reserved
         return True
@@ -107,3 +140,19 @@ def _fits(objective: nn.Module, view: View, size: int, device: torch.device, aut
         for parameter in parameters:
             parameter.grad = None
         torch.cuda.empty_cache()
+
+
+def _kept_bytes(objective: nn.Module, arguments: Sequence[Tensor], precise: Any) -> int:
+    """What a forward pass keeps for the backward, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with precise, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective(*arguments)
+    return sum(kept.values())

@@ -1,10 +1,20 @@
-"""Pictures with what they show: class folders, a CSV, tar shards, tables."""
+"""Pictures with their classes: names become places in a list of classes, and groups become numbers."""
 
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 
+from maehub.errors import DataError, UsageError
+from maehub.masking import sample_id
+from maehub.opening import printable
 from maehub.sources import Source, select
+from maehub.train.label_csv import TESTING
+from maehub.train.labelling import Told, find_told, listed
 
 
 @dataclass(frozen=True)
@@ -12,7 +22,8 @@ class Labelled:
     """Pictures with their classes.
 
     ``labels``: (n,) int64, places in ``classes``; where a picture may have several, (n, classes) bool. ``groups``:
-    (n,) int64, equal for pictures that must stay on one side of a split; None where nobody said.
+    (n,) int64, equal for pictures that must stay on one side of a split; None where nobody said. What `read_labelled`
+    gives is a hash of a group's name, so a group has the same number wherever it is read.
     """
 
     samples: Source
@@ -28,7 +39,157 @@ class Labelled:
         """Whether a picture may have several classes, or none."""
         return self.labels.ndim == 2
 
+    @property
+    def counts(self) -> np.ndarray:
+        """(classes,) int64, how many pictures each class has."""
+        if self.multi_label:
+            return self.labels.sum(axis=0, dtype=np.int64)
+        return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
+
     def take(self, indices: np.ndarray) -> "Labelled":
         """Some of them, in the order of ``indices``."""
         groups = None if self.groups is None else self.groups[indices]
         return replace(self, samples=select(self.samples, indices), labels=self.labels[indices], groups=groups)
+
+    def without_empty_classes(self) -> "Labelled":
+        """The same pictures, with the classes alone that one of them has."""
+        has = self.counts > 0
+        classes = tuple(name for name, some in zip(self.classes, has, strict=True) if some)
+        labels = self.labels[:, has] if self.multi_label else (np.cumsum(has) - 1)[self.labels]
+        return replace(self, labels=labels, classes=classes)
+
+
+class Found(NamedTuple):
+    """Labelled pictures with what else is known of them."""
+
+    labelled: Labelled
+    group_names: dict[int, str]  # of the numbers in ``labelled.groups``
+    sides: list[str] | None  # n cells of the column split of a CSV, where there is one
+
+
+class Sides(NamedTuple):
+    """Folders of a split that was given."""
+
+    training: str
+    testing: str
+
+
+def read_labelled(
+    data: str | Path,
+    *,
+    group: str | None = None,
+    label: str | None = None,
+    classes: Sequence[str] | None = None,
+    index_dir: Path | None = None,
+) -> Labelled:
+    """Labelled pictures: a folder of class folders, a CSV, tar shards, Parquet files or a saved dataset.
+
+    *Folder*: DIR/CLASS/…, at any depth. *CSV*: see `maehub.train.label_csv.read_csv`; if any cell holds several labels
+    with | between them, or none, every picture may have several. *Shards*: the number in the .cls member; classes are
+    called by the lines of a file classes.txt beside the shards, the first one 0, or by their numbers. *Table*: the
+    column label, labels, class or fine_label, or the only one of datasets' ClassLabel; text, numbers, or lists of them.
+
+    Args:
+        data: where they are, as `maehub.sources.find_samples` takes it, or a .csv.
+        group: what must stay on one side of a split: a column of a CSV or table; of a folder the level of the folder
+            whose name is the group, ``"2"`` being the first one below the class; of shards ``"shard"``, or the level
+            of a folder in the names of members, from ``"1"``.
+        label: the label's column, in a CSV or table.
+        classes: the classes that labels are places in, such as those of a model. None takes those that have a picture,
+            sorted by name, or in the order that the data give them.
+        index_dir: as in `find_samples`.
+
+    Raises:
+        DataError: pictures without a label or at the wrong level, an empty class, one class only, or a class that is
+            not in ``classes``; or whatever `find_samples` raises.
+        UsageError: there is no such column or level, or the folder holds the two sides of a split.
+    """
+    return find_labelled(data, group=group, label=label, classes=classes, index_dir=index_dir).labelled
+
+
+def find_labelled(
+    data: str | Path,
+    *,
+    group: str | None = None,
+    label: str | None = None,
+    classes: Sequence[str] | None = None,
+    index_dir: Path | None = None,
+) -> Found:
+    """What `read_labelled` gives, with the names of groups and the sides that a CSV puts its pictures on."""
+    text = os.fsdecode(data)
+    if sides := given_folders(text):
+        raise UsageError(f"{printable(text)} holds the two sides of a split: name one, such as {sides.testing}")
+    told = find_told(text, group, label, index_dir, known=classes is not None)
+    numbers = {name: _number(name) for name in set(told.groups or ())}
+    labelled = _numbered(told, numbers)
+    if classes is not None:
+        labelled = mapped(labelled, tuple(classes), text)
+    elif len(labelled.classes) < 2 and not (labelled.multi_label and not labelled.labels.all()):
+        raise one_class(text, labelled.classes[0])
+    return Found(labelled, {number: name for name, number in numbers.items()}, told.sides)
+
+
+def given_folders(data: str) -> Sides | None:
+    """DIR/train and DIR/val, where both are; without val DIR/validation, DIR/valid or DIR/test in its place."""
+    training, *testing = [os.path.join(data, name) for name in ("train", *TESTING)]
+    first = next(filter(os.path.isdir, testing), None)
+    return Sides(training, first) if first and os.path.isdir(training) else None
+
+
+def _number(group: str) -> int:
+    return sample_id(b"group " + group.encode("utf-8", "surrogateescape"))
+
+
+def _numbered(told: Told, numbers: dict[str, int]) -> Labelled:
+    """Names to places in the row of the classes that have a picture."""
+    several = isinstance(told.labels[0], list)
+    cells = cast(list[list[str]], told.labels if several else [[name] for name in told.labels])
+    seen = {name for cell in cells for name in cell}
+    classes = tuple(name for name in told.order or sorted(seen) if name in seen)
+    if not classes:
+        raise DataError(f"none of {len(cells)} pictures has a label, the first {told.samples.where(0)}")
+    places = {name: place for place, name in enumerate(classes)}
+    if several:
+        labels = np.zeros((len(cells), len(classes)), bool)
+        for row, cell in zip(labels, cells, strict=True):
+            row[[places[name] for name in cell]] = True
+    else:
+        labels = np.array([places[cell[0]] for cell in cells], np.int64)
+    groups = None if told.groups is None else np.array([numbers[name] for name in told.groups], np.int64)
+    return Labelled(told.samples, labels, classes, groups)
+
+
+def mapped(labelled: Labelled, classes: tuple[str, ...], data: str) -> Labelled:
+    """The same pictures with labels that are places in ``classes``.
+
+    Raises:
+        DataError: they have classes that are not among those; the text counts their pictures.
+    """
+    times = Counter(classes)
+    counts = dict(zip(labelled.classes, labelled.counts.tolist(), strict=True))
+    if unseen := [name for name in labelled.classes if name not in times]:
+        names = listed([f"{name} (pictures: {counts[name]})" for name in unseen])
+        raise DataError(
+            f"{printable(data)} has classes that are not among the {len(classes)} known ones: {names}. Known are "
+            f"{listed(classes)}. Leave those pictures out, or train with them"
+        )
+    if doubled := [name for name in labelled.classes if times[name] > 1]:
+        raise DataError(
+            f"{times[doubled[0]]} of the known classes are called {doubled[0]}; which is meant is not known"
+        )
+    order = {name: place for place, name in enumerate(classes)}
+    places = np.array([order[name] for name in labelled.classes], np.int64)
+    if not labelled.multi_label:
+        return replace(labelled, labels=places[labelled.labels], classes=classes)
+    labels = np.zeros((len(labelled), len(classes)), bool)
+    labels[:, places] = labelled.labels
+    return replace(labelled, labels=labels, classes=classes)
+
+
+def one_class(data: str, name: str) -> DataError:
+    """The error to raise for data of a single class."""
+    text = f"all pictures in {printable(data)} are of one class, {name}, and there is nothing to tell it from"
+    inside = os.path.join(data, name)
+    if os.path.isdir(inside) and any(os.path.isdir(os.path.join(inside, entry)) for entry in os.listdir(inside)):
+        return DataError(f"{text}. If the classes are the folders in {name}, give {printable(inside)}")
+    return DataError(f"{text}. Two classes or more are needed")

@@ -1,37 +1,105 @@
-"""How well the neighbours of a feature tell its class."""
+"""How well the neighbours of a feature tell its class (Wu et al. 2018, section 3.4)."""
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ROWS = 1024  # compared with all others at once
+from maehub.errors import UsageError
+from maehub.train.linear import accuracy
+
+NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
+"""Numbers of neighbours to choose from."""
+
+_AT_ONCE = 2**25  # similarities in memory
 _TEMPERATURE = 0.07
 
 
+class Near(NamedTuple):
+    """The nearest of some pictures, the nearest first."""
+
+    weights: Tensor  # (rows, k), exp(cosine similarity / temperature), the nearest one's being 1; 0 where it is barred
+    places: Tensor  # (rows, k) int64
+
+
+class NeighbourTrial(NamedTuple):
+    """One number of neighbours, and how well it did."""
+
+    neighbours: int
+    accuracy: float  # percent; where a picture may have several classes, mean average precision
+
+
+def vote(
+    train_features: Tensor,
+    train_labels: np.ndarray,
+    features: Tensor,
+    neighbours: int,
+    temperature: float = _TEMPERATURE,
+    *,
+    classes: int | None = None,
+) -> Tensor:
+    """What share of its neighbours' votes each class gets, each voting with exp(cosine similarity / temperature).
+
+    Args:
+        train_features: (m, D) floating.
+        train_labels: (m,) integers from 0; or (m, C) bool, where a neighbour votes for each of its classes.
+        features: (n, D) floating, on the same device.
+        neighbours: how many vote; at most m do.
+        classes: C, where labels are integers; None is as many as they name.
+
+    Returns:
+        (n, C) float32 in [0, 1]: votes for the class over all votes.
+    """
+    ballots = _ballots(train_labels, classes, features.device)
+    found = [_shares(near, ballots) for near in _nearest(train_features, features, neighbours, temperature)]
+    return torch.cat(found)
+
+
+def choose_neighbours(
+    features: Tensor,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    temperature: float = _TEMPERATURE,
+    candidates: Sequence[int] = NEIGHBOURS,
+) -> tuple[NeighbourTrial, ...]:
+    """How well each number of neighbours tells the class of a picture that is left out of them.
+
+    Args:
+        features: (n, D) floating, n at least 2.
+        labels: as in `vote`.
+        groups: (n,) integers: pictures of its own group do not vote for a picture; None bars only itself.
+        candidates: numbers to try; those of n and more are left out.
+    """
+    count = len(features)
+    if count < 2:
+        raise UsageError("one picture has no neighbours to choose by")
+    ballots = _ballots(labels, None, features.device)
+    tried = [number for number in candidates if number < count] or [count - 1]
+    barred = torch.arange(count) if groups is None else torch.as_tensor(groups)
+    found: dict[int, list[Tensor]] = {number: [] for number in tried}
+    for near in _nearest(features, features, max(tried), temperature, barred.to(features.device)):
+        for number in tried:
+            shares = _shares(Near(near.weights[:, :number], near.places[:, :number]), ballots)
+            found[number].append(shares if labels.ndim == 2 else shares.argmax(dim=1))  # the shares are large
+    return tuple(NeighbourTrial(number, _accuracy(torch.cat(found[number]), labels)) for number in tried)
+
+
 def leave_one_out(features: Tensor, labels: Tensor, neighbours: int = 20) -> float:
-    """Accuracy of a weighted vote of the nearest other features (Wu et al. 2018, section 3.4).
+    """Accuracy of the vote of the nearest other features.
 
     Args:
         features: (n, D) floating, any device.
         labels: (n,) int64 from 0, on the same device.
-        neighbours: how many vote, each with exp(cosine similarity / 0.07); at most n − 1.
+        neighbours: how many vote; at most n − 1.
 
     Returns:
         Top-1 accuracy in percent.
     """
-    normed = F.normalize(features.float(), dim=1)
-    count, classes = len(normed), int(labels.max()) + 1
-    neighbours = min(neighbours, count - 1)
-    right = 0
-    for start in range(0, count, _ROWS):
-        rows = torch.arange(start, min(count, start + _ROWS), device=normed.device)
-        similarity = normed[rows] @ normed.T  # (rows, n)
-        similarity[torch.arange(len(rows), device=normed.device), rows] = -torch.inf
-        near, places = similarity.topk(neighbours, dim=1)
-        votes = torch.zeros(len(rows), classes, device=normed.device)
-        votes.scatter_add_(1, labels[places], (near / _TEMPERATURE).exp())
-        right += int((votes.argmax(dim=1) == labels[rows]).sum())
-    return 100 * right / count
+    neighbours = min(neighbours, len(features) - 1)
+    return choose_neighbours(features.float(), labels.cpu().numpy(), candidates=[neighbours])[0].accuracy
 
 
 def effective_rank(features: Tensor) -> float:
@@ -49,3 +117,40 @@ def effective_rank(features: Tensor) -> float:
     shares = values / values.sum()
     shares = shares[shares > 0]
     return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def _nearest(
+    train: Tensor, asking: Tensor, neighbours: int, temperature: float, barred: Tensor | None = None
+) -> Iterator[Near]:
+    """The nearest of ``train``, for some rows of ``asking`` at a time; of equal (n,) ``barred`` none counts."""
+    train, asking = F.normalize(train.float(), dim=1), F.normalize(asking.float(), dim=1)
+    step = max(1, _AT_ONCE // len(train))
+    for start in range(0, len(asking), step):
+        rows = slice(start, start + step)
+        similarity = asking[rows] @ train.T  # (rows, m)
+        if barred is not None:
+            similarity[barred[rows, None] == barred] = -torch.inf
+        near, places = similarity.topk(min(neighbours, len(train)), dim=1)
+        weights = ((near - near[:, :1]) / temperature).exp()
+        yield Near(weights.nan_to_num(0), places)  # where every one is barred, nobody votes
+
+
+def _shares(near: Near, ballots: Tensor) -> Tensor:
+    """(rows, C): votes for each class over all votes."""
+    votes = torch.zeros(len(near.weights), ballots.shape[1], device=ballots.device)
+    for weights, places in zip(near.weights.T, near.places.T, strict=True):  # all at once would be k times as large
+        votes += weights[:, None] * ballots[places]
+    return votes / near.weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def _accuracy(found: Tensor, labels: np.ndarray) -> float:
+    """Of the most voted classes (n,) their top-1 in percent; of shares (n, C) as `maehub.train.linear.accuracy`."""
+    return accuracy(found, labels) if found.ndim == 2 else 100 * float((found.cpu().numpy() == labels).mean())
+
+
+def _ballots(labels: np.ndarray, classes: int | None, device: torch.device) -> Tensor:
+    """(m, C) float32: 1 for each class that a picture votes for."""
+    truth = torch.as_tensor(labels, device=device)
+    if truth.ndim == 2:
+        return truth.float()
+    return F.one_hot(truth.long(), classes or int(truth.max()) + 1).float()

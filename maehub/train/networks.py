@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -45,7 +46,7 @@ def build_network(config: PretrainConfig, found: Located | None, vocabulary: int
         found: what `find_weights` gives.
         vocabulary: tokens that the caller's tokenizer knows; 0 for ViT's mean colours.
     """
-    size: int | Size | None = _pair(config.image_size)
+    size: int | Size | None = pair(config.image_size)
     if found is None:
         return _fresh(config, None, vocabulary)
     try:
@@ -110,10 +111,7 @@ def _fresh(
 ) -> MaskedAutoencoder:
     """A fresh autoencoder, with the weights of an encoder if there is one and a decoder shaped ``like`` another's."""
     if encoder is None:
-        size = _preset(config)
-        preprocess = Preprocess.evaluation(size.size, size.channels, size.patch_size)
-        if config.model in _WHOLE_PICTURE:
-            preprocess = replace(preprocess, crop_fraction=1.0)
+        size, preprocess = preset(config.model, config.image_size, config.channels)
         width, depth, heads = _DECODERS.get(config.model, _PAPER_DECODER)
     else:
         size, preprocess = replace(encoder.config, pool="cls", classes=0), encoder.preprocess
@@ -143,17 +141,32 @@ def _fresh(
     return model
 
 
-def _preset(config: PretrainConfig) -> EncoderConfig:
-    if config.model not in PRESETS:
-        raise UsageError(f"--model {config.model} is not one of {', '.join(PRESETS)}; --from names weights")
-    preset = PRESETS[config.model]
-    size = config.image_size * 2 if len(config.image_size) == 1 else config.image_size or preset.size
-    if any(side % preset.patch_size for side in size):
-        raise UsageError(f"--image-size must be a multiple of {preset.patch_size}, not {' '.join(map(str, size))}")
-    return replace(preset, image_size=(size[0], size[1]), channels=config.channels or preset.channels)
+class Preset(NamedTuple):
+    """A network without weights, and its transform."""
+
+    config: EncoderConfig
+    preprocess: Preprocess
 
 
-def _pair(sides: tuple[int, ...]) -> int | Size | None:
+def preset(name: str, image_size: tuple[int, ...] = (), channels: int | None = None) -> Preset:
+    """An architecture by name, for pictures of another size or other channels where they are given.
+
+    Raises:
+        UsageError: there is no such preset, or a side that is no multiple of its patch.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"--model {name} is not one of {', '.join(PRESETS)}; --from names weights")
+    found = PRESETS[name]
+    size = image_size * 2 if len(image_size) == 1 else image_size or found.size
+    if any(side % found.patch_size for side in size):
+        raise UsageError(f"--image-size must be a multiple of {found.patch_size}, not {' '.join(map(str, size))}")
+    config = replace(found, image_size=(size[0], size[1]), channels=channels or found.channels)
+    preprocess = Preprocess.evaluation(config.size, config.channels, config.patch_size)
+    return Preset(config, replace(preprocess, crop_fraction=1.0) if name in _WHOLE_PICTURE else preprocess)
+
+
+def pair(sides: tuple[int, ...]) -> int | Size | None:
+    """``--image-size`` as `load` takes it."""
     if not sides:
         return None
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])

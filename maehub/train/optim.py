@@ -1,26 +1,30 @@
-"""The optimizer of the paper, its schedule as a pure function of the step, and the guard against bad updates."""
+"""The optimizers of the paper, their schedule as a pure function of the step, and the guard against bad updates."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+_UNDECAYED = ("cls_token", "pos_embed")
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up from 0, then half a cosine to 0 (He et al. 2021, table 8).
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: float = 0.0) -> float:
+    """Linear warm-up from 0, then half a cosine to ``floor`` (He et al. 2021, table 8).
 
     Args:
         step: 0 … steps − 1.
         steps: length of the run.
         peak: highest rate.
         warmup: share of the steps that the rise takes.
+        floor: what the cosine ends at.
     """
     rise = warmup * steps
     if step < rise:
         return peak * step / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
 def peak_rate(base_lr: float, batch_size: int) -> float:
@@ -43,6 +47,50 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = (0
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
+def decayed_groups(
+    model: nn.Module, depth: int, weight_decay: float, layer_decay: float, undecayed: Collection[str] = _UNDECAYED
+) -> list[dict[str, Any]]:
+    """Groups of parameters for layer-wise decay of the learning rate (Clark et al. 2020; Bao et al. 2021).
+
+    What stands before the first block is layer 0, block i is layer i + 1, and ``fc_norm`` and the head are layer
+    depth + 1; ``norm``, which normalises tokens, counts to the last block, as in timm. A layer's rate is multiplied by
+    ``layer_decay`` once for each layer above it. Biases and norms, the class token and the positions have no weight
+    decay. Frozen parameters are left out.
+
+    Args:
+        model: an `Encoder`, or what names its parameters in the same way.
+        depth: its blocks.
+        undecayed: names without weight decay, whatever their shape.
+
+    Returns:
+        Groups with ``lr_scale``, the factor of the rate, and ``weight_decay``.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = _layer(name, depth)
+        decays = parameter.ndim > 1 and name not in undecayed
+        settings = {"lr_scale": layer_decay ** (depth + 1 - layer), "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((layer, decays), {"params": [], **settings})["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    first, *rest = name.split(".")
+    if first in ("cls_token", "pos_embed", "patch_embed"):
+        return 0
+    if first == "norm":
+        return depth
+    return int(rest[0]) + 1 if first == "blocks" else depth + 1
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its learning rate: ``rate`` times its ``lr_scale``, where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of the gradient of all parameters, () float32 on their device; the same in every process."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -52,7 +100,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """An update, unless ``bad`` (() float32 on the device) is 1: then nothing changes, neither weights nor state.
 
-    The device decides, so the host need not wait for it: fused AdamW reads the flag that a gradient scaler would set.
+    With AdamW the device decides, so the host need not wait for it: its fused kernel reads the flag that a gradient
+    scaler would set. Other optimizers wait.
     """
-    optimizer.found_inf = bad  # type: ignore[attr-defined]
-    optimizer.step()
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bad:
+        optimizer.step()

@@ -1,4 +1,18 @@
-"""How the report of a run looks: its style sheet, for light and dark screens, for phones and for paper."""
+"""How the report of a run looks: a style sheet for light and dark screens, phones and paper; tables and pictures."""
+
+import base64
+import io
+from collections.abc import Collection, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from maehub.errors import DataError
+from maehub.opening import open_image
+
+_JPEG_QUALITY = 88
 
 STATES = {"completed": "good", "preempted": "warn", "running": "warn", "diverged": "bad", "failed": "bad"}
 """States of a run to the class of their badge."""
@@ -32,13 +46,20 @@ tr { border-bottom: 1px solid var(--line); break-inside: avoid; }
 .settings th, .settings td { padding: 3px 0; }
 .settings td { text-align: right; }
 .changed { background: var(--mark); } .changed th, .changed td { color: var(--ink); font-weight: 600; }
+.classes th, .classes td { text-align: right; white-space: nowrap; }
+.classes :first-child, .worded :last-child { text-align: left; }
+.classes td, .classes tr + tr th { color: var(--ink); }
+.bar { float: left; width: 90px; height: 8px; margin: 7px 12px 0 0; border-radius: 4px; background: var(--line); }
+.bar i { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
+.beside { align-items: start; } .beside th { white-space: nowrap; }
+.wide { overflow-x: auto; } .wide figure { min-width: 620px; }
 figure { margin: 0; padding: 12px 14px; background: var(--card); border-radius: 8px; min-width: 0;
   break-inside: avoid; }
 figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; margin-bottom: 6px;
   font-size: 14px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 14px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
 img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 .key { font-size: 13px; color: var(--soft); white-space: nowrap; }
 .key i { display: inline-block; width: 20px; margin-right: 6px; border-top: 2px solid; vertical-align: middle; }
@@ -68,3 +89,78 @@ HEAD = f"""<!DOCTYPE html>
 <style>{_STYLE}</style>
 """
 """All that comes before the title."""
+
+
+def section(title: str, body: str) -> str:
+    """A part of the page with its heading; without a body nothing."""
+    return f"<section><h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+
+
+def rows(facts: Mapping[str, str]) -> str:
+    """A table of names and what is said of them."""
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
+    return f"<table>{body}</table>" if body else ""
+
+
+def settings_table(settings: Mapping[str, Any], changed: Collection[str], mark: str) -> str:
+    """Settings in columns.
+
+    Args:
+        settings: by the names of their fields.
+        changed: those that are marked.
+        mark: what the mark means.
+    """
+    cells = []
+    for name, value in settings.items():
+        marked = ' class="changed"' if name in changed else ""
+        label = escape(name.strip("_").replace("_", "-"))
+        cells.append(f"<tr{marked}><th>{label}</th><td>{escape(value_words(value))}</td></tr>")
+    if not cells:
+        return ""
+    return f'<p class="legend">Marked: {mark}.</p><table class="settings">{"".join(cells)}</table>'
+
+
+def value_words(value: Any) -> str:
+    """The value of a setting as it is read."""
+    if value is None or value in ("", []):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(value_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def picture(path: Path, name: str, what: str, widest: int, *, titled: bool = True) -> str:
+    """A picture of a file, inside the page; where it cannot be read, a line that says so.
+
+    Args:
+        name: of the picture.
+        what: it shows, for who cannot see it.
+        widest: pixels; a wider one is made smaller.
+        titled: its name stands above it.
+    """
+    try:
+        image = open_image(path)
+    except DataError:
+        return f'<p class="note">The picture of {escape(name[:1].lower() + name[1:])} cannot be read.</p>'
+    width, height = image.size
+    if width > widest:
+        image = image.resize((widest, max(1, round(height * widest / width))), Image.Resampling.LANCZOS)
+    caption = f"<figcaption><b>{escape(name)}</b></figcaption>" if titled else ""
+    return (
+        f"<figure>{caption}"
+        f'<img alt="{escape(what)}" width="{image.width}" height="{image.height}" '
+        f'src="{_data_address(image)}"></figure>'
+    )
+
+
+def _data_address(image: Image.Image) -> str:
+    """The picture as a data: address, PNG or JPEG, whichever is smaller."""
+    encoded = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": _JPEG_QUALITY})):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format=kind, **options)
+        encoded[kind] = buffer.getvalue()
+    kind = min(encoded, key=lambda name: len(encoded[name]))
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"

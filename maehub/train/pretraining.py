@@ -4,24 +4,22 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import maehub
 from maehub.autoencoder import MaskedAutoencoder
-from maehub.errors import EXIT_DONE, CheckpointError, DataError, DivergedError, MaehubError, UsageError
+from maehub.errors import EXIT_DONE, UsageError
 from maehub.train.augment import jitter
 from maehub.train.checkpoint import Progress
 from maehub.train.config import PretrainConfig
 from maehub.train.data import (
-    Batch,
     Crops,
     StepKeys,
     View,
@@ -31,16 +29,16 @@ from maehub.train.data import (
     worker_count,
 )
 from maehub.train.distributed import Group, joined
-from maehub.train.fitting import micro_batch, within_memory
+from maehub.train.fitting import micro_batch, views_fit, within_memory
 from maehub.train.holdout import Split, split_data
 from maehub.train.log import RunLog, check_run_folder, run_state
 from maehub.train.machine import code_digest, environment
 from maehub.train.networks import build_network, find_weights, kept_patches, view_of
-from maehub.train.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate
+from maehub.train.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
 from maehub.train.parallel import accumulating, autocast, deterministic, wrapped
-from maehub.train.report import write_report
 from maehub.train.saving import Saver, fixed_settings, resumed
 from maehub.train.sharded import gathered
+from maehub.train.steps import agreed, batch_words, next_batch, parts, report, rescuing
 from maehub.train.stopping import Stop, stop_requests
 from maehub.train.targets import Objective, fit_components, store_components
 from maehub.train.validation import Validation, tell_start
@@ -133,7 +131,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
         _fit_pca(model, split, view, config, group)
-    settings = fixed_settings(config, steps)
+    settings = fixed_settings(config, {"steps": steps})
     start = Progress(0, settings, split.training.digest(), group.size)
     group.agree(
         {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
@@ -156,7 +154,8 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     if group.leads:
         validation = Validation(config, objective, view, split.heldout or split.training, split.heldout)
     precision = autocast(config, device)
-    micro = micro_batch(config, objective, model.config, view, kept, group, precision)
+    fits = views_fit(config, objective, model.config, view, kept, group)
+    micro = micro_batch(config, config.batch_size // group.size, group, fits, f"{view.size[0]}×{view.size[1]}")
     module = wrapped(objective, config, group)
     optimizer = adamw(model, config.weight_decay)
     start = replace(start, micro_batch=micro)
@@ -203,17 +202,16 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     saver = Saver(config, group, run, stop, job.model, job.optimizer, replace(job.start, micro_batch=micro))
     crops = Crops(job.split.training, job.view, config.cache)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
-    with loading as batches, _rescuing(keys, job, run, saver):
+    with loading as batches, rescuing(keys, job.split.training, run, saver):
         for step in range(at.step, steps):
             group.step = step + 1
-            batch, said = _next(batches, group, run, stop)
+            batch, said = next_batch(batches, group, run, stop)
             rate = learning_rate(step, steps, peak, config.warmup)
-            for settings in job.optimizer.param_groups:
-                settings["lr"] = rate
+            set_rates(job.optimizer, rate)
 
             loss = torch.zeros((), device=device)
             with group.waiting("the gradients"), within_memory(micro, device):
-                for part, last in _parts(batch, micro):
+                for part, last in parts(batch, micro):
                     pixels, masked, seeds, factors = part.to(device)
                     if factors.shape[1]:
                         pixels = jitter(pixels, factors)
@@ -223,7 +221,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                         share.backward()
                     loss += share.detach()
                 norm = gradient_norm(parameters)
-                loss, bad = _agreed(loss, norm, bad, group)
+                loss, bad = agreed(loss, norm, bad, group)
             if config.clip_grad:
                 nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
             guarded_step(job.optimizer, bad)
@@ -242,61 +240,10 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 run.restart_clock()
             if stopping and done < steps:
                 run.finish("preempted", stopping)
-                _report(run)
+                report(run)
                 return PretrainResult(config.out, done, stopping)
 
     return _finished(config, group, job, run)
-
-
-def _next(batches: Iterator[Batch], group: Group, run: RunLog, stop: Stop) -> tuple[Batch, int]:
-    """The batch of a step, and the exit code to stop with after it, the same in every process (0: go on)."""
-    begun = time.perf_counter()
-    batch, failure = None, None
-    try:
-        batch = next(batches)
-    except (DataError, RuntimeError) as error:  # of many processes, the others must hear of it before they wait
-        failure = error
-    run.idled(time.perf_counter() - begun)
-    said = group.exchange(stop.exit_code, failure is not None)
-    if said.failed:
-        with group.together("reading pictures"):
-            if failure is not None:
-                raise failure
-    assert batch is not None
-    return batch, said.stop
-
-
-def _parts(batch: Batch, size: int) -> Iterator[tuple[Batch, bool]]:
-    """Micro-batches, and whether each is the last."""
-    parts = list(batch.split(size))
-    return ((part, number == len(parts)) for number, part in enumerate(parts, start=1))
-
-
-def _agreed(loss: Tensor, norm: Tensor, bad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """The loss of the global batch, and 1 if it or the gradient is not finite anywhere, now or before."""
-    both = torch.stack([loss / group.size, (~torch.isfinite(loss + norm)).float()])
-    if group.size > 1:
-        dist.all_reduce(both, group=group.brisk)
-    return both[0], torch.maximum(bad, (both[1] > 0).float())
-
-
-@contextlib.contextmanager
-def _rescuing(keys: StepKeys, job: _Job, run: RunLog, saver: Saver) -> Iterator[None]:
-    """Where an update was bad, write down its samples, and keep the weights: they are those of the step before."""
-    try:
-        yield
-    except DivergedError as error:
-        if run.bad_step is None:
-            raise
-        step = run.bad_step
-        batch = next(iter(replace(keys, first_step=step - 1, steps=step, rank=0, size=1)))
-        names = [job.split.training.where(key.sample) for key in batch]
-        run.dump(step, {"reason": str(error), "samples": names, "crop_seeds": [key.crop for key in batch]})
-        if step > 1 and run.last_saved != step - 1:
-            with contextlib.suppress(CheckpointError):  # the first error tells more
-                saver.save(step - 1, must=True)
-        _report(run)
-        raise
 
 
 def _look(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step: int) -> None:
@@ -335,33 +282,18 @@ def _finished(config: PretrainConfig, group: Group, job: _Job, run: RunLog) -> P
         if still is not None:
             save(still.model.eval(), run.folder / "model", overwrite=True)
     run.finish("completed", EXIT_DONE)
-    _report(run)
+    report(run)
     return PretrainResult(config.out, job.steps, EXIT_DONE)
 
 
-def _report(run: RunLog) -> None:
-    """The page of a run; one that cannot be written takes nothing from it."""
-    try:
-        if run.leads:
-            write_report(run.folder)
-    except MaehubError as error:
-        log.warning("report.html: %s", error)
-
-
 def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micro: int) -> None:
-    part = config.batch_size // group.size
-    how = f"{config.batch_size}" if group.size == 1 else f"{config.batch_size} ({group.size} processes of {part}"
-    if part > micro:
-        how += f"{', ' if group.size > 1 else ' ('}{-(-part // micro)} micro-batches of {micro}"
-    if "(" in how:
-        how += ")"
     held = f", {len(job.split.heldout)} held out" if job.split.heldout is not None else ""
     log.info(
         "%d pictures%s, %d steps of %s, lr %.3g, on %s",
         len(job.split.training),
         held,
         job.steps,
-        how,
+        batch_words(config.batch_size, micro, group),
         peak,
         group.device,
     )

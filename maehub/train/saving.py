@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _FREE = {"out", "data", "resume", "overwrite", "allow_data_change", "quiet", "de
     "fsdp",
     "keep",
     "knn",
+    "skip_twins",
     "micro_batch",
     "tensorboard",
     "time_limit",
@@ -137,10 +139,10 @@ def resumed(
     return before
 
 
-def fixed_settings(config: RunConfig, steps: int) -> dict[str, Any]:
-    """What must be the same when a run is resumed, as JSON gives it back."""
+def fixed_settings(config: RunConfig, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same when a run is resumed, as JSON gives it back: settings, and what follows from them."""
     fixed = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    return json.loads(json.dumps(fixed | {"steps": steps}))
+    return json.loads(json.dumps(fixed | dict(more)))
 
 
 def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import tyro
 
@@ -79,6 +79,17 @@ def check(config: Any, rules: Mapping[str, Rule]) -> None:
         value = getattr(config, name)
         if (value is not None or defaults[name] is not None) and not rule.holds(value):
             raise UsageError(f"{option(name)} must be {rule.words}, not {value!r}")
+
+
+Config = TypeVar("Config", bound=type)
+
+
+def own_first(config: Config) -> Config:
+    """Move the settings that a run shares with every other behind its own, for whoever lists them: ``--help`` does."""
+    shared = {field.name for field in fields(RunConfig)} - {"data", "out"}
+    kind: Any = config
+    kind.__dataclass_fields__ = dict(sorted(kind.__dataclass_fields__.items(), key=lambda item: item[0] in shared))
+    return config
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,204 @@
+"""Encoders with a head, as they are trained: pooling, stochastic depth, frozen parts, probes on a frozen network."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from maehub.building import HEAD_STD
+from maehub.encoder import Block, Encoder, Pool
+from maehub.errors import UsageError
+from maehub.train.backbones import Backbone
+from maehub.train.distributed import Group
+
+_PROBE_STD = 0.01  # of a linear probe's fresh weights, as published
+_BATCH_NORM_EPS = 1e-6
+_HEAD_WIDTH = 64  # of the attention that pools
+
+
+def as_classifier(
+    encoder: Encoder, classes: Sequence[str], *, pool: Pool, multi_label: bool = False, seed: int = 0
+) -> Encoder:
+    """An encoder with a head to be fine-tuned: its weights, and fresh ones for what they lack.
+
+    With the mean the final norm is a fresh ``fc_norm``, unless the weights have one. The head is kept where it is one
+    of the same classes, else drawn with the published small deviation. Positions are trained, as published.
+
+    Args:
+        encoder: on the CPU.
+        classes: their names.
+        pool: what the head sees.
+    """
+    old = encoder.config
+    names = tuple(classes)
+    config = replace(old, classes=len(names), class_names=names, pool=pool, multi_label=multi_label)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = Encoder(config, encoder.preprocess)
+        nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
+    fresh, brought = model.state_dict(), encoder.state_dict()
+    keeps = old.pool == pool and old.class_names == names and old.multi_label == multi_label
+    wanted = {name for name in fresh if name in brought and (keeps or not name.startswith("head."))}
+    model.load_state_dict(fresh | {name: brought[name] for name in wanted})
+    model.pos_embed.requires_grad_(True)
+    model.origin = encoder.origin
+    return model
+
+
+def drop_paths(blocks: Sequence[Block], rate: float) -> None:
+    """Put stochastic depth into blocks: the first is never passed over, the last for ``rate`` of the samples."""
+    from timm.layers.drop import DropPath
+
+    for number, block in enumerate(blocks):
+        share = rate * number / max(1, len(blocks) - 1)
+        block.drop_path = DropPath(share) if share else nn.Identity()
+
+
+def freeze(encoder: Encoder, blocks: float) -> None:
+    """Leave the last so many blocks, the final norm and the head to be trained (He et al. 2021, figure 9).
+
+    Args:
+        blocks: 0.5 is the MLP of the last block with its norm, as in the paper.
+
+    Raises:
+        UsageError: there are not so many.
+    """
+    depth = encoder.config.depth
+    if blocks > depth:
+        raise UsageError(f"--blocks {blocks:g} is more than the {depth} blocks of the network")
+    encoder.requires_grad_(False)
+    trained: list[nn.Module] = [encoder.final_norm, encoder.head]
+    if blocks == 0.5 and depth:
+        last = encoder.blocks[-1]
+        assert isinstance(last, Block)
+        trained += [last.norm2, last.mlp]
+    else:
+        trained += list(encoder.blocks[depth - int(blocks) :])
+    for part in trained:
+        part.requires_grad_(True)
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation without affine parameters, over the batch of all processes.
+
+    It is for features that no gradient flows into, so the sums are exchanged without one. torch's own SyncBatchNorm
+    does not run on a CPU.
+    """
+
+    def __init__(self, width: int, group: Group) -> None:
+        super().__init__(width, eps=_BATCH_NORM_EPS, affine=False)
+        self.group = group
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) to (B, D)."""
+        if not self.training or self.group.size == 1:
+            return super().forward(features)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        with torch.no_grad():
+            x = features.double()
+            sums = torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])])
+            dist.all_reduce(sums, group=self.group.brisk)
+            count = sums[-1]
+            mean, square = (sums[:-1] / count).view(2, -1)
+            variance = (square - mean * mean).clamp_(min=0)
+            momentum = self.momentum or 0.1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), momentum)
+            self.num_batches_tracked += 1
+            return ((x - mean) / torch.sqrt(variance + self.eps)).to(features.dtype)
+
+
+class _Probe(nn.Module):
+    """A head on a network that stays as it is."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.trunk = backbone.module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "_Probe":
+        """The network stays in eval mode."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+
+class LinearProbe(_Probe):
+    """Linear probing as published (He et al. 2021, appendix A.1): frozen features, batch-normalised, a linear layer."""
+
+    def __init__(self, backbone: Backbone, pool: str, classes: int, group: Group) -> None:
+        super().__init__(backbone)
+        self.pool = pool
+        width = backbone.width * (2 if pool == "cls+mean" else 1)
+        self.norm = GlobalBatchNorm(width, group)
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=_PROBE_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to logits (B, classes)."""
+        with torch.no_grad():
+            normed = self.norm(self.backbone.features(images, self.pool).float())
+        return self.head(normed)
+
+    def folded(self, classes: Sequence[str], *, multi_label: bool = False) -> Encoder | None:
+        """A classifier that computes the same in eval mode, the normalisation folded into the head.
+
+        None of a network of timm, and where the pooling is not the one that the encoder was trained with, whose norm is
+        elsewhere.
+        """
+        encoder = self.trunk
+        if not isinstance(encoder, Encoder) or self.pool != encoder.config.pool:
+            return None
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        model = as_classifier(encoder.cpu(), classes, pool=encoder.config.pool, multi_label=multi_label)
+        scale = (self.norm.running_var.double().cpu() + self.norm.eps).rsqrt()
+        weight = self.head.weight.detach().double().cpu() * scale
+        bias = self.head.bias.detach().double().cpu() - weight @ self.norm.running_mean.double().cpu()
+        with torch.no_grad():
+            model.head.weight.copy_(weight)
+            model.head.bias.copy_(bias)
+        return model
+
+
+class AttentiveProbe(_Probe):
+    """A probe that pools the frozen patch tokens by attention: one learned query, then a norm and a linear layer.
+
+    Such probes are how later work reads networks whose patches, not whose class token, hold what they know (Chen et
+    al. 2022, Context Autoencoder, section 4).
+    """
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__(backbone)
+        width = backbone.width
+        heads = next(count for count in range(max(1, width // _HEAD_WIDTH), 0, -1) if width % count == 0)
+        self.query = nn.Parameter(torch.empty(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.query, std=1 / math.sqrt(width))
+        nn.init.trunc_normal_(self.head.weight, std=_PROBE_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to logits (B, classes)."""
+        with torch.no_grad():
+            tokens = self._tokens(images)
+        query = self.query.expand(len(tokens), -1, -1)
+        pooled, _ = self.attention(query, tokens, tokens, need_weights=False)
+        return self.head(self.norm(pooled[:, 0]))
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens (B, N, D) after the final norm; of a convolutional network its last map."""
+        if isinstance(self.trunk, Encoder):
+            return self.trunk.features(images, pool="tokens")
+        network: Any = self.trunk
+        found = network.forward_features(images)
+        return found.flatten(2).transpose(1, 2) if found.ndim == 4 else found[:, network.num_prefix_tokens :]

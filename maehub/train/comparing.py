@@ -1,0 +1,233 @@
+"""Several networks under the same protocols on the same pictures: the table that papers print."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maehub.errors import CheckpointError
+from maehub.files import atomic_write, write_error
+from maehub.folders import check_free
+from maehub.train.probe_config import CompareConfig, KnnConfig
+from maehub.train.probing import extract, fast_probe, nearest_probe, open_for, read_split
+from maehub.train.scores import Interval, Scores
+from maehub.train.showing import html_table, readable, text_table
+from maehub.train.splits import LabelledSplit
+
+MEMBERS = ("compare.json",)
+"""What marks the folder of a comparison."""
+
+_NAME = 60  # characters of a model's name in a table
+_HEADERS = {"probe": "LINEAR PROBE", "knn": "K-NN", "finetune": "FINE-TUNED"}
+
+
+class Run(NamedTuple):
+    """One network under one protocol with one seed, and what was chosen for it without the test pictures."""
+
+    seed: int
+    scores: Scores
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network under one protocol: the runs of all seeds."""
+
+    model: str
+    protocol: str
+    runs: tuple[Run, ...]
+
+    @property
+    def n(self) -> int:
+        """Test pictures of one run; where the seed makes the split, those of the first."""
+        return self.runs[0].scores.n
+
+    @property
+    def top1(self) -> float:
+        """Mean over the seeds, percent."""
+        return float(np.mean([run.scores.top1 for run in self.runs]))
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds, percentage points; None of one seed."""
+        return float(np.std([run.scores.top1 for run in self.runs], ddof=1)) if len(self.runs) > 1 else None
+
+    @property
+    def interval(self) -> Interval:
+        """95 % of ``top1``: that of the scores; of several seeds the means of both ends."""
+        low, high = np.mean([(run.scores.low, run.scores.high) for run in self.runs], axis=0)
+        return Interval(float(low), float(high))
+
+    def __str__(self) -> str:
+        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+        return f"{self.top1:.1f}{spread} ({self.interval.low:.1f} to {self.interval.high:.1f})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        runs = [{"seed": run.seed, "settings": run.settings, **run.scores.summary()} for run in self.runs]
+        low, high = self.interval
+        return {
+            "model": self.model,
+            "protocol": self.protocol,
+            "top1": self.top1,
+            "n": self.n,
+            "low": low,
+            "high": high,
+            "deviation": self.deviation,
+            "runs": runs,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: a row a model, a column a protocol. Prints as a table, draws itself in a notebook."""
+
+    data: str
+    cells: tuple[Cell, ...]
+    """In the order of models, then of protocols."""
+    n_train: int
+    made: bool
+    """Whether the split was made, by each seed another one."""
+    out: Path | None = None
+
+    def cell(self, model: str, protocol: str) -> Cell | None:
+        """One of them; None where the protocol is not for the model, as fine-tuning is not for a baseline."""
+        return next((cell for cell in self.cells if (cell.model, cell.protocol) == (model, protocol)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the classes, for JSON."""
+        return {
+            "data": self.data,
+            "n_train": self.n_train,
+            "split": "by seed" if self.made else "given",
+            "cells": [cell.to_dict() for cell in self.cells],
+            "out": None if self.out is None else str(self.out),
+        }
+
+    def __str__(self) -> str:
+        header, rows = self._table()
+        parts = [text_table(header, rows), self._note()]
+        return "\n\n".join([*parts, *([str(self.out)] if self.out else [])])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table()) + self._note()
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        protocols = list(dict.fromkeys(cell.protocol for cell in self.cells))
+        models = list(dict.fromkeys(cell.model for cell in self.cells))
+        rows = [
+            [readable(model, _NAME), *(str(self.cell(model, name) or "–") for name in protocols)] for model in models
+        ]
+        return ["MODEL", *(_HEADERS[name] for name in protocols)], rows
+
+    def _note(self) -> str:
+        first = self.cells[0]
+        seeds = len(first.runs)
+        by_seed = "a split by seed" if seeds == 1 else "a split by each seed"
+        how = by_seed if self.made else "the split that was given"
+        spread = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
+        return (
+            f"top-1 in percent and its 95 % interval, n = {first.n:,} test pictures{spread}; "
+            f"{self.n_train:,} training pictures, {how}. Nothing was chosen on the test pictures."
+        )
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Measure networks by the linear probe, by k nearest neighbours and by fine-tuning.
+
+    The features of a network are computed once for probe and neighbours. Fine-tuning takes the recipe that fits the
+    network and the data, in run folders below ``config.out``.
+
+    Raises:
+        UsageError: there is no such model, or the folder is in use.
+        DataError: labels or a split that cannot be used, or a picture that cannot be read.
+        HubError, IntegrityError: weights cannot be had.
+        CheckpointError: the disk is full; or fine-tuning was stopped.
+    """
+    if config.out is not None:
+        check_free(config.out, config.overwrite, MEMBERS)
+        _make_folder(config.out)
+    once = replace(config, skip_twins=True)
+    splits = {seed: read_split(once if place else config, seed) for place, seed in enumerate(config.seeds)}
+    for name in config.model:  # a name that is wrong is found before any work
+        open_for(config, name, config.seeds[0])
+    first = splits[config.seeds[0]]
+    found = Comparison(config.data, (), len(first.training), first.made, config.out)
+    _write(found)
+    for name in config.model:
+        runs = _frozen_runs(config, name, splits)
+        if "finetune" in config.protocols and not name.startswith("baseline/"):
+            runs["finetune"] = [_finetuned(config, name, seed) for seed in config.seeds]
+        done = [Cell(name, protocol, tuple(runs[protocol])) for protocol in config.protocols if protocol in runs]
+        found = replace(found, cells=(*found.cells, *done))
+        _write(found)
+    return found
+
+
+def _frozen_runs(config: CompareConfig, name: str, splits: dict[int, LabelledSplit]) -> dict[str, list[Run]]:
+    """The protocols that leave the network as it is, on the features of one pass for each split and initialisation."""
+    runs: dict[str, list[Run]] = {protocol: [] for protocol in config.protocols if protocol != "finetune"}
+    if not runs:
+        return {}
+    features = None
+    for seed, split in splits.items():
+        backbone = open_for(config, name, seed)
+        if features is None or split.made or name.startswith("untrained/"):
+            features = extract(config, backbone, split, [-1])
+        if "probe" in runs:
+            linear = fast_probe(config, backbone, split, features, seed).result
+            runs["probe"].append(Run(seed, linear.scores, {"pool": linear.pool, "strength": linear.strength}))
+        if "knn" in runs:
+            near = nearest_probe(KnnConfig(config.data), backbone, split, features)
+            runs["knn"].append(Run(seed, near.scores, {"pool": near.pool, "neighbours": near.neighbours}))
+    return runs
+
+
+def _finetuned(config: CompareConfig, name: str, seed: int) -> Run:
+    from maehub.train.finetune_config import FinetuneConfig
+    from maehub.train.finetuning import finetune
+
+    assert config.out is not None
+    folder = config.out / f"finetune-{config.model.index(name) + 1}-seed-{seed}"
+    settings = FinetuneConfig(
+        config.data,
+        folder,
+        model=name,
+        image_size=config.image_size,
+        epochs=config.epochs,
+        steps=config.steps,
+        val_share=config.val_share,
+        group=config.group,
+        label=config.label,
+        seed=seed,
+        device=config.device,
+        workers=config.workers,
+        skip_twins=True,  # they were looked for
+        overwrite=config.overwrite,
+        quiet=config.quiet,
+    )
+    result = finetune(settings)
+    if result.scores is None:
+        stopped = CheckpointError(
+            f"fine-tuning {name} was stopped at step {result.step}; its checkpoint is kept in {folder}, and the "
+            f"rows of the models before it in {config.out / MEMBERS[0]}. Compare the others, or all with --overwrite"
+        )
+        stopped.exit_code = result.exit_code
+        raise stopped
+    return Run(seed, result.scores, {"run": folder.name})
+
+
+def _write(found: Comparison) -> None:
+    """What is known so far."""
+    if found.out is not None:
+        with atomic_write(found.out / MEMBERS[0]) as temporary:
+            temporary.write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error

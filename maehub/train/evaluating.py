@@ -1,0 +1,243 @@
+"""How well a classifier tells labelled pictures: the published evaluation, its mistakes, and a folder with both."""
+
+import base64
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from maehub.encoder import Encoder
+from maehub.errors import DataError, UsageError
+from maehub.folders import check_free, whole_folder, write_text
+from maehub.hub import load, usable_device
+from maehub.opening import open_image
+from maehub.train.data import naming
+from maehub.train.evaluate_config import EvaluateConfig
+from maehub.train.labels import Labelled, given_folders
+from maehub.train.outputs import outputs
+from maehub.train.scores import Scores, losses, probabilities, score
+from maehub.train.sheets import confusion_picture, contact_sheet
+from maehub.train.showing import readable
+from maehub.train.splits import measured_part
+
+log = logging.getLogger("maehub")
+
+MEMBERS = ("evaluation.json", "confusion.png", "mistakes.png", "predictions.csv")
+"""What an evaluation's folder is made of."""
+
+SEVERAL = "|"
+"""Stands between the labels of a picture that has several."""
+
+_MOST_MISTAKES = 16
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found. Prints as tables, and draws itself in a notebook."""
+
+    model: str
+    data: str
+    """What was measured on: the folder or file with the pictures."""
+    scores: Scores
+    mistakes: Image.Image | None = field(default=None, repr=False, compare=False)
+    """The worst of them as a sheet; None if there are none."""
+    files: tuple[Path, ...] = ()
+    """What was written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            **self.scores.to_dict(),
+            "files": [str(path) for path in self.files],
+        }
+
+    def __str__(self) -> str:
+        parts = [f"{self.model} on {readable(self.data, 200)}\n\n{self.scores}"]
+        if self.scores.bins:
+            parts.append(f"how sure it is, and how often it is right then\n\n{self.scores.reliability()}")
+        if self.files:
+            parts.append("\n".join(map(str, self.files)))
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        pictures = [] if self.scores.confusion is None else [confusion_picture(self.scores)]
+        pictures += [] if self.mistakes is None else [self.mistakes]
+        return self.scores._repr_html_() + "".join(map(_embedded, pictures))
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Measure a classifier on labelled pictures, each through the model's own transform, in fp32.
+
+    Returns:
+        `Evaluation`; with ``config.out`` also as a folder with ``evaluation.json``, ``predictions.csv``, and where
+        there is something to draw ``confusion.png`` and ``mistakes.png``.
+
+    Raises:
+        UsageError: the model has no head, its head does not fit the labels, or the folder is in use.
+        DataError: the data have classes that the model does not know, or a picture cannot be read.
+        HubError, IntegrityError, CheckpointError: as in `maehub.load` and `maehub.save`.
+    """
+    if config.out is not None:
+        check_free(config.out, config.overwrite, MEMBERS)
+    device = usable_device(config.device)
+    size = config.image_size
+    encoder = load(config.model, image_size=(size[0], size[-1]) if size else None, device=device)
+    if not encoder.config.classes:
+        raise UsageError(
+            f"{config.model} has no head, so it names no classes. Train one by `maehub finetune DATA -m {config.model} "
+            f"-o RUN` and evaluate RUN; `maehub probe DATA -m {config.model}` measures its features as they are"
+        )
+    labelled, place = _read(config, encoder)
+    native = encoder.preprocess.resize == "native"  # every picture has its own size, so they are computed one by one
+    logits = outputs(
+        encoder,
+        labelled.samples,
+        encoder.preprocess,
+        device,
+        batch_size=1 if native else config.batch_size,
+        workers=config.workers,
+        progress=not config.quiet,
+    ).numpy()
+    scores = score(logits, labelled.labels, labelled.classes, labelled.groups)
+    wrong = worst_mistakes(logits, labelled.labels)
+    title = f"the {len(wrong)} worst mistakes of {config.model}" if len(wrong) > 1 else f"a mistake of {config.model}"
+    sheet = labelled_sheet(labelled, logits, wrong, encoder.config.channels, title) if len(wrong) else None
+    found = Evaluation(config.model, place, scores, sheet)
+    return found if config.out is None else _write(found, config.out, config.overwrite, labelled, logits)
+
+
+def worst_mistakes(logits: np.ndarray, labels: np.ndarray, most: int = _MOST_MISTAKES) -> np.ndarray:
+    """Places of the pictures that a model is wrong about, the worst first: those with the greatest loss.
+
+    With one class a picture that is the least probability of the true one. Where it may have several, a picture is
+    wrong if a label is missing or too many at a probability of one half.
+
+    Args:
+        logits, labels: as `maehub.train.scores.score` takes them.
+        most: how many.
+
+    Returns:
+        (at most ``most``,) int64.
+    """
+    wrong = ((logits >= 0) != labels).any(axis=1) if labels.ndim == 2 else logits.argmax(axis=1) != labels
+    places = np.flatnonzero(wrong)
+    return places[np.argsort(-losses(logits, labels)[places], kind="stable")][:most]
+
+
+def labelled_sheet(
+    labelled: Labelled, logits: np.ndarray, places: Sequence[int] | np.ndarray, channels: int, title: str = ""
+) -> Image.Image:
+    """Some pictures with what they show and what they are taken for.
+
+    Args:
+        labelled: all of them.
+        logits: (n, classes) of all of them.
+        places: which to draw, in this order.
+        channels: 1 or 3, of the model.
+        title: above them.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    shares = probabilities(logits[places], multi_label=labelled.multi_label)
+    pictures, captions, right = [], [], []
+    for index, row in zip(map(int, places), shares, strict=True):
+        with naming(labelled.samples, index):
+            pictures.append(open_image(labelled.samples.source(index), channels=3 if channels == 3 else 1))
+        true, said = labelled.labels[index], _said(row, labelled.multi_label)
+        told = np.flatnonzero(true).tolist() if labelled.multi_label else [int(true)]
+        guesses = [f"{labelled.classes[place]} {100 * row[place]:.0f} %" for place in said]
+        name = os.path.basename(os.fsdecode(labelled.samples.name(index)))
+        shown = ", ".join(labelled.classes[place] for place in told)
+        captions.append("\n".join([f"true: {shown or '–'}", f"predicted: {', '.join(guesses) or '–'}", name]))
+        right.append(told == said)
+    return contact_sheet(pictures, captions, right, title=title)
+
+
+def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
+    """The labelled pictures, their classes in the order of the head; and where they are."""
+    sides, held_out = given_folders(config.data), os.path.join(config.data, "val")
+    place = sides.testing if sides else held_out if os.path.isdir(held_out) else config.data
+    known = encoder.config.class_names
+    labelled = measured_part(place, group=config.group, label=config.label, classes=known or None)
+    if place != config.data or place.endswith(".csv"):
+        log.info("measured on %s, %d pictures", place, len(labelled))
+    if not known:
+        labelled = _by_order(labelled, encoder.config.classes, config.model, place)
+    several = encoder.config.multi_label
+    if labelled.multi_label and not several:
+        raise UsageError(
+            f"{place} has pictures with several labels or none, and {config.model} gives each picture one class: its "
+            f"head does not fit. Train one on such labels by `maehub finetune DATA -m {config.model} -o RUN`"
+        )
+    if several and not labelled.multi_label:  # one label each is a case of several
+        labelled = replace(labelled, labels=np.eye(len(labelled.classes), dtype=bool)[labelled.labels])
+    return labelled, place
+
+
+def _by_order(labelled: Labelled, classes: int, model: str, place: str) -> Labelled:
+    """Labels for a head whose classes have no names: by their order, if there are as many."""
+    if len(labelled.classes) != classes:
+        raise DataError(
+            f"{model} has {classes} classes without names, and {place} has {len(labelled.classes)}: they can only be "
+            f"matched by their order, so all of them must be there"
+        )
+    log.warning(
+        "%s does not name its %d classes: they are taken for those of %s in the order of their names, from %s to %s",
+        model,
+        classes,
+        place,
+        readable(labelled.classes[0]),
+        readable(labelled.classes[-1]),
+    )
+    return labelled
+
+
+def _write(found: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:
+    drawn = {"confusion.png": None if found.scores.multi_label else confusion_picture(found.scores)}
+    drawn["mistakes.png"] = found.mistakes
+    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
+    found = replace(found, files=tuple(out / name for name in MEMBERS if name in pictures or name not in drawn))
+    with whole_folder(out, overwrite=overwrite, members=MEMBERS) as folder:
+        lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in found.to_dict().items())
+        write_text(folder / "evaluation.json", "{\n" + ",\n".join(lines) + "\n}\n")
+        for name, picture in pictures.items():
+            picture.save(folder / name)
+        _write_predictions(folder / "predictions.csv", labelled, logits)
+    return found
+
+
+def _write_predictions(path: Path, labelled: Labelled, logits: np.ndarray) -> None:
+    """One row a picture: its name, its class, the predicted one and its probability; of several with | between."""
+    with open(path, "x", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("name", "true", "predicted", "probability"))
+        shares = probabilities(logits, multi_label=labelled.multi_label)
+        for index, (row, true) in enumerate(zip(shares, labelled.labels, strict=True)):
+            told = np.flatnonzero(true).tolist() if labelled.multi_label else [int(true)]
+            said = _said(row, labelled.multi_label)
+            names = (SEVERAL.join(labelled.classes[place] for place in places) for places in (told, said))
+            shown = SEVERAL.join(f"{row[place]:.6g}" for place in said)
+            rows.writerow((os.fsdecode(labelled.samples.name(index)), *names, shown))
+
+
+def _said(row: np.ndarray, multi_label: bool) -> list[int]:
+    """The classes that probabilities (C,) say: the most probable, or all from one half on."""
+    return np.flatnonzero(row >= 0.5).tolist() if multi_label else [int(row.argmax())]
+
+
+def _embedded(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" style="max-width: 100%">'

@@ -1,0 +1,164 @@
+"""Labelled crops of a fine-tuning run: cropped, flipped and recoloured where they are decoded.
+
+What is random about a crop is a pure function of (seed, epoch, sample id), as in pretraining: timm's policies, which
+draw from the global generators, run while those are seeded for the sample.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maehub.errors import DataError, UsageError
+from maehub.images import Preprocess
+from maehub.masking import sample_seed
+from maehub.opening import open_image
+from maehub.train.augment import Augmentation, crop
+from maehub.train.data import Key, naming
+from maehub.train.labels import Labelled
+
+_POLICY = 5  # view of `sample_seed`
+_TRANSLATION = 0.45  # of the shorter side, the furthest that timm's policies move a picture
+
+Policy = Callable[[Image.Image], Image.Image]
+
+
+class Examples(NamedTuple):
+    """Labelled crops of one step, or a part of them."""
+
+    pixels: Tensor  # (B, H, W, C) uint8
+    targets: Tensor  # (B, classes) float32, 1 for the classes of a picture
+    seeds: Tensor  # (B,) int64 on the CPU, for what else is random about a crop
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Parts of ``size`` crops, the last one smaller."""
+        return (type(self)(*part) for part in zip(*(field.split(size) for field in self), strict=True))
+
+    def to(self, device: torch.device) -> Self:
+        """On a device, without waiting for it; seeds are read by the host and stay."""
+        pixels, targets = (field.to(device, non_blocking=True) for field in self[:2])
+        return type(self)(pixels, targets, self.seeds)
+
+
+def targets_of(labels: np.ndarray, classes: int) -> Tensor:
+    """(n, classes) float32 from (n,) int64 or (n, classes) bool."""
+    if labels.ndim == 2:
+        return torch.from_numpy(labels.astype(np.float32))
+    return torch.nn.functional.one_hot(torch.from_numpy(labels.astype(np.int64)), classes).float()
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How labelled pictures are looked at in training."""
+
+    preprocess: Preprocess
+    augmentation: Augmentation
+    policy: Policy | None = None
+
+    def crop(self, source: object, key: Key) -> np.ndarray:
+        """(H, W, C) uint8."""
+        size, channels = self.preprocess.size, self.preprocess.channels
+        pixels = crop(source, size, channels, self.augmentation, key.crop)  # type: ignore[arg-type]
+        if self.policy is None:
+            return pixels
+        picture = Image.fromarray(pixels if channels == 3 else pixels.repeat(3, axis=2))
+        with seeded(sample_seed(key.crop, 0, 0, _POLICY)):
+            changed = self.policy(picture)
+        return np.array(changed) if channels == 3 else np.array(changed.convert("L"))[:, :, None]
+
+
+class LabelledCrops(Dataset[Examples | DataError]):
+    """Labelled crops, a whole batch at a time; a picture that cannot be read comes back as its error.
+
+    With ``cache`` every picture is decoded once, here; forked workers share the memory.
+    """
+
+    def __init__(self, labelled: Labelled, sight: Sight, cache: bool) -> None:
+        self.labelled = labelled
+        self.sight = sight
+        self.decoded = [self._decoded(index) for index in range(len(labelled))] if cache else None
+
+    def _decoded(self, index: int) -> Image.Image:
+        with naming(self.labelled.samples, index):
+            return open_image(self.labelled.samples.source(index), channels=self.sight.preprocess.channels)
+
+    def __getitems__(self, keys: list[Key]) -> Examples | DataError:
+        samples = self.labelled.samples
+        if self.decoded is None:
+            samples.prefetch([key.sample for key in keys])
+        crops = []
+        for key in keys:
+            try:
+                with naming(samples, key.sample):
+                    source = self.decoded[key.sample] if self.decoded else samples.source(key.sample)
+                    crops.append(torch.from_numpy(self.sight.crop(source, key)))
+            except DataError as error:
+                return error
+        labels = self.labelled.labels[[key.sample for key in keys]]
+        targets = targets_of(labels, len(self.labelled.classes))
+        return Examples(torch.stack(crops), targets, torch.tensor([key.crop for key in keys]))
+
+    def __getitem__(self, key: Key) -> Examples | DataError:
+        return self.__getitems__([key])
+
+
+def policy_of(words: str, preprocess: Preprocess) -> Policy | None:
+    """A policy of timm by its words, such as ``rand-m9-mstd0.5-inc1``; None for ``none``.
+
+    Raises:
+        UsageError: timm does not know it.
+    """
+    if words == "none":
+        return None
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    make = kinds.get(words.split("-")[0], auto_augment_transform)
+    low, high = preprocess.value_range
+    colour = tuple(min(255, max(0, round(low + mean * (high - low)))) for mean in preprocess.mean)
+    hints = {
+        "translate_const": int(_TRANSLATION * min(preprocess.size)),
+        "img_mean": colour if len(colour) == 3 else colour[:1] * 3,
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        return _mended(make(words, hints))
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--randaugment {words} is not understood; rand-m9-mstd0.5-inc1, augmix-m3-w3 and original are, or none"
+        ) from error
+
+
+def _mended(policy: Any) -> Policy:
+    """With timm's own meaning of posterizing to no bits at all, which Pillow refuses since version 12."""
+    rows = getattr(policy, "policy", None) or [policy.ops]
+    for op in (op for row in rows for op in row):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterized
+    return policy
+
+
+def _posterized(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    if bits <= 0:
+        return Image.new(picture.mode, picture.size)
+    return picture if bits >= 8 else ImageOps.posterize(picture, bits)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python and numpy for a while: what timm's transforms draw from."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,221 @@
+"""The fast linear probe: multinomial logistic regression on cached features, over a sweep of regularisation.
+
+The features are standardised by the mean and deviation of the training pictures, which is what the published probe's
+BatchNorm without affine parameters does (He et al. 2021, appendix A.1). The loss is convex, so there is one answer and
+nothing to tune but the strength of the penalty, and that is chosen on pictures held out of the training ones.
+
+What makes it fast is one eigendecomposition. The Hessian of the loss is at most (X'X / n) ⊗ I / 2 (Böhning 1992), so in
+the basis of the eigenvectors of X'X, each direction scaled by its eigenvalue, L-BFGS meets a nearly round bowl at every
+strength; and n pictures span at most n directions, so wide features of few pictures become narrow ones.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maehub.errors import DataError, DivergedError, UsageError
+from maehub.train.scores import average_precision
+
+STRENGTHS = tuple(10.0 ** (half / 2) for half in range(4, -11, -1))
+"""From strong to weak: 100, 32, 10, … 0.00001."""
+
+# Steps of L-BFGS at most, and by how much the last one may still lower the loss, relative to it: in single precision
+# enough to choose by, in double for the answer.
+_STEPS = {torch.float32: 100, torch.float64: 1000}
+_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
+_CONSTANT = 1e-6  # deviation below which a column is constant, relative to its size
+_RANK = 1e-12  # variance below which a direction holds only rounding, relative to the largest
+
+
+class Trial(NamedTuple):
+    """One strength, and how well it did on pictures that it was not fitted to."""
+
+    strength: float
+    accuracy: float  # percent; where a picture may have several classes, mean average precision
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """A linear classifier of features as they come: the standardisation is part of its weights.
+
+    ``strength`` is λ in *mean loss + λ/2 · |weights of standardised features|²*; scikit-learn's C is 1 / (n · λ).
+    """
+
+    weight: Tensor
+    """(C, D) float32."""
+    bias: Tensor
+    """(C,) float32."""
+    strength: float
+    inner: tuple[Trial, ...] = ()
+    """What the strength was chosen by, from strong to weak."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(n, D) to (n, C), for a softmax; for a sigmoid each where it was fitted to several labels a picture."""
+        return F.linear(features.float(), self.weight, self.bias)
+
+
+def fit_linear(
+    features: Tensor,
+    labels: np.ndarray,
+    classes: int,
+    inner: Sequence[tuple[np.ndarray, np.ndarray]],
+    strengths: Sequence[float] = STRENGTHS,
+) -> LinearFit:
+    """Fit at every strength, choose by the inner splits, fit the chosen one to all.
+
+    Deterministic. Constant, repeated and linearly dependent columns are fine, and so is n < D.
+
+    Args:
+        features: (n, D) floating.
+        labels: (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class.
+        classes: C.
+        inner: places to fit to and places to choose by, once or more.
+        strengths: penalties to try; of equally good ones the strongest is taken.
+
+    Raises:
+        UsageError: shapes that do not match, or no inner split.
+        DataError: fewer than two classes.
+        DivergedError: a feature is not finite.
+    """
+    trials = sweep(features, labels, classes, inner, strengths)
+    chosen = best(trials)
+    return fit_at(features, labels, classes, chosen.strength, trials)
+
+
+def sweep(
+    features: Tensor,
+    labels: np.ndarray,
+    classes: int,
+    inner: Sequence[tuple[np.ndarray, np.ndarray]],
+    strengths: Sequence[float] = STRENGTHS,
+) -> tuple[Trial, ...]:
+    """How well each strength does on what is held out of the inner splits; arguments and errors as in `fit_linear`."""
+    _check(features, labels, classes)
+    ordered = sorted(strengths, reverse=True)
+    if not inner or not ordered or ordered[-1] <= 0:
+        raise UsageError("a sweep needs an inner split to choose by, and strengths above 0")
+    totals, count = np.zeros(len(ordered)), 0
+    for fitted, held in inner:
+        truth = labels[held]
+        for number, fit in enumerate(_path(features[fitted], labels[fitted], classes, ordered, torch.float32)):
+            totals[number] += accuracy(fit.logits(features[held]), truth) * len(held)
+        count += len(held)
+    return tuple(Trial(strength, float(total)) for strength, total in zip(ordered, totals / count, strict=True))
+
+
+def best(trials: Iterable[Trial]) -> Trial:
+    """The most accurate; of equal ones the strongest."""
+    return max(trials, key=lambda trial: (trial.accuracy, trial.strength))
+
+
+def fit_at(
+    features: Tensor, labels: np.ndarray, classes: int, strength: float, inner: tuple[Trial, ...] = ()
+) -> LinearFit:
+    """Fit at one strength; arguments and errors as in `fit_linear`."""
+    _check(features, labels, classes)
+    (fit,) = _path(features, labels, classes, [strength], torch.float64)
+    return LinearFit(fit.weight, fit.bias, strength, inner)
+
+
+def accuracy(logits: Tensor, labels: np.ndarray) -> float:
+    """Top-1 in percent of (n, C) and (n,); of (n, C) bool the mean average precision of the classes that occur."""
+    if labels.ndim == 1:
+        return 100 * float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
+    values = logits.float().cpu().numpy()
+    found = [average_precision(values[:, column], labels[:, column]) for column in np.flatnonzero(labels.any(axis=0))]
+    return 100 * float(np.mean(found)) if found else 0.0
+
+
+def _path(
+    features: Tensor, labels: np.ndarray, classes: int, strengths: Sequence[float], precision: torch.dtype
+) -> Iterator[LinearFit]:
+    """Fits from strong to weak, each starting where the last one ended; in double precision also nearer to the end."""
+    mean, deviation = _statistics(features)
+    standardised = (features.to(precision) - mean.to(precision)).div_(deviation.to(precision))
+    values, vectors = _spectrum(standardised)
+    directions = standardised @ vectors  # (n, R), uncorrelated
+    truth = torch.as_tensor(labels, device=features.device)
+    truth = truth.double() if truth.ndim == 2 else truth.long()
+    flat = torch.zeros(classes, len(values) + 1, dtype=precision, device=features.device)
+    for strength in strengths:
+        # The curvature along each direction, at most; that of the bias last.
+        scale = torch.cat([values / 2 + strength, values.new_tensor([0.5])]).rsqrt()
+        flat = _minimise(directions, truth, strength, scale, flat)
+        weight = flat[:, :-1].double() @ vectors.T.double() / deviation
+        bias = flat[:, -1].double() - weight @ mean
+        yield LinearFit(weight.float(), bias.float(), strength)
+
+
+def _minimise(directions: Tensor, truth: Tensor, strength: float, scale: Tensor, start: Tensor) -> Tensor:
+    """Weights and bias (C, R + 1) of least penalised loss, from ``start`` on."""
+    rounded = (start / scale).requires_grad_()
+    loss_of = F.cross_entropy if truth.ndim == 1 else F.binary_cross_entropy_with_logits
+    per_class = 1 if truth.ndim == 1 else truth.shape[1]  # the sum over classes, not their mean
+
+    def objective() -> Tensor:
+        weights = rounded * scale
+        logits = F.linear(directions, weights[:, :-1], weights[:, -1])
+        # In single precision the loss would be too rough for the line search near its end.
+        return loss_of(logits.double(), truth) * per_class + strength / 2 * weights[:, :-1].double().square().sum()
+
+    def closure() -> Tensor:
+        rounded.grad = None
+        loss = objective()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer = torch.optim.LBFGS(
+            [rounded],
+            max_iter=_STEPS[directions.dtype],
+            max_eval=_STEPS[directions.dtype] * 3 // 2,
+            tolerance_grad=0,
+            tolerance_change=_TOLERANCE[directions.dtype] * float(objective().detach()),
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+        optimizer.step(closure)
+    return rounded.detach() * scale
+
+
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (D,) float64 of the columns; a constant column counts as having an infinite one."""
+    exact = features.double()
+    mean, deviation = exact.mean(dim=0), exact.std(dim=0, correction=0)
+    constant = deviation <= _CONSTANT * exact.abs().amax(dim=0)
+    return mean, torch.where(constant, torch.inf, deviation)
+
+
+def _spectrum(standardised: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (R,) and directions (D, R) of features that are centred; R is their rank."""
+    count, width = standardised.shape
+    exact = standardised.double()
+    small = exact.T @ exact if width <= count else exact @ exact.T
+    values, vectors = torch.linalg.eigh(small / count)
+    kept = values > _RANK * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+    if width > count:
+        vectors = exact.T @ vectors / (values * count).sqrt()
+    return values.to(standardised.dtype), vectors.to(standardised.dtype)
+
+
+def _check(features: Tensor, labels: np.ndarray, classes: int) -> None:
+    count = len(features)
+    if features.ndim != 2 or labels.shape not in ((count,), (count, classes)) or not count:
+        raise UsageError(
+            f"features must be (n, D) and labels (n,) or (n, {classes}), not {tuple(features.shape)} and {labels.shape}"
+        )
+    if (labels.ndim == 2) != (labels.dtype == bool):
+        raise UsageError(f"labels must be (n,) integers or (n, {classes}) bool, not {labels.shape} {labels.dtype}")
+    if labels.ndim == 1 and not (labels.min() >= 0 and labels.max() < classes):
+        raise UsageError(f"labels must be below {classes}, not {labels.min()} to {labels.max()}")
+    if classes < 2 and labels.ndim == 1:
+        raise DataError("there is one class, so there is nothing to tell apart")
+    if not torch.isfinite(features).all():
+        bad = int((~torch.isfinite(features).all(dim=1)).sum())
+        raise DivergedError(f"the features of {bad:,} of {count:,} pictures hold NaN or infinity: the model is broken")

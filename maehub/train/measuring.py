@@ -1,0 +1,179 @@
+"""What a fine-tuned network is measured by, drawn and exported as."""
+
+import contextlib
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from maehub.encoder import Encoder
+from maehub.files import atomic_write
+from maehub.images import Preprocess
+from maehub.sources import Source, select
+from maehub.train.classifier import AttentiveProbe, LinearProbe
+from maehub.train.distributed import Group
+from maehub.train.evaluating import labelled_sheet, worst_mistakes
+from maehub.train.finetune_recipes import Settings
+from maehub.train.labels import Labelled
+from maehub.train.outputs import outputs
+from maehub.train.scores import Scores, score
+from maehub.train.sharded import gathered
+from maehub.train.sheets import confusion_picture
+from maehub.train.splits import LabelledSplit
+from maehub.weights import save
+
+log = logging.getLogger("maehub")
+
+_SHOWN = 8
+
+
+class Measured(NamedTuple):
+    """Logits (n, classes) float32 of labelled pictures, and what they score."""
+
+    logits: np.ndarray
+    scores: Scores
+
+    @classmethod
+    def of(cls, logits: np.ndarray, labelled: Labelled) -> "Measured":
+        """Score them; of pictures in groups the interval is one of groups."""
+        return cls(logits, score(logits, labelled.labels, labelled.classes, labelled.groups))
+
+    def numbers(self) -> dict[str, float]:
+        """For ``metrics.jsonl``."""
+        found = {"val_loss": self.scores.loss, "val_top1": self.scores.top1}
+        return found | {name: value for name, value in (("val_top5", self.scores.top5),) if value is not None}
+
+
+def logits_of(
+    network: nn.Module,
+    empty: nn.Module | None,
+    samples: Source,
+    preprocess: Preprocess,
+    group: Group,
+    precision: contextlib.AbstractContextManager[Any],
+    workers: int | None,
+) -> np.ndarray | None:
+    """Logits of every picture, (n, classes) float32 in rank 0, None elsewhere; each process computes a part.
+
+    Args:
+        network: as it is trained; weights that are spread over all processes are gathered in rank 0, which then
+            computes alone, with ``empty``, the network without weights.
+    """
+    single = single_network(network, empty, group)
+    shares = 1 if empty is not None or len(samples) < group.size else group.size
+    part = None
+    if single is not None and group.rank < shares:
+        mine = select(samples, np.arange(group.rank, len(samples), shares))
+        training = single.training
+        single.eval()
+
+        def compute(images: Tensor) -> Tensor:
+            with precision:
+                return single(images)
+
+        try:
+            found = outputs(compute, mine, preprocess, group.device, workers=workers, progress=False)
+        finally:
+            single.train(training)
+        part = found.numpy()
+    found_parts = [one for one in group.all(part, "measuring") if one is not None]
+    if not group.leads:
+        return None
+    whole = np.empty((len(samples), found_parts[0].shape[1]), np.float32)
+    for rank, one in enumerate(found_parts):
+        whole[rank :: len(found_parts)] = one
+    return whole
+
+
+def single_network(network: nn.Module, empty: nn.Module | None, group: Group) -> nn.Module | None:
+    """The network as one process can call it alone; where weights are spread, in rank 0 a copy, None elsewhere."""
+    if empty is None:
+        return network
+    weights = gathered(network)
+    if not group.leads:
+        return None
+    whole = copy.deepcopy(empty)
+    whole.load_state_dict(weights, assign=True)
+    return whole.to(group.device)
+
+
+def show(measured: Measured, labelled: Labelled, channels: int, folder: Path, step: int, *, last: bool) -> None:
+    """Write a sheet of some pictures, always the same, with what is said of them; at the end also what goes wrong.
+
+    Args:
+        channels: of the network.
+        folder: gets ``step-N.png``, at the end ``confusion.png`` and ``mistakes.png``.
+    """
+    folder.mkdir(exist_ok=True)
+    order = sorted(range(len(labelled)), key=labelled.samples.sample_id)[:_SHOWN]
+    pictures = {f"step-{step}.png": labelled_sheet(labelled, measured.logits, order, channels)}
+    if last and not labelled.multi_label:
+        pictures["confusion.png"] = confusion_picture(measured.scores)
+    wrong = worst_mistakes(measured.logits, labelled.labels)
+    if last and len(wrong):
+        pictures["mistakes.png"] = labelled_sheet(labelled, measured.logits, wrong, channels)
+    for name, picture in pictures.items():
+        with atomic_write(folder / name) as temporary:
+            picture.save(temporary, format="png")
+
+
+def export(
+    run: Path, model: str, settings: Settings, network: nn.Module, measured: Measured, split: LabelledSplit
+) -> None:
+    """Write ``scores.json`` and the model folder, which has the classes, the transform and ``metrics.json``.
+
+    An attentive probe, and a linear one on a pooling that no classifier has, are measured but not exported.
+
+    Args:
+        run: the run folder.
+        model: what the training started from.
+        network: what was measured, on one device.
+    """
+    facts = {
+        "trained_from": model,
+        "recipe": asdict(settings),
+        "training_pictures": len(split.training),
+        "split": "made by seed" if split.made else "as given",
+        "scores": measured.scores.to_dict(),
+    }
+    text = json.dumps(facts, indent=1) + "\n"
+    with atomic_write(run / "scores.json") as temporary:
+        temporary.write_text(text)
+    classifier = network
+    if isinstance(network, LinearProbe):
+        classifier = network.folded(split.training.classes, multi_label=split.training.multi_label) or network
+    if isinstance(classifier, Encoder):
+        save(classifier.eval(), run / "model", card=_card(model, settings, measured.scores, split), overwrite=True)
+    elif isinstance(network, LinearProbe | AttentiveProbe):
+        log.info("this probe is no network that can be loaded, so no model folder is written; its scores are kept")
+        return
+    else:
+        _save_timm(network, run / "model", split.training.classes)
+    with atomic_write(run / "model" / "metrics.json") as temporary:
+        temporary.write_text(text)
+
+
+def _save_timm(network: Any, folder: Path, classes: Sequence[str]) -> None:
+    """A network of timm as timm saves it."""
+    from timm.models import save_for_hf
+
+    folder.mkdir(exist_ok=True)
+    names = {"label_names": list(classes)}
+    save_for_hf(network.cpu().eval(), str(folder), model_config=names, safe_serialization=True)
+
+
+def _card(model: str, settings: Settings, scores: Scores, split: LabelledSplit) -> str:
+    """What the model card says of training and of what was measured; no names of files."""
+    made = "a stratified split by seed" if split.made else "a split that was given"
+    return (
+        f"Fine-tuned from {model} by the recipe `{settings.recipe}` on {len(split.training):,} pictures of "
+        f"{len(split.training.classes)} classes: {settings.steps:,} steps of {settings.batch_size}.\n\n"
+        f"Top-1 {scores.top1:.1f} % (95 % interval {scores.low:.1f} to {scores.high:.1f}) on "
+        f"{scores.n:,} held-out pictures, {made}, measured at the last step."
+    )

@@ -1,0 +1,174 @@
+"""What pictures show, by a classifier: its probabilities for files, folders and pictures in memory."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from maehub.encoder import Encoder
+from maehub.errors import UsageError
+from maehub.feature_files import Skipped, write_bad_files
+from maehub.features import extract_features
+from maehub.files import atomic_write
+from maehub.sources import PictureSource
+from maehub.train.evaluate_config import check_target
+from maehub.train.scores import probabilities
+from maehub.train.showing import html_table, readable, text_table
+
+_PRINTED = 20  # pictures
+_COLUMNS = 5  # classes
+_ROWS = 4096  # features that go through the head at once
+
+
+class Guess(NamedTuple):
+    """A class and its probability, from 0 to 1."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One row of probabilities a picture. Prints as a table, and draws itself in a notebook.
+
+    ``paths``: one a row, as `os.fsdecode` gives them; a picture that came without a file is called by its place in the
+    source. ``classes``: C names. ``probabilities``: (n, C) float32; rows sum to 1, unless with ``multi_label`` every
+    class has a probability of its own. ``skipped``: pictures that could not be read. ``shown``: how many classes are
+    named for each picture where nothing else is asked for.
+    """
+
+    paths: list[str]
+    classes: tuple[str, ...]
+    probabilities: np.ndarray
+    multi_label: bool
+    skipped: list[Skipped]
+    shown: int = 5
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def top(self, k: int | None = None) -> list[list[Guess]]:
+        """The ``k`` most probable classes of each picture, the first first; of equal ones in the order of classes."""
+        rows = self.probabilities
+        order = np.argsort(-rows, axis=1, kind="stable")[:, : self.shown if k is None else k]
+        values = np.take_along_axis(rows, order, axis=1)
+        return [
+            [Guess(self.classes[place], share) for place, share in zip(places, shares, strict=True)]
+            for places, shares in zip(order.tolist(), values.tolist(), strict=True)
+        ]
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the ``shown`` most probable classes of each picture to a .csv or .json file.
+
+        Pictures that were skipped stand in the .json file too; beside a .csv they are in ``bad_files.csv``.
+
+        Raises:
+            UsageError: another ending, or the file exists.
+            CheckpointError: the disk is full or read-only; what was there before is unchanged.
+        """
+        path = Path(path)
+        check_target(path, overwrite)
+        with (
+            atomic_write(path) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            if path.suffix == ".json":
+                file.write(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+            else:
+                count = min(self.shown, len(self.classes))
+                rows = csv.writer(file)
+                rows.writerow(
+                    ["path", *(f"{what}{n}" for n in range(1, count + 1) for what in ("class", "probability"))]
+                )
+                for name, guesses in zip(self.paths, self.top(), strict=True):
+                    cells = ((guess.name, f"{guess.probability:.6g}") for guess in guesses)
+                    rows.writerow([name, *(cell for pair in cells for cell in pair)])
+        if self.skipped and path.suffix == ".csv":
+            write_bad_files(path.with_name("bad_files.csv"), self.skipped)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain lists, numbers and strings, for JSON: of each picture the ``shown`` most probable classes."""
+        rows = zip(self.paths, self.top(), strict=True)
+        return {
+            "images": len(self),
+            "classes": len(self.classes),
+            "multi_label": self.multi_label,
+            "predictions": [{"path": path, "top": [guess._asdict() for guess in guesses]} for path, guesses in rows],
+            "skipped": [picture._asdict() for picture in self.skipped],
+        }
+
+    def __str__(self) -> str:
+        header, rows = self._table()
+        return "\n".join([text_table(header, rows, left=range(len(header))), *self._rest()])
+
+    def _repr_html_(self) -> str:
+        header, rows = self._table()
+        return "".join([html_table(header, rows), *(f"<p>{line}</p>" for line in self._rest())])
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        count = min(self.shown, len(self.classes), _COLUMNS)
+        header = ["PICTURE", *(f"{'TOP' if place == 1 else ''} {place}".strip() for place in range(1, count + 1))]
+        first = Predictions(self.paths[:_PRINTED], self.classes, self.probabilities[:_PRINTED], self.multi_label, [])
+        rows = [
+            [_ending(name), *(f"{100 * share:5.1f} % {readable(word, 24)}" for word, share in guesses)]
+            for name, guesses in zip(first.paths, first.top(count), strict=True)
+        ]
+        return header, rows
+
+    def _rest(self) -> list[str]:
+        lines = [f"… and {len(self) - _PRINTED:,} more pictures"] if len(self) > _PRINTED else []
+        return [*lines, f"{len(self.skipped):,} skipped, since they cannot be read"] if self.skipped else lines
+
+
+def predict(
+    encoder: Encoder,
+    source: PictureSource,
+    *,
+    top: int = 5,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Predictions:
+    """What each picture of a source shows, through the model's own transform.
+
+        classifier = maehub.load("runs/flowers")
+        print(maehub.train.predict(classifier, "photos/"))
+
+    Args:
+        encoder: with a head, on the device where it shall compute.
+        source: as `maehub.extract_features` takes it: a folder, a file, a list of paths, pictures in memory.
+        top: how many classes are named for each picture where the predictions are printed and written.
+        batch_size, workers, skip_bad, progress: as in `maehub.extract_features`.
+
+    Raises:
+        UsageError: the model has no head, or an argument that cannot be.
+        DataError: no pictures, or one that cannot be read, unless ``skip_bad``.
+    """
+    if not isinstance(encoder, Encoder) or not encoder.config.classes:
+        raise UsageError(
+            "predictions need an Encoder with a head, and this model has none: `maehub finetune DATA -m MODEL -o RUN` "
+            "trains one, and maehub.load(RUN) loads it"
+        )
+    if top < 1:
+        raise UsageError(f"top must be 1 or more, not {top}")
+    table = extract_features(
+        encoder, source, batch_size=batch_size, workers=workers, skip_bad=skip_bad, progress=progress
+    )
+    weight = encoder.head.weight
+    with torch.inference_mode():
+        parts = [encoder.head(part.to(weight)).float().cpu() for part in table.features.split(_ROWS)]
+    config = encoder.config
+    names = config.class_names or tuple(map(str, range(config.classes)))
+    shares = probabilities(torch.cat(parts).numpy(), multi_label=config.multi_label)
+    return Predictions(table.paths, names, shares, config.multi_label, table.skipped, top)
+
+
+def _ending(name: str, longest: int = 40) -> str:
+    """The end of a path, which tells files apart."""
+    shown = readable(name, 10_000)
+    return shown if len(shown) <= longest else "…" + shown[1 - longest :]

@@ -1,0 +1,367 @@
+"""Probes of frozen features: linear, k nearest neighbours, and both over every pool and layer.
+
+The network runs once over the pictures. Which pool, layer, penalty or number of neighbours is best is decided on
+training pictures alone, and the test pictures are looked at once.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maehub.encoder import Encoder
+from maehub.errors import CheckpointError, UsageError
+from maehub.files import atomic_write
+from maehub.folders import check_free, whole_folder, write_text
+from maehub.hub import usable_device
+from maehub.train.backbones import Backbone, open_backbone
+from maehub.train.classifier import as_classifier
+from maehub.train.labels import Labelled
+from maehub.train.linear import LinearFit, Trial, best, fit_at, sweep
+from maehub.train.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
+from maehub.train.outputs import outputs
+from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
+from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
+from maehub.train.scores import score
+from maehub.train.splits import LabelledSplit, folds, inner_split, split_labelled
+from maehub.train.twins import find_twins
+from maehub.weights import save
+
+MEMBERS = ("probe.json",)
+"""What marks the folder of a probe."""
+
+log = logging.getLogger("maehub")
+
+_MOST_FOR_TWINS = 20_000
+_FEW = 2000  # training pictures below which settings are chosen by cross-validation instead of one inner split
+_FOLDS = 5
+_NO_VOTE = 1e-6  # of all votes: what a class without one counts as in a logarithm
+
+
+class Features(NamedTuple):
+    """What a network gave for the pictures of a split: (n, layers, parts, D) float32 each."""
+
+    training: Tensor
+    testing: Tensor
+    layers: tuple[int, ...]
+    seconds: float
+
+
+class Inner(NamedTuple):
+    """Parts of the training pictures to choose by."""
+
+    parts: Sequence[tuple[np.ndarray, np.ndarray]]
+    words: str
+
+
+def probe(config: ProbeConfig) -> ProbeResult:
+    """Fit a linear classifier to the features of a frozen network.
+
+    With ``method="fast"`` the features are computed once, the pool (unless it is named) and the strength of the penalty
+    are chosen on a part of the training pictures, and the classifier is fitted to all of them. The other methods train
+    in the run folder ``config.out``, by `maehub.train.finetune`. With ``config.out`` a fast probe writes
+    ``probe.json``, and ``model/``, a classifier that `maehub.load` reads, where one network computes the same.
+
+    Raises:
+        UsageError: there is no such model, pool or layer, or the folder is in use.
+        DataError: labels or a split that cannot be used, or a picture that cannot be read.
+        HubError, IntegrityError: the weights cannot be had.
+        CheckpointError: the disk is full; or training was stopped, and can go on.
+    """
+    if config.sweep:
+        raise UsageError("a sweep has several results: call maehub.train.probing.probe_sweep")
+    if config.method != "fast":
+        return _trained(config)
+    if config.out is not None:
+        check_free(config.out, config.overwrite, MEMBERS)
+    backbone = open_for(config, config.model[0], config.seed)
+    split = read_split(config, config.seed)
+    features = extract(config, backbone, split, config.layer or (-1,))
+    result, fit = fast_probe(config, backbone, split, features, config.seed)
+    return result if config.out is None else _write(config, backbone, split, result, fit)
+
+
+def probe_sweep(config: ProbeConfig) -> Sweep:
+    """`probe` of every model of ``config``, over every layer (or those named) and every pool (or the one named).
+
+    Raises:
+        UsageError, DataError, HubError, IntegrityError: as in `probe`.
+    """
+    if config.out is not None:
+        check_free(config.out, config.overwrite, MEMBERS)
+    split = read_split(config, config.seed)
+    for name in config.model:  # a name that is wrong is found before any work
+        backbone = open_for(config, name, config.seed)
+        backbone.layers(_layers(config, backbone))
+    results = []
+    for name in config.model:
+        backbone = open_for(config, name, config.seed)
+        features = extract(config, backbone, split, _layers(config, backbone))
+        results.append(fast_probe(config, backbone, split, features, config.seed)[0])
+    found = Sweep(tuple(results), config.out)
+    if config.out is not None:
+        with whole_folder(config.out, overwrite=config.overwrite, members=MEMBERS) as staging:
+            write_text(staging / "probe.json", _json(found.to_dict()))
+    return found
+
+
+def knn(config: KnnConfig) -> KnnResult:
+    """Let the nearest training pictures vote for the class of each test picture (Wu et al. 2018).
+
+    How many vote, and on which pool, is chosen by leaving each training picture out of the others, and its group with
+    it, unless they are named. With ``config.out`` the result is also written as JSON.
+
+    Raises:
+        UsageError, DataError, HubError, IntegrityError: as in `probe`.
+        CheckpointError: the file cannot be written.
+    """
+    backbone = open_for(config, config.model, config.seed)
+    split = read_split(config, config.seed)
+    features = extract(config, backbone, split, (config.layer,))
+    result = nearest_probe(config, backbone, split, features)
+    if config.out is not None:
+        result = replace(result, out=config.out)
+        with atomic_write(config.out) as temporary:
+            temporary.write_text(_json(result.to_dict()))
+    return result
+
+
+def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
+    """The pictures to train on and to test on; says how many of the latter are among the former."""
+    split = split_labelled(config.data, seed=seed, share=config.val_share, group=config.group, label=config.label)
+    if not config.skip_twins and len(split.training) + len(split.testing) <= _MOST_FOR_TWINS:
+        twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
+        if twins.exact or twins.near:
+            log.warning("%s", twins.describe())
+    return split
+
+
+def open_for(config: ProbeConfig | KnnConfig | FrozenConfig, name: str, seed: int) -> Backbone:
+    """A network as a configuration wants it; one that lacks the pool that was named is refused."""
+    size = config.image_size
+    backbone = open_backbone(name, image_size=(size[0], size[-1]) if size else None, device=config.device, seed=seed)
+    if isinstance(config, ProbeConfig | KnnConfig):
+        _pools(config, backbone)
+        backbone.layers(config.layer if isinstance(config, ProbeConfig) else [config.layer])
+    return backbone
+
+
+def extract(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, layers: Sequence[int]) -> Features:
+    """Every part of some layers for all pictures, in one pass."""
+    wanted = backbone.layers(layers)
+    native = backbone.preprocess.resize == "native"  # every picture has its own size
+    start = time.monotonic()
+    training, testing = (
+        outputs(
+            lambda images: backbone.compute(images, wanted),
+            labelled.samples,
+            backbone.preprocess,
+            usable_device(config.device),
+            batch_size=1 if native else config.batch_size,
+            workers=config.workers,
+            progress=not config.quiet,
+            what=what,
+        )
+        for labelled, what in ((split.training, "training pictures"), (split.testing, "test pictures"))
+    )
+    return Features(training, testing, tuple(wanted), time.monotonic() - start)
+
+
+class Probed(NamedTuple):
+    """What a fast probe gave."""
+
+    result: ProbeResult
+    fit: LinearFit
+
+
+def fast_probe(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, features: Features, seed: int) -> Probed:
+    """Choose pool, layer and strength on the training pictures, fit, and measure on the test pictures."""
+    start = time.monotonic()
+    training, classes = split.training, len(split.training.classes)
+    inner = inner_parts(training, seed)
+    trials: dict[tuple[int, str], tuple[Trial, ...]] = {}
+    for place, layer in enumerate(features.layers):
+        for pool in _pools(config, backbone):
+            pooled = backbone.pooled(features.training[:, place], pool)
+            trials[layer, pool] = sweep(pooled, training.labels, classes, inner.parts)
+    (layer, pool), chosen = max(trials.items(), key=lambda item: (best(item[1]).accuracy, item[0][0]))
+    place = features.layers.index(layer)
+    fit = fit_at(
+        backbone.pooled(features.training[:, place], pool), training.labels, classes, best(chosen).strength, chosen
+    )
+    logits = fit.logits(backbone.pooled(features.testing[:, place], pool)).numpy()
+    rows = tuple(
+        Combination(key[1], key[0], best(found).strength, best(found).accuracy) for key, found in trials.items()
+    )
+    result = ProbeResult(
+        backbone.name,
+        config.data,
+        "fast",
+        pool,
+        layer,
+        fit.strength,
+        score(logits, split.testing.labels, training.classes, split.testing.groups),
+        len(training),
+        Chosen(rows, inner.words),
+        chosen,
+        Seconds(features.seconds, time.monotonic() - start),
+    )
+    return Probed(result, fit)
+
+
+def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, features: Features) -> KnnResult:
+    """Choose pool and number of neighbours on the training pictures, and measure on the test pictures."""
+    start = time.monotonic()
+    training, testing = split.training, split.testing
+    candidates = NEIGHBOURS if config.neighbours is None else [config.neighbours]
+    trials: dict[str, tuple[NeighbourTrial, ...]] = {}
+    for pool in _pools(config, backbone):
+        pooled = backbone.pooled(features.training[:, 0], pool)
+        trials[pool] = choose_neighbours(pooled, training.labels, training.groups, config.temperature, candidates)
+    pool = max(trials, key=lambda name: _most(trials[name]).accuracy)
+    neighbours = config.neighbours or _most(trials[pool]).neighbours
+    near, far = (backbone.pooled(side[:, 0], pool) for side in (features.training, features.testing))
+    shares = vote(near, training.labels, far, neighbours, config.temperature, classes=len(training.classes))
+    shares = shares.clamp(_NO_VOTE, 1 - _NO_VOTE)
+    logits = torch.logit(shares) if training.multi_label else shares.log()
+    left_out = "one picture" if training.groups is None else "one group"
+    rows = tuple(Combination(name, features.layers[0], *_most(found)) for name, found in trials.items())
+    return KnnResult(
+        backbone.name,
+        config.data,
+        pool,
+        features.layers[0],
+        neighbours,
+        config.temperature,
+        score(logits.numpy(), testing.labels, training.classes, testing.groups),
+        len(training),
+        Chosen(rows, f"leaving {left_out} out of {len(training):,} training pictures"),
+        trials[pool],
+        Seconds(features.seconds, time.monotonic() - start),
+    )
+
+
+def inner_parts(training: Labelled, seed: int) -> Inner:
+    """Cross-validation of few training pictures, one inner split of many."""
+    if len(training) < _FEW:
+        parts = folds(training, _FOLDS, seed)
+        return Inner(parts, f"{len(parts)}-fold cross-validation of {len(training):,} training pictures")
+    inner = inner_split(training, seed=seed)
+    return Inner([inner], f"{len(inner[1]):,} of {len(training):,} training pictures, which were not fitted to")
+
+
+def why_no_model(backbone: Backbone, pool: str, layer: int) -> str:
+    """Why a probe is no model folder, in words; empty if it is one."""
+    if not isinstance(backbone.module, Encoder):
+        return f"No model folder is written: {backbone.name} is not one of maehub's own encoders."
+    trained = backbone.module.config.pool
+    if layer != backbone.depth - 1:
+        return f"No model folder is written: a classifier sees the last layer, and the probe sees layer {layer}."
+    if pool != trained:
+        return (
+            f"No model folder is written: this encoder pools {trained} in front of a head, and the probe sees {pool}; "
+            f"--pool {trained} gives one, `maehub finetune` any."
+        )
+    return ""
+
+
+def as_model(backbone: Backbone, fit: LinearFit, labelled: Labelled) -> Encoder:
+    """The encoder with the probe as its head."""
+    encoder = backbone.module
+    assert isinstance(encoder, Encoder)
+    pool, classes = encoder.config.pool, labelled.classes
+    model = as_classifier(encoder.cpu(), classes, pool=pool, multi_label=labelled.multi_label)
+    with torch.no_grad():
+        model.head.weight.copy_(fit.weight)
+        model.head.bias.copy_(fit.bias)
+    return model.eval()
+
+
+def _write(
+    config: ProbeConfig, backbone: Backbone, split: LabelledSplit, result: ProbeResult, fit: LinearFit
+) -> ProbeResult:
+    """Write the folder of a probe."""
+    assert config.out is not None
+    result = replace(result, out=config.out, note=why_no_model(backbone, result.pool, result.layer))
+    with whole_folder(config.out, overwrite=config.overwrite, members=(*MEMBERS, "model")) as staging:
+        if not result.note:
+            scores = result.scores
+            card = (
+                f"The encoder {result.model} as it was, with a linear classifier of {len(split.training.classes)} "
+                f"classes fitted to its features of {len(split.training):,} pictures (L2 penalty "
+                f"{result.strength:.2g}, chosen on a part of them).\n\nTop-1 {scores.top1:.1f} % (95 % interval "
+                f"{scores.low:.1f} to {scores.high:.1f}) on {scores.n:,} other pictures."
+            )
+            save(as_model(backbone, fit, split.training), staging / "model", card=card)
+        write_text(staging / "probe.json", _json(result.to_dict()))
+    return result
+
+
+def _trained(config: ProbeConfig) -> ProbeResult:
+    """The probes that are trained: the loop of fine-tuning on a frozen network."""
+    from maehub.train.finetune_config import FinetuneConfig
+    from maehub.train.finetuning import finetune
+
+    assert config.out is not None
+    if config.pool not in (None, "cls", "mean"):
+        raise UsageError(f"--method {config.method} takes --pool cls or mean, not {config.pool}")
+    recipe: Any = "linear" if config.method == "lars" else "attentive"
+    pool: Any = config.pool
+    result = finetune(
+        FinetuneConfig(
+            config.data,
+            config.out,
+            model=config.model[0],
+            recipe=recipe,
+            pool=pool,
+            image_size=config.image_size,
+            batch_size=config.batch_size,
+            val_share=config.val_share,
+            group=config.group,
+            label=config.label,
+            seed=config.seed,
+            device=config.device,
+            workers=config.workers,
+            overwrite=config.overwrite,
+            quiet=config.quiet,
+        )
+    )
+    if result.scores is None:
+        stopped = CheckpointError(
+            f"the probe was stopped at step {result.step}; its checkpoint is kept in {result.run}. Go on by: "
+            f"maehub finetune {config.data} -m {config.model[0]} --recipe {recipe} -o {result.run} --resume"
+        )
+        stopped.exit_code = result.exit_code
+        raise stopped
+    settings = json.loads((result.run / "config.json").read_text()).get("settings", {})
+    used = config.pool or settings.get("pool") or "patches"
+    return ProbeResult(
+        config.model[0], config.data, config.method, used, -1, None, result.scores, out=result.run
+    )  # fmt: skip
+
+
+def _pools(config: FrozenConfig, backbone: Backbone) -> tuple[str, ...]:
+    """The pools to choose among: what a network offers, or the one that was named."""
+    named = getattr(config, "pool", None)
+    if named is not None and named not in backbone.pools:
+        raise UsageError(f"{backbone.name} offers the pools {', '.join(backbone.pools)}, and not --pool {named}")
+    return backbone.pools if named is None else (named,)
+
+
+def _layers(config: ProbeConfig, backbone: Backbone) -> Sequence[int]:
+    return config.layer or range(backbone.depth)
+
+
+def _most(trials: Sequence[NeighbourTrial]) -> NeighbourTrial:
+    """The most accurate; of equal ones the one with most neighbours."""
+    return max(trials, key=lambda trial: (trial.accuracy, trial.neighbours))
+
+
+def _json(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

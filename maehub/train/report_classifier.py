@@ -1,0 +1,200 @@
+"""What the report of a fine-tuning run says of its classifier: how it came about, how often it is right, where not."""
+
+import csv
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maehub.train.curves import Series, figure
+from maehub.train.optim import peak_rate
+from maehub.train.page import picture, rows, section, settings_table
+from maehub.train.scores import Bin, ClassScore, Scores
+from maehub.train.showing import percent, readable
+
+_MOST_CLASSES = 30  # in the table
+_WIDEST = 1500  # pixels of a picture
+_HEADS = {"normed": "A linear probe on", "attentive": "An attentive probe on"}
+_FITTED = ("epochs", "warmup_epochs")  # of a recipe: `steps` and `warmup` say what became of them
+
+
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it was fitted to the network and the data, by the names of `finetune_recipes.Settings`."""
+    found = config.get("settings")
+    return found if isinstance(found, dict) else {}
+
+
+def scores_of(scored: Mapping[str, Any]) -> Scores | None:
+    """The scores in ``scores.json``; None where there are none."""
+    try:
+        facts = dict(scored["scores"])
+        lists = {
+            "per_class": tuple(ClassScore(**row) for row in facts["per_class"]),
+            "bins": tuple(Bin(**row) for row in facts["bins"]),
+            "confusion": None if facts["confusion"] is None else np.array(facts["confusion"], np.int64),
+        }
+        return Scores(**(facts | lists))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def sentence(config: Mapping[str, Any], done: int) -> str:
+    """What was trained from what, by which recipe, on what.
+
+    Args:
+        config: of the run.
+        done: steps.
+    """
+    recipe, names, size = settled(config), config.get("classes"), config.get("image_size")
+    classes = f" of {len(names):,} classes" if isinstance(names, list) else ""
+    sides = f" at {'×'.join(map(str, [*size, *size][:2]))} pixels" if isinstance(size, list) and size else ""
+    steps = f"{done:,} step{'s' * (done != 1)}"
+    return (
+        f"{_trained(config, recipe)} by the recipe {recipe.get('recipe', config.get('recipe'))} on {_pictures(recipe)}"
+        f"{classes}{sides}: {steps} of {recipe.get('batch_size', '?')} pictures."
+    )
+
+
+def _trained(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    model, blocks, head = str(config.get("model")), _number(config.get("blocks")), str(recipe.get("head"))
+    fresh = model.startswith("untrained/")
+    start = f"{model.removeprefix('untrained/')} from fresh weights" if fresh else model
+    if head in _HEADS:
+        return f"{_HEADS[head]} {start}, trained"
+    few = {None: "", 0: "The head of ", 0.5: "Half of the last block of ", 1: "The last block of "}
+    part = few.get(blocks, f"The last {blocks or 0:g} blocks of ")
+    return f"{part}{start}, {'trained' if fresh else 'fine-tuned'}"
+
+
+def _pictures(recipe: Mapping[str, Any]) -> str:
+    """How many are in training: what an epoch goes through once."""
+    steps, batch, epochs = (_number(recipe.get(name)) for name in ("steps", "batch_size", "epochs"))
+    return f"{round(steps * batch / epochs):,} pictures" if steps and batch and epochs else "pictures"
+
+
+def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores) -> str:
+    """How often a finished run's classifier is right, and how that was measured.
+
+    Args:
+        config: of the run.
+        scored: what ``scores.json`` says.
+        scores: in it.
+    """
+    interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"
+    found = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
+    for words, value, note in (
+        ("top-5", scores.top5, ""),
+        ("mean average precision", scores.mean_average_precision, ""),
+        ("macro F1", scores.macro_f1, ", at a probability of 0.5"),
+        ("balanced accuracy", scores.balanced_accuracy, ", the mean of the classes"),
+        ("calibration error", scores.calibration_error, " between confidence and accuracy"),
+    ):
+        if value is not None:
+            found[words] = percent(value) + note
+    found["loss"] = f"{scores.loss:.4g} nats"
+    if not scores.multi_label:
+        most = max((row.n for row in scores.per_class), default=0)
+        found["for comparison"] = f"{percent(100 * most / scores.n)} for always the most frequent class"
+    else:
+        found["top-1 counts"] = "pictures with a label, where the surest class is one of theirs"
+    made = "by --seed" if scored.get("split") == "made by seed" else "as the data say"
+    found["measured on"] = f"pictures held out {made}, at the last step; nothing was chosen on them"
+    if config.get("skip_twins") is True:
+        found["pictures on both sides"] = "not looked for (--skip-twins)"
+    return f'<div class="figures beside"><div>{rows(found)}</div>{_reliability(scores)}</div>'
+
+
+def warning(twins: Path, scores: Scores | None) -> str:
+    """That held-out pictures are in training too, if ``twins.csv`` says so."""
+    try:
+        with open(twins, encoding="utf-8", errors="replace", newline="") as file:
+            kinds = [row[0] for row in csv.reader(file) if row]
+    except (OSError, csv.Error):
+        return ""
+    counts = [(kinds.count("exact"), "the same file"), (kinds.count("near"), "nearly the same picture")]
+    total = sum(count for count, _ in counts)
+    if not total:
+        return ""
+    of = f" of {scores.n:,}" if scores and not scores.multi_label else ""
+    parts = " and ".join(f"{count:,} {words}" for count, words in counts if count)
+    text = f"{total:,}{of} held-out pictures are in training too: {parts}. The scores may be too high."
+    return f'<p class="warn">{escape(text)} twins.csv lists them.</p>'
+
+
+def parts(folder: Path, scores: Scores) -> list[str]:
+    """Sections on classes, on what they are taken for, and on the worst mistakes.
+
+    Args:
+        folder: of the run's pictures.
+        scores: of the run.
+    """
+    drawn = [section("Classes, worst first", _class_table(scores))]
+    for name, title, what in (
+        ("confusion.png", "Confusion", "The confusion matrix"),
+        ("mistakes.png", "The worst mistakes", "Pictures, what they show, and what they are taken for"),
+    ):
+        if (folder / name).exists():
+            shown = picture(folder / name, title, what, _WIDEST, titled=False)
+            drawn.append(section(title, f'<div class="wide">{shown}</div>'))
+    return drawn
+
+
+def recipe(config: Mapping[str, Any]) -> str:
+    """The recipe's settings; those that a flag gave are marked."""
+    found = {name: value for name, value in settled(config).items() if name not in _FITTED}
+    base, batch = _number(found.get("base_lr")), _number(found.get("batch_size"))
+    if base and batch:
+        found["peak_lr"] = peak_rate(base, int(batch))
+    asked = {name for name in found if name != "steps" and config.get(name) not in (None, "auto")}
+    return settings_table(found, asked, "given by a flag. The rest is the recipe's, fitted to network and data")
+
+
+def trained_on(config: Mapping[str, Any]) -> str:
+    """What makes the loss in training another one than what is measured; empty where nothing does."""
+    found = settled(config)
+    words = [
+        *["mixed labels"] * any(_number(found.get(name)) for name in ("mixup", "cutmix")),
+        *["smoothed labels"] * bool(_number(found.get("smoothing"))),
+        *["weighted classes"] * (config.get("class_weights") == "balanced"),
+    ]
+    return ", ".join(words)
+
+
+def _reliability(scores: Scores) -> str:
+    """How often it is right, against how sure it is."""
+    full = [row for row in scores.bins if row.confidence is not None and row.accuracy is not None]
+    if not full:
+        return ""
+    sure, right = (np.array([getattr(row, name) for row in full], float) for name in ("confidence", "accuracy"))
+    ends = np.array([0.0, 100.0])
+    series = [Series("ideal", ends, ends, 2, "dashed"), Series("measured", sure, right, 1, "points")]
+    return figure("Calibration", "% right, against % sure", series, legend=True)
+
+
+def _class_table(scores: Scores) -> str:
+    """Classes with a bar for what they are ordered by, and where they can be one, what they are taken for."""
+    several = scores.multi_label
+    key = "average_precision" if several else "recall"
+    rest = ("recall", "precision") if several else ("precision", "most often taken for")
+    ranked = sorted((row for row in scores.per_class if row.n), key=lambda row: getattr(row, key) or 0.0)
+    body = []
+    for row in ranked[:_MOST_CLASSES]:
+        share = getattr(row, key) or 0.0
+        bar = f'<span class="bar"><i style="width:{share:.0f}%"></i></span>'
+        taken = "" if row.taken_for is None else f"{readable(row.taken_for)} ({row.times:,} of {row.n:,})"
+        more = (percent(row.recall), percent(row.precision)) if several else (percent(row.precision), taken)
+        cells = [f"{row.n:,}", bar + percent(share), *map(escape, more)]
+        body.append(f"<tr><th>{escape(readable(row.name))}</th><td>{'</td><td>'.join(cells)}</td></tr>")
+    titles = "</th><th>".join(("class", "pictures", key.replace("_", " "), *rest))
+    kind = "classes" if several else "classes worded"
+    table = f'<table class="{kind}"><tr><th>{titles}</th></tr>{"".join(body)}</table>'
+    better, absent = len(ranked) - len(body), len(scores.per_class) - len(ranked)
+    notes = [f"{better:,} better classes are left out."] * bool(better)
+    notes += [f"{absent:,} of the classes have no held-out picture."] * bool(absent)
+    return f'<div class="wide">{table}</div>' + (f'<p class="legend">{" ".join(notes)}</p>' if notes else "")
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) else None

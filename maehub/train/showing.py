@@ -1,0 +1,43 @@
+"""Results as tables: in a terminal, and in a notebook."""
+
+import html
+from collections.abc import Collection, Sequence
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Aligned columns, two spaces apart.
+
+    Args:
+        header: above the columns.
+        rows: as many cells as ``header``.
+        left: columns that begin at the same place; the others end at the same place.
+    """
+    lines = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def aligned(line: Sequence[str]) -> str:
+        cells = enumerate(zip(line, widths, strict=True))
+        return "  ".join(cell.ljust(width) if at in left else cell.rjust(width) for at, (cell, width) in cells).rstrip()
+
+    return "\n".join(map(aligned, lines))
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same for a notebook; texts are escaped. An empty header is left out."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table>{line('th', header) if header else ''}{body}</table>"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent as text; a dash for None."""
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def readable(text: str, longest: int = 32) -> str:
+    """One line without control characters or broken Unicode, its end cut off where it is too long."""
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"

@@ -1,0 +1,240 @@
+"""Sides of a split that can be trusted: as given, or made by hashes of names, with whole groups and every class."""
+
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from maehub.errors import DataError, UsageError
+from maehub.opening import printable
+from maehub.shards import Shards
+from maehub.train.label_csv import TESTING, TRAINING
+from maehub.train.labelling import listed
+from maehub.train.labels import Found, Labelled, Sides, find_labelled, given_folders, mapped, one_class
+from maehub.train.units import Units, folds_of, held_out
+from maehub.verification import cache_folder
+
+log = logging.getLogger("maehub")
+
+_SPLIT, _INNER, _FOLDS = 11, 12, 13  # streams of hashes: an inner split does not follow the outer one
+_ALONE = "every picture has a class that no other picture has, or no other group"
+
+
+class LabelledSplit(NamedTuple):
+    """Pictures to train on, and pictures to measure on, of the same classes."""
+
+    training: Labelled
+    testing: Labelled
+    made: bool  # by the seed, not by the user's folders or column
+
+
+class Inner(NamedTuple):
+    """Places in a training part."""
+
+    train: np.ndarray  # (a,) int64, ascending, to fit on
+    held: np.ndarray  # (b,) int64, ascending, to choose by
+
+
+def split_labelled(
+    data: str | Path, *, seed: int = 0, share: float = 0.2, group: str | None = None, label: str | None = None
+) -> LabelledSplit:
+    """Training and testing pictures.
+
+    DIR/train and DIR/val, or the column ``split`` of a CSV, are used as they are. Otherwise ``share`` of each class is
+    for testing, at least one picture and not all, and whole groups stay together, whose sizes decide how near to
+    ``share`` that comes. Where a picture may have several labels, a class with one picture is trained on alone.
+
+    Args:
+        data: see `maehub.train.labels.read_labelled`.
+        seed: of the split, if one is made.
+        share: of each class to test on, if a split is made.
+        group, label: see `read_labelled`.
+
+    Raises:
+        DataError: a class would be left out of a side, a class is only tested on, a group is on both sides; or what
+            `read_labelled` raises.
+        UsageError: the share is not between 0 and 1; or what `read_labelled` raises.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"the share to measure on must be above 0 and below 1, not {share:g}")
+    text, index_dir = os.fsdecode(data), cache_folder() / "shards"
+    if sides := given_folders(text):
+        return _of_folders(text, sides, group, label, index_dir)
+    text = _training_alone(text)
+    found = find_labelled(text, group=group, label=label, index_dir=index_dir)
+    if found.sides:
+        return _of_column(text, found)
+    labelled = found.labelled
+    units = Units.of(labelled, seed, _SPLIT)
+    if not labelled.multi_label:
+        _check_can_be_split(found, units)
+    chosen = held_out(units, share)
+    if not chosen.any():
+        raise DataError(f"{printable(text)} cannot be split: {_ALONE}")
+    split = LabelledSplit(labelled.take(np.flatnonzero(~chosen)), labelled.take(np.flatnonzero(chosen)), True)
+    _warn_untested(text, split)
+    return split
+
+
+def measured_part(
+    data: str | Path, *, group: str | None = None, label: str | None = None, classes: tuple[str, ...] | None = None
+) -> Labelled:
+    """What a finished classifier is measured on: DIR/val, or the testing rows of a CSV with a column ``split``, where
+    there are such; else all pictures.
+
+    Args:
+        data, group, label, classes: see `maehub.train.labels.read_labelled`.
+
+    Raises:
+        DataError, UsageError: what `read_labelled` raises, or no row of the CSV is for testing.
+    """
+    sides = given_folders(os.fsdecode(data))
+    place, index_dir = sides.testing if sides else data, cache_folder() / "shards"
+    found = find_labelled(place, group=group, label=label, classes=classes, index_dir=index_dir)
+    return found.labelled.take(_rows_of(os.fsdecode(place), found.sides)[1]) if found.sides else found.labelled
+
+
+def inner_split(labelled: Labelled, *, share: float = 0.2, seed: int = 0) -> Inner:
+    """Places of a training part to fit on, and places to choose settings by: a pure function of names, labels and seed.
+
+    As in `split_labelled`; a class with one picture, or in one group, is never held out.
+
+    Raises:
+        DataError: nothing can be held out.
+    """
+    chosen = held_out(Units.of(labelled, seed, _INNER), share)
+    if not chosen.any():
+        raise DataError(f"{len(labelled)} training pictures cannot be split once more, to choose by: {_ALONE}")
+    return Inner(np.flatnonzero(~chosen), np.flatnonzero(chosen))
+
+
+def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
+    """Cross-validation of a training part: a pure function of names, labels and seed.
+
+    Held parts are disjoint, and together they are all pictures but those of units with a class that no other unit has:
+    these are always fitted on. A class differs by at most one picture from fold to fold, unless there are groups or
+    several labels. There are fewer folds than ``count`` where there are fewer units to hold out.
+
+    Raises:
+        DataError: fewer than two units can be held out.
+        UsageError: ``count`` is below 2.
+    """
+    if count < 2:
+        raise UsageError(f"cross-validation needs 2 folds or more, not {count}")
+    units = Units.of(labelled, seed, _FOLDS)
+    homes = folds_of(units, count)
+    if homes is None:
+        raise DataError(f"{len(labelled)} training pictures cannot be cross-validated: {_ALONE}")
+    _warn_of_folds(labelled, units, homes)
+    return [Inner(np.flatnonzero(homes != fold), np.flatnonzero(homes == fold)) for fold in range(homes.max() + 1)]
+
+
+def _check_can_be_split(found: Found, units: Units) -> None:
+    """See that each class can be on both sides."""
+    labelled = found.labelled
+    for number, name in enumerate(labelled.classes):
+        if units.spread[number] > 1:
+            continue
+        count = units.totals[number]
+        if count == 1:
+            where = labelled.samples.where(int(np.flatnonzero(labelled.labels == number)[0]))
+            why = f"it has one picture, {where}. Give more pictures of it, or leave it out"
+        else:
+            assert labelled.groups is not None
+            group = found.group_names[int(labelled.groups[np.argmax(labelled.labels == number)])]
+            why = f"all {count} pictures of it are in one group, {group}. Give some from another, or leave it out"
+        raise DataError(f"a split would leave class {name} out of one side: {why}")
+
+
+def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, index_dir: Path) -> LabelledSplit:
+    """DIR/train and DIR/val as they are."""
+    passed = [name for name in TESTING if os.path.isdir(place := os.path.join(data, name)) and place != sides.testing]
+    if passed:
+        log.warning(
+            "measured on %s; %s in %s is not read", printable(sides.testing), ", ".join(passed), printable(data)
+        )
+    training = find_labelled(sides.training, group=group, label=label, index_dir=index_dir)
+    classes = training.labelled.classes
+    testing = find_labelled(sides.testing, group=group, label=label, classes=classes, index_dir=index_dir)
+    split = LabelledSplit(training.labelled, testing.labelled, False)
+    # Shards of two folders are never the same, even if they are called so.
+    if not (group == "shard" and isinstance(split.training.samples, Shards)):
+        _check_groups(data, split, training.group_names | testing.group_names)
+    _warn_untested(data, split)
+    return split
+
+
+def _of_column(data: str, found: Found) -> LabelledSplit:
+    """The sides that stand in a CSV."""
+    assert found.sides is not None
+    rows = _rows_of(data, found.sides)
+    training = found.labelled.take(rows[0]).without_empty_classes()
+    if len(training.classes) < 2 and not training.multi_label:
+        raise one_class(f"{data}, for training", training.classes[0])
+    testing = mapped(found.labelled.take(rows[1]).without_empty_classes(), training.classes, data)
+    split = LabelledSplit(training, testing, False)
+    _check_groups(data, split, found.group_names)
+    _warn_untested(data, split)
+    return split
+
+
+def _rows_of(data: str, sides: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the rows to train and to measure on."""
+    has = set(sides)
+    measured = next((name for name in TESTING if name in has), None)
+    if not has & set(TRAINING) or measured is None:
+        missing = "to measure on" if measured is None else "to train on"
+        raise DataError(
+            f"{printable(data)} has a column split, and no row in it is {missing}, only {listed(sorted(has))}"
+        )
+    if passed := sorted(has - set(TRAINING) - {measured}):
+        log.warning("%s: measured on its rows of %s; those of %s are not read", printable(data), measured, passed[0])
+    cells = np.array(sides)
+    return np.flatnonzero(np.isin(cells, TRAINING)), np.flatnonzero(cells == measured)
+
+
+def _training_alone(data: str) -> str:
+    """DIR/train where DIR has that folder alone: a split is made of it."""
+    inside = os.path.join(data, "train")
+    if os.path.isdir(inside):
+        with os.scandir(data) as entries:
+            if [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")] == ["train"]:
+                return inside
+    return data
+
+
+def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> None:
+    """See that no group is on both sides."""
+    training, testing = split.training.groups, split.testing.groups
+    if training is None or testing is None:
+        return
+    both = sorted(np.intersect1d(training, testing).tolist(), key=names.__getitem__)
+    if both:
+        shown = []
+        for number in both[:3]:
+            sides = [int((groups == number).sum()) for groups in (training, testing)]
+            shown.append(f"{names[number]} (pictures to train on: {sides[0]}, to measure on: {sides[1]})")
+        raise DataError(
+            f"{printable(data)}: {len(both)} groups are on both sides of the split: {', '.join(shown)}"
+            f"{', …' * (len(both) > 3)}. Move each to one side, or what is measured says little about new groups"
+        )
+
+
+def _warn_untested(data: str, split: LabelledSplit) -> None:
+    if untested := [split.testing.classes[number] for number in np.flatnonzero(split.testing.counts == 0)]:
+        log.warning("%s: no picture to measure on of the classes %s", printable(data), listed(untested))
+
+
+def _warn_of_folds(labelled: Labelled, units: Units, homes: np.ndarray) -> None:
+    """Say which classes the folds cannot choose by."""
+    alone = [name for name, spread in zip(labelled.classes, units.spread, strict=False) if spread == 1]
+    if alone:
+        what = "picture" if labelled.groups is None else "group"
+        log.warning("always fitted on, since they are in one %s: the classes %s", what, listed(alone))
+    for fold in range(homes.max() + 1):
+        has = labelled.take(np.flatnonzero(homes != fold)).counts
+        if emptied := [labelled.classes[number] for number in np.flatnonzero((has == 0) & (labelled.counts > 0))]:
+            text = "fold %d is fitted on no picture of the classes %s, since groups stay whole"
+            log.warning(text, fold + 1, listed(emptied))

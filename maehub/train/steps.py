@@ -1,0 +1,102 @@
+"""What every training loop does around a step: the next batch, its parts, whether the numbers are finite, the end."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError
+from maehub.sources import Source
+from maehub.train.data import StepKeys
+from maehub.train.distributed import Group
+from maehub.train.log import RunLog
+from maehub.train.report import write_report
+from maehub.train.saving import Saver
+from maehub.train.stopping import Stop
+
+log = logging.getLogger("maehub")
+
+
+class Splittable(Protocol):
+    """A batch that can be computed in parts."""
+
+    def split(self, size: int) -> Iterator[Self]: ...
+
+
+Read = TypeVar("Read")
+Parts = TypeVar("Parts", bound=Splittable)
+
+
+def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -> tuple[Read, int]:
+    """The batch of a step, and the exit code to stop with after it, the same in every process (0: go on)."""
+    begun = time.perf_counter()
+    batch, failure = None, None
+    try:
+        batch = next(batches)
+    except (DataError, RuntimeError) as error:  # of many processes, the others must hear of it before they wait
+        failure = error
+    run.idled(time.perf_counter() - begun)
+    said = group.exchange(stop.exit_code, failure is not None)
+    if said.failed:
+        with group.together("reading pictures"):
+            if failure is not None:
+                raise failure
+    assert batch is not None
+    return batch, said.stop
+
+
+def parts(batch: Parts, size: int) -> Iterator[tuple[Parts, bool]]:
+    """Micro-batches, and whether each is the last."""
+    found = list(batch.split(size))
+    return ((part, number == len(found)) for number, part in enumerate(found, start=1))
+
+
+def agreed(loss: Tensor, norm: Tensor, bad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The loss of the global batch, and 1 if it or the gradient is not finite anywhere, now or before."""
+    both = torch.stack([loss / group.size, (~torch.isfinite(loss + norm)).float()])
+    if group.size > 1:
+        dist.all_reduce(both, group=group.brisk)
+    return both[0], torch.maximum(bad, (both[1] > 0).float())
+
+
+@contextlib.contextmanager
+def rescuing(keys: StepKeys, samples: Source, run: RunLog, saver: Saver) -> Iterator[None]:
+    """Where an update was bad, write down its samples, and keep the weights: they are those of the step before."""
+    try:
+        yield
+    except DivergedError as error:
+        if run.bad_step is None:
+            raise
+        step = run.bad_step
+        batch = next(iter(replace(keys, first_step=step - 1, steps=step, rank=0, size=1)))
+        names = [samples.where(key.sample) for key in batch]
+        run.dump(step, {"reason": str(error), "samples": names, "crop_seeds": [key.crop for key in batch]})
+        if step > 1 and run.last_saved != step - 1:
+            with contextlib.suppress(CheckpointError):  # the first error tells more
+                saver.save(step - 1, must=True)
+        report(run)
+        raise
+
+
+def report(run: RunLog) -> None:
+    """The page of a run; one that cannot be written takes nothing from it."""
+    try:
+        if run.leads:
+            write_report(run.folder)
+    except MaehubError as error:
+        log.warning("report.html: %s", error)
+
+
+def batch_words(batch_size: int, micro: int, group: Group) -> str:
+    """A global batch as it is computed: ``1024 (8 processes of 128, 2 micro-batches of 64)``."""
+    part = batch_size // group.size
+    how = [f"{group.size} processes of {part}"] if group.size > 1 else []
+    if part > micro:
+        how.append(f"{-(-part // micro)} micro-batches of {micro}")
+    return f"{batch_size}" + (f" ({', '.join(how)})" if how else "")

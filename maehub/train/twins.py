@@ -1,0 +1,190 @@
+"""Pictures that are on both sides of a split: the same files, and pictures that differ by little.
+
+What a network was trained on it tells too well: such pictures make a measured accuracy too high.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from maehub.errors import DataError
+from maehub.files import atomic_write, sha256_file
+from maehub.images import Preprocess, read_pixels
+from maehub.opening import ImagePath
+from maehub.sources import Source
+from maehub.train.data import batches_of, naming, worker_count
+from maehub.train.labels import Labelled
+
+Pair = tuple[int, int]
+"""(testing index, training index)"""
+
+_SMALL = Preprocess(size=(32, 36), resize="squash", interpolation="bilinear")
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R BT.601
+_STEP = 2.0  # grey levels between cells that count as brighter: less is noise of a flat background
+_PLAIN = 1.0  # grey levels of standard deviation below which there is nothing to compare
+_MOST_BITS, _MOST_DIFFERENCE = 8, 0.04  # measured on photos, and on clip-art that only looks alike
+_AT_ONCE, _ROWS = 64, 512  # pictures read, and compared with all others, at once
+_PICTURES_PER_WORKER = 256  # fewer than these are read sooner here than in processes that must be started
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Testing pictures that are in training too, each once, with the training picture that is most like it."""
+
+    exact: list[Pair]
+    """Files with the same bytes."""
+    near: list[Pair]
+    """Other files that show the same: compressed or scaled anew, or cropped by a little."""
+    training: Labelled = field(repr=False)
+    testing: Labelled = field(repr=False)
+
+    def describe(self) -> str:
+        """How many there are, in a sentence."""
+        parts = [
+            f"{len(pairs)} {what}"
+            for pairs, what in ((self.exact, "the same file"), (self.near, "nearly the same picture"))
+            if pairs
+        ]
+        count, share = len(self.testing), 100 * (len(self.exact) + len(self.near)) / len(self.testing)
+        if not parts:
+            return f"None of {count:,} testing pictures was found in training."
+        text = f"Of {count:,} testing pictures {share:.1f} % are in training too: {' and '.join(parts)}"
+        other = sum(self._labels_differ(pair) for pair in self.exact + self.near)
+        return f"{text}; {other} of them with another label there." if other else f"{text}."
+
+    def save(self, path: str | Path) -> None:
+        """Write a CSV of kind (exact or near), testing picture, training picture.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["kind", "testing", "training"])
+            for kind, pairs in (("exact", self.exact), ("near", self.near)):
+                for one, other in pairs:
+                    rows.writerow([kind, self.testing.samples.where(one), self.training.samples.where(other)])
+
+    def _labels_differ(self, pair: Pair) -> bool:
+        return bool(np.any(self.testing.labels[pair[0]] != self.training.labels[pair[1]]))
+
+
+def find_twins(training: Labelled, testing: Labelled, *, workers: int | None = None, progress: bool = True) -> Twins:
+    """Look for testing pictures in training.
+
+    *Exact* are files with the same sha256: it costs nothing beside decoding and is never wrong, while equal small
+    pictures could still differ in what matters. The same picture in another file is *near*: its difference hash (64
+    bits, whether each cell of a 9 × 8 grid is darker than the next one: Krawetz 2013, "Kind of Like That") is off by
+    few bits, *and* so is its colour thumbnail (16 × 18), by 1 − the correlation of pixels. The hash alone would take
+    most clip-art on white for the same. Pictures that are turned, mirrored, recoloured or much cropped are not found.
+
+    Args:
+        training, testing: of a split.
+        workers: processes that read; 0 reads in this one, None chooses.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    there = _prints(training.samples, workers, progress)
+    here = _prints(testing.samples, workers, progress)
+    known: dict[str, int] = {}
+    for place, file in enumerate(there.files):
+        known.setdefault(file, place)
+    exact = [(place, known[file]) for place, file in enumerate(here.files) if file in known]
+    same = {place for place, _ in exact}
+    near = [pair for pair in _near(here, there) if pair[0] not in same]
+    return Twins(exact, near, training, testing)
+
+
+class _Prints(NamedTuple):
+    """What pictures are known by."""
+
+    files: list[str]  # sha256 of each file
+    hashes: np.ndarray  # (n,) uint64, difference hashes
+    thumbnails: np.ndarray  # (n, d) float32, of mean 0 and length 1; zeros where there is nothing to compare
+
+
+@dataclass(frozen=True)
+class _Small(Dataset[_Prints | DataError]):
+    """Prints of pictures, a whole batch at a time; of one that cannot be read its error."""
+
+    samples: Source
+
+    def __getitems__(self, indices: list[int]) -> _Prints | DataError:
+        self.samples.prefetch(indices)
+        files, pixels = [], np.empty((len(indices), *_SMALL.size, 3), np.uint8)
+        for row, index in enumerate(indices):
+            try:
+                with naming(self.samples, index):
+                    file, pixels[row] = _read(self.samples.source(index))
+            except DataError as error:
+                return error
+            files.append(file)
+        return _Prints(files, difference_hashes(pixels), _thumbnails(pixels))
+
+    def __getitem__(self, index: int) -> _Prints | DataError:
+        return self.__getitems__([index])
+
+
+def difference_hashes(pixels: np.ndarray) -> np.ndarray:
+    """Difference hashes of small pictures: (n, 32, 36, 3) uint8 to (n,) uint64."""
+    cells = (pixels @ _GREY).reshape(-1, 8, 4, 9, 4).mean((2, 4))
+    bits = cells[:, :, 1:] - cells[:, :, :-1] > _STEP
+    return np.packbits(bits.reshape(-1, 64), axis=1).view(np.uint64)[:, 0]
+
+
+def _thumbnails(pixels: np.ndarray) -> np.ndarray:
+    """(n, 32, 36, 3) uint8 to (n, 864) float32, of mean 0 in each colour and length 1 together."""
+    cells = pixels.reshape(-1, 16, 2, 18, 2, 3).astype(np.float32).mean((2, 4)).reshape(len(pixels), -1, 3)
+    cells = (cells - cells.mean(axis=1, keepdims=True)).reshape(len(pixels), -1)
+    length = np.linalg.norm(cells, axis=1, keepdims=True)
+    return np.where(length > _PLAIN * np.sqrt(cells.shape[1]), cells / np.maximum(length, 1e-6), 0)
+
+
+def _read(source: ImagePath | BinaryIO) -> tuple[str, np.ndarray]:
+    """The sha256 of a picture file, and its pixels, small."""
+    if isinstance(source, ImagePath):
+        pixels = read_pixels(source, _SMALL)  # first, since it refuses what is no regular file
+        return sha256_file(os.fsdecode(source)), pixels
+    data = source.read()
+    return hashlib.sha256(data).hexdigest(), read_pixels(io.BytesIO(data), _SMALL)
+
+
+def _prints(samples: Source, workers: int | None, progress: bool) -> _Prints:
+    """Those of all pictures, in their order."""
+    count = len(samples)
+    if workers is None and count < _PICTURES_PER_WORKER:
+        workers = 0
+    keys = [list(range(start, min(start + _AT_ONCE, count))) for start in range(0, count, _AT_ONCE)]
+    bar = tqdm(total=count, unit=" pictures", disable=None if progress else True, file=sys.stderr, leave=False)
+    found: list[_Prints] = []
+    with batches_of(_Small(samples), keys, workers=worker_count(workers), pin=False) as batches, bar:
+        for batch in batches:
+            found.append(batch)
+            bar.update(len(batch.files))
+    files, hashes, thumbnails = zip(*found, strict=True)
+    return _Prints([file for some in files for file in some], np.concatenate(hashes), np.concatenate(thumbnails))
+
+
+def _near(here: _Prints, there: _Prints) -> list[Pair]:
+    """The nearest picture of ``there`` for each of ``here`` that has one near enough."""
+    pairs = []
+    for start in range(0, len(here.hashes), _ROWS):
+        rows = slice(start, start + _ROWS)
+        alike = here.thumbnails[rows] @ there.thumbnails.T  # (rows, training) correlations
+        bits = np.bitwise_count(here.hashes[rows, None] ^ there.hashes)
+        alike[bits > _MOST_BITS] = -1
+        best = alike.argmax(axis=1)
+        for row in np.flatnonzero(alike.max(axis=1) >= 1 - _MOST_DIFFERENCE):
+            pairs.append((start + int(row), int(best[row])))
+    return pairs
