@@ -375,7 +375,7 @@ def test_a_finished_fine_tuning_run(finished):
     page, scores = written(finished.run), finished.scores
     for fact in (
         "completed",
-        "vit-tiny from fresh weights, trained by the recipe scratch on 24 pictures of 3 classes: 8 steps of 8 pictures.",
+        "vit-tiny from fresh weights, trained by the recipe scratch on 24 pictures of 3 classes: 8 steps of 8 ",
         f"top-1 {scores.top1:.1f} % (95 % interval {scores.low:.1f} to {scores.high:.1f}, Wilson; n = 6)",
         f"balanced accuracy {scores.balanced_accuracy:.1f} %",
         f"calibration error {scores.calibration_error:.1f} %",
@@ -413,7 +413,7 @@ def test_the_page_of_a_classifier_needs_nothing_and_names_no_picture(finished):
 def test_settings_of_the_recipe_and_of_the_run_are_marked_where_they_were_given(finished):
     page = (finished.run / "report.html").read_text()
     recipe, settings = page[page.index("<h2>Recipe") :].split("<h2>Settings")
-    assert marked(recipe) == ["batch-size", "mixup", "warmup"]
+    assert marked(recipe) == ["batch-size", "mixup", "steps", "warmup"]
     assert "<th>randaugment</th><td>rand-m9-mstd0.5-inc1</td>" in recipe
     assert "<th>mixup</th><td>0.3</td>" in recipe
     rates = read_metrics(finished.run / "metrics.jsonl")["lr"].values
@@ -569,8 +569,9 @@ def test_nothing_that_is_broken_stops_the_page_of_a_classifier(finished, tmp_pat
     evil = dict.fromkeys(config, EVIL) | {"kind": "finetune", "settings": settings, "classes": [EVIL]}
     (run / "config.json").write_text(json.dumps(evil))
     (run / "scores.json").write_text(json.dumps(broken))
-    (run / "twins.csv").write_bytes(b'exact,"\xff\0')
+    (run / "twins.csv").write_bytes(b'near,"\xff')
     page = page_of(run)
+    assert "1 held-out picture is in training too: 1 nearly the same picture." in page.text
     assert not {"script", "img"} & set(page.tags)
     assert "No step was written yet." in page.text
     assert "95 %" not in page.text

@@ -5,13 +5,12 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from maehub.conversion import read_pickle
 from maehub.encoder import PRESETS, Encoder
@@ -20,10 +19,9 @@ from maehub.hub import load, usable_device
 from maehub.images import Preprocess
 from maehub.patches import Size, as_size, grid_size
 from maehub.tensorfile import read_tensors
-from maehub.train.config import PretrainConfig
-from maehub.train.networks import build_network
+from maehub.train.networks import preset as architecture
 
-_LARGEST_PATCH = 16  # of networks without patches, as which their pictures are counted
+_LARGEST_PATCH = 16
 _PIXELS_SIDE, _COLOURS_SIDE, _BINS = 32, 96, 8
 
 
@@ -134,8 +132,10 @@ def _fresh(name: str, preset: str, image_size: int | Size | None, seed: int) -> 
     if preset not in PRESETS:
         raise UsageError(f"{name}: after untrained/ stands one of {', '.join(PRESETS)}, or timm/NAME")
     sides = as_size(image_size, "image_size") if image_size is not None else ()
-    config = PretrainConfig("", Path("unused"), model=preset, image_size=sides, steps=1, seed=seed)
-    return build_network(config, None).encoder
+    config, preprocess = architecture(preset, sides)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return Encoder(config, preprocess)
 
 
 def _timm(
@@ -241,10 +241,9 @@ def _timm_preprocess(name: str, network: Any, image_size: int | Size | None) -> 
     if patch is not None:
         patch = as_size(patch)[0]
         grid_size(size[0], size[1], patch)  # timm would leave out what does not fill a patch
-    patch = patch or next(side for side in range(_LARGEST_PATCH, 0, -1) if not size[0] % side and not size[1] % side)
     return Preprocess(
         size,
-        patch,
+        patch or _patch(size),
         "centre-crop" if mode == "center" else "squash",
         short / max(short, math.floor(short / share)),  # timm rounds the covered size down
         data["interpolation"],
@@ -297,7 +296,7 @@ def _baseline(name: str, image_size: int | Size | None) -> Backbone:
         raise UsageError(f"there is no {name}; there are {' and '.join(kinds)}")
     side, compute = kinds[name]
     size = as_size(side if image_size is None else image_size, "image_size")
-    plain = replace(Preprocess.evaluation(size), crop_fraction=1.0, mean=(0.0,) * 3, std=(1.0,) * 3, patch_size=1)
+    plain = Preprocess(size, _patch(size), crop_fraction=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
     width = _BINS**3 if compute is _colours else 3 * math.prod(size)
     return Backbone(name, nn.Identity(), plain, width, 1, ("own",), lambda images, _: compute(images)[:, None, None])
 
@@ -311,7 +310,13 @@ def _colours(images: Tensor) -> Tensor:
     """Share of the picture in each of 8 × 8 × 8 colours: (B, 3, H, W) in [0, 1] to (B, 512)."""
     red, green, blue = (images * _BINS).long().clamp(0, _BINS - 1).unbind(1)
     places = ((red * _BINS + green) * _BINS + blue).flatten(1)
-    return F.one_hot(places, _BINS**3).float().mean(dim=1)
+    counts = torch.zeros(len(places), _BINS**3, device=places.device)
+    return counts.scatter_add_(1, places, torch.ones_like(places, dtype=counts.dtype)) / places.shape[1]
+
+
+def _patch(size: Size) -> int:
+    """As what pictures count that are not cut into patches: the largest square of at most 16 pixels that tiles them."""
+    return next(side for side in range(_LARGEST_PATCH, 0, -1) if not size[0] % side and not size[1] % side)
 
 
 def _first_line(error: BaseException) -> str:

@@ -193,7 +193,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     micro = micro or job.start.micro_batch
     if group.leads:
         _announce(config, group, job, micro)
-    facts = asdict(config) | {"kind": "finetune", "steps": steps, "settings": asdict(settings)}
+    facts = asdict(config) | {"kind": "finetune", "settings": asdict(settings)}
     facts |= {"classes": list(job.split.training.classes), "environment": environment(group)}
     run.begin(
         facts,

@@ -26,8 +26,8 @@ STRENGTHS = tuple(10.0 ** (half / 2) for half in range(4, -11, -1))
 
 # Steps of L-BFGS at most, and by how much the last one may still lower the loss, relative to it: in single precision
 # enough to choose by, in double for the answer.
-_STEPS = {torch.float32: 100, torch.float64: 1000}
-_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
+_STEPS = {torch.float32: 50, torch.float64: 1000}
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 _CONSTANT = 1e-6  # deviation below which a column is constant, relative to its size
 _RANK = 1e-12  # variance below which a direction holds only rounding, relative to the largest
 

@@ -38,7 +38,10 @@ LOG_EVERY = 16
 
 _CONFIG, _STATE, _METRICS, _DIVERGED = "config.json", "run.json", "metrics.jsonl", "diverged.json"
 # beside the metrics, what a new run replaces
-_OURS = (_CONFIG, _STATE, _DIVERGED, "checkpoints", "pictures", "model", "tensorboard", "report.html")
+_OURS = (
+    *(_CONFIG, _STATE, _DIVERGED, "checkpoints", "pictures", "model", "tensorboard", "report.html"),
+    *("scores.json", "twins.csv"),
+)
 _SPIKE_WINDOW, _SPIKE = 64, 3.0  # a loss this many times the median of so many before it is worth a word
 _BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt}{postfix} · {remaining} left"
 
@@ -148,7 +151,7 @@ class RunLog:
             self._bar.close()
         self._above.close()
         if self._begun and error is not None:
-            self._fail(error)
+            self.failed(error)
         if self._boards is not None:
             with contextlib.suppress(Exception):
                 self._boards.close()
@@ -313,7 +316,8 @@ class RunLog:
             with contextlib.suppress(CheckpointError), atomic_write(self.folder / _DIVERGED) as temporary:
                 temporary.write_text(json.dumps({"step": step, **facts}, indent=1) + "\n")
 
-    def _fail(self, error: BaseException) -> None:
+    def failed(self, error: BaseException) -> None:
+        """The run ends by an error, which ``run.json`` will tell."""
         # The disk may be full or the device lost; the error that ends the run must not be hidden by another.
         with contextlib.suppress(Exception):
             self.flush()

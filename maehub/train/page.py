@@ -47,8 +47,10 @@ tr { border-bottom: 1px solid var(--line); break-inside: avoid; }
 .settings td { text-align: right; }
 .changed { background: var(--mark); } .changed th, .changed td { color: var(--ink); font-weight: 600; }
 .classes th, .classes td { text-align: right; white-space: nowrap; }
-.classes :first-child, .worded :last-child { text-align: left; }
-.classes td, .classes tr + tr th { color: var(--ink); }
+.classes tr > :first-child, .worded tr > :last-child { text-align: left; }
+.classes td, .classes tr + tr th { color: var(--ink); } .wide + .legend { margin-top: 8px; }
+.classes tr + tr > th, .worded tr + tr > :last-child { white-space: normal; min-width: 10em; }
+.classes td:nth-child(3) { min-width: 180px; }
 .bar { float: left; width: 90px; height: 8px; margin: 7px 12px 0 0; border-radius: 4px; background: var(--line); }
 .bar i { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
 .beside { align-items: start; } .beside th { white-space: nowrap; }

@@ -124,6 +124,7 @@ class KnnConfig(FrozenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "model", str(self.model))
         object.__setattr__(self, "out", None if self.out is None else Path(self.out))
         check(self, {"neighbours": whole(1), "temperature": POSITIVE, "seed": _SEED})
         _check_json(self.out, self.overwrite)
@@ -172,8 +173,8 @@ class CompareConfig(FrozenConfig):
 
 def _settle_models(config: ProbeConfig | CompareConfig) -> None:
     """One name is a tuple of it, and none is the default."""
-    given = (config.model,) if isinstance(config.model, str) else tuple(map(str, config.model))
-    object.__setattr__(config, "model", tuple(dict.fromkeys(given)) or (MODEL,))
+    given = (config.model,) if isinstance(config.model, str | Path) else config.model
+    object.__setattr__(config, "model", tuple(dict.fromkeys(map(str, given))) or (MODEL,))
 
 
 def _check_json(path: Path | None, overwrite: bool) -> None:

@@ -118,8 +118,9 @@ def warning(twins: Path, scores: Scores | None) -> str:
     if not total:
         return ""
     of = f" of {scores.n:,}" if scores and not scores.multi_label else ""
-    parts = " and ".join(f"{count:,} {words}" for count, words in counts if count)
-    text = f"{total:,}{of} held-out pictures are in training too: {parts}. The scores may be too high."
+    plural, verb = ("" if total == 1 and not of else "s"), ("is" if total == 1 else "are")
+    kinds_found = " and ".join(f"{count:,} {words}" for count, words in counts if count)
+    text = f"{total:,}{of} held-out picture{plural} {verb} in training too: {kinds_found}. The scores may be too high."
     return f'<p class="warn">{escape(text)} twins.csv lists them.</p>'
 
 
@@ -147,7 +148,7 @@ def recipe(config: Mapping[str, Any]) -> str:
     base, batch = _number(found.get("base_lr")), _number(found.get("batch_size"))
     if base and batch:
         found["peak_lr"] = peak_rate(base, int(batch))
-    asked = {name for name in found if name != "steps" and config.get(name) not in (None, "auto")}
+    asked = {name for name in found if config.get(name) not in (None, "auto")}
     return settings_table(found, asked, "given by a flag. The rest is the recipe's, fitted to network and data")
 
 

@@ -80,6 +80,7 @@ def rescuing(keys: StepKeys, samples: Source, run: RunLog, saver: Saver) -> Iter
         if step > 1 and run.last_saved != step - 1:
             with contextlib.suppress(CheckpointError):  # the first error tells more
                 saver.save(step - 1, must=True)
+        run.failed(error)
         report(run)
         raise
 
