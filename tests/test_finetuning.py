@@ -1,8 +1,11 @@
 """Fine-tuning: it learns, says what it does, resumes exactly, exports what loads elsewhere, and refuses clearly."""
 
+import dataclasses
 import json
 import logging
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ from safetensors.torch import load_file
 import maehub
 from maehub import cli
 from maehub.encoder import PRESETS, Encoder, EncoderConfig
-from maehub.errors import DataError, DivergedError, UsageError
-from maehub.train import FinetuneConfig, finetune, finetuning
+from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
+from maehub.train import FinetuneConfig, finetune, finetuning, saving
 from maehub.train.data import Key
 from maehub.train.examples import Sight, policy_of
 from maehub.train.finetuning import Objective
@@ -228,6 +231,35 @@ def test_a_killed_run_is_resumed_bit_for_bit_with_the_whole_recipe(pictures, tmp
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
+def test_row_56_a_signal_stops_after_the_step_and_the_run_goes_on_bit_for_bit(
+    pictures, tmp_path, undisturbed, monkeypatch
+):
+    config = settings_of(pictures, tmp_path / "run", checkpoint_every=3, **FULL)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = finetune(config)
+    assert (result.step, result.exit_code, result.scores) == (5, 75, None)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "preempted"
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "run" / "model").exists()
+    finetune(dataclasses.replace(config, resume=True))
+    assert equal(tensors(tmp_path / "run"), tensors(undisturbed))
+
+
+def test_row_61_a_damaged_checkpoint_is_passed_over(pictures, tmp_path, undisturbed, monkeypatch, caplog):
+    config = settings_of(pictures, tmp_path / "run", checkpoint_every=3, **FULL)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, kill)
+        with pytest.raises(Killed):
+            finetune(config)
+    with open(tmp_path / "run" / "checkpoints" / "step-6" / "model.safetensors", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    finetune(dataclasses.replace(config, resume=True))
+    assert "step-6.corrupt" in caplog.text
+    assert equal(tensors(tmp_path / "run"), tensors(undisturbed))
+
+
 def test_the_average_is_exported_and_is_not_the_network(undisturbed):
     stored = tensors(undisturbed)["model.safetensors"]
     exported = load_file(undisturbed / "model" / "model.safetensors")
@@ -433,6 +465,34 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before(pictures, tmp_path, 
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "diverged"
     assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
     assert len(json.loads((tmp_path / "run" / "diverged.json").read_text())["samples"]) == 8
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_row_19_a_broken_picture_ends_the_run_with_its_name(tmp_path, capsys, side):
+    fill(tmp_path / "data" / "train", range(4))
+    fill(tmp_path / "data" / "val", range(4, 6))
+    (tmp_path / "data" / side / "noise" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    line = ["finetune", str(tmp_path / "data"), "-o", str(tmp_path / "run"), "--model", "untrained/vit-tiny"]
+    assert cli.main([*line, "--steps", "4", "--batch-size", "8", "--workers", "0", "--skip-twins"]) == 5
+    assert "broken.png" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
+
+
+def test_a_class_that_is_only_measured_on_is_refused(tmp_path, capsys):
+    fill(tmp_path / "data" / "train", range(3), classes=("noise", "lines"))
+    fill(tmp_path / "data" / "val", range(3, 5))
+    line = ["finetune", str(tmp_path / "data"), "-o", str(tmp_path / "run"), "--model", "untrained/vit-tiny"]
+    assert cli.main([*line, "--steps", "1"]) == 5
+    assert "blobs" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_an_error_of_the_checkpoint(pictures, tmp_path, monkeypatch):
+    def full(*_):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(saving, "save_checkpoint", full)
+    with pytest.raises(CheckpointError, match="full"):
+        finetune(settings_of(pictures, tmp_path / "run", steps=2))
 
 
 @pytest.mark.parametrize(

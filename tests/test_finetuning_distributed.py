@@ -108,6 +108,16 @@ def test_two_processes_resume_bit_for_bit(pictures, whole, tmp_path, more):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_row_55_one_process_goes_on_with_the_samples_of_two(pictures, whole, tmp_path):
+    run = tmp_path / "run"
+    line = words(pictures, run, **PLAIN)
+    launch = Launch(tmp_path / "launch", [{"words": line, "fault": "kill", "rank": 1, "step": 5}])
+    assert launch.wait() != 0
+    assert cli.main([*line, "--resume"]) == 0
+    one, two = losses(whole / "one"), losses(run)
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+
+
 def test_a_batch_that_cannot_be_mixed_in_two_processes_is_refused(pictures, tmp_path):
     line = words(pictures, tmp_path / "run", **(FULL | {"batch-size": 6}))
     launch = Launch(tmp_path / "launch", [{"words": line}])

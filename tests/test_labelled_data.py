@@ -1,4 +1,4 @@
-"""The labelled sets that the benchmarks build: what is read out of packages, kept, and written. Nothing is downloaded."""
+"""The labelled sets that the benchmarks build: what is read, kept and written. Nothing is downloaded."""
 
 import pickle
 import sys
@@ -12,8 +12,8 @@ from maehub.errors import DataError
 from maehub.train.labels import read_labelled
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import labelled_data  # noqa: E402
-from labelled_data import Found, Kept, check, pickled_bytes, write  # noqa: E402
+import labelled_data
+from labelled_data import Found, Kept, check, pickled_bytes, write
 
 
 def picture(value, size=(40, 30)):
@@ -83,7 +83,7 @@ def test_the_digest_tells_pixels_names_and_classes():
 
 
 def test_a_package_that_holds_something_else_is_refused():
-    with pytest.raises(DataError, match="digits: the package holds .* expected"):
+    with pytest.raises(DataError, match="digits: the package holds"):
         check("digits", kept(Found("0", "00000", picture(0))))
 
 

@@ -269,6 +269,7 @@ class TestKnn:
         assert json.loads((tmp_path / "knn.json").read_text())["neighbours"] == found.neighbours
         named = knn(KnnConfig(folder, model, pool=found.pool, neighbours=found.neighbours, **QUIET))
         assert named.scores == found.scores
+        assert knn(KnnConfig(folder, model, neighbours=1000, **QUIET)).neighbours == 48  # no more can vote
         assert "n = 36" in str(found)
         assert "NEIGHBOURS" in found._repr_html_()
 

@@ -124,9 +124,6 @@ def backbone_of(name: str, encoder: Encoder) -> Backbone:
     return Backbone(name, encoder, encoder.preprocess, config.width, config.depth, parts, compute)
 
 
-_of_encoder = backbone_of
-
-
 def _fresh(name: str, preset: str, image_size: int | Size | None, seed: int) -> Encoder:
     """The encoder that pretraining from scratch starts with."""
     if preset not in PRESETS:

@@ -225,7 +225,7 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
         pooled = backbone.pooled(features.training[:, 0], pool)
         trials[pool] = choose_neighbours(pooled, training.labels, training.groups, config.temperature, candidates)
     pool = max(trials, key=lambda name: _most(trials[name]).accuracy)
-    neighbours = config.neighbours or _most(trials[pool]).neighbours
+    neighbours = min(config.neighbours or _most(trials[pool]).neighbours, len(training))
     near, far = (backbone.pooled(side[:, 0], pool) for side in (features.training, features.testing))
     shares = vote(near, training.labels, far, neighbours, config.temperature, classes=len(training.classes))
     shares = shares.clamp(_NO_VOTE, 1 - _NO_VOTE)

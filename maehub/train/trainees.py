@@ -13,8 +13,7 @@ from maehub.errors import UsageError
 from maehub.hub import load
 from maehub.images import Preprocess
 from maehub.locating import Located, locate
-from maehub.train.backbones import Backbone, open_backbone
-from maehub.train.backbones import _of_encoder as backbone_of
+from maehub.train.backbones import Backbone, backbone_of, open_backbone
 from maehub.train.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
 from maehub.train.distributed import Group
 from maehub.train.finetune_config import FinetuneConfig
