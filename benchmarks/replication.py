@@ -164,7 +164,7 @@ def pretrained(folder: Path, arm: Arm, seed: int) -> None:
     run = folder / "run"
     settings = PRETRAINING | arm.differs
     steps = settings["steps"]
-    pretrain(
+    result = pretrain(
         PretrainConfig(
             str(folder / "pretraining.txt"),
             run,
@@ -178,6 +178,8 @@ def pretrained(folder: Path, arm: Arm, seed: int) -> None:
             **EVERYWHERE,
         )
     )
+    if result.exit_code:  # it was told to stop
+        raise SystemExit(result.exit_code)
     shutil.copy(run / "metrics.jsonl", folder / f"{arm.name}.jsonl")
     (run / "model").rename(folder / arm.name)
     shutil.rmtree(run)
@@ -218,7 +220,8 @@ def finetuned(folder: Path, arm: Arm, seed: int) -> Result:
             **EVERYWHERE,
         )
     )
-    assert result.scores is not None
+    if result.exit_code or result.scores is None:
+        raise SystemExit(result.exit_code)
     shutil.rmtree(run)
     return Result(seed, arm.name, "finetune", result.scores.top1, result.scores.n, time.perf_counter() - start, {})
 

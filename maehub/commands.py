@@ -205,7 +205,7 @@ def run_pretrain(config: Any, shared: Shared) -> int:
     result = pretrain(replace(config, quiet=config.quiet or shared.quiet))
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        _report(shared, facts, f"{result.run}: {result.step} steps done")
+        _report(shared, facts, _ending(result.run, result.step, result.exit_code))
     return result.exit_code
 
 
@@ -214,10 +214,10 @@ def run_finetune(config: Any, shared: Shared) -> int:
 
     result = finetune(replace(config, quiet=config.quiet or shared.quiet))
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
-    lines = [f"{result.run}: {result.step} steps done"]
+    lines = [_ending(result.run, result.step, result.exit_code)]
     if result.scores is not None:
         facts |= result.scores.summary()
-        lines = [str(result.scores), "", lines[0]]
+        lines = [str(result.scores), "", f"{lines[0]}. {result.run}/report.html shows it"]
     if os.environ.get("RANK", "0") == "0":
         _report(shared, facts, "\n".join(lines))
     return result.exit_code
@@ -290,6 +290,12 @@ def run_plan(config: Any, shared: Shared) -> int:
     found = plan(config)
     _report(shared, found.to_dict(), found.describe())
     return EXIT_DONE
+
+
+def _ending(run: Path, step: int, exit_code: int) -> str:
+    if exit_code:
+        return f"{run}: stopped at step {step}; the same line with --resume goes on"
+    return f"{run}: {step} steps done"
 
 
 def _pictures(source: str) -> list[str]:

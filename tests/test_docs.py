@@ -81,6 +81,17 @@ def test_commands_parse(path, monkeypatch, capsys):
     assert len(parsed) == len(commands(path))
 
 
+def test_commands_in_the_tables_of_recipes_parse(monkeypatch, capsys):
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [cell for row in rows for cell in re.findall(r"`(maehub [^`…]+)`", row)]
+    for name, command in list(cli.COMMANDS.items()):
+        monkeypatch.setitem(cli.COMMANDS, name, command._replace(run=lambda config, shared: 0))
+    assert len(cells) > 20
+    for cell in cells:
+        assert cli.main(shlex.split(cell)[1:]) == 0, f"{cell}: {capsys.readouterr().err}"
+
+
 def test_a_wrong_flag_would_be_found(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "list", cli.COMMANDS["list"]._replace(run=lambda config, shared: 0))
     assert cli.main(["list", "--no-such-flag"]) == 2

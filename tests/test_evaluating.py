@@ -86,7 +86,7 @@ def test_of_a_csv_the_rows_that_are_not_train(photos, model, tmp_path):
     assert measured(tmp_path / "sides.csv", model).scores == measured(photos / "val", model).scores
     every = measured(tmp_path / "groups.csv", model, label="what", group="site")
     assert every.scores.n == 30
-    assert every.scores.interval == "bootstrap over 2 groups"
+    assert every.scores.interval == "Wilson over 2 groups"
 
 
 def test_a_class_without_pictures_is_no_hindrance(photos, model, tmp_path):

@@ -72,3 +72,15 @@ def test_pretrain(tmp_path):
     assert json.loads((run / "run.json").read_text())["state"] == "completed"
     assert maehub.load(run).config.width == 192
     assert_figures(run, ["reconstruction.png"])
+
+
+def test_finetune_folder(tmp_path):
+    data, run = tmp_path / "labelled", tmp_path / "run"
+    command = [sys.executable, str(EXAMPLES / "finetune_folder.py"), str(data), str(run), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert [len(list((data / name).iterdir())) for name in ("cat", "coffee")] == [24, 24]
+    assert "95 % interval" in done.stdout
+    assert "classes: cat, coffee" in done.stdout
+    assert maehub.load(run).config.class_names == ("cat", "coffee")
+    assert (run / "report.html").is_file()

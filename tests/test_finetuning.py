@@ -303,6 +303,33 @@ def test_other_labels_of_the_same_pictures_are_other_data(tmp_path):
         finetune(settings_of(table, tmp_path / "run", steps=2, resume=True))
 
 
+def test_one_picture_fewer_is_other_data_and_can_be_accepted(pictures, tmp_path, monkeypatch, capsys):
+    shutil.copytree(pictures, tmp_path / "data")
+    config = settings_of(tmp_path / "data", tmp_path / "run", steps=None, epochs=1.0, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, kill)
+        with pytest.raises(Killed):
+            finetune(config)
+    (tmp_path / "data" / "noise" / "0.png").unlink()
+    with pytest.raises(DataError, match="--allow-data-change"):
+        finetune(dataclasses.replace(config, resume=True))
+    with pytest.raises(UsageError, match=r"epochs 1.0 → 2.0\."):
+        finetune(dataclasses.replace(config, resume=True, epochs=2.0))
+    assert finetune(dataclasses.replace(config, resume=True, allow_data_change=True)).step == 6
+
+
+def test_evaluating_a_run_on_its_own_data_measures_what_it_held_out(trained, pictures, caplog):
+    from maehub.train import EvaluateConfig, evaluate
+
+    caplog.set_level(logging.INFO, "maehub")
+    found = evaluate(EvaluateConfig(str(pictures), str(trained.run), workers=0, device="cpu"))
+    assert found.scores.n == 12
+    assert found.scores.top1 == pytest.approx(trained.scores.top1)
+    assert "the 12 pictures that it held out" in caplog.text
+    one_class = evaluate(EvaluateConfig(str(pictures), str(trained.run / "model"), workers=0, device="cpu"))
+    assert one_class.scores.n == 60  # a model folder does not know what it was trained on
+
+
 def test_a_finished_run_is_not_done_again(trained, pictures, caplog):
     caplog.set_level(logging.INFO, "maehub")
     changes = {"steps": 60, "base_lr": 0.02, "batch_size": 16, "mixup": 0, "cutmix": 0, "randaugment": "none"}
@@ -464,7 +491,10 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before(pictures, tmp_path, 
         finetune(settings_of(pictures, tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "diverged"
     assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
-    assert len(json.loads((tmp_path / "run" / "diverged.json").read_text())["samples"]) == 8
+    facts = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert len(facts["samples"]) == 8
+    assert "checkpoint of step 5 is kept" in facts["reason"]
+    assert "diverged" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("side", ["train", "val"])

@@ -29,7 +29,7 @@ QUIET = PLAIN | {"skip_twins": True}
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(PRESETS, "vit-tiny", EncoderConfig(32, 8, 3, 32, 2, 2))
-    monkeypatch.setattr(probing, "sweep", partial(sweep, strengths=(1.0, 0.1, 0.001)))  # a fifth of the time
+    monkeypatch.setattr(probing, "sweep", partial(sweep, strengths=(1.0, 0.1, 0.01)))  # a fifth of the time
 
 
 def texture(name, generator):

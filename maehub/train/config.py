@@ -87,7 +87,7 @@ class PretrainConfig(RunConfig):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the picture's area that a random crop covers."""
     hflip: bool = True
-    """Mirror half of the crops left to right."""
+    """Mirror half of the crops left to right; --no-hflip leaves them."""
     vflip: bool = False
     """Mirror half of the crops upside down: for pictures without an upright, such as slides or aerial ones."""
     rot90: bool = False

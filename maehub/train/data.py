@@ -244,8 +244,9 @@ def batches_of(
     )
     batches = _readable(loader)
     # A full garbage collection writes into every object there is: in each forked process it would copy what they share.
-    gc.collect()
-    gc.freeze()
+    if workers:
+        gc.collect()
+        gc.freeze()
     try:
         yield batches
     except Exception as error:
@@ -256,7 +257,8 @@ def batches_of(
         raise told from error
     finally:
         batches.close()
-        gc.unfreeze()
+        if workers:
+            gc.unfreeze()
 
 
 def check_shared_memory(view: View, views: int, workers: int) -> None:

@@ -26,7 +26,7 @@ from maehub.train.outputs import outputs
 from maehub.train.scores import Scores, losses, probabilities, score
 from maehub.train.sheets import confusion_picture, contact_sheet
 from maehub.train.showing import readable
-from maehub.train.splits import measured_part
+from maehub.train.splits import measured_part, split_labelled
 
 log = logging.getLogger("maehub")
 
@@ -157,16 +157,18 @@ def labelled_sheet(
             pictures.append(open_image(labelled.samples.source(index), channels=3 if channels == 3 else 1))
         true, said = labelled.labels[index], _said(row, labelled.multi_label)
         told = np.flatnonzero(true).tolist() if labelled.multi_label else [int(true)]
-        guesses = [f"{labelled.classes[place]} {100 * row[place]:.0f} %" for place in said]
+        guesses = [f"{labelled.classes[place]} ({100 * row[place]:.0f} %)" for place in said]
         name = os.path.basename(os.fsdecode(labelled.samples.name(index)))
         shown = ", ".join(labelled.classes[place] for place in told)
-        captions.append("\n".join([f"true: {shown or '–'}", f"predicted: {', '.join(guesses) or '–'}", name]))
+        captions.append("\n".join([f"true: {shown or 'none'}", f"predicted: {', '.join(guesses) or 'none'}", name]))
         right.append(told == said)
     return contact_sheet(pictures, captions, right, title=title)
 
 
 def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
     """The labelled pictures, their classes in the order of the head; and where they are."""
+    if (own := _held_out_by(config)) is not None:
+        return own, config.data
     sides, held_out = given_folders(config.data), os.path.join(config.data, "val")
     place = sides.testing if sides else held_out if os.path.isdir(held_out) else config.data
     known = encoder.config.class_names
@@ -184,6 +186,28 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
     if several and not labelled.multi_label:  # one label each is a case of several
         labelled = replace(labelled, labels=np.eye(len(labelled.classes), dtype=bool)[labelled.labels])
     return labelled, place
+
+
+def _held_out_by(config: EvaluateConfig) -> Labelled | None:
+    """Of the data that a run split by its seed the part that it held out; None of any other run and data."""
+    try:
+        told = json.loads((Path(config.model) / "config.json").read_bytes())
+        if told["kind"] != "finetune" or not os.path.samefile(told["data"], config.data):
+            return None
+        split = split_labelled(
+            config.data, seed=told["seed"], share=told["val_share"], group=told["group"], label=told["label"]
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if not split.made:
+        return None
+    log.info(
+        "%s was trained on a part of %s: measured on the %d pictures that it held out",
+        config.model,
+        config.data,
+        len(split.testing),
+    )
+    return split.testing
 
 
 def _by_order(labelled: Labelled, classes: int, model: str, place: str) -> Labelled:

@@ -75,7 +75,7 @@ class FinetuneConfig(RunConfig):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the picture's area that a random crop covers."""
     hflip: bool = True
-    """Mirror half of the crops left to right."""
+    """Mirror half of the crops left to right; --no-hflip leaves them."""
     vflip: bool = False
     """Mirror half of the crops upside down."""
     rot90: bool = False

@@ -23,7 +23,7 @@ from maehub.train.data import StepKeys, batches_of, worker_count
 from maehub.train.distributed import Group, joined
 from maehub.train.examples import LabelledCrops, Sight, policy_of
 from maehub.train.finetune_config import FinetuneConfig
-from maehub.train.finetune_recipes import Facts, Settings, describe, settle
+from maehub.train.finetune_recipes import Facts, Settings, describe, lasting, settle
 from maehub.train.fitting import micro_batch, pictures_fit, within_memory
 from maehub.train.log import RunLog, check_run_folder, run_state
 from maehub.train.machine import code_digest, environment
@@ -138,7 +138,7 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
     split = first or _split(config)
     classes, labels = split.training.classes, split.training.labels
     trainee, facts, settings = _fitted_trainee(config, found, split, group)
-    fixed = fixed_settings(config, {"recipe": asdict(settings), "classes": len(classes)})
+    fixed = fixed_settings(config, {"classes": len(classes), "epochs": config.epochs} | lasting(settings))
     start = Progress(0, fixed, _digest(split), group.size)
     group.agree(
         {f"--{name.replace('_', '-')}": value for name, value in fixed.items()}
@@ -271,6 +271,7 @@ def _look(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: in
             return None
         measured = Measured.of(logits, testing)
         run.note(step, **measured.numbers())
+        log.info("step %d: top-1 %.1f %% on the held-out pictures", step, measured.scores.top1)
         last, channels = step == job.settings.steps, job.trainee.preprocess.channels
         show(measured, testing, channels, run.folder / "pictures", step, last=last)
         return measured

@@ -248,7 +248,7 @@ class RunLog:
             self.bad_step = steps[bad].number
             diverged = DivergedError(
                 f"the loss or the gradient of step {steps[bad].number} is not finite. The update was skipped, and the "
-                f"weights are those of step {steps[bad].number - 1}. {self._kept()} Its samples are in {_DIVERGED}. "
+                f"weights are those of step {steps[bad].number - 1}. {self.kept()} Its samples are in {_DIVERGED}. "
                 "Try a lower --base-lr, --clip-grad 1 or --precision fp32 in a new run."
             )
             diverged.told_by = 0
@@ -326,11 +326,12 @@ class RunLog:
                 state = "diverged" if isinstance(error, DivergedError) else "failed"
                 self._write_state(state, error.exit_code, str(error))
             elif isinstance(error, KeyboardInterrupt):
-                self._write_state("failed", EXIT_INTERRUPTED, f"stopped within a step. {self._kept()}")
+                self._write_state("failed", EXIT_INTERRUPTED, f"stopped within a step. {self.kept()}")
             else:
                 self._write_state("failed", MaehubError.exit_code, repr(error))
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """Which checkpoint there is, in a sentence."""
         if self.last_saved is None:
             return "No checkpoint was written yet."
         return f"The checkpoint of step {self.last_saved} is kept."

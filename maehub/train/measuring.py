@@ -47,7 +47,8 @@ class Measured(NamedTuple):
     def numbers(self) -> dict[str, float]:
         """For ``metrics.jsonl``."""
         found = {"val_loss": self.scores.loss, "val_top1": self.scores.top1}
-        return found | {name: value for name, value in (("val_top5", self.scores.top5),) if value is not None}
+        more = {"val_top5": self.scores.top5, "val_mean_average_precision": self.scores.mean_average_precision}
+        return found | {name: value for name, value in more.items() if value is not None}
 
 
 def logits_of(
@@ -171,9 +172,12 @@ def _save_timm(network: Any, folder: Path, classes: Sequence[str]) -> None:
 def _card(model: str, settings: Settings, scores: Scores, split: LabelledSplit) -> str:
     """What the model card says of training and of what was measured; no names of files."""
     made = "a stratified split by seed" if split.made else "a split that was given"
+    done = "Fine-tuned from" if settings.head == "linear" else "A probe on the frozen features of"
+    precision = scores.mean_average_precision
+    mean = "" if precision is None else f"Mean average precision {precision:.1f} %. "
     return (
-        f"Fine-tuned from {model} by the recipe `{settings.recipe}` on {len(split.training):,} pictures of "
+        f"{done} {model} by the recipe `{settings.recipe}` on {len(split.training):,} pictures of "
         f"{len(split.training.classes)} classes: {settings.steps:,} steps of {settings.batch_size}.\n\n"
-        f"Top-1 {scores.top1:.1f} % (95 % interval {scores.low:.1f} to {scores.high:.1f}) on "
+        f"{mean}Top-1 {scores.top1:.1f} % (95 % interval {scores.low:.1f} to {scores.high:.1f}) on "
         f"{scores.n:,} held-out pictures, {made}, measured at the last step."
     )

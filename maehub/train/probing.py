@@ -311,6 +311,8 @@ def _trained(config: ProbeConfig) -> ProbeResult:
     assert config.out is not None
     if config.pool not in (None, "cls", "mean"):
         raise UsageError(f"--method {config.method} takes --pool cls or mean, not {config.pool}")
+    if config.out.exists() and any(config.out.iterdir()) and not config.overwrite:
+        raise UsageError(f"{config.out} exists and is not empty; choose another --out, or replace it by --overwrite")
     recipe: Any = "linear" if config.method == "lars" else "attentive"
     pool: Any = config.pool
     result = finetune(
@@ -334,8 +336,9 @@ def _trained(config: ProbeConfig) -> ProbeResult:
     )
     if result.scores is None:
         stopped = CheckpointError(
-            f"the probe was stopped at step {result.step}; its checkpoint is kept in {result.run}. Go on by: "
-            f"maehub finetune {config.data} -m {config.model[0]} --recipe {recipe} -o {result.run} --resume"
+            f"the probe was stopped at step {result.step}; its checkpoint is kept in {result.run}. Go on by "
+            f"`maehub finetune {config.data} -m {config.model[0]} --recipe {recipe} -o {result.run} --resume` and the "
+            "--seed, --batch-size, --pool, --val-share, --group and --label that were given"
         )
         stopped.exit_code = result.exit_code
         raise stopped

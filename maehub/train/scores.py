@@ -12,6 +12,7 @@ from maehub.train.showing import html_table, percent, readable, text_table
 
 _Z = 1.959963984540054  # 95 % of a standard normal lie within this
 _RESAMPLES, _SEED = 1000, 0
+_FEWEST_GROUPS = 10  # that are resampled; with fewer each group counts as one trial
 _BINS = 15
 _ROWS = 4096  # whose probabilities are computed at once
 _WORST, _BEST = 10, 3  # classes that are shown where there are more than _SHOWN
@@ -346,13 +347,14 @@ def _interval(right: np.ndarray, groups: np.ndarray | None) -> tuple[Interval, s
     sizes, rights = np.bincount(places), np.bincount(places, right)
     count = len(sizes)
     of = f"over {count:,} group" + ("" if count == 1 else "s")
-    if np.ptp(rights / sizes) == 0:
+    if count < _FEWEST_GROUPS or np.ptp(rights / sizes) == 0:  # resampling so few shows too little of what may vary
         return wilson(count * float(right.mean()), count), f"Wilson {of}"
     generator = np.random.default_rng(_SEED)
     drawn = (generator.integers(0, count, count) for _ in range(_RESAMPLES))
     shares = [rights[chosen].sum() / sizes[chosen].sum() for chosen in drawn]
-    low, high = np.percentile(shares, (2.5, 97.5))
-    return Interval(100 * float(low), 100 * float(high)), f"bootstrap {of}"
+    low, high = (100 * float(value) for value in np.percentile(shares, (2.5, 97.5)))
+    apart = wilson(int(right.sum()), len(right))  # pictures of a group tell no more than as many that are apart
+    return Interval(min(low, apart.low), max(high, apart.high)), f"bootstrap {of}"
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

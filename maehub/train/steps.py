@@ -74,12 +74,14 @@ def rescuing(keys: StepKeys, samples: Source, run: RunLog, saver: Saver) -> Iter
         if run.bad_step is None:
             raise
         step = run.bad_step
+        if step > 1 and run.last_saved != step - 1:
+            before = run.kept()
+            with contextlib.suppress(CheckpointError):  # the first error tells more
+                saver.save(step - 1, must=True)
+            error.args = (str(error).replace(before, run.kept()),)
         batch = next(iter(replace(keys, first_step=step - 1, steps=step, rank=0, size=1)))
         names = [samples.where(key.sample) for key in batch]
         run.dump(step, {"reason": str(error), "samples": names, "crop_seeds": [key.crop for key in batch]})
-        if step > 1 and run.last_saved != step - 1:
-            with contextlib.suppress(CheckpointError):  # the first error tells more
-                saver.save(step - 1, must=True)
         run.failed(error)
         report(run)
         raise
