@@ -13,10 +13,12 @@ there is no weight decay, unless told otherwise; both are tried.
 """
 
 import argparse
+import itertools
 import math
 import resource
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,9 +117,8 @@ def fast(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> Measured
     return Measured("fast", *seconds, 100 * right.float().mean().item(), note)
 
 
-def on_pictures(data: str, model: str, workers: int | None) -> list[Measured]:
+def on_pictures(data: str, model: str, workers: int | None) -> Iterator[Measured]:
     """Both probes through the commands' own functions, reading of pictures included."""
-    rows = []
     for method in ("fast", "lars"):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run" if method == "lars" else None
@@ -125,14 +126,17 @@ def on_pictures(data: str, model: str, workers: int | None) -> list[Measured]:
             found = probe(ProbeConfig(data, model, method=method, pool="cls", out=out, workers=workers, quiet=True))
             seconds = clock.read()
         interval = f"95 % interval {found.scores.low:.1f} to {found.scores.high:.1f}, n = {found.scores.n:,}"
-        rows.append(Measured(f"{method}, {model}, pool cls", *seconds, found.scores.top1, interval))
-    return rows
+        yield Measured(f"{method}, {model}, pool cls", *seconds, found.scores.top1, interval)
 
 
-def table(rows: list[Measured]) -> str:
-    lines = ["| probe | seconds | CPU seconds | top-1 % | |", "|---|---:|---:|---:|---|"]
-    lines += [f"| {row.name} | {row.seconds:.1f} | {row.processor:.1f} | {row.top1:.2f} | {row.note} |" for row in rows]
-    return "\n".join(lines)
+def shown(rows: Iterable[Measured]) -> list[Measured]:
+    """Print a table, a line as soon as it is known."""
+    print("| probe | seconds | CPU seconds | top-1 % | |\n|---|---:|---:|---:|---|", flush=True)
+    known = []
+    for row in rows:
+        print(f"| {row.name} | {row.seconds:.1f} | {row.processor:.1f} | {row.top1:.2f} | {row.note} |", flush=True)
+        known.append(row)
+    return known
 
 
 def _processor_seconds() -> float:
@@ -155,16 +159,16 @@ def main() -> None:
     n = arguments.features
     features, labels = make_features(n, arguments.width, arguments.classes, arguments.seed)
     sides = features[:n], labels[:n], features[n:], labels[n:]
-    rows = [fast(*sides)]
-    rows += [published(*sides, batch, adapt=adapt) for adapt in (True, False) for batch in BATCHES if batch <= n]
     print(f"{n:,} features of width {arguments.width}, {arguments.classes} classes, {arguments.threads} threads\n")
-    print(table(rows))
+    tried = [(adapt, batch) for adapt in (True, False) for batch in BATCHES if batch <= n]
+    rows = shown(itertools.chain([fast(*sides)], (published(*sides, batch, adapt=adapt) for adapt, batch in tried)))
     best = max(row.top1 for row in rows[1:])
     print(
         f"\nfast is {rows[0].top1 - best:+.2f} points from the best published one; at least -0.5 and 60 s are asked for"
     )
     if arguments.data:
-        print(f"\n{arguments.data}\n\n{table(on_pictures(arguments.data, arguments.model, arguments.workers))}")
+        print(f"\n{arguments.data}\n")
+        shown(on_pictures(arguments.data, arguments.model, arguments.workers))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from maehub.sources import Source, find_images
 from maehub.train.config import PretrainConfig
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
-from maehub.train.linear import accuracy, fit_linear
+from maehub.train.linear import accuracy, best, fit_linear
 from maehub.train.outputs import outputs
 from maehub.train.pretraining import pretrain
 from maehub.train.splits import folds, split_labelled
@@ -200,7 +200,7 @@ def probed(folder: Path, arm: Arm, seed: int) -> Result:
     inner = folds(split.training, 5, seed)  # the penalty is chosen by cross-validation of the training drawings
     fit = fit_linear(features(split.training.samples), split.training.labels, len(split.training.classes), inner)
     top1 = accuracy(fit.logits(features(split.testing.samples)), split.testing.labels)
-    about = {"strength": fit.strength, "inner": max(trial.accuracy for trial in fit.inner)}
+    about = {"strength": fit.strength, "inner": best(fit.inner).accuracy}
     return Result(seed, arm.name, "probe", top1, len(split.testing), time.perf_counter() - start, about)
 
 

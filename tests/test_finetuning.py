@@ -372,7 +372,7 @@ def test_partial_fine_tuning_leaves_the_rest_as_it_was(weights, pictures, tmp_pa
 
 def test_the_published_linear_probe_leaves_the_network_alone_and_folds_its_normalisation(weights, pictures, tmp_path):
     config = settings_of(
-        pictures, tmp_path / "run", model=str(weights), recipe="linear", steps=40, batch_size=24, base_lr=2.0
+        pictures, tmp_path / "run", model=str(weights), recipe="linear", steps=40, batch_size=24, base_lr=100.0
     )
     result = finetune(config)
     before, after = load_file(weights / "model.safetensors"), load_file(result.run / "model" / "model.safetensors")

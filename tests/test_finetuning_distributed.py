@@ -95,6 +95,7 @@ def test_scores_count_every_picture_once(whole):
         assert json.loads((whole / name / "scores.json").read_text())["scores"]["n"] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [FULL, PLAIN | {"fsdp": True, "ema": 0.8}], ids=["ddp", "fsdp"])
 def test_two_processes_resume_bit_for_bit(pictures, whole, tmp_path, more):
     run = tmp_path / "run"
@@ -108,6 +109,7 @@ def test_two_processes_resume_bit_for_bit(pictures, whole, tmp_path, more):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_row_55_one_process_goes_on_with_the_samples_of_two(pictures, whole, tmp_path):
     run = tmp_path / "run"
     line = words(pictures, run, **PLAIN)

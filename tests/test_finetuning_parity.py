@@ -21,9 +21,10 @@ from maehub.train.classifier import GlobalBatchNorm, as_classifier, drop_paths, 
 from maehub.train.distributed import Group
 from maehub.train.examples import Examples, targets_of
 from maehub.train.finetune_recipes import Settings
-from maehub.train.finetuning import Objective
+from maehub.train.finetuning import Objective, _optimizer
 from maehub.train.mixing import _ERASING, _MIXING, Mixing
 from maehub.train.optim import decayed_groups, learning_rate, set_rates
+from maehub.train.trainees import Trainee
 
 NETWORK = EncoderConfig(32, 8, 3, 32, 3, 2)
 CPU = torch.device("cpu")
@@ -253,3 +254,12 @@ def test_a_head_of_the_same_classes_is_kept():
     other = as_classifier(model, ["x", "y", "z", "u", "v"], pool="mean", seed=9)
     assert not torch.equal(other.head.weight, model.head.weight)
     assert math.isclose(other.head.weight.std().item(), 2e-5, rel_tol=0.3)
+
+
+def test_the_linear_probes_rates_are_adapted_for_matrices_alone():
+    """As published: weight decay is 0, and timm's LARS would then adapt nothing."""
+    model = torch.nn.Linear(4, 3)
+    trainee = Trainee(model, Preprocess.evaluation(32), lambda *_: [{"params": [p]} for p in model.parameters()])
+    optimizer = _optimizer(trainee, Settings("linear", 1, 8, 0.1, 0, 0.0, optimizer="lars"))
+    assert isinstance(optimizer, Lars)
+    assert [group["always_adapt"] for group in optimizer.param_groups] == [True, False]

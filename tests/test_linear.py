@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, log_loss
 from sklearn.model_selection import LeaveOneGroupOut, LeaveOneOut
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -66,13 +66,16 @@ def test_the_strength_is_chosen_by_what_is_held_out_alone():
     inner = in_halves(240)
     fit = fit_linear(features, labels, 4, inner)
     assert [trial.strength for trial in fit.inner] == list(STRENGTHS)
-    chosen = max(fit.inner, key=lambda trial: trial.accuracy)
+    chosen = min(fit.inner, key=lambda trial: trial.loss)
     assert fit.strength == chosen.strength
     # The weakest penalty fits the training half best and is not chosen: it does worse on the other half.
+    assert fit.inner[-1].loss > chosen.loss
     assert fit.inner[-1].accuracy < chosen.accuracy
     held = inner[0][1]
     alone = fit_at(features[inner[0][0]], labels[inner[0][0]], 4, chosen.strength)
-    assert accuracy(alone.logits(features[held]), labels[held]) == pytest.approx(chosen.accuracy, abs=1)
+    logits = alone.logits(features[held])
+    assert accuracy(logits, labels[held]) == pytest.approx(chosen.accuracy, abs=1)
+    assert log_loss(labels[held], logits.double().softmax(1).numpy()) == pytest.approx(chosen.loss, rel=0.02)
     everything = fit_at(features, labels, 4, fit.strength)
     assert torch.equal(fit.weight, everything.weight)
     assert torch.equal(fit.bias, everything.bias)
@@ -85,10 +88,12 @@ def test_several_inner_splits_count_by_their_pictures():
     both, first, second = (sweep(features, labels, 3, which) for which in (parts, parts[:1], parts[1:]))
     for trial, one, other in zip(both, first, second, strict=True):
         assert trial.accuracy == pytest.approx((30 * one.accuracy + 10 * other.accuracy) / 40)
+        assert trial.loss == pytest.approx((30 * one.loss + 10 * other.loss) / 40)
 
 
 def test_of_equal_strengths_the_stronger_is_taken():
-    assert best([Trial(0.1, 50.0), Trial(10.0, 70.0), Trial(1.0, 70.0)]) == Trial(10.0, 70.0)
+    trials = [Trial(0.1, 90.0, 0.6), Trial(10.0, 70.0, 0.5), Trial(1.0, 70.0, 0.5)]
+    assert best(trials) == trials[1]
 
 
 @settings(max_examples=15, deadline=None)

@@ -338,7 +338,9 @@ def _optimizer(trainee: Trainee, settings: Settings) -> torch.optim.Optimizer:
     if settings.optimizer == "lars":
         from timm.optim.lars import Lars
 
-        return Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001)
+        # As published, rates of matrices are adapted although there is no weight decay; those of vectors are not.
+        adapted = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups if group["params"]]
+        return Lars(adapted, lr=0.0, momentum=0.9, trust_coeff=0.001)
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
 
 

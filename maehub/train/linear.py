@@ -37,6 +37,7 @@ class Trial(NamedTuple):
 
     strength: float
     accuracy: float  # percent; where a picture may have several classes, mean average precision
+    loss: float  # mean negative log-likelihood, nats; with several classes a picture summed over them
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ def fit_linear(
 ) -> LinearFit:
     """Fit at every strength, choose by the inner splits, fit the chosen one to all.
 
+    Chosen is the strength of least loss on what is held out. Accuracy is what one wants, but it is flat where many
+    strengths do well, and then a few pictures decide for one that fits too closely.
+
     Deterministic. Constant, repeated and linearly dependent columns are fine, and so is n < D.
 
     Args:
@@ -75,7 +79,7 @@ def fit_linear(
         labels: (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class.
         classes: C.
         inner: places to fit to and places to choose by, once or more.
-        strengths: penalties to try; of equally good ones the strongest is taken.
+        strengths: penalties to try.
 
     Raises:
         UsageError: shapes that do not match, or no inner split.
@@ -99,18 +103,20 @@ def sweep(
     ordered = sorted(strengths, reverse=True)
     if not inner or not ordered or ordered[-1] <= 0:
         raise UsageError("a sweep needs an inner split to choose by, and strengths above 0")
-    totals, count = np.zeros(len(ordered)), 0
+    totals, count = np.zeros((len(ordered), 2)), 0
     for fitted, held in inner:
         truth = labels[held]
         for number, fit in enumerate(_path(features[fitted], labels[fitted], classes, ordered, torch.float32)):
-            totals[number] += accuracy(fit.logits(features[held]), truth) * len(held)
+            logits = fit.logits(features[held])
+            loss = float(_loss(logits.double(), _truth(truth, logits)))
+            totals[number] += len(held) * np.array([accuracy(logits, truth), loss])
         count += len(held)
-    return tuple(Trial(strength, float(total)) for strength, total in zip(ordered, totals / count, strict=True))
+    return tuple(Trial(strength, *map(float, row)) for strength, row in zip(ordered, totals / count, strict=True))
 
 
 def best(trials: Iterable[Trial]) -> Trial:
-    """The most accurate; of equal ones the strongest."""
-    return max(trials, key=lambda trial: (trial.accuracy, trial.strength))
+    """The one of least loss; of equal ones the strongest."""
+    return min(trials, key=lambda trial: (trial.loss, -trial.strength))
 
 
 def fit_at(
@@ -139,8 +145,7 @@ def _path(
     standardised = (features.to(precision) - mean.to(precision)).div_(deviation.to(precision))
     values, vectors = _spectrum(standardised)
     directions = standardised @ vectors  # (n, R), uncorrelated
-    truth = torch.as_tensor(labels, device=features.device)
-    truth = truth.double() if truth.ndim == 2 else truth.long()
+    truth = _truth(labels, features)
     flat = torch.zeros(classes, len(values) + 1, dtype=precision, device=features.device)
     for strength in strengths:
         # The curvature along each direction, at most; that of the bias last.
@@ -154,14 +159,12 @@ def _path(
 def _minimise(directions: Tensor, truth: Tensor, strength: float, scale: Tensor, start: Tensor) -> Tensor:
     """Weights and bias (C, R + 1) of least penalised loss, from ``start`` on."""
     rounded = (start / scale).requires_grad_()
-    loss_of = F.cross_entropy if truth.ndim == 1 else F.binary_cross_entropy_with_logits
-    per_class = 1 if truth.ndim == 1 else truth.shape[1]  # the sum over classes, not their mean
 
     def objective() -> Tensor:
         weights = rounded * scale
         logits = F.linear(directions, weights[:, :-1], weights[:, -1])
         # In single precision the loss would be too rough for the line search near its end.
-        return loss_of(logits.double(), truth) * per_class + strength / 2 * weights[:, :-1].double().square().sum()
+        return _loss(logits.double(), truth) + strength / 2 * weights[:, :-1].double().square().sum()
 
     def closure() -> Tensor:
         rounded.grad = None
@@ -181,6 +184,19 @@ def _minimise(directions: Tensor, truth: Tensor, strength: float, scale: Tensor,
         )
         optimizer.step(closure)
     return rounded.detach() * scale
+
+
+def _loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Mean over pictures of the negative log-likelihood, summed over classes where a picture may have several: ()."""
+    if truth.ndim == 1:
+        return F.cross_entropy(logits, truth)
+    return F.binary_cross_entropy_with_logits(logits, truth) * truth.shape[1]
+
+
+def _truth(labels: np.ndarray, like: Tensor) -> Tensor:
+    """Labels as losses take them: (n,) int64 or (n, C) float64, where ``like`` is."""
+    truth = torch.as_tensor(labels, device=like.device)
+    return truth.double() if truth.ndim == 2 else truth.long()
 
 
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.train.linear import Trial
+from maehub.train.linear import Trial, best
 from maehub.train.neighbours import NeighbourTrial
 from maehub.train.scores import Scores
 from maehub.train.showing import html_table, percent, readable, text_table
@@ -64,7 +64,7 @@ class ProbeResult:
     @property
     def inner_accuracy(self) -> float | None:
         """Of the chosen combination, on the inner splits, percent."""
-        return max((trial.accuracy for trial in self.inner), default=None)
+        return best(self.inner).accuracy if self.inner else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain lists, numbers and strings, for JSON."""
