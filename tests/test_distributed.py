@@ -143,6 +143,7 @@ def test_row_55_one_process_goes_on_with_the_samples_of_two(pictures, interrupte
     assert close(weights(run), weights(whole / "one"), 1e-3)  # Adam's step enlarges the rounding of small gradients
 
 
+@pytest.mark.slow
 def test_row_55_two_processes_go_on_with_the_samples_of_one_and_shards_with_those_of_copies(
     pictures, interrupted, whole, tmp_path
 ):
@@ -282,7 +283,7 @@ def test_an_error_that_all_have_is_printed_once(failed):
 # --- a process that is gone -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_row_66_a_killed_process_ends_the_job_which_resumes_bit_for_bit(pictures, whole, tmp_path, rank):
     run = tmp_path / "run"
     launch = Launch(tmp_path, [{"words": words(pictures, run), "fault": "kill", "rank": rank, "step": 6}])

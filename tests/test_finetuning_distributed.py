@@ -120,6 +120,7 @@ def test_row_55_one_process_goes_on_with_the_samples_of_two(pictures, whole, tmp
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_mixed_in_two_processes_is_refused(pictures, tmp_path):
     line = words(pictures, tmp_path / "run", **(FULL | {"batch-size": 6}))
     launch = Launch(tmp_path / "launch", [{"words": line}])
