@@ -37,11 +37,10 @@ from maehub.train.splits import LabelledSplit, split_labelled
 from maehub.train.steps import agreed, batch_words, next_batch, parts, report, rescuing
 from maehub.train.stopping import Stop, stop_requests
 from maehub.train.trainees import Fitted, Trainee, find_weights_of, trainee_of
-from maehub.train.twins import find_twins
+from maehub.train.twins import MOST_LOOKED_AT, find_twins
 
 log = logging.getLogger("maehub")
 
-_MOST_FOR_TWINS = 20_000
 _LOOKS = 10  # measurements of a run
 
 
@@ -362,7 +361,7 @@ def _micro_batch(
 
 def _look_for_twins(config: FinetuneConfig, split: LabelledSplit, run: RunLog) -> None:
     """Say which held-out pictures are in training too, and write them down."""
-    few = len(split.training) + len(split.testing) <= _MOST_FOR_TWINS
+    few = len(split.training) + len(split.testing) <= MOST_LOOKED_AT
     if config.skip_twins or config.resume or not few:
         return
     twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)

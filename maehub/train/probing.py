@@ -30,7 +30,7 @@ from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.train.scores import score
 from maehub.train.splits import LabelledSplit, folds, inner_split, split_labelled
-from maehub.train.twins import find_twins
+from maehub.train.twins import MOST_LOOKED_AT, find_twins
 from maehub.weights import save
 
 MEMBERS = ("probe.json",)
@@ -38,7 +38,6 @@ MEMBERS = ("probe.json",)
 
 log = logging.getLogger("maehub")
 
-_MOST_FOR_TWINS = 20_000
 _FEW = 2000  # training pictures below which settings are chosen by cross-validation instead of one inner split
 _FOLDS = 5
 _NO_VOTE = 1e-6  # of all votes: what a class without one counts as in a logarithm
@@ -135,7 +134,7 @@ def knn(config: KnnConfig) -> KnnResult:
 def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
     """The pictures to train on and to test on; says how many of the latter are among the former."""
     split = split_labelled(config.data, seed=seed, share=config.val_share, group=config.group, label=config.label)
-    if not config.skip_twins and len(split.training) + len(split.testing) <= _MOST_FOR_TWINS:
+    if not config.skip_twins and len(split.training) + len(split.testing) <= MOST_LOOKED_AT:
         twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
         if twins.exact or twins.near:
             log.warning("%s", twins.describe())

@@ -229,7 +229,7 @@ def _warn_untested(data: str, split: LabelledSplit) -> None:
 
 def _warn_of_folds(labelled: Labelled, units: Units, homes: np.ndarray) -> None:
     """Say which classes the folds cannot choose by."""
-    alone = [name for name, spread in zip(labelled.classes, units.spread, strict=False) if spread == 1]
+    alone = [name for place, name in enumerate(labelled.classes) if units.spread[place] == 1]
     if alone:
         what = "picture" if labelled.groups is None else "group"
         log.warning("always fitted on, since they are in one %s: the classes %s", what, listed(alone))

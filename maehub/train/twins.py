@@ -27,6 +27,9 @@ from maehub.train.labels import Labelled
 Pair = tuple[int, int]
 """(testing index, training index)"""
 
+MOST_LOOKED_AT = 20_000
+"""Pictures of both sides together up to which a run looks for twins by itself."""
+
 _SMALL = Preprocess(size=(32, 36), resize="squash", interpolation="bilinear")
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R BT.601
 _STEP = 2.0  # grey levels between cells that count as brighter: less is noise of a flat background
