@@ -47,7 +47,7 @@ ENCODER = EncoderConfig(48, 8, 3, 96, 4, 4)
 PREPROCESS = Preprocess((48, 48), 8, crop_fraction=1.0)
 LONGEST = {"drawings": 128, "photos": 256}  # sides of the copies that are trained on, pixels
 PRETRAINING: dict[str, Any] = {
-    "steps": 2000,
+    "steps": 1000,  # about 45 passes over drawings and photos
     "batch_size": 64,
     "base_lr": 2e-3,  # 0.001 at this batch
     "target": "pixels",
@@ -57,7 +57,7 @@ PRETRAINING: dict[str, Any] = {
 }
 FINETUNING: dict[str, Any] = {
     "recipe": "official",
-    "steps": 300,
+    "steps": 200,
     "batch_size": 64,
     "base_lr": 2e-3,  # 0.001 at this batch
     "layer_decay": 0.75,

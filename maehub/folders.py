@@ -58,7 +58,9 @@ def check_free(folder: str | Path, overwrite: bool, members: Collection[str]) ->
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise UsageError(f"{folder} exists and is not empty; choose another folder or say overwrite=True")
+        raise UsageError(
+            f"{folder} exists and is not empty; choose another folder or replace it (--overwrite, overwrite=True)"
+        )
     if not any((folder / name).is_file() for name in members):
         raise UsageError(f"{folder} holds none of {', '.join(members)}, so it is not overwritten; choose another one")
 

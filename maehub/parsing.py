@@ -6,8 +6,9 @@ import itertools
 import textwrap
 from dataclasses import replace
 from types import NoneType
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
+import docstring_parser
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
@@ -32,6 +33,7 @@ def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments |
     """
     if any(word.startswith("--tyro") for word in words):  # flags of the parser's own, which write files
         raise UsageError(f"maehub {command} has no --tyro flags")
+    _join_lines(kind)
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional)
     complaint = io.StringIO()
@@ -49,6 +51,17 @@ def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments |
             cause = cause.__context__
         lines = [*_unframed(complaint.getvalue()), f"`maehub {command} --help` shows what it takes"]
         raise UsageError("\n".join(lines)) from None
+
+
+def _join_lines(kind: Any) -> None:
+    """The docstrings of fields as one line each: tyro keeps the line breaks of those that are indented."""
+    for part in kind.__mro__[:-1]:
+        for field in docstring_parser.parse_from_object(part).params:
+            lines = (field.description or "").split("\n")
+            if len(lines) > 1:
+                text = " ".join(line.strip() for line in lines)
+                kinds = part.__annotations__
+                kinds[field.arg_name] = Annotated[kinds[field.arg_name], tyro.conf.arg(help=text)]
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:

@@ -95,6 +95,12 @@ def test_without_arguments_and_help(run):
     assert run("--version") == (0, [f"maehub {maehub.__version__}"], [])
 
 
+def test_help_is_not_broken_where_the_source_is(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    _, out, _ = run("probe", "--help")
+    assert any("or a folder level below DATA as a number." in line for line in out)
+
+
 def test_as_a_module():
     process = child("--version")
     assert process.communicate(timeout=60) == (f"maehub {maehub.__version__}\n", "")

@@ -14,6 +14,7 @@ from PIL import Image
 
 import maehub
 from maehub import catalog, cli
+from maehub.train.classifier import as_classifier
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -48,7 +49,10 @@ def workplace(tmp_path, monkeypatch):
     mask = Image.new("L", (300, 300), 0)
     mask.paste(255, (60, 60, 160, 160))
     mask.save(tmp_path / "mask.png")
+    shutil.copytree(tmp_path / "photos", tmp_path / "new")
     maehub.save(maehub.load_autoencoder("vit-nano"), tmp_path / "runs" / "small" / "model")
+    classifier = as_classifier(maehub.load("vit-nano"), ("rose", "tulip"), pool="mean")
+    maehub.save(classifier, tmp_path / "runs" / "flowers" / "model")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

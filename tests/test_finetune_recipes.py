@@ -134,3 +134,11 @@ def test_the_run_says_rate_factors_and_true_batch():
     text = describe(settled(), facts, "1024 (8 processes of 128)")
     assert "lr 0.002 = 0.0005 for 256, at a batch of 1024 (8 processes of 128)" in text
     assert f"factors {0.65**13:.2g} (stem) to 1 (head)" in text
+    assert "mixup 0.8, cutmix 1" in text
+
+
+def test_the_run_says_why_there_is_no_mixup():
+    few, enough = (Facts(*B, True, 224, images, 10) for images in (199, 200))
+    config = FinetuneConfig("DATA", Path("RUN"))
+    assert "no mixup, no cutmix (fewer than 20 pictures a class)" in describe(settle(config, few), few, "8")
+    assert "mixup 0.8, cutmix 1" in describe(settle(config, enough), enough, "16")

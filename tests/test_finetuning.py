@@ -426,7 +426,8 @@ def test_balanced_classes_count_alike(tmp_path):
     assert sum(weights[label] for label in labels) == pytest.approx(10)
 
 
-def test_groups_stay_on_one_side(tmp_path):
+def test_groups_stay_on_one_side(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "maehub")
     for kind in CLASSES:
         for patient in range(5):
             folder = tmp_path / "data" / kind / f"patient-{patient}"
@@ -436,6 +437,9 @@ def test_groups_stay_on_one_side(tmp_path):
     result = finetune(settings_of(tmp_path / "data", tmp_path / "run", steps=1, group="2"))
     assert result.scores.n % 3 == 0
     assert result.scores.interval != "Wilson"
+    sides = "4 and 1 groups"
+    assert f"(split by --seed, {sides})" in caplog.text
+    assert sides in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_the_same_picture_on_both_sides_is_told(tmp_path, caplog):

@@ -142,7 +142,8 @@ def _timm(
     architecture, _, file = words.partition("@")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(pretrained=not untrained), n=3)
-        raise UsageError(f"timm has no network {architecture!r}; near: {', '.join(near) or 'none'}")
+        known = f"near: {', '.join(near)}" if near else "`timm.list_models()` has them all"
+        raise UsageError(f"timm has no network {architecture!r}; {known}")
     try:
         published = importlib.import_module("timm.models").get_pretrained_cfg(architecture, allow_unregistered=False)
     except RuntimeError as error:

@@ -119,9 +119,10 @@ def describe(settings: Settings, facts: Facts, batch: str) -> str:
     factors = f", factors {lowest:.2g} (stem) to 1 (head)" if settings.layer_decay < 1 else ""
     frozen = settings.head != "linear"
     mixing = [f"{name} {value:g}" for name, value in (("mixup", settings.mixup), ("cutmix", settings.cutmix)) if value]
+    few = f" (fewer than {_FEWEST_A_CLASS} pictures a class)" if _few_a_class(facts) and not frozen else ""
     more = [
         *([] if settings.randaugment == "none" else [settings.randaugment]),
-        *(mixing or ["no mixup, no cutmix"]),
+        *(mixing or [f"no mixup, no cutmix{few}"]),
         *([f"smoothing {settings.smoothing:g}"] if settings.smoothing else []),
         *([f"erasing {settings.erasing:g}"] if settings.erasing else []),
         *([] if frozen else [f"drop path {settings.drop_path:g}", f"layer decay {settings.layer_decay:.3g}"]),
@@ -209,8 +210,12 @@ def _fitted(found: Settings, facts: Facts) -> Settings:
     least, most = _SMALL_BATCH
     batch = 2 ** int(math.log2(max(1, facts.images / _STEPS_AN_EPOCH)))
     found = replace(found, batch_size=min(most, max(least, batch)))
-    if facts.images < _FEWEST_A_CLASS * facts.classes:
+    if _few_a_class(facts):
         found = replace(found, mixup=0.0, cutmix=0.0)
     if found.layer_decay < 1:
         found = replace(found, layer_decay=_FIRST_BLOCK ** (1 / facts.depth))
     return found
+
+
+def _few_a_class(facts: Facts) -> bool:
+    return facts.images < _FEWEST_A_CLASS * facts.classes

@@ -373,6 +373,8 @@ def _look_for_twins(config: FinetuneConfig, split: LabelledSplit, run: RunLog) -
 def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> None:
     training, testing = job.split.training, job.split.testing
     how = "split by --seed" if job.split.made else "as given"
+    if job.split.groups:
+        how += ", {} and {} groups".format(*job.split.groups)
     log.info(
         "%d pictures of %d classes to train on, %d to measure on (%s); %s, %d of %d parameters trained, on %s",
         len(training),

@@ -172,6 +172,7 @@ def _save_timm(network: Any, folder: Path, classes: Sequence[str]) -> None:
 def _card(model: str, settings: Settings, scores: Scores, split: LabelledSplit) -> str:
     """What the model card says of training and of what was measured; no names of files."""
     made = "a stratified split by seed" if split.made else "a split that was given"
+    made += ", with {} and {} groups that were kept whole".format(*split.groups) if split.groups else ""
     done = "Fine-tuned from" if settings.head == "linear" else "A probe on the frozen features of"
     precision = scores.mean_average_precision
     mean = "" if precision is None else f"Mean average precision {precision:.1f} %. "

@@ -119,12 +119,14 @@ class Scores:
 
     def _summary_rows(self) -> list[tuple[str, str, str]]:
         interval = f"95 % interval {self.low:.1f} to {self.high:.1f} ({self.interval}), n = {self.n:,}"
+        if self.multi_label:
+            interval = f"the likeliest class is one of the picture's; {interval}"
         rows = [
+            ("mean AP", self.mean_average_precision, "mean average precision of the classes"),
+            ("macro F1", self.macro_f1, "mean F1 of the classes, at a probability of 0.5"),
             ("top-1", self.top1, interval),
             ("top-5", self.top5, ""),
             ("balanced accuracy", self.balanced_accuracy, "mean recall of the classes"),
-            ("mean AP", self.mean_average_precision, "mean average precision of the classes"),
-            ("macro F1", self.macro_f1, "mean F1 of the classes, at a probability of 0.5"),
             ("calibration error", self.calibration_error, f"over {len(self.bins)} bins of confidence"),
         ]
         shown = [(name, percent(value), note) for name, value, note in rows if value is not None]

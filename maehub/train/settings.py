@@ -102,7 +102,7 @@ class RunConfig:
     """Run folder to write."""
 
     micro_batch: Annotated[int | None, default("as many as fit")] = None
-    """Views that a process computes at once; gradients are accumulated over them."""
+    """Crops that a process computes at once; gradients are accumulated over them."""
     precision: Precision = "auto"
     """bf16 where the device computes it natively, else fp32; losses are always fp32."""
     compile: Flag = False
@@ -130,7 +130,7 @@ class RunConfig:
     overwrite: Flag = False
     """Replace the run in an existing run folder."""
     seed: int = 0
-    """Seed of weights, order, crops, flips and masks."""
+    """Seed of all that is drawn: fresh weights, order, crops, masks, a split that is made."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one, under torchrun one a process."""
     workers: Annotated[int | None, default("as fits the machine")] = None

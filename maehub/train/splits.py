@@ -29,6 +29,12 @@ class LabelledSplit(NamedTuple):
     testing: Labelled
     made: bool  # by the seed, not by the user's folders or column
 
+    @property
+    def groups(self) -> tuple[int, int] | None:
+        """Groups on each side; None if the pictures have none."""
+        training, testing = self.training.groups, self.testing.groups
+        return None if training is None or testing is None else (len(set(training)), len(set(testing)))
+
 
 class Inner(NamedTuple):
     """Places in a training part."""
