@@ -26,14 +26,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from maehub import load, save
 from maehub.encoder import Encoder, EncoderConfig
 from maehub.images import Preprocess, open_image
+from maehub.publishing.plots import plot
 from maehub.sources import Source, find_images
 from maehub.train.config import PretrainConfig
+from maehub.train.curves import Series
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
 from maehub.train.linear import accuracy, best, fit_linear
@@ -331,8 +334,19 @@ def draw(tables: dict[str, dict[str, list[float]]]) -> Image.Image:
     return picture
 
 
+def draw_ratios(tables: dict[str, dict[str, list[float]]]) -> Image.Image | None:
+    """Top-1 by the share of patches that pretraining hid, one curve a protocol, as in the paper's figure 5."""
+    arms = {25: "hide 25 %", 50: "hide 50 %", 75: FIRST, 90: "hide 90 %"}
+    series = []
+    for colour, (protocol, values) in enumerate(tables.items()):
+        means = {ratio: statistics.mean(values[arm]) for ratio, arm in arms.items() if arm in values}
+        steps, tops = np.array(list(means), float), np.array(list(means.values()))
+        series.append(Series(PROTOCOLS[protocol], steps, tops, colour, "points"))
+    return plot("Top-1, %", series, under="% of the patches hidden in pretraining")
+
+
 def report(work: Path) -> None:
-    """Print the tables and draw WORK/differences.png."""
+    """Print the tables, and draw WORK/differences.png and WORK/ratios.png."""
     results = read_results(work)
     tables = {protocol: table(results, protocol) for protocol in PROTOCOLS}
     tables = {protocol: values for protocol, values in tables.items() if FIRST in values and len(values) > 1}
@@ -349,6 +363,8 @@ def report(work: Path) -> None:
         seconds = [one.seconds for one in results if one.protocol == protocol]
         print(f"{protocol}: {statistics.median(seconds):.0f} s an arm and seed, median of {len(seconds)}")
     draw(tables).save(work / "differences.png")
+    if ratios := draw_ratios(tables):
+        ratios.save(work / "ratios.png")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from maehub import interop as interop
     from maehub import train as train
     from maehub.autoencoder import AutoencoderConfig as AutoencoderConfig
     from maehub.autoencoder import MaskedAutoencoder as MaskedAutoencoder
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from maehub.figures import reconstruct as reconstruct
     from maehub.hub import load as load
     from maehub.hub import load_autoencoder as load_autoencoder
+    from maehub.identifying import identify as identify
     from maehub.images import Preprocess as Preprocess
     from maehub.inspection import check_data as check_data
     from maehub.inspection import data_statistics as data_statistics
+    from maehub.publishing.pushing import push as push
     from maehub.weights import save as save
 
 _HOMES = {
@@ -54,14 +57,18 @@ _HOMES = {
     "data_statistics": "maehub.inspection",
     "download": "maehub.fetching",
     "extract_features": "maehub.features",
+    "identify": "maehub.identifying",
     "list_models": "maehub.catalog",
     "load": "maehub.hub",
     "load_autoencoder": "maehub.hub",
     "model_info": "maehub.catalog",
+    "push": "maehub.publishing.pushing",
     "reconstruct": "maehub.figures",
     "save": "maehub.weights",
     "verify": "maehub.fetching",
 }
+
+_PACKAGES = ("interop", "train")
 
 __all__ = sorted(_HOMES, key=str.lower)
 
@@ -71,12 +78,12 @@ if not TYPE_CHECKING:  # or a type checker would take every misspelled name for 
     def __getattr__(name: str) -> Any:
         from importlib import import_module
 
-        if name == "train":
-            return import_module("maehub.train")
+        if name in _PACKAGES:
+            return import_module(f"maehub.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "train"]
+    return [*__all__, "__version__", *_PACKAGES]

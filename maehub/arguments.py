@@ -73,14 +73,20 @@ class Verify:
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert weights between the naming dialects; reads .pth and .bin files too."""
+    """Convert weights between the forms of other libraries, pickles included."""
 
     source: Positional[Path]
-    """A file or a folder: official, timm or transformers layout."""
+    """A file or a folder with the names of the official code, timm, transformers, lightly or mmpretrain."""
     out: Out
     """Folder to write."""
-    to: Literal["maehub", "official", "timm", "transformers"] = "maehub"
-    """Layout to write."""
+    to: Annotated[
+        Literal[
+            "maehub", "official", "timm", "transformers", "lightly", "mmpretrain", "detectron2", "onnx", "torch-export"
+        ],
+        arg(metavar="FORM"),
+    ] = "maehub"
+    """maehub, official, transformers, lightly or mmpretrain; of the encoder alone timm, detectron2 (the backbone of
+    ViTDet), onnx or torch-export."""
     heads: Annotated[int | None, _default("those of the published network with this shape")] = None
     """Attention heads of the encoder."""
     decoder_heads: Annotated[int | None, _default("16 at width 512")] = None
@@ -177,3 +183,53 @@ class Data:
             raise UsageError("--out is for check; stats has --json")
         if self.what == "check" and self.sample is not None:
             raise UsageError("--sample is for stats; check decodes every picture")
+
+
+@dataclass(frozen=True)
+class Identify:
+    """Say what a checkpoint is and what to do with it; no code in it is run."""
+
+    file: Positional[Path]
+    """A .safetensors, .pth, .pt, .bin or .ckpt file, a model or run folder, or a folder with one such file."""
+    heads: Annotated[int | None, _default("those of the published network with this shape")] = None
+    """Attention heads of the encoder, where you know them."""
+    decoder_heads: Annotated[int | None, _default("16 at width 512")] = None
+    """Attention heads of the decoder, where you know them."""
+    decide_target: Flag = False
+    """Run the decoder on two photos, also of a file above 500 MB, to decide what it was trained to predict."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Publish a model on the Hub: card, figures and numbers included, read back by every library that it names."""
+
+    source: Annotated[Positional[Path], arg(metavar="RUN")]
+    """A run folder or a model folder."""
+    repo: Annotated[Positional[str], arg(metavar="USER/NAME")]
+    """The repository; made if it does not exist."""
+    licence: Annotated[str | None, _default("that of the weights it was trained from", "ID")] = None
+    """The Hub's identifier of a licence, such as apache-2.0."""
+    about: Annotated[Path | None, _default("none")] = None
+    """A Markdown file for the card: what the data are, what the model is for."""
+    dataset: Annotated[str, _default("none", "WORDS")] = ""
+    """What the data are called, for the numbers in the card."""
+    with_pictures: Annotated[tuple[Path, ...], _default("none", "FILE ...")] = ()
+    """Pictures to publish beside the model. No other picture of yours is."""
+    revision: Annotated[str, arg(metavar="BRANCH")] = "main"
+    """Branch to write."""
+    parent: Annotated[str | None, _default("the head that was looked at", "COMMIT")] = None
+    """The head that is expected there; if it is another, nothing is sent."""
+    private: Flag = False
+    """Make the repository private, if it is made."""
+    pr: Flag = False
+    """Propose the commit as a pull request."""
+    message: Annotated[str, _default("what the model is", "WORDS")] = ""
+    """Of the commit."""
+    dry_run: Flag = False
+    """Build, check and show the plan; send nothing."""
+    yes: Flag = False
+    """Do not ask; needed where nobody can answer."""
+
+    def __post_init__(self) -> None:
+        if self.dry_run and self.yes:
+            raise UsageError("--dry-run sends nothing and --yes sends without asking: give one of the two")

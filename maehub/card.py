@@ -36,10 +36,11 @@ def model_card(
         origin: where its weights come from; names the licence.
         text: Markdown that follows the title: what it was trained on, what was measured. None says nothing of either.
     """
-    body = [f"# {name}", _summary(config)]
+    body = [f"# {name}", summary(config)]
     if text:
         body.append(text.strip())
-    body += ["## Use", _usage(name, config), "## Details", _details(config, preprocess, origin)]
+    body += ["## Use", _usage(name, config), "## Details", details(config, preprocess, origin)]
+    body[-1] += f"\n- Licence of the weights: {origin.licence if origin and origin.licence else 'not stated'}."
     return f"---\n{_head(config, origin)}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
@@ -59,7 +60,8 @@ def _head(config: EncoderConfig | AutoencoderConfig, origin: Origin | None) -> s
     return data.to_yaml()
 
 
-def _summary(config: EncoderConfig | AutoencoderConfig) -> str:
+def summary(config: EncoderConfig | AutoencoderConfig) -> str:
+    """What the network is, in a sentence."""
     encoder = config if isinstance(config, EncoderConfig) else config.encoder
     height, width = encoder.size
     network = (
@@ -109,7 +111,13 @@ def _usage(name: str, config: EncoderConfig | AutoencoderConfig) -> str:
     )
 
 
-def _details(config: EncoderConfig | AutoencoderConfig, preprocess: Preprocess, origin: Origin | None) -> str:
+def details(
+    config: EncoderConfig | AutoencoderConfig,
+    preprocess: Preprocess,
+    origin: Origin | None,
+    relation: str = "Weights from",
+) -> str:
+    """A list: the transform, and ``relation`` of the weights to their origin."""
     height, width = preprocess.size
     transform = f"{preprocess.resize} to {height}×{width}, {preprocess.interpolation}"
     if preprocess.resize == "centre-crop":
@@ -126,7 +134,5 @@ def _details(config: EncoderConfig | AutoencoderConfig, preprocess: Preprocess, 
             origin.revision and f"revision {origin.revision}",
             origin.sha256 and f"sha256 {origin.sha256}",
         ]
-        lines.append(f"- Weights from: {', '.join(part for part in parts if part)}.")
-    licence = origin.licence if origin else ""
-    lines.append(f"- Licence of the weights: {licence or 'not stated'}.")
+        lines.append(f"- {relation}: {', '.join(part for part in parts if part)}.")
     return "\n".join(lines)

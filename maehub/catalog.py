@@ -80,7 +80,8 @@ class ModelInfo:
 
     ``image_size`` and ``native_size`` are (height, width) in pixels: the size that the loaded model has, and the one
     that the file was made at; they differ in the ``-448`` rows. ``target`` is what the decoder predicts, or what the
-    encoder was pre-trained on; None for classifiers. ``parameters`` counts the values in the file, 0 if not known.
+    encoder was pre-trained on; None for classifiers, and where its publisher does not say it. ``parameters`` counts
+    the values in the file, 0 if not known.
     """
 
     name: str
@@ -103,11 +104,23 @@ class ModelInfo:
     numbers: tuple[Number, ...]
     note: str
     unsupported: str  # why it cannot be loaded yet; empty if it can
+    gated: bool = False  # whether its repository is given only to those who were let in
 
     @property
     def pinned(self) -> bool:
         """Whether every source is pinned, so that a name always means the same bytes."""
         return all(source.pinned for source in self.sources)
+
+    @property
+    def access(self) -> str:
+        """How to get a file whose owner lets people in; empty for the others."""
+        if not self.gated:
+            return ""
+        source = next(source for source in self.sources if source.kind == "hub")
+        return (
+            f"accept the terms at https://huggingface.co/{source.repo} and wait to be let in, then run `hf auth login` "
+            f"and `hf download {source.repo} {source.filename} --local-dir .`"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
@@ -133,6 +146,7 @@ class ModelInfo:
             detail = f"{source.where()} {source.filename}" if source.kind == "hub" else source.where()
             lines.append(f"  {'source':<9}{detail} ({source.format}, {state})")
         lines += [f"  {'result':<9}{number.value:g} % {number.metric} ({number.source})" for number in self.numbers]
+        lines += [f"  {'access':<9}gated: {self.access}"] if self.gated else []
         lines += [f"  {'note':<9}{self.note}"] if self.note else []
         lines += [f"  {'note':<9}cannot be loaded yet: {self.unsupported}"] if self.unsupported else []
         return "\n".join(lines)
@@ -182,6 +196,15 @@ def published_as(sha256: str, md5: str) -> ModelInfo | None:
     return None
 
 
+def architecture_heads(width: int, depth: int, patch_size: int) -> int | None:
+    """Attention heads of the architecture of the catalog with these numbers; None if there is none."""
+    rows = _table()["architectures"].values()
+    same = (
+        row["heads"] for row in rows if (row["width"], row["depth"], row["patch_size"]) == (width, depth, patch_size)
+    )
+    return next(same, None)
+
+
 def resolve(name: str, want: Want) -> ModelInfo:
     """The row that a name means, given what is asked.
 
@@ -196,13 +219,17 @@ def resolve(name: str, want: Want) -> ModelInfo:
     short = _table()["short"]
     info = model_info(short[name][want] if name in short else name)
     if info.unsupported:
-        raise UsageError(f"{info.name} cannot be loaded: {info.unsupported}")
+        gated = f"\n{info.name} is gated: {info.access}" if info.gated else ""
+        raise UsageError(f"{info.name} cannot be loaded: {info.unsupported}{gated}")
     if want != "encoder" and info.role != "autoencoder":
-        siblings = short.get(info.architecture, {})
-        raise UsageError(
-            f"{name} is {'a classifier' if info.role == 'classifier' else 'an encoder alone'}, without a decoder; "
+        siblings = short.get(info.architecture)
+        others = (
             f"{siblings['autoencoder']} has one on plain pixels, {siblings['pretrain']} one on normalised pixels"
+            if siblings
+            else "no row of its architecture has one"
         )
+        kind = "a classifier" if info.role == "classifier" else "an encoder alone"
+        raise UsageError(f"{name} is {kind}, without a decoder; {others}")
     return info
 
 
@@ -274,6 +301,7 @@ def _row(name: str, row: dict[str, Any]) -> ModelInfo:
         numbers=tuple(Number(**number) for number in row.get("numbers", ())),
         note=row.get("note", ""),
         unsupported=row.get("unsupported", ""),
+        gated=row.get("gated", False),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from maehub import __version__, commands
+from maehub import __version__, commands, reconstruct_command
 from maehub.commands import Shared
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
 from maehub.parsing import parsed
@@ -43,12 +43,11 @@ COMMANDS = {
     ),
     "cache": Command("maehub.arguments:Cache", commands.run_cache, "clean: remove what killed downloads left"),
     "verify": Command("maehub.arguments:Verify", commands.run_verify, "hash a model's files again and compare"),
-    "convert": Command(
-        "maehub.arguments:Convert", commands.run_convert, "official, timm, transformers and maehub layouts"
-    ),
+    "identify": Command("maehub.arguments:Identify", commands.run_identify, "what a stranger's checkpoint is"),
+    "convert": Command("maehub.arguments:Convert", commands.run_convert, "between libraries; to ONNX and torch.export"),
     "features": Command("maehub.arguments:Features", commands.run_features, "features of a folder of pictures"),
     "reconstruct": Command(
-        "maehub.arguments:Reconstruct", commands.run_reconstruct, "hide part of a picture and draw it anew"
+        "maehub.arguments:Reconstruct", reconstruct_command.run_reconstruct, "hide part of a picture and draw it anew"
     ),
     "data": Command(
         "maehub.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
@@ -74,6 +73,7 @@ COMMANDS = {
     "predict": Command(
         "maehub.train.evaluate_config:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
     ),
+    "push": Command("maehub.arguments:Push", commands.run_push, "publish a model on the Hub"),
     "plan": Command("maehub.train.config:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"),
 }
 
@@ -150,7 +150,7 @@ def _overview() -> str:
     lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "maehub: masked autoencoders. Load, look, extract features, train.",
+            "maehub: masked autoencoders. Load, look, extract features, train, publish.",
             "",
             "usage: maehub COMMAND [ARGUMENTS]      maehub COMMAND --help      maehub --version",
             "",

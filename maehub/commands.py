@@ -3,20 +3,17 @@
 torch is imported inside the commands, so that ``list``, a mistyped name and a refusal answer at once.
 """
 
-import itertools
 import json
-import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub import arguments
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
-from maehub.files import write_error
+from maehub.folders import read_words
 from maehub.locating import locate
-
-EMBEDDED_PHOTO = Path(__file__).parent / "assets" / "cat.jpg"
 
 
 class Shared(NamedTuple):
@@ -62,7 +59,7 @@ def run_download(config: arguments.Download, shared: Shared) -> int:
     from maehub.fetching import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
-    _report(shared, {"path": str(path)}, f"{config.name} is at {path}")
+    report(shared, {"path": str(path)}, f"{config.name} is at {path}")
     return EXIT_DONE
 
 
@@ -70,7 +67,7 @@ def run_cache(config: arguments.Cache, shared: Shared) -> int:
     from maehub.leftovers import clean_cache
 
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
-    _report(shared, cleaned.to_dict(), cleaned.describe())
+    report(shared, cleaned.to_dict(), cleaned.describe())
     return EXIT_DONE
 
 
@@ -79,8 +76,18 @@ def run_verify(config: arguments.Verify, shared: Shared) -> int:
 
     checked = verify(config.source)
     lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
-    _report(shared, {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}, "\n".join(lines))
+    report(shared, {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}, "\n".join(lines))
     return EXIT_DONE
+
+
+def run_identify(config: arguments.Identify, shared: Shared) -> int:
+    from maehub.identifying import identify
+
+    found = identify(
+        config.file, heads=config.heads, decoder_heads=config.decoder_heads, decide_target=config.decide_target or None
+    )
+    report(shared, found.to_dict(), found.describe())
+    return found.exit_code
 
 
 def run_convert(config: arguments.Convert, shared: Shared) -> int:
@@ -95,13 +102,56 @@ def run_convert(config: arguments.Convert, shared: Shared) -> int:
         target=config.target,
         overwrite=config.overwrite,
     )
-    difference = f"largest relative difference after reloading {result.difference:.1e}"
-    _report(shared, {"folder": str(result.folder), "difference": result.difference}, f"{result.folder}: {difference}")
+    certificate, largest = result.folder / "certificate.json", result.certificate.difference
+    facts = {
+        "folder": str(result.folder),
+        "difference": largest.relative,
+        "absolute_difference": largest.absolute,
+        "bound": result.certificate.bound,
+        "certificate": str(certificate),
+    }
+    text = (
+        f"{result.folder}: largest difference after reloading {largest.absolute:.1e}, {largest.relative:.1e} of the "
+        f"largest output; {certificate} says what was compared, renamed and left out"
+    )
+    report(shared, facts, text)
+    return EXIT_DONE
+
+
+def run_push(config: arguments.Push, shared: Shared) -> int:
+    can_ask = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not shared.json
+    if not (config.dry_run or config.yes or can_ask):
+        raise UsageError("nobody can be asked here: look at the plan by --dry-run, then say --yes; nothing was sent")
+    about = read_words(config.about) if config.about else ""
+    from maehub.publishing.pushing import Plan, push
+
+    def confirm(plan: Plan) -> bool:
+        if not shared.json:
+            report(shared, {}, plan.describe())
+        return config.yes or config.dry_run or input("send this? [y/N] ").strip().lower() in ("y", "yes")
+
+    done = push(
+        config.source,
+        config.repo,
+        licence=config.licence,
+        about=about,
+        dataset=config.dataset,
+        with_pictures=config.with_pictures,
+        revision=config.revision,
+        parent=config.parent,
+        private=config.private or None,
+        pull_request=config.pr,
+        dry_run=config.dry_run,
+        confirm=confirm,
+        message=config.message,
+        progress=not shared.quiet,
+    )
+    report(shared, done.to_dict(), done.describe())
     return EXIT_DONE
 
 
 def run_features(config: arguments.Features, shared: Shared) -> int:
-    size = _size(config.image_size)
+    size = wanted_size(config.image_size)
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.features import extract_features
     from maehub.hub import load
@@ -127,56 +177,8 @@ def run_features(config: arguments.Features, shared: Shared) -> int:
         "shape": list(table.features.shape),
     }
     skipped = f", {len(table.skipped)} skipped (see bad_files.csv)" if table.skipped else ""
-    _report(shared, facts, f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}")
+    report(shared, facts, f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}")
     return EXIT_SKIPPED if table.skipped else EXIT_DONE
-
-
-def run_reconstruct(config: arguments.Reconstruct, shared: Shared) -> int:
-    if config.mask_image and config.error_map:
-        raise UsageError("--error-map hides every patch in turn, so it takes no --mask-image")
-    if not config.mask_ratio:
-        raise UsageError("--mask-ratio takes at least one number, such as 0.75")
-    size = _size(config.image_size)
-    sources = config.images or (str(EMBEDDED_PHOTO),)
-    images = list(dict.fromkeys(image for source in sources for image in _pictures(source)))
-    one_each = config.out.is_dir() or not config.out.suffix
-    outs = _figure_paths(images, config.out) if one_each else [config.out]
-    if taken := [out for out in outs if out.exists() and not config.overwrite]:
-        raise UsageError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
-    found = locate(config.model, "autoencoder")
-    if one_each:
-        _make_folder(config.out)
-
-    from maehub.drawing import check_figure, save_figure
-    from maehub.figures import error_map, grid, reconstruct
-    from maehub.hub import load_autoencoder
-    from maehub.opening import open_image
-
-    check_figure(outs[0])
-    model = load_autoencoder(found, image_size=size, device=config.device)
-    mask = open_image(config.mask_image, channels=1) if config.mask_image else None
-
-    def drawn(image: str, ratio: float) -> Any:
-        if config.error_map:
-            return error_map(model, image, mask_ratio=ratio, seed=config.seed)
-        return reconstruct(
-            model,
-            image,
-            mask=mask,
-            strategy=config.strategy,
-            mask_ratio=ratio,
-            seed=config.seed,
-            statistics=config.statistics,
-        )
-
-    numbers = []
-    for out, share in zip(outs, [[image] for image in images] if one_each else [images], strict=True):
-        rows = [drawn(image, ratio) for image in share for ratio in config.mask_ratio]
-        save_figure(rows[0].figure() if len(rows) == 1 else grid(rows), out)
-        names = [image for image in share for _ in config.mask_ratio]
-        numbers += [{"image": image, **_numbers(row)} for image, row in zip(names, rows, strict=True)]
-    _report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
-    return EXIT_DONE
 
 
 def run_data(config: arguments.Data, shared: Shared) -> int:
@@ -189,13 +191,13 @@ def run_data(config: arguments.Data, shared: Shared) -> int:
         found = inspection.data_statistics(
             config.data, sample=sample, workers=config.workers, progress=not shared.quiet
         )
-        _report(shared, found.to_dict(), found.describe())
+        report(shared, found.to_dict(), found.describe())
         return EXIT_DONE
     told = None if shared.json or shared.quiet else inspection.tell
     checked = inspection.check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
     if config.out is not None:
         checked.save(config.out)
-    _report(shared, checked.to_dict(), checked.describe())
+    report(shared, checked.to_dict(), checked.describe())
     return DataError.exit_code if checked.bad else EXIT_DONE
 
 
@@ -205,7 +207,7 @@ def run_pretrain(config: Any, shared: Shared) -> int:
     result = pretrain(replace(config, quiet=config.quiet or shared.quiet))
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        _report(shared, facts, _ending(result.run, result.step, result.exit_code))
+        report(shared, facts, _ending(result.run, result.step, result.exit_code))
     return result.exit_code
 
 
@@ -219,7 +221,7 @@ def run_finetune(config: Any, shared: Shared) -> int:
         facts |= result.scores.summary()
         lines = [str(result.scores), "", f"{lines[0]}. {result.run}/report.html shows it"]
     if os.environ.get("RANK", "0") == "0":
-        _report(shared, facts, "\n".join(lines))
+        report(shared, facts, "\n".join(lines))
     return result.exit_code
 
 
@@ -229,7 +231,7 @@ def run_probe(config: Any, shared: Shared) -> int:
 
     quiet = replace(config, quiet=config.quiet or shared.quiet)
     found = probe_sweep(quiet) if config.sweep else probe(quiet)
-    _report(shared, found.to_dict(), str(found))
+    report(shared, found.to_dict(), str(found))
     return EXIT_DONE
 
 
@@ -237,7 +239,7 @@ def run_knn(config: Any, shared: Shared) -> int:
     from maehub.train import knn
 
     found = knn(replace(config, quiet=config.quiet or shared.quiet))
-    _report(shared, found.to_dict(), str(found))
+    report(shared, found.to_dict(), str(found))
     return EXIT_DONE
 
 
@@ -245,7 +247,7 @@ def run_compare(config: Any, shared: Shared) -> int:
     from maehub.train import compare
 
     found = compare(replace(config, quiet=config.quiet or shared.quiet))
-    _report(shared, found.to_dict(), str(found))
+    report(shared, found.to_dict(), str(found))
     return EXIT_DONE
 
 
@@ -253,12 +255,12 @@ def run_evaluate(config: Any, shared: Shared) -> int:
     from maehub.train import evaluate
 
     found = evaluate(replace(config, quiet=config.quiet or shared.quiet))
-    _report(shared, found.to_dict(), str(found))
+    report(shared, found.to_dict(), str(found))
     return EXIT_DONE
 
 
 def run_predict(config: Any, shared: Shared) -> int:
-    size = _size(config.image_size)
+    size = wanted_size(config.image_size)
     located = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.hub import load
     from maehub.sources import find_images
@@ -280,7 +282,7 @@ def run_predict(config: Any, shared: Shared) -> int:
         found.save(config.out, overwrite=config.overwrite)
         facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
         text = f"{config.out}: {len(found)} images" + (f", {len(found.skipped)} skipped" if found.skipped else "")
-    _report(shared, facts, text)
+    report(shared, facts, text)
     return EXIT_SKIPPED if found.skipped else EXIT_DONE
 
 
@@ -288,7 +290,7 @@ def run_plan(config: Any, shared: Shared) -> int:
     from maehub.train.planning import plan
 
     found = plan(config)
-    _report(shared, found.to_dict(), found.describe())
+    report(shared, found.to_dict(), found.describe())
     return EXIT_DONE
 
 
@@ -298,41 +300,8 @@ def _ending(run: Path, step: int, exit_code: int) -> str:
     return f"{run}: {step} steps done"
 
 
-def _pictures(source: str) -> list[str]:
-    """The pictures that one argument names: an address, a file, or all of a folder."""
-    if source.startswith(("http://", "https://")) or os.path.isfile(source):
-        return [source]
-    from maehub.sources import find_images
-
-    return [os.fsdecode(path) for path in find_images(source).paths()]
-
-
-def _figure_paths(images: list[str], folder: Path) -> list[Path]:
-    """A figure in a folder for each picture; pictures of one name are numbered."""
-    names: dict[str, None] = {}
-    for stem in (Path(image).stem for image in images):
-        numbered = (f"{stem}-{number}" for number in itertools.count(2))
-        names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = None
-    return [folder / f"{name}_mae.png" for name in names]
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-
-
-def _numbers(figure: Any) -> dict[str, Any]:
-    """What was measured for one figure; JSON has no infinity, which is the PSNR of a perfect one."""
-    names = ("mask_ratio", "seed", "mse", "psnr", "score")
-    values = {name: getattr(figure, name) for name in names if hasattr(figure, name)}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _report(shared: Shared, facts: dict[str, Any], text: str) -> None:
+def report(shared: Shared, facts: dict[str, Any], text: str) -> None:
+    """Say what came of a command: as JSON, in words, or not at all."""
     if shared.json:
         _print_json(facts)
     elif not shared.quiet:
@@ -347,7 +316,8 @@ def _side(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}×{size[1]}"
 
 
-def _size(sides: tuple[int, ...]) -> int | tuple[int, int] | None:
+def wanted_size(sides: tuple[int, ...]) -> int | tuple[int, int] | None:
+    """What ``--image-size`` means."""
     if not sides:
         return None
     if len(sides) > 2:

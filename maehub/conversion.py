@@ -1,55 +1,89 @@
-"""Convert weights between the forms in which they are published, and make pickles safe to load.
+"""Convert weights between the forms in which they are published.
 
-This is the only place that opens a pickle, and it opens it with torch's restricted reader: tensors and plain values
-come out, no code runs.
+Every form is read into the official names, built as a network, written, read again and compared; what was compared,
+renamed and left out stands in the certificate beside the weights.
 """
 
-import argparse
 import logging
-import pickle
-import re
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.serialization import safe_globals
 
+from maehub import __version__
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.building import build_autoencoder, build_encoder
 from maehub.catalog import published_as
+from maehub.certificate import (
+    CERTIFICATE,
+    Certificate,
+    Difference,
+    difference,
+    fixed_images,
+    hashes,
+    largest,
+    left_out,
+    names_table,
+)
 from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
+from maehub.exporting import EXPORTED, ExportForm, check_exportable, checked_shapes, export_versions, run_exported
+from maehub.files import sha256_file
 from maehub.folders import check_free, whole_folder
+from maehub.foreign_folders import PICKLE, ForeignForm, check_foreign_form, is_exported, is_foreign_form, write_foreign
+from maehub.foreign_keys import LIGHTLY_MASK_TOKEN
 from maehub.images import Preprocess
-from maehub.keys import to_official
+from maehub.keys import OfficialNames, official_names, to_official
+from maehub.patches import patchify
+from maehub.pickles import is_pickle, pickles_in, read_pickle
 from maehub.shapes import infer_config
-from maehub.tensorfile import read_tensors
+from maehub.tensorfile import read_header, read_tensors
 from maehub.verification import digest
-from maehub.weights import MEMBERS, find_model_folder, open_autoencoder, open_encoder, read_config, write_members
+from maehub.weights import (
+    MEMBERS,
+    Layout,
+    find_model_folder,
+    open_autoencoder,
+    open_encoder,
+    read_config,
+    write_members,
+)
 
 log = logging.getLogger("maehub")
 
-Form = Literal["maehub", "official", "timm", "transformers"]
-"""What `convert` writes. Each is a folder that maehub loads too."""
+Form = Literal["maehub", "official", "timm", "transformers"] | ForeignForm
+"""What `convert` writes. The first four are folders that maehub loads too, and so are lightly's and mmpretrain's."""
+
+FORMS = ("maehub", "official", "timm", "transformers", "lightly", "mmpretrain", "detectron2", "onnx", "torch-export")
 
 LARGEST_DIFFERENCE = 1e-5
-"""Largest difference, relative to the largest output, that a reloaded network may show."""
+"""Largest difference, relative to the largest output, that a network read back may show."""
 
-# The restricted reader was itself exploitable before (CVE-2025-32434, CVE-2026-24747).
-_SAFE_TORCH = (2, 10)
+LARGEST_EXPORTED_DIFFERENCE = 1e-4
+"""The same of a graph, whose operations are another library's."""
 
-_WRAPPED_IN = ("model", "state_dict", "model_state_dict")
-_PICKLE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
+# Everything that any form is made of, so that writing over another form leaves nothing of it.
+_MEMBERS = tuple(dict.fromkeys((*MEMBERS, CERTIFICATE, PICKLE, *EXPORTED.values(), f"{EXPORTED['onnx']}.data")))
+
+_LAYOUTS: dict[str, Layout] = {
+    "maehub": "maehub",
+    "official": "official",
+    "timm": "maehub",  # of an encoder the two are one
+    "transformers": "transformers",
+}
+
+_ENCODER_FORMS = ("timm", "detectron2", "onnx", "torch-export")
 
 
 class Conversion(NamedTuple):
     """What `convert` wrote."""
 
     folder: Path
-    difference: float  # largest, relative to the largest output, after reloading
-    dropped: tuple[str, ...]  # tensors and entries that were left out on purpose
+    difference: float  # largest, relative to the largest output, after reading it back
+    dropped: tuple[str, ...]  # tensors and entries of the file that no network here has, left out on purpose
+    certificate: Certificate
 
 
 class _Source(NamedTuple):
@@ -58,7 +92,16 @@ class _Source(NamedTuple):
     preprocess: Preprocess | None
     origin: Origin
     where: str
-    dropped: tuple[str, ...]
+    names: OfficialNames  # of the tensors as the file has them
+    beside: tuple[str, ...]
+    files: dict[str, str]  # sha256 of what was read, by name
+
+
+class _Compared(NamedTuple):
+    differences: dict[str, Difference]  # by output
+    words: str
+    inputs: tuple[tuple[int, ...], ...]
+    bound: float
 
 
 def convert(
@@ -71,94 +114,60 @@ def convert(
     target: Target | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Convert the official, timm or transformers form of a model to another; the same input gives the same bytes.
+    """Convert the form of a model to another; the same input gives the same bytes.
 
-    The result is loaded again and compared on a fixed input before it gets its name. Weights are written in float32.
+    What was written is read again and compared on fixed images before it gets its name. Weights are written in float32.
 
     Args:
-        source: a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file, or a folder with one and perhaps its
-            ``config.json``.
+        source: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file with the names of the official code,
+            timm, transformers, lightly or mmpretrain, or a folder with one and perhaps its ``config.json``.
         folder: what is written; must not exist or be empty, unless ``overwrite``.
         to: ``"maehub"``: a model folder for all three libraries. ``"official"``: the official names. ``"timm"``: the
             encoder for timm. ``"transformers"``: for ViTMAEForPreTraining, ViTModel or ViTForImageClassification.
+            ``"lightly"``, ``"mmpretrain"``: what the source is, in their names. ``"detectron2"``: the backbone of
+            ViTDet. ``"onnx"``, ``"torch-export"``: the encoder as a graph for any batch and image size.
         heads: attention heads of the encoder, where neither a configuration nor the published networks tell.
         decoder_heads: of the decoder, where its width is not 512.
         target: what the decoder was trained to predict; without it ``"unknown"``, unless a configuration says it.
         overwrite: replace a model folder.
 
+    Returns:
+        The folder, the largest difference, and the certificate that also lies in the folder.
+
     Raises:
-        UsageError: there is no such file, the folder is in use, or something must be said (``heads`` …).
-        IntegrityError: the file is broken, hostile, or no masked autoencoder; nothing is written.
+        UsageError: there is no such file, the folder is in use, something must be said (``heads`` …), or the form
+            cannot hold this network.
+        IntegrityError: the file is broken, hostile, or no masked autoencoder, or what was written computes something
+            else; nothing is kept.
         CheckpointError: the disk is full or cannot be written.
     """
-    if to not in get_args(Form):
-        raise UsageError(f"to={to!r} is not one of {', '.join(get_args(Form))}")
-    check_free(folder, overwrite, MEMBERS)
+    if to not in FORMS:
+        raise UsageError(f"to={to!r} is not one of {', '.join(FORMS)}")
+    check_free(folder, overwrite, _MEMBERS)
+    if is_exported(to):
+        check_exportable(to)
     read = _read(Path(source), heads, decoder_heads, target)
-    build = build_autoencoder if isinstance(read.config, AutoencoderConfig) and to != "timm" else build_encoder
+    if is_foreign_form(to):
+        check_foreign_form(read.config, to)
+    whole = isinstance(read.config, AutoencoderConfig) and to not in _ENCODER_FORMS
+    build = build_autoencoder if whole else build_encoder
     model = build(read.state, read.config, read.preprocess, origin=read.origin, where=read.where)
-    with whole_folder(folder, overwrite=overwrite, members=MEMBERS) as staging:
-        write_members(staging, Path(folder).absolute().name, model, layout="maehub" if to == "timm" else to)
-        difference = _difference(model, staging)
-        if not difference <= LARGEST_DIFFERENCE:
+    with whole_folder(folder, overwrite=overwrite, members=_MEMBERS) as staging:
+        name = Path(folder).absolute().name
+        if is_foreign_form(to):
+            write_foreign(staging, name, model, to)
+        else:
+            write_members(staging, name, model, layout=_LAYOUTS[to])
+        certificate = _certify(read, model, staging, to)
+        if not certificate.holds:
             raise IntegrityError(
-                f"{read.where}: the converted network differs from the original by {difference:.1e}, more than "
-                f"{LARGEST_DIFFERENCE:.0e} of the largest output; nothing was written"
+                f"{read.where}: the converted network differs from the original by "
+                f"{certificate.difference.relative:.1e}, more than {certificate.bound:.0e} of the largest output; "
+                "nothing was written"
             )
-    return Conversion(Path(folder), difference, read.dropped)
-
-
-def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a PyTorch pickle, read without running code.
-
-    Args:
-        path: a ``.pth`` or ``.bin`` file: a dictionary of tensors, or one inside ``{"model": …}``.
-
-    Returns:
-        The tensors under the names of the file, and the names of what else it has (``optimizer``, ``args`` …).
-
-    Raises:
-        UsageError: this torch is too old to read pickles safely.
-        IntegrityError: the file is broken, or asks for more than tensors.
-    """
-    version = torch.__version__
-    if version < _SAFE_TORCH:  # type: ignore[operator]
-        raise UsageError(
-            f"reading the pickle {path} needs torch {_SAFE_TORCH[0]}.{_SAFE_TORCH[1]} or newer, and this is {version}: "
-            "the restricted reader of older ones can be broken out of. Nothing was read; update torch"
-        )
-    try:
-        # The training checkpoints of the official code hold their command line as a Namespace.
-        with safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        wants = f"it asks for {asked[1]}" if asked else "it is damaged, or asks for what is not allowed"
-        raise IntegrityError(f"{path} is not a file of tensors alone: {wants}. No code in it was run") from error
-    except Exception as error:  # a damaged pickle raises nearly every type there is
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise IntegrityError(f"{path} cannot be read: {reason}. No code in it was run") from error
-    return _unwrapped(content, path)
-
-
-def _unwrapped(content: Any, path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    beside: list[str] = []
-    while isinstance(content, dict):
-        inner = next((key for key in _WRAPPED_IN if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        beside += [str(key) for key in content if key != inner]
-        content = content[inner]
-    if not isinstance(content, dict) or not content:
-        raise IntegrityError(f"{path} holds no dictionary of tensors but a {type(content).__name__}")
-    others = [
-        str(name) for name, value in content.items() if not isinstance(value, Tensor) or value.layout != torch.strided
-    ]
-    if others:
-        raise IntegrityError(f"{path} holds other things than plain tensors: {', '.join(others[:5])}")
-    if not all(isinstance(name, str) for name in content):
-        raise IntegrityError(f"{path} holds tensors under keys that are no text")
-    return content, tuple(beside)
+        certificate.save(staging)
+    dropped = (*read.beside, *read.names.dropped)
+    return Conversion(Path(folder), certificate.difference.relative, dropped, certificate)
 
 
 def _read(path: Path, heads: int | None, decoder_heads: int | None, target: Target | None) -> _Source:
@@ -166,22 +175,26 @@ def _read(path: Path, heads: int | None, decoder_heads: int | None, target: Targ
     config, file = _find(path)
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
-    if _is_pickle(file):
+    if is_pickle(file):
         tensors, beside = read_pickle(file)
     else:
         tensors, beside = read_tensors(file).tensors, ()
     official = to_official(tensors)
-    dropped = beside + official.dropped
-    if dropped:
+    names = official_names(tensors)
+    if dropped := (*beside, *names.dropped):
         log.info("%s: left out %s", file, ", ".join(dropped))
     origin = _origin(file, file.name if file == path else path.name)
+    files = {file.name: origin.sha256}
     if config is None:
         network = infer_config(official.state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(file))
-        return _Source(official.state, network, None, origin, str(file), dropped)
+        return _Source(official.state, network, None, origin, str(file), names, beside, files)
     known = read_config(config, file, heads=heads, decoder_heads=decoder_heads, target=target, state=official.state)
+    processor = config.with_name("preprocessor_config.json")
+    for beside_it in (config, processor) if processor.exists() else (config,):
+        files[beside_it.name] = sha256_file(beside_it)
     if known.origin:
         origin = Origin(known.origin.name, known.origin.revision, origin.sha256, known.origin.licence)
-    return _Source(official.state, known.config, known.preprocess, origin, str(file), dropped)
+    return _Source(official.state, known.config, known.preprocess, origin, str(file), names, beside, files)
 
 
 def _origin(file: Path, name: str) -> Origin:
@@ -199,7 +212,7 @@ def _find(path: Path) -> tuple[Path | None, Path]:
     config = folder / "config.json"
     weights = folder / "model.safetensors"
     if not weights.exists():
-        pickles = [entry for entry in folder.iterdir() if entry.suffix in _PICKLE_ENDINGS and entry.is_file()]
+        pickles = pickles_in(folder)
         usual = [entry for entry in pickles if entry.name == "pytorch_model.bin"] or pickles
         if len(usual) != 1:
             names = ", ".join(sorted(entry.name for entry in usual)) or "none"
@@ -208,36 +221,99 @@ def _find(path: Path) -> tuple[Path | None, Path]:
     return config if config.exists() else None, weights
 
 
-def _is_pickle(file: Path) -> bool:
-    """By content where it shows, else by name."""
-    with open(file, "rb") as opened:
-        start = opened.read(9)
-    if start[8:] == b"{":
-        return False
-    return start[:4] == b"PK\x03\x04" or file.suffix in _PICKLE_ENDINGS
+def _certify(read: _Source, model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> Certificate:
+    """Read back what was written, compare it, and gather what became of every tensor."""
+    compared = _compare(model, staging, to)
+    tables = {}
+    if is_exported(to):  # a graph has tensors of its own; the names are those of the network in it
+        names = official_names(model.state_dict())
+        tables[EXPORTED[to]] = names_table(read.names, names)
+    for file in sorted(staging.rglob("*.safetensors")):
+        names = official_names(read_header(file).tensors)
+        tables[file.relative_to(staging).as_posix()] = names_table(read.names, names)
+    if to in ("mmpretrain", "detectron2"):
+        tables[PICKLE] = _same_in_pickle(staging, tables["model.safetensors"])
+    kept = {name for table in tables.values() for name in table}
+    added = {LIGHTLY_MASK_TOKEN: "zero, as lightly has it; its MAE never uses it"} if to == "lightly" else {}
+    versions = {"maehub": __version__, "torch": torch.__version__}
+    if is_exported(to):
+        versions |= export_versions(to)
+    return Certificate(
+        read.names.dialect,
+        to,
+        compared.words,
+        compared.inputs,
+        compared.bound,
+        compared.differences,
+        tables,
+        left_out(read.names, kept, read.beside, to),
+        added,
+        dict(sorted(read.files.items())),
+        hashes(staging),
+        versions,
+    )
 
 
-def _difference(model: Encoder | MaskedAutoencoder, folder: Path) -> float:
-    """The largest difference between a network and what a folder gives, relative to the largest output."""
+def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Compared:
+    """The outputs of a network and of what was written of it, on fixed images."""
     encoder = model if isinstance(model, Encoder) else model.encoder
-    pairs = [(_tokens(open_encoder(folder)), _tokens(encoder))]
+    config = encoder.config
+    if is_exported(to):
+        return _compare_graph(encoder, staging, to)
+    shape = (1, config.channels, *config.size)
+    images = fixed_images(shape)
+    if to == "detectron2":
+        found = difference(_blocks_alone(_with_backbone(encoder, staging), images), _blocks_alone(encoder, images))
+        words = "the last block's patches without a class token, as ViTDet computes them without windows"
+        return _Compared({"map": found}, words, (shape,), LARGEST_DIFFERENCE)
+    theirs, ours = _outputs(open_encoder(staging), images), _outputs(encoder, images)
     if isinstance(model, MaskedAutoencoder):
-        pairs.append((_prediction(open_autoencoder(folder)), _prediction(model)))
-    return max(((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs)
+        with torch.inference_mode():
+            theirs["prediction"] = open_autoencoder(staging)(images).prediction
+            ours["prediction"] = model(images).prediction
+    words = "the network that maehub reads from what was written, with the one that it read from the input"
+    differences = {name: difference(theirs[name], value) for name, value in ours.items()}
+    return _Compared(differences, words, (shape,), LARGEST_DIFFERENCE)
+
+
+def _compare_graph(encoder: Encoder, staging: Path, form: ExportForm) -> _Compared:
+    """A graph with the encoder that it was made from, at two sizes and two batch sizes."""
+    shapes = checked_shapes(encoder.config)
+    run = run_exported(staging, form)
+    found: dict[str, list[Difference]] = {}
+    for shape in shapes:
+        images = fixed_images(shape)
+        theirs, ours = run(images), _outputs(encoder, images)
+        for name, value in ours.items():
+            found.setdefault(name, []).append(difference(theirs[name], value))
+    differences = {name: largest(several) for name, several in found.items()}
+    runner = "onnxruntime" if form == "onnx" else "torch.export"
+    return _Compared(differences, f"the graph run by {runner}, with maehub", shapes, LARGEST_EXPORTED_DIFFERENCE)
 
 
 @torch.inference_mode()
-def _tokens(encoder: Encoder) -> Tensor:
-    images = _fixed_images(encoder.config)
-    return torch.cat([encoder(images).flatten(), encoder.features(images, pool="tokens").flatten()])
+def _outputs(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    outputs = {"features": encoder.features(images), "tokens": encoder.features(images, pool="tokens")}
+    return outputs | ({"logits": encoder(images)} if encoder.config.classes else {})
 
 
 @torch.inference_mode()
-def _prediction(autoencoder: MaskedAutoencoder) -> Tensor:
-    return autoencoder(_fixed_images(autoencoder.config.encoder)).prediction
+def _blocks_alone(encoder: Encoder, images: Tensor) -> Tensor:
+    patches = encoder.patch_embed(patchify(images, encoder.config.patch_size))
+    return encoder.encode(patches + encoder.position_table(encoder.config.grid)[:, 1:])
 
 
-def _fixed_images(config: EncoderConfig) -> Tensor:
-    """One image that is the same everywhere and no two values of which repeat: (1, C, H, W)."""
-    values = torch.arange(config.channels * config.size[0] * config.size[1], dtype=torch.float64)
-    return (2 * (values * 0.618033988749895).sin()).float().reshape(1, config.channels, *config.size)
+def _with_backbone(encoder: Encoder, staging: Path) -> Encoder:
+    """The encoder with every tensor that ViTDet has taken from what was written."""
+    written = read_tensors(staging / "model.safetensors").tensors
+    names = official_names(written).names
+    state = encoder.state_dict() | {official: written[name] for name, official in names.items()}
+    return build_encoder(state, encoder.config, encoder.preprocess, where="what was written")
+
+
+def _same_in_pickle(staging: Path, table: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The table of the safetensors file, once it is known that the pickle holds the same tensors."""
+    tensors, pickled = read_tensors(staging / "model.safetensors").tensors, read_pickle(staging / PICKLE).tensors
+    if set(tensors) != set(pickled) or not all(torch.equal(value, pickled[name]) for name, value in tensors.items()):
+        raise IntegrityError(f"{PICKLE} and model.safetensors differ in what was just written; nothing was kept")
+    return dict(table)

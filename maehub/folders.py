@@ -13,6 +13,7 @@ from typing import Any
 from maehub.errors import CheckpointError, IntegrityError, MaehubError, UsageError
 from maehub.files import sync_folder
 
+_MOST_WORDS = 1_000_000  # bytes
 _MAX_JSON_BYTES = 10_000_000  # a configuration with labels for 20,000 classes has a tenth of it
 
 
@@ -97,6 +98,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise IntegrityError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def read_words(path: Path) -> str:
+    """A small text that a person wrote.
+
+    Raises:
+        UsageError: there is no such file, it is no text, or a megabyte or more.
+    """
+    try:
+        if path.stat().st_size >= _MOST_WORDS:
+            raise UsageError(f"{path} is too long for a page: it has {path.stat().st_size:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text in UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _beside(place: Path) -> Path:

@@ -11,7 +11,6 @@ from maehub import layouts
 from maehub.autoencoder import MaskedAutoencoder, Target
 from maehub.building import Wanted, build_autoencoder, build_encoder
 from maehub.catalog import Want
-from maehub.conversion import read_pickle
 from maehub.encoder import Encoder, Origin
 from maehub.errors import UsageError
 from maehub.fetching import PathLike
@@ -19,6 +18,7 @@ from maehub.files import atomic_write, write_error
 from maehub.keys import to_official
 from maehub.locating import Located, locate
 from maehub.patches import Size
+from maehub.pickles import read_pickle
 from maehub.positions import ResizeRule
 from maehub.tensorfile import read_header, read_tensors, write_tensors
 from maehub.verification import cache_folder, known_finite, mark_finite

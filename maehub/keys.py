@@ -9,7 +9,7 @@ give dictionaries and know nothing of files; tensors are touched only where a di
     decoder_blocks.0          decoder.decoder_layers.0                decoder.decoder_layers.0      decoder.blocks.0
 
 transformers 5.23 saves the decoder as ``decoder.decoder_encoder.layer.0``, a dialect of its own. timm writes the
-official names, encoder only.
+official names, encoder only. Those of lightly, mmpretrain and detectron2 are in `maehub.foreign_keys`.
 """
 
 import re
@@ -20,12 +20,29 @@ import torch
 from torch import Tensor
 
 from maehub.errors import IntegrityError, UsageError
+from maehub.foreign_keys import (
+    ForeignDialect,
+    check_foreign,
+    detect_foreign,
+    foreign_extras,
+    foreign_official_name,
+    is_foreign,
+    to_foreign,
+)
 
-Dialect = Literal["official", "module", "transformers-4", "transformers-5", "transformers-5-saved"]
+Dialect = Literal["official", "module", "transformers-4", "transformers-5", "transformers-5-saved"] | ForeignDialect
 """How a state dictionary names its tensors; timm's is ``official``."""
 
-WrittenDialect = Literal["official", "timm", "transformers-4", "module"]
+WrittenDialect = Literal["official", "timm", "transformers-4", "module"] | ForeignDialect
 """The dialects that are written; ``timm`` is ``official`` without a decoder."""
+
+
+class OfficialNames(NamedTuple):
+    """What the names of a state dictionary are officially."""
+
+    names: dict[str, str]  # every name as the file has it; separate queries, keys and values stay separate
+    dialect: Dialect
+    dropped: dict[str, str]  # names that are left out on purpose, and why
 
 
 class OfficialState(NamedTuple):
@@ -33,7 +50,7 @@ class OfficialState(NamedTuple):
 
     state: dict[str, Tensor]
     dialect: Dialect  # what the names were
-    dropped: tuple[str, ...]  # names of `HARMLESS_EXTRAS` that were left out
+    dropped: dict[str, str]  # names, wrappers stripped, that were left out on purpose, and why
 
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -111,7 +128,10 @@ def detect(keys: Iterable[str]) -> Dialect:
     Raises:
         IntegrityError: the names are no dialect that is known here.
     """
-    names = [name.removeprefix("vit.") for name in strip_wrappers(keys).values()]
+    stripped = strip_wrappers(keys).values()
+    if foreign := detect_foreign(stripped):
+        return foreign
+    names = [name.removeprefix("vit.") for name in stripped]
 
     def has(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in names)
@@ -126,8 +146,28 @@ def detect(keys: Iterable[str]) -> Dialect:
         return "official"
     raise IntegrityError(
         f"these tensors are not of a Vision Transformer or masked autoencoder that is known here: {_some(names)}; "
-        "known are the official, timm and transformers names"
+        "known are the names of the official code, timm, transformers, lightly, mmpretrain and detectron2's ViTDet"
     )
+
+
+def official_names(keys: Iterable[str]) -> OfficialNames:
+    """What each name of a state dictionary is officially, without looking at tensors.
+
+    Names that the dialect does not have stay as they are.
+
+    Raises:
+        IntegrityError: the names are no dialect that is known here.
+    """
+    stripped = strip_wrappers(keys)
+    dialect = detect(stripped)
+    dropped: dict[str, str] = {}
+    if is_foreign(dialect):
+        dropped = foreign_extras(stripped.values(), dialect)
+    elif dialect.startswith("transformers"):
+        bare = {name: name.removeprefix("vit.") for name in stripped.values()}
+        dropped = {name: HARMLESS_EXTRAS[short] for name, short in bare.items() if short in HARMLESS_EXTRAS}
+    names = {key: _official_name(name, dialect) for key, name in stripped.items() if name not in dropped}
+    return OfficialNames(names, dialect, dropped)
 
 
 def to_official(state: Mapping[str, Tensor]) -> OfficialState:
@@ -140,19 +180,17 @@ def to_official(state: Mapping[str, Tensor]) -> OfficialState:
 
     Raises:
         IntegrityError: no known dialect, or two names mean the same tensor.
+        UsageError: a network of another library that no network here computes.
     """
-    dialect = detect(state)
+    known = official_names(state)
     renamed: dict[str, Tensor] = {}
-    dropped = []
-    for key, name in strip_wrappers(state).items():
-        if dialect.startswith("transformers") and name.removeprefix("vit.") in HARMLESS_EXTRAS:
-            dropped.append(name)
-            continue
-        official = _official_name(name, dialect)
+    for key, official in known.names.items():
         if official in renamed:
             raise IntegrityError(f"two tensors of this file are both {official}; one of them is {key}")
         renamed[official] = state[key]
-    return OfficialState(_fuse(renamed), dialect, tuple(dropped))
+    if is_foreign(known.dialect):
+        check_foreign(renamed, known.dialect)
+    return OfficialState(_fuse(renamed), known.dialect, known.dropped)
 
 
 def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[str, Tensor]:
@@ -160,7 +198,8 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
 
     ``timm`` leaves the decoder out. ``transformers-4`` names ViTMAEForPreTraining's tensors where there is a decoder,
     ViTForImageClassification's where there is a head, else ViTModel's; queries, keys and values are views of the
-    fused tensors. ``module`` names `MaskedAutoencoder`'s tensors where there is a decoder, else `Encoder`'s.
+    fused tensors. ``module`` names `MaskedAutoencoder`'s tensors where there is a decoder, else `Encoder`'s. The others
+    are those of `maehub.foreign_keys.to_foreign`.
 
     Raises:
         UsageError: the dialect cannot say it (a mean-pooled classifier in transformers' names).
@@ -173,13 +212,23 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
         if not any(is_decoder(name) for name in state):
             return dict(state)
         return {_module_name(name): value for name, value in state.items()}
-    return _to_transformers(state)
+    if dialect == "transformers-4":
+        return _to_transformers(state)
+    return to_foreign(state, dialect)
+
+
+def parts(official: str) -> tuple[str, ...]:
+    """A fused tensor's name as those of its queries, keys and values; any other name alone."""
+    stem, fused, leaf = official.partition(".qkv.")
+    return tuple(f"{stem}.{one}.{leaf}" for one in ("query", "key", "value")) if fused else (official,)
 
 
 def _official_name(name: str, dialect: Dialect) -> str:
     """One name, wrappers stripped; unknown names come back as they are."""
     if dialect == "official":
         return name
+    if is_foreign(dialect):
+        return foreign_official_name(name, dialect)
     if dialect == "module":
         if name == "mask_token":
             return ENCODER_MASK_TOKEN

@@ -4,6 +4,7 @@ Dictionaries in, dictionaries out; files are written and read in `maehub.weights
 transformers and timm ignore top-level keys that they do not know, and our block lies under ``"maehub"``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
@@ -19,8 +20,9 @@ from maehub.images import Preprocess
 FORMAT = 1
 """Version of our block; a reader refuses a newer one."""
 
-VERIFIED = {"timm": "1.0.31", "transformers": "5.23.0"}
-"""The versions with which a folder of each kind was loaded and gave the same outputs."""
+VERIFIED = {"timm": ["1.0.3", "1.0.31"], "transformers": ["4.57.6", "5.24.0"]}
+"""The oldest and the newest version with which a folder of each kind was loaded and gave the same outputs; see
+``scripts/test-libraries``."""
 
 TIMM_ENCODER = "timm/model.safetensors"
 """Where an autoencoder's folder has its encoder for timm, with fused queries, keys and values."""
@@ -161,7 +163,7 @@ def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | 
         "input_size": [config.channels, height, width],
         "fixed_input_size": True,
         "interpolation": preprocess.interpolation,
-        "crop_pct": preprocess.crop_fraction,
+        "crop_pct": _crop_share(preprocess),
         "crop_mode": {"squash": "squash", "pad": "border"}.get(preprocess.resize, "center"),
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
@@ -183,6 +185,16 @@ def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | 
         "model_args": arguments,
         "pretrained_cfg": pretrained,
     }
+
+
+def _crop_share(preprocess: Preprocess) -> float:
+    """timm's ``crop_pct``, under which it scales to just the size that our transform covers: it rounds down."""
+    if preprocess.resize != "centre-crop":
+        return 1.0
+    short = min(preprocess.size)
+    cover = round(short / preprocess.crop_fraction)
+    exact_enough = math.floor(short / preprocess.crop_fraction) == cover
+    return preprocess.crop_fraction if exact_enough else short / (cover + 0.5)
 
 
 def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:

@@ -56,7 +56,7 @@ Layout = Literal["maehub", "official", "transformers"]
 _CONFIG = "config.json"
 _TENSORS = "model.safetensors"
 _PROCESSOR = "preprocessor_config.json"
-MEMBERS = (_CONFIG, _TENSORS, "timm", _PROCESSOR, "README.md")
+MEMBERS = (_CONFIG, _TENSORS, "timm", _PROCESSOR, "README.md", "certificate.json")
 """What a model folder is made of; saving over one replaces these and keeps the rest."""
 
 
@@ -148,9 +148,11 @@ def write_members(
         if layouts.why_not_transformers(config):
             tensors(_TENSORS, state)
         else:
-            values |= layouts.transformers_config(config, dtype)
+            processor = layouts.transformers_processor(preprocess)
+            # A local folder with timm's pretrained_cfg is one of timm to transformers, which then looks here for it.
+            values |= layouts.transformers_config(config, dtype) | processor
             tensors(_TENSORS, from_official(state, "transformers-4"))
-            write_json(staging / _PROCESSOR, layouts.transformers_processor(preprocess))
+            write_json(staging / _PROCESSOR, processor)
         values |= layouts.timm_config(config.encoder, preprocess, origin, layouts.TIMM_ENCODER)
         tensors(layouts.TIMM_ENCODER, from_official(state, "timm"))
     values["maehub"] = layouts.our_block(config, preprocess, origin, dtype, hashes)

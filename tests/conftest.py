@@ -15,6 +15,7 @@ os.environ.update(
         "MAEHUB_CACHE": f"{_HOME.name}/maehub",
         "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody listens there
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",
     }
 )
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):

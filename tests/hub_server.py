@@ -1,4 +1,4 @@
-"""A small Hub on loopback: what the real one answers to a reading client, with faults on demand.
+"""A small Hub on loopback: what the real one answers to its client, with faults on demand; its writing: `hub_writes`.
 
 Two servers: the Hub itself, and the store that it redirects large files to, as the real one does. Files
 below `LARGE` bytes that are not weights are stored in git (ETag: git's sha1) and sent by the Hub; the others are
@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-LARGE = 1_000_000
-SIGNATURE = "X-Amz-Signature=5ec7e7"  # marks the signed part of addresses; no text may show it
+from hub_writes import LARGE, SIGNATURE, WEIGHTS, Token, Writing, card_facts
 
 Mode = Literal["cut", "corrupt", "short", "html", "status", "hang", "redirect", "commit", "norange", "slow"]
 
@@ -51,6 +50,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     location: str = ""
     seconds: float = 60.0
+    done: bool = False  # of a request that writes: it has its effect before it goes wrong
 
 
 @dataclass
@@ -85,6 +85,9 @@ class Repo:
     commits: dict[str, dict[str, Content]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # "main", a tag, "refs/pr/1"
     gated: bool = False
+    private: bool = False
+    tags: set[str] = field(default_factory=set)  # those of ``refs`` that are no branches
+    messages: dict[str, str] = field(default_factory=dict)  # commit → its first line, of those that were pushed
 
     def resolve(self, revision: str) -> str | None:
         commit = self.refs.get(revision, revision)
@@ -99,6 +102,10 @@ class HubServer:
         self.pages: dict[str, Content] = {}  # plain files at plain addresses, for what does not come from the Hub
         self.faults: list[Fault] = []
         self.log: list[Request] = []
+        self.tokens: dict[str, Token] = {}  # those that may write; for reading, any will do
+        self.objects: dict[str, bytes] = {}  # what was uploaded to the store, by sha256
+        self.parts: dict[tuple[str, str], bytes] = {}
+        self.part_size: float = float("inf")  # larger uploads are asked for in parts
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.folder = tempfile.TemporaryDirectory(prefix="hub-server-")
@@ -127,16 +134,20 @@ class HubServer:
 
     def add_repo(self, repo_id: str, files: dict[str, bytes | str | Path], revision: str = "main") -> str:
         """A commit with exactly these files, and ``revision`` pointing to it: its 40 digits."""
-        contents = {}
-        for name, source in files.items():
-            source = source.encode() if isinstance(source, str) else source
-            contents[name] = Content(source, name.endswith((".safetensors", ".bin", ".pth", ".pt", ".h5")))
+        return self.add_commit(repo_id, self.contents(files), revision)
+
+    def add_commit(self, repo_id: str, contents: dict[str, Content], revision: str) -> str:
         repo = self.repos.setdefault(repo_id, Repo())
         listing = json.dumps([repo_id, len(repo.commits), {name: one.sha256 for name, one in contents.items()}])
         commit = hashlib.sha1(listing.encode()).hexdigest()
         repo.commits[commit] = contents
         repo.refs[revision] = commit
         return commit
+
+    @staticmethod
+    def contents(files: dict[str, bytes | str | Path]) -> dict[str, Content]:
+        sources = {name: one.encode() if isinstance(one, str) else one for name, one in files.items()}
+        return {name: Content(one, name.endswith(WEIGHTS)) for name, one in sources.items()}
 
     def add_page(self, path: str, source: bytes | Path) -> str:
         """A file at a plain address of this server: the address."""
@@ -157,6 +168,7 @@ class HubServer:
             "HF_HOME": f"{self.folder.name}/hf",
             "HF_HUB_CACHE": f"{self.folder.name}/hf/hub",
             "MAEHUB_CACHE": f"{self.folder.name}/maehub",
+            "HF_HUB_DISABLE_XET": "1",  # large files are sent as Git LFS does
         }
 
     def asked(self, method: str = "", contains: str = "", store: bool | None = None) -> list[Request]:
@@ -179,7 +191,7 @@ class HubServer:
 def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
     """The handler of one of the two servers."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Writing, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, format: str, *args: object) -> None:
@@ -195,7 +207,9 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
             headers = {name.lower(): value for name, value in self.headers.items()}
             hub.log.append(Request(self.command, self.path, headers, store))
             with contextlib.suppress(ConnectionError):
-                if store:
+                if self.command in ("POST", "PUT"):
+                    self.write_path()
+                elif store:
                     self.store_file()
                 else:
                     self.hub_path()
@@ -206,6 +220,8 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlsplit(self.path).path)
             if path in hub.pages:
                 self.page(path)
+            elif path == "/api/whoami-v2":
+                self.whoami()
             elif path.startswith("/api/models/"):
                 self.api(path.removeprefix("/api/models/"))
             elif "/resolve/" in path:
@@ -241,7 +257,7 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
 
         def open_repo(self, repo_id: str, revision: str) -> tuple[Repo | None, str | None]:
             repo, known = hub.repos.get(repo_id), "authorization" in {name.lower() for name in self.headers}
-            if repo is None:
+            if repo is None or not self.sees(repo_id, repo):
                 self.fail(404 if known else 401, "RepoNotFound", "Repository not found")
             elif repo.gated:
                 self.fail(403 if known else 401, "GatedRepo", f"Access to model {repo_id} is restricted")
@@ -260,7 +276,8 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
             kind, _, raw_revision = (raw[2] if len(raw) > 2 else "").partition("/")
             # of a tree, a path may follow; the client quotes slashes inside the revision
             revision = unquote(raw_revision.partition("/")[0] or "main")
-            repo, commit = self.open_repo(f"{owner}/{name}", "main" if kind == "refs" else revision)
+            revision = "main" if kind in ("refs", "auth-check") else revision
+            repo, commit = self.open_repo(f"{owner}/{name}", revision)
             if repo is None or commit is None:
                 return
             query = parse_qs(urlsplit(self.path).query)
@@ -271,9 +288,13 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
             elif kind == "refs":
                 refs = {key: [] for key in ("branches", "tags", "converts", "pullRequests")}
                 for ref, target in repo.refs.items():
-                    group = "pullRequests" if ref.startswith("refs/pr/") else "branches"
-                    refs[group].append({"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": target})
+                    group = "tags" if ref in repo.tags else "branches"
+                    group = "pullRequests" if ref.startswith("refs/pr/") else group
+                    full = "" if group == "pullRequests" else "refs/heads/"
+                    refs[group].append({"name": ref, "ref": full + ref, "targetCommit": target})
                 self.json(refs)
+            elif kind == "auth-check":
+                self.may_write(f"{owner}/{name}")
             else:
                 self.fail(404, "", "not found")
 
@@ -288,7 +309,8 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
                         {"lfs": {"sha256": one.sha256, "size": one.size, "pointerSize": 130}} if one.large else {}
                     )
                 siblings.append(sibling)
-            facts = {"private": False, "gated": repo.gated, "disabled": False, "tags": [], "siblings": siblings}
+            facts = {"private": repo.private, "gated": repo.gated, "disabled": False, "tags": [], "siblings": siblings}
+            facts |= card_facts(repo.commits[commit])
             return {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, **facts}
 
         @staticmethod
@@ -373,4 +395,5 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
             first, _, last = text.partition("-")
             return int(first or 0), min(size, int(last) + 1) if last else size
 
+    Handler.hub = hub
     return Handler

@@ -1,25 +1,44 @@
-"""Conversion between the published forms, and pickles. Fault rows 27 and 28."""
+"""Conversion between the published forms, its certificate, and pickles. Fault rows 27 and 28."""
 
 import argparse
+import builtins
 import collections
 import hashlib
 import json
 import os
+import pathlib
+import pickle
+import subprocess
+import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
-from peers import TINY, assert_equal_outputs, autoencoder_config, images, make_autoencoder, make_encoder, official
+from peers import (
+    TINY,
+    assert_equal_outputs,
+    autoencoder_config,
+    images,
+    make_autoencoder,
+    make_encoder,
+    official,
+    timm_encoder,
+    transformers_autoencoder,
+)
+from torch import nn
 from torch.torch_version import TorchVersion
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 import maehub
 from maehub import catalog
-from maehub.conversion import convert, read_pickle
+from maehub.certificate import Difference, difference, fixed_images, largest
+from maehub.cli import main
+from maehub.conversion import convert
 from maehub.encoder import PRESETS, Encoder, Origin
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import sha256_file
-from maehub.keys import from_official, is_decoder
+from maehub.keys import from_official, is_decoder, official_names
+from maehub.pickles import read_pickle, write_pickle
 from maehub.tensorfile import read_header, read_tensors, write_tensors
 from maehub.weights import open_autoencoder, open_encoder, save
 
@@ -128,6 +147,9 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+FORMS = ["maehub", "official", "timm", "transformers", "lightly", "mmpretrain", "detectron2"]
+
+
 @pytest.mark.parametrize("to", ["maehub", "official", "timm", "transformers"])
 def test_every_form_loads_again_and_is_the_same_each_time(autoencoder, to, tmp_path):
     source = source_of("official pickle", autoencoder, tmp_path)
@@ -208,6 +230,111 @@ def test_a_folder_with_a_pickle_uses_its_configuration(autoencoder, tmp_path):
     assert again.encoder.origin.name == "repo"
 
 
+# ---- the certificate
+
+
+@pytest.mark.parametrize("to", FORMS)
+def test_every_conversion_has_a_certificate(autoencoder, to, tmp_path):
+    source = source_of("training checkpoint", autoencoder, tmp_path)
+    result = convert(source, tmp_path / "a" / "out", to=to, **SAID)
+    found = json.loads((result.folder / "certificate.json").read_text())
+    assert found == json.loads(json.dumps(result.certificate.to_dict()))
+    assert (found["from"], found["to"], found["bound"]) == ("official", to, {"relative": 1e-5})
+    assert found["difference"]["relative"] == result.difference <= 1e-6
+    assert found["fixed_input"]["shapes"] == [[1, 3, 32, 32]]
+    assert found["versions"] == {"maehub": maehub.__version__, "torch": str(torch.__version__)}
+    assert found["sha256"]["read"] == {"mae.pth": sha256_file(source)}
+    written = {name for name in files(result.folder) if name != "certificate.json"}
+    assert found["sha256"]["written"] == {name: sha256_file(result.folder / name) for name in sorted(written)}
+    # every tensor of the input is somewhere, or it is said why not; what is somewhere is the same values
+    before, elsewhere = official(autoencoder), set(found["left_out"])
+    for file, table in found["names"].items():
+        path = result.folder / file
+        after = read_pickle(path).tensors if file.endswith(".pth") else read_tensors(path).tensors
+        assert {new for names in table.values() for new in names} | set(found["added"]) == set(after)
+        for old, names in table.items():
+            assert torch.equal(torch.cat([after[name] for name in names]), before[old]), old
+        assert set(before) - set(table) <= elsewhere or file == "timm/model.safetensors"
+    assert {"optimizer", "epoch", "scaler", "args"} <= elsewhere
+    assert ("decoder_norm.weight" in elsewhere) == (to in ("timm", "detectron2"))
+    assert ("cls_token" in elsewhere) == (to == "detectron2")
+    text = (result.folder / "certificate.json").read_text()
+    assert str(tmp_path) not in text
+    convert(source, tmp_path / "b" / "out", to=to, **SAID)
+    assert files(tmp_path / "a" / "out") == files(tmp_path / "b" / "out")
+
+
+def test_the_certificate_tells_queries_from_keys(autoencoder, tmp_path):
+    """From one split form to another, and from a split form to a fused one."""
+    state = from_official(official(autoencoder), "transformers-4")
+    theirs = {name: value.clone() for name, value in state.items()} | {"pooler.dense.bias": torch.zeros(64)}
+    write_tensors(tmp_path / "a.safetensors", theirs)
+    key = "vit.encoder.layer.1.attention.attention.key.weight"
+    split = convert(tmp_path / "a.safetensors", tmp_path / "b", to="transformers", **SAID).certificate
+    assert split.names["model.safetensors"][key] == [key]
+    fused = convert(tmp_path / "a.safetensors", tmp_path / "c", to="official", **SAID).certificate
+    assert fused.names["model.safetensors"][key] == ["blocks.1.attn.qkv.weight"]
+    assert "the tanh pooler" in fused.left_out["pooler.dense.bias"]
+    assert official_names(state).names[key] == "blocks.1.attn.key.weight"
+
+
+def test_a_folder_is_read_with_its_configuration(autoencoder, tmp_path):
+    save(autoencoder, tmp_path / "model")
+    found = convert(tmp_path / "model", tmp_path / "out", to="timm").certificate
+    assert set(found.read) == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert found.source == "transformers-4"
+
+
+def test_another_form_over_an_older_one_leaves_nothing_of_it(autoencoder, tmp_path):
+    source = source_of("official pickle", autoencoder, tmp_path)
+    convert(source, tmp_path / "out", to="mmpretrain", **SAID)
+    (tmp_path / "out" / "mine.txt").touch()
+    convert(source, tmp_path / "out", to="official", **SAID, overwrite=True)
+    assert set(files(tmp_path / "out")) == {
+        "config.json", "model.safetensors", "README.md", "certificate.json", "mine.txt"
+    }  # fmt: skip
+
+
+def test_fixed_images_and_differences():
+    images_ = fixed_images((2, 3, 8, 8))
+    assert images_.unique().numel() == images_.numel()
+    assert torch.equal(images_[:1], fixed_images((1, 3, 8, 8)))
+    assert images_.flatten()[1].item() == pytest.approx(2 * 0.5794, abs=1e-3)
+    assert difference(torch.ones(3), torch.ones(3)) == Difference(0.0, 0.0)
+    assert difference(torch.tensor([1.0, 4.5]), torch.tensor([1.0, -4.0])) == Difference(8.5, 2.125)
+    assert difference(torch.ones(1), torch.zeros(1)).relative == float("inf")
+    nan = difference(torch.tensor([float("nan")]), torch.ones(1))
+    for order in ([nan, Difference(1, 1)], [Difference(1, 1), nan]):
+        assert not largest(order).relative <= 1  # NaN is never within a bound
+
+
+@torch.inference_mode()
+def test_real_networks_of_timm_and_transformers_and_back(autoencoder, tmp_path):
+    """Not through our own names: what their classes hold, written by their own code."""
+    pictures = images(TINY)
+    masked = autoencoder(pictures, seeds=[3, 4])
+    theirs = transformers_autoencoder(autoencoder)
+    for name, state in {"in memory": theirs.state_dict(), "saved": None}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if state is None:
+            theirs.save_pretrained(folder)  # transformers 5.23's third dialect
+        else:
+            write_tensors(folder / "model.safetensors", {key: value.clone() for key, value in state.items()})
+            (folder / "config.json").write_text(json.dumps(theirs.config.to_dict()))
+        again = open_autoencoder(convert(folder, tmp_path / f"{name} again").folder)
+        assert_equal_outputs(again(pictures, seeds=[3, 4]).prediction, masked.prediction)
+    encoder = make_encoder(replace(TINY, classes=3, pool="mean"))
+    vit = timm_encoder(encoder)
+    write_tensors(tmp_path / "timm.safetensors", vit.state_dict())
+    again = open_encoder(convert(tmp_path / "timm.safetensors", tmp_path / "t", heads=4).folder)
+    assert_equal_outputs(again(pictures), vit(pictures))
+    bare = nn.DataParallel(vit).state_dict()  # "module." in front, as a training script saves it
+    write_tensors(tmp_path / "wrapped.safetensors", bare)
+    again = open_encoder(convert(tmp_path / "wrapped.safetensors", tmp_path / "w", to="official", heads=4).folder)
+    assert_equal_outputs(again(pictures), vit(pictures))
+
+
 def test_licence_and_name_of_a_model_folder_are_inherited(tmp_path):
     encoder = make_encoder(TINY)
     encoder.origin = Origin("vit-b", "main", "c" * 64, "cc-by-nc-4.0")
@@ -226,6 +353,89 @@ class Canary:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+class Calls:
+    """Calls a function when it is unpickled by a reader that runs code."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def bombs(canary):
+    """Objects that make the canary when an unsafe reader meets them, each in another way."""
+    path = str(canary)
+    nested = argparse.Namespace(lr=1e-3, hidden=[{"deep": (Calls(os.mkdir, path),)}])
+    return {
+        "system": Calls(os.system, f"mkdir '{path}'"),
+        "eval": Calls(builtins.eval, f"__import__('os').mkdir({path!r})"),
+        "exec": Calls(builtins.exec, f"open({path!r}, 'w').close()"),
+        "process": Calls(subprocess.call, ["mkdir", path]),
+        "nested": nested,
+        "path method": Calls(pathlib.Path.mkdir, pathlib.Path(path)),
+    }
+
+
+BOMBS = ["system", "eval", "exec", "process", "nested", "path method"]
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize("file", ["zip", "legacy", "bare"])
+def test_row_27_bombs_of_several_kinds_at_the_command_line(kind, file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    canary = tmp_path / "canary"
+    bomb = bombs(canary)[kind]
+    content = {"model": {"cls_token": torch.zeros(1, 1, 4)}, "args": bomb}
+    if file == "bare":
+        (tmp_path / "evil.bin").write_bytes(pickle.dumps(bomb, protocol=2))
+    else:
+        torch.save(content, tmp_path / "evil.bin", _use_new_zipfile_serialization=file == "zip")
+    assert main(["convert", "evil.bin", "-o", "out"]) == 4
+    said = capsys.readouterr().err
+    assert "No code in it was run" in said
+    assert "Traceback" not in said
+    assert not canary.exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["evil.bin"]
+    with open(tmp_path / "evil.bin", "rb") as opened:
+        pickle.load(opened) if file == "bare" else torch.load(opened, weights_only=False)  # noqa: S301
+    assert canary.exists()  # so the bomb works
+
+
+def test_row_27_code_inside_a_zip_beside_the_pickle_is_not_run(autoencoder, tmp_path):
+    """TorchScript keeps Python in ``code/``; torch refuses it as it refuses any other class."""
+    source = source_of("official pickle", autoencoder, tmp_path)
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr("mae/code/__torch__.py", f"open({str(tmp_path / 'canary')!r}, 'w')")
+        archive.writestr("mae/constants.pkl", pickle.dumps(()))
+    with pytest.raises(IntegrityError, match="No code in it was run"):
+        convert(source, tmp_path / "out", **SAID)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_paths_in_the_arguments_of_a_checkpoint_are_read_as_text(autoencoder, tmp_path):
+    """As checkpoints of ScaleMAE hold them; under Python 3.13 their class has another name."""
+    arguments = argparse.Namespace(output_dir=pathlib.PosixPath("/data/runs"), lr=1e-3)
+    torch.save({"model": official(autoencoder), "args": arguments}, tmp_path / "a.pth")
+    torch.save({"model": official(autoencoder), "args": arguments}, tmp_path / "b.pth", _use_new_zipfile_serialization=False)  # fmt: skip  # noqa: E501
+    newer = (tmp_path / "b.pth").read_bytes().replace(b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath")
+    (tmp_path / "c.pth").write_bytes(newer)
+    assert b"pathlib._local" in newer
+    for name in ("a.pth", "b.pth", "c.pth"):
+        found = read_pickle(tmp_path / name)
+        assert found.beside == ("args",)
+        assert set(found.tensors) == set(official(autoencoder))
+
+
+def test_a_pickle_that_is_written_has_the_same_bytes_each_time(tmp_path):
+    tensors = official(make_encoder(TINY))
+    for name in ("a.pth", "b.pth"):
+        write_pickle(tmp_path / name, dict(reversed(tensors.items())) if name == "b.pth" else tensors, "model")
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    found = read_pickle(tmp_path / "a.pth").tensors
+    assert all(torch.equal(value, found[name]) for name, value in tensors.items())
 
 
 @pytest.mark.parametrize("place", ["beside", "inside", "whole"])

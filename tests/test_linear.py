@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from maehub.errors import DataError, DivergedError, UsageError
+from maehub.train import linear
 from maehub.train.linear import STRENGTHS, Trial, accuracy, best, fit_at, fit_linear, sweep
 from maehub.train.neighbours import choose_neighbours, leave_one_out, vote
 
@@ -197,3 +198,20 @@ def test_pictures_whose_neighbours_are_all_barred_get_no_vote():
     assert trial.accuracy == 50  # of no votes the first class counts as the highest
     with pytest.raises(UsageError, match="no neighbours"):
         choose_neighbours(torch.eye(1), np.array([0]))
+
+
+def test_directions_of_features_where_the_fast_way_does_not_converge(monkeypatch):
+    """Hundreds of empty columns, as of a colour histogram of grey pictures; and a LAPACK that gives up."""
+    features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    features = torch.cat([features, torch.zeros(100, 500), features[:, :3]], dim=1)
+    features -= features.mean(dim=0)
+    values, directions = linear._spectrum(features)
+    assert values.shape == (8,)
+    assert torch.allclose(features @ directions @ directions.T, features, atol=1e-4)
+
+    def gives_up(_):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    others, _ = linear._spectrum(features)
+    assert torch.allclose(values, others)

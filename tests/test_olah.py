@@ -1,4 +1,4 @@
-"""Downloads from olah, a Hub server that this project did not write: our own test server is not the only judge.
+"""Reading from olah, a Hub server that this project did not write: our own test server is not the only judge.
 
 scripts/test-olah installs it in an environment of its own and runs this file.
 """
@@ -14,10 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
+from hub_writes import Token
 
 from maehub.catalog import model_info
-from maehub.errors import HubError
+from maehub.errors import HubError, IntegrityError
 from maehub.fetching import fetch, fetch_repo, verify
+from maehub.publishing.committing import LocalFile, look, verify_remote
+from maehub.publishing.committing import commit as publish
 
 OLAH = os.environ.get("MAEHUB_OLAH") or shutil.which("olah-cli")
 pytestmark = pytest.mark.skipif(not OLAH, reason="olah-cli is not installed; scripts/test-olah installs and runs it")
@@ -51,7 +55,7 @@ def commit(repo, files):
 
 @pytest.fixture(scope="module")
 def olah(tmp_path_factory):
-    """olah on loopback, offline, with one repository: (address, repository folder, first commit, second commit)."""
+    """olah on loopback, offline, with one repository: (address, folder of repositories, first and second commit)."""
     folder = tmp_path_factory.mktemp("olah")
     repo = folder / "mirrors" / "models" / "timm" / "vit_base_patch16_224.mae"
     repo.mkdir(parents=True)
@@ -83,7 +87,7 @@ def olah(tmp_path_factory):
                 time.sleep(0.2)
         else:
             pytest.fail((folder / "out.txt").read_text())
-        yield address, first, second
+        yield address, folder / "mirrors" / "models", first, second
     finally:
         server.terminate()
         server.wait(10)
@@ -94,7 +98,7 @@ def client(olah, monkeypatch, tmp_path):
     """The Hub's client in this process talks to olah."""
     from huggingface_hub import close_session, constants
 
-    address, first, second = olah
+    address, _, first, second = olah
     monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("MAEHUB_CACHE", str(tmp_path / "maehub"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -131,3 +135,45 @@ def test_what_is_not_there(client):
         fetch_repo("timm/nobody")
     with pytest.raises(HubError):
         fetch_repo("timm/vit_base_patch16_224.mae@nothing")
+
+
+def test_what_was_pushed_is_read_back(olah, client, tmp_path, monkeypatch):
+    """Pushed to our own server, laid out as a git work tree, and read through olah: every file, byte for byte."""
+    from huggingface_hub import constants, hf_hub_download
+
+    address, mirrors, _, _ = olah
+    contents = {
+        "README.md": b"---\nlicense: cc-by-nc-4.0\n---\n\n# name\n",
+        "config.json": b'{"architecture": "vit"}',
+        "figures/curve.png": bytes(range(256)) * 20,
+        "model.safetensors": WEIGHTS,
+        "timm/model.safetensors": WEIGHTS[: 1 << 20],
+    }
+    files = {}
+    for name, content in contents.items():
+        path = tmp_path / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        files[name] = LocalFile(path, len(content), hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with HubServer() as hub:
+        hub.tokens["hf_" + "writes" * 5] = Token()
+        at = {"token": "hf_" + "writes" * 5, "endpoint": hub.endpoint}
+        done = publish(files, "user/name", remote=look("user/name", **at), message="m", progress=False, **at)
+        verify_remote("user/name", done.commit, files, **at)
+        stated = look("user/name", **at).files
+        held = {name: one.read() for name, one in hub.repos["user/name"].commits[done.commit].items()}
+    repo = mirrors / "user" / "name"
+    repo.mkdir(parents=True)
+    git(repo, "init", "-q")
+    at_olah = commit(repo, held)
+    for line in git(repo, "ls-tree", "-r", "HEAD").splitlines():  # git's own word for the small files
+        _, _, blob, name = line.split(maxsplit=3)
+        assert stated[name].sha256 or stated[name].git == blob
+    for name, content in contents.items():
+        assert Path(hf_hub_download("user/name", name, revision=at_olah, endpoint=address)).read_bytes() == content
+    assert fetch_repo("user/name").revision == at_olah
+    verify_remote("user/name", at_olah, files, token="hf_" + "reads" * 6, endpoint=address)
+    wrong = files | {"config.json": files["config.json"]._replace(sha256="0" * 64)}
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        verify_remote("user/name", at_olah, wrong, token="hf_" + "reads" * 6, endpoint=address)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -62,9 +63,24 @@ FUNCTIONS = {
     ),
     "save": (["model", "folder"], {}),
     "convert": (["source", "folder"], {"to": "maehub", "heads": None, "decoder_heads": None, "target": None}),
+    "push": (
+        ["source", "repo_id"],
+        {
+            "licence": None,
+            "about": "",
+            "dataset": "",
+            "with_pictures": (),
+            "revision": "main",
+            "parent": None,
+            "private": None,
+            "pull_request": False,
+            "dry_run": False,
+        },
+    ),
     "download": (["name"], {"revision": None, "cache_dir": None}),
     "verify": (["source"], {"cache_dir": None}),
     "check_data": (["folder"], {}),
+    "identify": (["file"], {}),
     "data_statistics": (["folder"], {}),
 }
 # Keyword-only parameters with defaults that came later.
@@ -73,6 +89,8 @@ LATER = {
     "save": {"dtype": None, "card": None, "overwrite": False},
     "convert": {"overwrite": False},
     "download": {"lock_timeout": 60.0},
+    "identify": {"heads": None, "decoder_heads": None, "decide_target": None},
+    "push": {"confirm": None, "message": "", "token": None, "progress": True},
     "check_data": {"workers": None, "progress": False, "on_bad": None},
     "data_statistics": {"sample": 2000, "workers": None, "progress": False},
 }
@@ -113,6 +131,8 @@ FLAGS = {
     "download": "--revision --cache-dir --lock-timeout",
     "cache": "--dry-run --cache-dir",
     "verify": "",
+    "identify": "--heads --decoder-heads --decide-target",
+    "push": "--licence --about --dataset --with-pictures --revision --parent --private --pr --message --dry-run --yes",
     "convert": "-o --out --to --heads --decoder-heads --target --overwrite",
     "features": "-m --model -o --out --overwrite --image-size --device --seed --workers --pool --layers --batch-size "
     "--exact-decode --skip-bad",
@@ -420,6 +440,9 @@ def test_wheel_holds_what_is_no_python(tmp_path):
     modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     assert modules <= names
     assert not [name for name in names if not name.startswith("maehub")]
+    golden = (ROOT / "tests" / "release-files.txt").read_text().splitlines()
+    found = {re.sub(r"^maehub-\d[^/]*", "maehub-VERSION", name) for name in names}
+    assert found == {line.removeprefix("wheel ") for line in golden if line.startswith("wheel ")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "maehub = maehub.__main__:main" in entry_points
     assert wheel.stat().st_size < 9_500_000

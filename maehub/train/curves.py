@@ -80,13 +80,12 @@ def chart(series: Sequence[Series], description: str) -> str:
         return _TOP + (top - height) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{description}">']
-    ticks = _decades(bottom, top) if logarithmic else _ticks(bottom, top)
-    for tick in ticks:
+    for tick in _decades(bottom, top) if logarithmic else ticks(bottom, top):
         parts.append(
             f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{_WIDTH - _RIGHT}"/>'
             f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick_words(tick)}</text>'
         )
-    for tick in _ticks(first, last, 4) if last > first else [first]:
+    for tick in ticks(first, last, 4) if last > first else [first]:
         parts.append(
             f'<text class="tick" x="{x(tick):.1f}" y="{_HEIGHT - 9}" text-anchor="middle">{tick_words(tick)}</text>'
         )
@@ -140,7 +139,7 @@ def _curve(points: Sequence[tuple[float, float]], one: Series) -> str:
     return f'<path class="curve {kind}" d="{path}"/>{dots}'
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between two, about ``count``."""
     raw = (high - low) / count
     scale = 10.0 ** math.floor(math.log10(raw))

@@ -209,15 +209,25 @@ def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _spectrum(standardised: Tensor) -> tuple[Tensor, Tensor]:
     """Variances (R,) and directions (D, R) of features that are centred; R is their rank."""
-    count, width = standardised.shape
-    exact = standardised.double()
+    # Columns of zeros are left out: with hundreds of equal eigenvalues LAPACK may not converge.
+    varies = standardised.any(dim=0)
+    exact = standardised[:, varies].double()
+    count, width = exact.shape
+    if not width:
+        return standardised.new_zeros(0), standardised.new_zeros(len(varies), 0)
     small = exact.T @ exact if width <= count else exact @ exact.T
-    values, vectors = torch.linalg.eigh(small / count)
+    try:
+        values, vectors = torch.linalg.eigh(small / count)
+    except RuntimeError:  # LinAlgError: slower, and converges where that does not
+        vectors, values, _ = torch.linalg.svd(small / count)
+        values, vectors = values.flip(0), vectors.flip(1)
     kept = values > _RANK * values[-1]
     values, vectors = values[kept], vectors[:, kept]
     if width > count:
         vectors = exact.T @ vectors / (values * count).sqrt()
-    return values.to(standardised.dtype), vectors.to(standardised.dtype)
+    directions = standardised.new_zeros(len(varies), len(values))
+    directions[varies] = vectors.to(standardised.dtype)
+    return values.to(standardised.dtype), directions
 
 
 def _check(features: Tensor, labels: np.ndarray, classes: int) -> None:

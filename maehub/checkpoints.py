@@ -1,0 +1,204 @@
+"""A stranger's checkpoint, opened as little as possible: which file, of which format, with which tensors.
+
+Of a safetensors file the header is read and nothing else; of a pickle the tensors are mapped, where its format allows
+that. No code of a file is run.
+"""
+
+import io
+import os
+import pickletools
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maehub.errors import IntegrityError, UsageError
+from maehub.pickles import read_pickle
+from maehub.tensorfile import read_header, read_tensors
+from maehub.weights import find_model_folder
+
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""Of the files that a folder is searched for."""
+
+_USUAL = ("model.safetensors", "pytorch_model.bin")
+_MOST_TENSORS = 20_000  # the largest published network has two thousand
+_LARGEST_PICKLE = 50_000_000  # bytes of the structure of a PyTorch file; real ones have some hundred thousand
+_LEGACY_START = 1 << 20  # bytes of an old PyTorch file in which its outer dictionary is looked for
+
+_MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
+_NAMED_ELSEWHERE = re.compile(rb"version https://git-lfs|\x1f\x8b|\x28\xb5\x2f\xfd|\x89HDF|\s*\{|.{8}\{|$", re.DOTALL)
+
+
+class Checkpoint(NamedTuple):
+    """An opened file of weights."""
+
+    file: Path
+    config: Path | None  # the config.json that belongs to it
+    format: Literal["safetensors", "pickle"]
+    shapes: dict[str, Tensor]  # every tensor by its name in the file, on the meta device: shape and dtype alone
+    values: Callable[[], Mapping[str, Tensor]]  # the tensors themselves, mapped or in memory
+    metadata: dict[str, str]  # of a safetensors header
+    entry: str  # the dictionary entry of a pickle that the tensors are in; empty if in none
+    beside: tuple[str, ...]  # what else a pickle has: ``optimizer``, ``args`` …
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a file of weights, or the one of a folder.
+
+    Args:
+        path: a safetensors file or PyTorch pickle, a model or run folder, or a folder with one such file. Of a run
+            without an exported model the newest checkpoint.
+
+    Raises:
+        UsageError: there is no such file, or a folder has none or several.
+        IntegrityError: it is damaged, hostile, or something else; the text says what.
+    """
+    file, config = find_checkpoint(Path(path))
+    if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would block
+        raise UsageError(f"{file} is not a file")
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(512)
+    except OSError as error:
+        raise IntegrityError(f"{file} cannot be read: {error.strerror or error}") from error
+    if start[8:9] == b"{" or not start.startswith((b"PK", b"\x80")):
+        _check_start(file, start)
+        header = read_header(file)
+        shapes = {
+            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            for name, entry in _few(file, header.tensors).items()
+        }
+        return Checkpoint(
+            file, config, "safetensors", shapes, lambda: read_tensors(file).tensors, header.metadata, "", ()
+        )
+    entry = _pickle_entry(file, start)
+    tensors, beside = read_pickle(file)
+    _check_sizes(file, _few(file, tensors))
+    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
+    return Checkpoint(file, config, "pickle", shapes, lambda: tensors, {}, entry, beside)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """The file of weights that a path means, and the ``config.json`` that belongs to it."""
+    if not os.path.exists(path):  # unlike the method of a path, False for a name that is too long
+        raise UsageError(f"there is no file or folder {path}")
+    if not path.is_dir():
+        beside = path.parent / "config.json"
+        return path, beside if path.name in _USUAL and beside.is_file() else None
+    folder = _newest_step(path) if (path / "run.json").exists() else find_model_folder(path)
+    config = folder / "config.json"
+    return _only_one(folder), config if config.is_file() else None
+
+
+def _newest_step(run: Path) -> Path:
+    """The exported model of a run, or its newest checkpoint."""
+    if (run / "model" / "config.json").exists():
+        return run / "model"
+    steps = {int(entry.name[5:]): entry for entry in run.glob("checkpoints/step-*") if entry.name[5:].isdecimal()}
+    whole = [steps[number] for number in sorted(steps) if (steps[number] / "model.safetensors").is_file()]
+    return whole[-1] if whole else find_model_folder(run)
+
+
+def _only_one(folder: Path) -> Path:
+    for name in _USUAL:
+        if (folder / name).is_file():
+            return folder / name
+    if any(folder.glob("*.index.json")):
+        raise UsageError(f"{folder} has its weights in several files; name one of them, or join them")
+    found = sorted(entry for entry in folder.iterdir() if entry.suffix in ENDINGS and entry.is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{folder} has {len(found)} files of weights: {_some(found)}; name one of them")
+    raise UsageError(f"{folder} has no file of weights ({', '.join(ENDINGS)}) but {_some(folder.iterdir())}")
+
+
+def _check_start(file: Path, start: bytes) -> None:
+    """Refuse what is no file of weights where `read_header` has no better words for it."""
+    if _MARKUP.match(start):
+        raise IntegrityError(
+            f"{file} is an HTML or XML page, not weights: the download failed and the server's page was kept under "
+            "this name. A gated repository answers so to who was not let in: accept its terms on its page, run "
+            "`hf auth login`, then download again"
+        )
+    if not _NAMED_ELSEWHERE.match(start):
+        raise IntegrityError(
+            f"{file} is neither a safetensors file nor a PyTorch pickle; its first bytes are of no kind known here"
+        )
+
+
+def _pickle_entry(file: Path, start: bytes) -> str:
+    """The entry that a pickle has its tensors in; refuses archives that PyTorch did not write. Nothing is executed."""
+    if not start.startswith(b"PK"):
+        with open(file, "rb") as opened:
+            return _outer_entry(io.BytesIO(opened.read(_LEGACY_START)))
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            structure = next((one for one in members if re.fullmatch(r"[^/]+/data\.pkl", one.filename)), None)
+            if structure is None:
+                inside = _some([Path(one.filename) for one in members]) or "nothing"
+                raise IntegrityError(
+                    f"{file} is a zip archive that PyTorch did not write: it has no data.pkl but {inside}"
+                )
+            if any(one.filename.endswith("/constants.pkl") for one in members):
+                raise IntegrityError(
+                    f"{file} is a TorchScript program, not weights alone; nothing in it was run. Where its origin is "
+                    "trusted, save the state_dict() of torch.jit.load(…)"
+                )
+            packed = [one.filename for one in members if one.compress_type != zipfile.ZIP_STORED]
+            if packed or structure.file_size > _LARGEST_PICKLE:
+                what = f"{packed[0]} is compressed" if packed else f"data.pkl has {structure.file_size:,} bytes"
+                raise IntegrityError(f"{file} was not written by PyTorch: {what}. Nothing of it was unpacked")
+            return _outer_entry(io.BytesIO(archive.read(structure)))
+    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError) as error:
+        if isinstance(error, IntegrityError):
+            raise
+        raise IntegrityError(f"{file} is a damaged zip archive ({error}); download or copy it again") from error
+
+
+def _outer_entry(stream: BinaryIO) -> str:
+    """The first of the usual entries that holds a dictionary, by the pickle's operations; empty if there is none."""
+    waiting = ""
+    for operation, argument in _operations(stream):
+        if waiting and (operation == "EMPTY_DICT" or "OrderedDict" in str(argument)):
+            return waiting
+        if operation not in ("BINPUT", "LONG_BINPUT", "MEMOIZE", "FRAME"):
+            waiting = argument if argument in ("model", "state_dict", "model_state_dict") else ""
+    return ""
+
+
+def _operations(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Every operation of the pickles that follow each other in a stream, as far as it is well-formed."""
+    while True:
+        try:
+            for operation, argument, _ in pickletools.genops(stream):
+                yield operation.name, argument
+        except Exception:  # it raises nearly every type there is
+            return
+
+
+def _few(file: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    if len(tensors) > _MOST_TENSORS:
+        raise IntegrityError(f"{file} holds {len(tensors):,} tensors, more than any network of vision has")
+    return tensors
+
+
+def _check_sizes(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that claim more values than they have bytes, which a pickle can make of strides."""
+    for name, value in tensors.items():
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise IntegrityError(
+                f"{file}: {name[:80]!r} claims {value.numel():,} values and has {value.untyped_storage().nbytes():,} "
+                "bytes; it is damaged or hostile"
+            )
+
+
+def _some(paths: Any, most: int = 5) -> str:
+    names = sorted(path.name for path in paths)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

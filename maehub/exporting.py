@@ -1,0 +1,235 @@
+"""The encoder as a graph that runs without maehub: ONNX and torch.export, for any batch and any image size.
+
+Both graphs take ``images`` (B, C, H, W), float32, preprocessed, H and W divisible by the patch and at least two
+patches each, and give
+
+    features  (B, D)        the feature of `EncoderConfig.pool`, as `Encoder.features` gives it
+    tokens    (B, N, D)     every patch, after the final norm
+    logits    (B, classes)  if there is a head
+"""
+
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
+
+from maehub.encoder import Encoder, EncoderConfig
+from maehub.errors import MissingDependencyError, UsageError
+from maehub.positions import sincos_table
+
+ExportForm = Literal["onnx", "torch-export"]
+
+EXPORTED: dict[ExportForm, str] = {"onnx": "encoder.onnx", "torch-export": "encoder.pt2"}
+"""The file of each form. Of an encoder over 2 GB the weights are in ``encoder.onnx.data``, which ONNX needs then."""
+
+OPSET = 20
+"""The first with GELU as an operator of its own."""
+
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
+
+# What tracing notes beside each operation: where in the source it stands, with paths of this machine.
+_NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+class AnySize(nn.Module):
+    """An encoder without choices: what it does depends on no size, so that one graph serves all.
+
+    The position table is resized even where the grid is the native one, which changes nothing then.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.names = ("features", "tokens", "logits")[: 3 if encoder.config.classes else 2]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, H, W) to the outputs of this module, in the order of ``names``."""
+        encoder, config = self.encoder, self.encoder.config
+        rows, columns = images.shape[2] // config.patch_size, images.shape[3] // config.patch_size
+        positions = self._positions(rows, columns)
+        patches = encoder.patch_embed(patchify_any(images, config.patch_size)) + positions
+        cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
+        tokens = encoder.encode(torch.cat([cls, patches], dim=1))  # (B, N + 1, D)
+        normed = encoder.final_norm(tokens)
+        feature = normed[:, 0] if config.pool == "cls" else encoder.final_norm(tokens[:, 1:].mean(dim=1))
+        outputs = (feature, normed[:, 1:])
+        return (*outputs, encoder.head(feature)) if config.classes else outputs
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The positions of the patches, (1, rows · columns, D)."""
+        config, table = self.encoder.config, self.encoder.pos_embed[:, 1:]
+        if config.positions == "sincos":
+            return sincos_table(config.width, (rows, columns))[None]
+        image = table.reshape(1, *config.grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns) of the native grid
+        antialias = config.positions == "antialias"
+        image = F.interpolate(image, size=(rows, columns), mode="bicubic", align_corners=False, antialias=antialias)
+        return image.flatten(2).transpose(1, 2)
+
+
+def patchify_any(images: Tensor, patch_size: int) -> Tensor:
+    """`maehub.patches.patchify` without its check of the size, which a graph states in another way."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    cells = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
+def write_exported(encoder: Encoder, folder: Path, form: ExportForm, notes: Mapping[str, str]) -> None:
+    """Write an encoder as a graph into a folder, under the name of `EXPORTED`; the same weights give the same bytes.
+
+    Args:
+        encoder: on the CPU, in float32.
+        folder: where.
+        form: which graph.
+        notes: text for the metadata of an ONNX file.
+
+    Raises:
+        MissingDependencyError: of ONNX the packages are not installed.
+        UsageError: the rule for positions is ``sincos`` and the stored table is another.
+    """
+    check_exportable(form)
+    config = encoder.config
+    if config.positions == "sincos":
+        fresh = sincos_table(config.width, config.grid)
+        if not torch.allclose(encoder.pos_embed[0, 1:].cpu(), fresh, atol=1e-5):
+            raise UsageError(
+                "this encoder computes positions afresh for other sizes and was trained with others at its own; a "
+                "graph does one of the two. Load it with positions='bicubic', save it, and convert that folder"
+            )
+    module = AnySize(encoder).eval()
+    path = folder / EXPORTED[form]
+    example = (torch.zeros(2, config.channels, *_other_size(config)),)
+    shapes = {"images": _dynamic(config)}
+    with warnings.catch_warnings(), torch.no_grad():
+        # Both are under development, and say so in warnings that no user of this can act upon.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+        _forget(program)
+        if form == "torch-export":
+            torch.export.save(program, path)
+        else:
+            _write_onnx(program, module.names, path, notes)
+
+
+def run_exported(folder: Path, form: ExportForm) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The graph of a folder, as a function of images (B, C, H, W)."""
+    path = folder / EXPORTED[form]
+    if form == "torch-export":
+        module = torch.export.load(path).module()
+
+        def run_torch(images: Tensor) -> dict[str, Tensor]:
+            return dict(zip(("features", "tokens", "logits"), module(images), strict=False))
+
+        return run_torch
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run_onnx(images: Tensor) -> dict[str, Tensor]:
+        values = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    return run_onnx
+
+
+def check_exportable(form: ExportForm) -> None:
+    """Refuse before any work what cannot be written or checked here.
+
+    Raises:
+        MissingDependencyError: a package is not installed; the text names it.
+    """
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None] if form == "onnx" else []
+    if missing:
+        raise MissingDependencyError(
+            f"writing and checking ONNX needs {', '.join(missing)}, which is not installed; nothing was written. "
+            "Install it: pip install 'maehub[onnx]'"
+        )
+
+
+def export_versions(form: ExportForm) -> dict[str, str]:
+    """The versions of what wrote and ran the graph, by package."""
+    if form == "torch-export":
+        return {}
+    from importlib.metadata import version
+
+    return {name: version(name) for name in _ONNX_PACKAGES} | {"opset": str(OPSET)}
+
+
+def checked_shapes(config: EncoderConfig) -> tuple[tuple[int, int, int, int], ...]:
+    """The inputs (B, C, H, W) with which a graph is compared: two sizes, two batch sizes."""
+    return tuple((batch, config.channels, *size) for size in (config.size, _other_size(config)) for batch in (1, 3))
+
+
+def _other_size(config: EncoderConfig) -> tuple[int, int]:
+    """A small size that is not the native one and not square, so that nothing is mistaken for a constant."""
+    rows, columns = config.grid
+    return (rows // 2 + 2) * config.patch_size, (columns // 2 + 3) * config.patch_size
+
+
+def _dynamic(config: EncoderConfig) -> dict[int, Any]:
+    patch = config.patch_size
+    if patch == 1:
+        return {0: Dim("batch", min=1), 2: Dim("height", min=2), 3: Dim("width", min=2)}
+    return {0: Dim("batch", min=1), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+
+
+def _forget(program: ExportedProgram) -> None:
+    """Take out of a graph where on this machine it was made, and in which order sizes happened to be looked at."""
+    for node in program.graph_module.graph.nodes:
+        for note in _NOTES:
+            node.meta.pop(note, None)
+    ranges = sorted(program.range_constraints.items(), key=lambda item: str(item[0]))
+    program.range_constraints.clear()
+    program.range_constraints.update(ranges)
+
+
+def _write_onnx(program: ExportedProgram, names: tuple[str, ...], path: Path, notes: Mapping[str, str]) -> None:
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()):  # the exporter prints its progress
+            exported = torch.onnx.export(
+                program, dynamo=True, output_names=list(names), opset_version=OPSET, verbose=False
+            )
+    finally:
+        log.setLevel(level)
+    assert exported is not None
+    model = exported.model
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+    model.metadata_props.update(sorted(notes.items()))
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    exported.save(path, external_data=size > _LARGEST_ONE_FILE)
+
+
+def notes_for(encoder: Encoder) -> dict[str, str]:
+    """What an ONNX file says of itself: its transform as JSON, and where its weights come from."""
+    origin = encoder.origin
+    notes = {"preprocess": json.dumps(encoder.preprocess.to_dict(), sort_keys=True)}
+    if origin:
+        parts = {"source": origin.name, "source_sha256": origin.sha256, "licence": origin.licence}
+        notes |= {name: value for name, value in parts.items() if value}
+    return notes

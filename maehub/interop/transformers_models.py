@@ -1,0 +1,172 @@
+"""An autoencoder, encoder or classifier as transformers' ViTMAE or ViT, and back."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from maehub import layouts
+from maehub.autoencoder import MaskedAutoencoder
+from maehub.building import Wanted, build_autoencoder, build_encoder
+from maehub.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
+from maehub.errors import UsageError
+from maehub.images import Preprocess
+from maehub.interop.agreement import (
+    check_same,
+    exact_dtype,
+    exact_state,
+    finish,
+    images_for,
+    judged,
+    library,
+    names_there,
+)
+from maehub.keys import to_official
+from maehub.shapes import infer_config
+
+if TYPE_CHECKING:
+    from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
+
+# what config.json says beside the network
+_OF_A_FILE = ("model_type", "dtype", "image_processor_type")
+
+_TAKEN = ("ViTMAEForPreTraining", "ViTModel", "ViTForImageClassification")
+
+
+def to_transformers(
+    model: MaskedAutoencoder | Encoder,
+) -> "ViTMAEForPreTraining | ViTModel | ViTForImageClassification":
+    """transformers' network with the weights of ours.
+
+    It has its own copies of the tensors under the names of the installed version, positions included (those that
+    transformers would make itself are zero in 5.x), on the same device and of the same dtype; it is in the same mode,
+    and what is frozen here is frozen there. Its configuration says what is true: LayerNorm with eps 1e-6,
+    ``norm_pix_loss`` by the target, ``mask_ratio`` 0.75. Transforms belong to no network of transformers;
+    `maehub.save` writes one beside an autoencoder.
+
+    Args:
+        model: an autoencoder gives ViTMAEForPreTraining; a classifier ViTForImageClassification; any other encoder
+            ViTModel without its pooler, which MAE does not train.
+
+    Returns:
+        A network that was compared with ours on a fixed input.
+
+    Raises:
+        UsageError: transformers would not compute the same, and why: a model that pools the mean; an autoencoder that
+            is not square, whose encoder sees mask tokens, or whose target is not pixels.
+        MissingDependencyError: transformers is not installed.
+    """
+    if not isinstance(model, Encoder | MaskedAutoencoder):
+        raise UsageError(f"to_transformers takes an Encoder or a MaskedAutoencoder, not a {type(model).__name__}")
+    _check_possible(model)
+    transformers = library("transformers")
+    state = to_official(exact_state(model)).state
+    described = layouts.transformers_config(model.config, exact_dtype(model))
+    (name,) = described.pop("architectures")
+    described = {key: value for key, value in described.items() if key not in _OF_A_FILE}
+    kind = getattr(transformers, name)
+    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    with torch.random.fork_rng(devices=()):  # fresh weights are drawn, only to be replaced
+        theirs = kind(kind.config_class(**described), **options).to(exact_dtype(model))
+    theirs.load_state_dict(
+        {
+            there: piece
+            for official, names in names_there(theirs).items()
+            for there, piece in zip(names, state[official].chunk(len(names)), strict=True)
+        }
+    )
+    _check_same(model, theirs, f"{name} of transformers {transformers.__version__}")
+    return finish(theirs, model)
+
+
+def from_transformers(
+    model: "ViTMAEForPreTraining | ViTModel | ViTForImageClassification",
+    *,
+    preprocess: Preprocess | None = None,
+    origin: Origin | None = None,
+) -> MaskedAutoencoder | Encoder:
+    """Our network with the weights of transformers'.
+
+    It has its own copies of the tensors, on the same device and of the same dtype; it is in the same mode, and what is
+    frozen there is frozen here. A LayerNorm eps of 1e-12, which the published conversions of MAE say, becomes the 1e-6
+    that their weights were trained with. Dropout and the pooler of ViTModel are left out.
+
+    Args:
+        model: ViTMAEForPreTraining gives a `MaskedAutoencoder`, ViTModel and ViTForImageClassification an `Encoder`.
+        preprocess: the transform, which no network of transformers has; None means the published evaluation.
+        origin: where the weights come from.
+
+    Returns:
+        A network that was compared with theirs on a fixed input, with their eps.
+
+    Raises:
+        UsageError: it is none of the three, or ours would not compute the same.
+        IntegrityError: it has other tensors, or NaN or infinity in them.
+    """
+    name = type(model).__name__
+    if name not in _TAKEN or not isinstance(model, nn.Module):
+        raise UsageError(f"from_transformers takes {', '.join(_TAKEN)}, not a {name}")
+    where = f"transformers' {name}"
+    settings = {key: _plain(value) for key, value in model.config.to_dict().items()}
+    hints = layouts.transformers_hints(settings, where)
+    state = to_official(exact_state(model)).state
+    config = infer_config(
+        state,
+        heads=hints.heads,
+        decoder_heads=hints.decoder_heads,
+        target="normalised_pixels" if hints.norm_pix_loss else "pixels",
+        image_size=hints.image_size,
+        where=where,
+    )
+    build = build_encoder if isinstance(config, EncoderConfig) else build_autoencoder
+    wanted = Wanted(dtype=exact_dtype(model))
+    ours: Any = build(state, config, preprocess, wanted=wanted, origin=origin, where=where)
+    _set_eps(ours, settings.get("layer_norm_eps", 1e-12))
+    _check_same(ours, model, where)
+    _set_eps(ours, LAYER_NORM_EPS)
+    return finish(ours, model)
+
+
+def _check_possible(model: MaskedAutoencoder | Encoder) -> None:
+    if isinstance(model, MaskedAutoencoder):
+        if reason := layouts.why_not_transformers(model.config):
+            raise UsageError(
+                f"transformers would not compute the same, since {reason}; "
+                "to_transformers(autoencoder.encoder) gives the encoder alone"
+            )
+    elif model.config.pool == "mean":
+        raise UsageError("transformers' ViT pools the class token, and this encoder the mean; to_timm takes it")
+
+
+def _check_same(ours: MaskedAutoencoder | Encoder, theirs: nn.Module, what: str) -> None:
+    def of_an_encoder(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        one: Any = judged(ours, dtype)
+        images = images_for(one.config, dtype)
+        output = judged(theirs, dtype)(images)
+        if one.config.classes:
+            yield one(images), output.logits
+        else:
+            yield one.norm(one.encode(one.embed(images))), output.last_hidden_state
+
+    def of_an_autoencoder(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        one: Any = judged(ours, dtype)
+        images, (rows, columns) = images_for(one.config.encoder, dtype), one.config.encoder.grid
+        noise = (torch.arange(len(images) * rows * columns) * 0.618033988749895 % 1).reshape(len(images), -1)
+        expected = judged(theirs, dtype)(images, noise=noise)
+        output = one(images, expected.mask.bool())
+        yield output.prediction, expected.logits
+        if expected.mask.any():
+            yield output.loss, expected.loss
+
+    check_same(what, of_an_encoder if isinstance(ours, Encoder) else of_an_autoencoder)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _set_eps(network: nn.Module, eps: float) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps

@@ -1,0 +1,124 @@
+"""What a decoder was trained to predict, decided by its predictions on photos.
+
+Tensors do not say it. A decoder trained on pixels draws bright patches bright and flat patches flat; one trained on
+normalised pixels predicts patches of mean 0 whatever the picture. Random weights predict patches of mean 0 and variance
+1 too, so that is not enough: the prediction must also explain the picture.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maehub.autoencoder import MaskedAutoencoder, Target
+from maehub.masking import covering_masks
+from maehub.opening import open_image
+from maehub.patches import normalise_patches, patchify
+
+PHOTOS = ("cat.jpg", "coffee.jpg")
+"""The embedded photos that are looked at."""
+
+# Margins between what was measured on trained and on random networks; the figures are in docs/identifying.md.
+_LEAST_EXPLAINED = 0.1
+_LEAST_MEANS, _LEAST_VARIANCES = 0.4, 0.3
+_PIXEL_SCALE, _NORMALISED_SCALE = (0.2, 2.0), 0.1
+_NORMALISED_VARIANCE = (0.05, 1.5)
+
+_FLAT = 1e-6  # below this variance a patch counts as flat
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was measured over the hidden patches of the photos, in preprocessed pixels, and what it means."""
+
+    target: Target  # "pixels", "normalised_pixels" or "unknown"
+    means: float  # correlation of the predicted patches' means with the true ones
+    variances: float  # of the logarithms of their variances
+    scale: float  # spread of the predicted means over that of the true ones
+    variance: float  # median variance of a predicted patch
+    pixels: float  # share of the pixels' variance that the prediction explains; below 0 it is worse than their mean
+    normalised: float  # the same of the normalised pixels
+
+    def to_dict(self) -> dict[str, float | str]:
+        """All of it as plain values, for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The figures in one line."""
+        return (
+            f"means correlate by {self.means:.2f}, variances by {self.variances:.2f}, spread {self.scale:.3f}, "
+            f"explains {self.pixels:.0%} of pixels, {self.normalised:.0%} of normalised ones"
+        )
+
+
+def can_judge(autoencoder: MaskedAutoencoder) -> bool:
+    """Whether the photos fit: the head predicts as many values as a patch has, of 1 or 3 channels."""
+    config = autoencoder.config
+    return config.prediction_width == config.patch_values and config.encoder.channels in (1, 3)
+
+
+@torch.inference_mode()
+def judge(autoencoder: MaskedAutoencoder) -> Judgement:
+    """Decide between pixels, normalised pixels and neither of them.
+
+    Every patch of two photos is hidden three times. Deterministic; one picture is computed at a time.
+
+    Args:
+        autoencoder: its own target is not looked at; `can_judge` must hold.
+    """
+    config = autoencoder.config.encoder
+    predicted, true = [], []
+    for name in PHOTOS:
+        image = autoencoder.preprocess(open_image(Path(__file__).parent / "assets" / name, channels=config.channels))
+        patches = patchify(image[None], config.patch_size)[0]  # (N, P·P·C)
+        for masked in covering_masks(0, len(patches)):
+            prediction = autoencoder(image[None].to(_dtype(autoencoder)), masked[None]).prediction[0]
+            predicted.append(prediction[masked].float())
+            true.append(patches[masked])
+    return _judged(torch.cat(predicted), torch.cat(true))
+
+
+def _judged(predicted: Tensor, true: Tensor) -> Judgement:
+    """The decision from hidden patches: both (M, P·P·C)."""
+    normalised = normalise_patches(true[None]).patches[0]
+    means, variances = predicted.mean(dim=1), predicted.var(dim=1)
+    true_means, true_variances = true.mean(dim=1), true.var(dim=1)
+    figures = {
+        "means": _correlation(means, true_means),
+        "variances": _correlation(_log(variances), _log(true_variances)),
+        "scale": (means.std() / true_means.std()).item(),
+        "variance": variances.median().item(),
+        "pixels": _explained(predicted, true),
+        "normalised": _explained(predicted, normalised),
+    }
+    return Judgement(_decide(**figures), **figures)
+
+
+def _decide(means: float, variances: float, scale: float, variance: float, pixels: float, normalised: float) -> Target:
+    follows = means >= _LEAST_MEANS and variances >= _LEAST_VARIANCES
+    if follows and _PIXEL_SCALE[0] <= scale <= _PIXEL_SCALE[1] and pixels >= _LEAST_EXPLAINED:
+        return "pixels"
+    level = scale <= _NORMALISED_SCALE and _NORMALISED_VARIANCE[0] <= variance <= _NORMALISED_VARIANCE[1]
+    if level and normalised >= _LEAST_EXPLAINED:
+        return "normalised_pixels"
+    return "unknown"
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    product = (a.square().sum() * b.square().sum()).sqrt()
+    return ((a * b).sum() / product).item() if product > 0 else 0.0
+
+
+def _explained(predicted: Tensor, true: Tensor) -> float:
+    return 1 - ((predicted - true).square().mean() / true.var(unbiased=False)).item()
+
+
+def _log(variances: Tensor) -> Tensor:
+    return variances.clamp_min(_FLAT).log()
+
+
+def _dtype(autoencoder: MaskedAutoencoder) -> torch.dtype:
+    return next(autoencoder.parameters()).dtype

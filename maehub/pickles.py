@@ -1,0 +1,118 @@
+"""PyTorch pickles, opened without running code.
+
+This is the only place that opens a pickle, and it opens it with torch's restricted reader: tensors and plain values
+come out, and what asks for anything else is refused by name.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from maehub.errors import IntegrityError, UsageError
+
+# The restricted reader was itself exploitable before (CVE-2025-32434, CVE-2026-24747).
+_SAFE_TORCH = (2, 10)
+
+_WRAPPED_IN = ("model", "state_dict", "model_state_dict")
+_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
+
+# What may be in a file beside tensors and plain values. The official training checkpoints hold their command line as a
+# Namespace, which only stores attributes. Checkpoints of ScaleMAE hold paths in it: they become pure paths, which are
+# text with slashes and cannot touch a disk. Nothing of either is used.
+_ALLOWED: list[Any] = [
+    argparse.Namespace,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),  # as Python 3.13 calls it
+]
+
+
+class Pickled(NamedTuple):
+    """What a pickle holds."""
+
+    tensors: dict[str, Tensor]  # under the names of the file
+    beside: tuple[str, ...]  # names of what else there is: ``optimizer``, ``args`` …
+
+
+def read_pickle(path: str | Path) -> Pickled:
+    """The tensors of a PyTorch pickle, read without running code.
+
+    Args:
+        path: a ``.pth`` or ``.bin`` file: a dictionary of tensors, or one inside ``{"model": …}``.
+
+    Raises:
+        UsageError: this torch is too old to read pickles safely.
+        IntegrityError: the file is broken, or asks for more than tensors.
+    """
+    version = torch.__version__
+    if version < _SAFE_TORCH:  # type: ignore[operator]
+        raise UsageError(
+            f"reading the pickle {path} needs torch {_SAFE_TORCH[0]}.{_SAFE_TORCH[1]} or newer, and this is {version}: "
+            "the restricted reader of older ones can be broken out of. Nothing was read; update torch"
+        )
+    try:
+        with safe_globals(_ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        wants = f"it asks for {asked[1]}" if asked else "it is damaged, or asks for what is not allowed"
+        raise IntegrityError(f"{path} is not a file of tensors alone: {wants}. No code in it was run") from error
+    except Exception as error:  # a damaged pickle raises nearly every type there is
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise IntegrityError(f"{path} cannot be read: {reason}. No code in it was run") from error
+    return _unwrapped(content, path)
+
+
+def write_pickle(path: str | Path, tensors: Mapping[str, Tensor], inside: str) -> None:
+    """A new PyTorch pickle, for libraries that read nothing else; the same tensors give the same bytes.
+
+    Args:
+        path: must not exist yet.
+        tensors: by name; written in float32, on the CPU, in the order of their names.
+        inside: the key of the dictionary around them.
+    """
+    plain = {name: tensors[name].detach().to("cpu", torch.float32).contiguous().clone() for name in sorted(tensors)}
+    with open(path, "xb") as file:
+        torch.save({inside: plain}, file)
+
+
+def is_pickle(file: Path) -> bool:
+    """Whether a file of weights is a pickle: by content where it shows, else by name."""
+    with open(file, "rb") as opened:
+        start = opened.read(9)
+    if start[8:] == b"{":
+        return False
+    return start[:4] == b"PK\x03\x04" or file.suffix in _ENDINGS
+
+
+def pickles_in(folder: Path) -> list[Path]:
+    """The files of a folder that have a pickle's ending."""
+    return sorted(entry for entry in folder.iterdir() if entry.suffix in _ENDINGS and entry.is_file())
+
+
+def _unwrapped(content: Any, path: str | Path) -> Pickled:
+    beside: list[str] = []
+    while isinstance(content, dict):
+        inner = next((key for key in _WRAPPED_IN if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        beside += [str(key) for key in content if key != inner]
+        content = content[inner]
+    if not isinstance(content, dict) or not content:
+        raise IntegrityError(f"{path} holds no dictionary of tensors but a {type(content).__name__}")
+    others = [
+        str(name) for name, value in content.items() if not isinstance(value, Tensor) or value.layout != torch.strided
+    ]
+    if others:
+        raise IntegrityError(f"{path} holds other things than plain tensors: {', '.join(others[:5])}")
+    if not all(isinstance(name, str) for name in content):
+        raise IntegrityError(f"{path} holds tensors under keys that are no text")
+    return Pickled(content, tuple(beside))

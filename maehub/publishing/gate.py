@@ -1,0 +1,170 @@
+"""What a repository must pass before anything is sent: it loads in every library that it names, and computes the same.
+
+Each library reads it in a process of its own, in which maehub is not imported, as if from the Hub: from a cache that
+holds this one repository.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maehub import __version__
+from maehub.autoencoder import MaskedAutoencoder
+from maehub.encoder import Encoder
+from maehub.errors import IntegrityError
+from maehub.layouts import why_not_transformers
+from maehub.masking import make_masks
+from maehub.tensorfile import read_tensors, write_tensors
+from maehub.weights import open_autoencoder, open_encoder
+
+LARGEST_DIFFERENCE = 1e-5
+"""Relative to the largest output; what another library may differ by."""
+
+_REPO, _COMMIT = "maehub/gate", "0" * 40
+_SECONDS = 900  # that a library may take to read and compute
+_READBACK = Path(__file__).with_name("readback.py")
+
+
+class Verdict(NamedTuple):
+    """What the libraries make of a repository."""
+
+    verified: dict[str, str]  # library to the version that computes the same; maehub first
+    missing: dict[str, str]  # library to why it is not among them, as the end of "since …"
+    differences: dict[str, float]  # library to its largest relative difference
+
+
+class _Case(NamedTuple):
+    """A fixed input, and what comes out of the model that is published."""
+
+    inputs: dict[str, Tensor]
+    masked: Tensor | None
+    outputs: dict[str, Tensor]
+
+
+def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdict:
+    """Load a folder again with maehub and every library that could compute it, and compare on a fixed input.
+
+    Args:
+        folder: the repository as it would be published.
+        model: what it was made of, on the CPU and in eval mode.
+
+    Raises:
+        IntegrityError: it does not load, or not one of its outputs is the model's.
+    """
+    case = _case(model)
+    _compare("maehub", _outputs_of(folder, case), case.outputs)
+    verified, missing, differences = {"maehub": __version__}, _not_for(model), {"maehub": 0.0}
+    for library in ("timm", "transformers"):
+        if library in missing:
+            continue
+        try:
+            installed = version(library)
+        except PackageNotFoundError:
+            missing[library] = "it was not installed where this was made, so it was not tried"
+            continue
+        found = _read_back(folder, library, case.inputs)
+        wanted = {name: case.outputs[name] for name in found}
+        differences[library] = _compare(library, found, wanted)
+        verified[library] = installed
+    return Verdict(verified, missing, differences)
+
+
+def _not_for(model: Encoder | MaskedAutoencoder) -> dict[str, str]:
+    """Libraries that do not have this network, and why."""
+    if isinstance(model, MaskedAutoencoder):
+        reason = why_not_transformers(model.config)
+        return {} if reason is None else {"transformers": reason}
+    return {"transformers": "this folder has an encoder in timm's layout"}
+
+
+@torch.inference_mode()
+def _case(model: Encoder | MaskedAutoencoder) -> _Case:
+    """Noise as the picture, since every value of it differs."""
+    encoder = model if isinstance(model, Encoder) else model.encoder
+    config = encoder.config
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, config.channels, *config.size, generator=generator)
+    outputs = {"forward": encoder(images)}
+    if isinstance(model, Encoder):
+        return _Case({"images": images}, None, outputs)
+    rows, columns = (side // config.patch_size for side in config.size)
+    masked = make_masks("random", torch.tensor([0, 1]), (rows, columns), 0.75)
+    # transformers keeps the patches with the least noise, in its order; this is ours.
+    noise = masked.float() + torch.arange(rows * columns) / (2 * rows * columns)
+    tokens = encoder.features(images, pool="tokens")
+    first = encoder.features(images, pool="cls")[:, None] if config.pool == "cls" else tokens[:, :1]
+    outputs |= {"prediction": model(images, masked).prediction, "tokens": torch.cat([first, tokens], dim=1)}
+    return _Case({"images": images, "noise": noise}, masked, outputs)
+
+
+@torch.inference_mode()
+def _outputs_of(folder: Path, case: _Case) -> dict[str, Tensor]:
+    """What maehub computes with the folder."""
+    found = {"forward": open_encoder(folder)(case.inputs["images"])}
+    if case.masked is not None:
+        found["prediction"] = open_autoencoder(folder)(case.inputs["images"], case.masked).prediction
+    return found
+
+
+def _read_back(folder: Path, library: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What another library computes, in a process whose Hub is a cache with this repository alone."""
+    with tempfile.TemporaryDirectory(prefix="maehub-gate-") as name:
+        place = Path(name)
+        repo = place / "hub" / f"models--{_REPO.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(_COMMIT)
+        (repo / "snapshots").mkdir()
+        (repo / "snapshots" / _COMMIT).symlink_to(folder.resolve(), target_is_directory=True)
+        write_tensors(place / "inputs.safetensors", inputs, {}, torch.float32)
+        job = place / "job.json"
+        told = {"library": library, "repo": _REPO}
+        told |= {side: str(place / f"{side}.safetensors") for side in ("inputs", "outputs")}
+        job.write_text(json.dumps(told))
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place), "HF_HUB_CACHE": str(place / "hub")}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", str(_READBACK), str(job)],  # -P: its neighbours must not hide other modules
+                env=kept | offline | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_TELEMETRY": "1"},
+                cwd=place,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise IntegrityError(f"{library} did not read this repository in {_SECONDS} s; nothing was sent") from error
+        if done.returncode:
+            said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it was killed")
+            raise IntegrityError(
+                f"{library} {version(library)} does not read this repository: {said:.300}; nothing was sent"
+            )
+        return {name: tensor.clone() for name, tensor in read_tensors(place / "outputs.safetensors").tensors.items()}
+
+
+def _compare(library: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest difference relative to the largest output."""
+    largest = 0.0
+    for name, tensor in found.items():
+        other = wanted[name]
+        if tensor.shape != other.shape:
+            raise IntegrityError(
+                f"read with {library} this repository gives {name} of shape {list(tensor.shape)}, and the model "
+                f"{list(other.shape)}; nothing was sent"
+            )
+        difference = ((tensor - other).abs().max() / other.abs().max().clamp_min(1e-12)).item()
+        if not difference <= LARGEST_DIFFERENCE:  # NaN too
+            raise IntegrityError(
+                f"read with {library} this repository computes {name} otherwise than the model: the largest difference "
+                f"is {difference:.1e} of the largest output, more than {LARGEST_DIFFERENCE:.0e}; nothing was sent"
+            )
+        largest = max(largest, difference)
+    return largest

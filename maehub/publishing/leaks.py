@@ -1,0 +1,107 @@
+"""What must not be published: secrets, paths and user names of the author's machine, names of the author's data."""
+
+import getpass
+import json
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from maehub.errors import MaehubError, UsageError
+from maehub.tensorfile import read_header
+
+_TEXTS = {".json", ".jsonl", ".md", ".txt", ".csv", ".sha256", ""}
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
+
+_SECRETS = (
+    ("a token of the Hub", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
+    ("a token of GitHub", re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})")),
+    ("a key of AWS", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
+    ("an API key", re.compile(r"\bsk-[A-Za-z0-9_-]{20,}")),
+    ("a token of Slack", re.compile(r"\bxox[abprs]-[A-Za-z0-9-]{10,}")),
+    ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY")),
+    ("a password in an address", re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']+:[^\s/@\"']+@")),
+)
+# Two parts at least, since "/16" is a patch size; not inside an address.
+_PATHS = (
+    re.compile(r"(?:^|(?<=[\s\"'`=(,;<>\[{|]))(?:/[\w.@+~-]+){2,}", re.MULTILINE),
+    re.compile(r"(?:^|(?<=[\s\"'`=(,;<>\[{|]))~/[\w.@+~-]+", re.MULTILINE),
+    re.compile(r"\bfile://\S+"),
+    re.compile(r"\b[A-Za-z]:\\\\?[\w.~-]+"),
+)
+_SHORTEST_NAME = 4  # letters; shorter names are words of the page by chance
+
+
+class Leak(NamedTuple):
+    """Something that must not leave, without itself."""
+
+    file: str
+    what: str
+    hint: str = ""  # enough to find it; empty for secrets
+
+
+def find_leaks(files: dict[str, Path], *, token: str | None = None, names: Collection[str] = ()) -> list[Leak]:
+    """Look through text, the headers of tensor files and what is written inside of pictures.
+
+    Args:
+        files: name in the repository to path.
+        token: the one in use, in whatever form it is.
+        names: of the author's files and folders; those of fewer than 4 letters are not looked for.
+    """
+    found = []
+    for name, path in files.items():
+        text = "\n".join(_texts(path))
+        found += [Leak(name, what) for what, pattern in _SECRETS if pattern.search(text)]
+        if token and token in text:
+            found.append(Leak(name, "the token in use"))
+        paths = [match[0] for pattern in _PATHS if (match := pattern.search(text))]
+        found += [Leak(name, "a path of a machine", path) for path in paths]
+        if (home := str(Path.home())) != "/" and home in text and not paths:
+            found.append(Leak(name, "the home folder", home))
+        known = [one for one in names if len(one) >= _SHORTEST_NAME and one in text]
+        found += [Leak(name, "a name of the data", one) for one in known[:3]]
+        if (user := _user()) and re.search(rf"(?<![\w-]){re.escape(user)}@[\w-]+", text):
+            found.append(Leak(name, "a user name and host", user))
+    return found
+
+
+def refuse_leaks(leaks: list[Leak]) -> None:
+    """Raise what was found, if anything.
+
+    Raises:
+        UsageError: the text has files and kinds, never a secret itself.
+    """
+    if not leaks:
+        return
+    lines = [f"{leak.file}: {leak.what}{f' ({leak.hint:.80})' if leak.hint else ''}" for leak in leaks[:4]]
+    more = f" and {len(leaks) - 4} more" if len(leaks) > 4 else ""
+    raise UsageError(
+        f"this must not be published; nothing was sent:\n{chr(10).join(lines)}{more}\n"
+        "Take it out of the text that you give or of the folder's files, then push again"
+    )
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Everything in a file that a person could read."""
+    ending = path.suffix.lower()
+    if ending == ".safetensors":
+        header = read_header(path)
+        yield json.dumps([header.metadata, list(header.tensors)])
+    elif ending in _PICTURES:
+        with Image.open(path) as picture:
+            picture.load()
+            yield from (str(value) for value in picture.info.values())
+            yield from (str(value) for value in picture.getexif().values())
+    elif ending in _TEXTS:
+        yield path.read_text(encoding="utf-8", errors="replace")
+    else:
+        raise UsageError(f"{path.name} is no file that a model repository has; nothing was sent")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, MaehubError):  # a process without a user entry
+        return ""

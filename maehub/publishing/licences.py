@@ -1,0 +1,69 @@
+"""Which licence published weights get: what their base allows, and what their author says."""
+
+import re
+from dataclasses import dataclass
+
+from maehub.encoder import Origin
+from maehub.errors import UsageError
+
+# Licences that let a descendant carry another one; that they ask for the author's name is kept by the card.
+_OPEN = re.compile(r"apache-2\.0|mit|bsd(-[23]-clause(-clear)?)?|isc|zlib|unlicense|cc0-1\.0|pddl|cc-by-\d\.\d")
+_NON_COMMERCIAL = re.compile(r"cc-by-nc-(\d\.\d)")
+_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{1,63}")
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence as the Hub writes it, and in words where it comes from."""
+
+    identifier: str  # lower case, such as "cc-by-nc-4.0"
+    reason: str
+
+
+def settle_licence(asked: str | None, base: Origin | None) -> Licence:
+    """The licence of weights that are to be published.
+
+    Weights that were trained from others inherit their licence. Another one must be asked for, and must be one that the
+    base allows: of a permissive licence any; of CC BY-NC the same, or the same with share-alike; of any other none.
+
+    Args:
+        asked: an identifier of the Hub, such as "apache-2.0"; None takes the base's.
+        base: what the weights were trained from; None if they started fresh.
+
+    Raises:
+        UsageError: no licence is known, or not one that the base allows.
+    """
+    wanted = asked.strip().lower() if asked else ""
+    if wanted and not _IDENTIFIER.fullmatch(wanted):
+        raise UsageError(f"--licence takes an identifier of the Hub, such as apache-2.0, not {asked!r:.80}")
+    if base is None:
+        if not wanted:
+            raise UsageError(
+                "these weights were trained from scratch, so their licence is yours to choose: name it by --licence, "
+                "such as --licence apache-2.0. Nothing was sent"
+            )
+        return Licence(wanted, "chosen by the author")
+    theirs = base.licence.strip().lower()
+    if not theirs:
+        if not wanted:
+            raise UsageError(
+                f"the licence of {base.name}, from which these weights were trained, is not recorded: look it up, and "
+                "name one that it allows by --licence. Nothing was sent"
+            )
+        return Licence(wanted, f"stated by the author; that of {base.name} is not recorded")
+    if not wanted or wanted == theirs:
+        return Licence(theirs, f"inherited from {base.name}")
+    if not _allows(theirs, wanted):
+        raise UsageError(
+            f"weights trained from {base.name} inherit its licence, {base.licence}, which does not allow {wanted}: "
+            "leave --licence out. Nothing was sent"
+        )
+    return Licence(wanted, f"chosen by the author; {base.name} is under {base.licence}")
+
+
+def _allows(theirs: str, wanted: str) -> bool:
+    if _OPEN.fullmatch(theirs):
+        return True
+    if match := _NON_COMMERCIAL.fullmatch(theirs):
+        return wanted == f"cc-by-nc-sa-{match[1]}"
+    return False

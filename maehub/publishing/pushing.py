@@ -1,0 +1,329 @@
+"""Publish a model: build the repository here, let every library that it names read it, show the plan, send one commit.
+
+    source ─ model, provenance ─ repository in a temporary folder ─ gate ─ plan ─ one commit ─ what arrived
+
+Nothing is sent before the plan was shown, nothing on the Hub is ever deleted, and nothing of the author's data leaves
+the machine but pictures that the author names.
+"""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maehub import layouts
+from maehub.autoencoder import MaskedAutoencoder
+from maehub.building import check_finite
+from maehub.encoder import Encoder, EncoderConfig
+from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.files import free_space_guard
+from maehub.folders import read_json
+from maehub.publishing.committing import Committed, commit
+from maehub.publishing.leaks import find_leaks, refuse_leaks
+from maehub.publishing.licences import Licence, settle_licence
+from maehub.publishing.provenance import Provenance, read_run
+from maehub.publishing.remote import LocalFile, Remote, look, same, verify_remote
+from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
+from maehub.verification import digest
+from maehub.weights import find_model_folder, open_autoencoder, open_encoder
+
+log = logging.getLogger("maehub")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of the repository."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+    on_hub: str  # "new", "changed", "same"; empty where the Hub was not looked at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be sent, and where to."""
+
+    repo_id: str
+    revision: str
+    visibility: str
+    files: tuple[PlannedFile, ...]
+    licence: Licence
+    base_model: str
+    verified: dict[str, str]
+    missing: dict[str, str]
+    left_alone: tuple[str, ...]
+    """Files there that are none of these; they stay."""
+    notes: tuple[str, ...]
+
+    def describe(self) -> str:
+        """A table, and under it what one should know before saying yes."""
+        width = max(len(file.name) for file in self.files)
+        rows = [
+            f"{file.name:<{width}}  {_bytes(file.size):>9}  {file.sha256[:12]}  {file.on_hub}" for file in self.files
+        ]
+        checked = ", ".join(f"{library} {version}" for library, version in self.verified.items())
+        lines = [
+            f"{self.repo_id} ({self.visibility}), branch {self.revision}: {len(self.files)} files, "
+            f"{_bytes(sum(file.size for file in self.files))}",
+            *(row.rstrip() for row in rows),
+            f"licence {self.licence.identifier}, {self.licence.reason}",
+            f"trained from {self.base_model}" if self.base_model else "",
+            f"the same outputs in {checked}",
+            *(f"not in {library}, since {reason}" for library, reason in self.missing.items()),
+            f"there already and left alone: {_some(self.left_alone)}" if self.left_alone else "",
+            *self.notes,
+        ]
+        return "\n".join(line for line in lines if line)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        names = ("repo_id", "revision", "visibility", "base_model", "verified", "missing")
+        return {name: getattr(self, name) for name in names} | {
+            "licence": self.licence.identifier,
+            "files": [vars(file) for file in self.files],
+            "left_alone": list(self.left_alone),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` did."""
+
+    plan: Plan
+    committed: Committed | None
+    """None where nothing was sent: a dry run, or the answer was no."""
+
+    def describe(self) -> str:
+        """Where it lies now, in a line or two."""
+        if self.committed is None:
+            return "nothing was sent"
+        done = self.committed
+        if not done.uploaded:
+            return f"{done.repo_id}@{done.commit}: all files were there already, nothing was sent"
+        where = done.pull_request_url or done.url
+        return f"{done.repo_id}@{done.commit}: {len(done.uploaded)} files sent and compared\n{where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        done = self.committed
+        sent = None if done is None else done._asdict() | {"uploaded": list(done.uploaded)}
+        return {"plan": self.plan.to_dict(), "committed": sent}
+
+
+def push(
+    source: str | Path | Encoder | MaskedAutoencoder,
+    repo_id: str,
+    *,
+    licence: str | None = None,
+    about: str = "",
+    dataset: str = "",
+    with_pictures: Sequence[str | Path] = (),
+    revision: str = "main",
+    parent: str | None = None,
+    private: bool | None = None,
+    pull_request: bool = False,
+    dry_run: bool = False,
+    confirm: Callable[[Plan], bool] | None = None,
+    message: str = "",
+    token: str | None = None,
+    progress: bool = True,
+) -> Pushed:
+    """Publish a model on the Hub, so that maehub and every other library that has its network can load it.
+
+    The repository is built in a temporary folder: weights, configuration, model card, figures of the photos that come
+    with maehub, curves, numbers, recipe, checksums. Then it is read back, by each library in a process of its own, and
+    what it computes is compared with the model. One commit is made on top of the head that was looked at, and what
+    arrived is compared with what was sent.
+
+    Args:
+        source: a run folder, a model folder, or a model.
+        repo_id: ``user/name``; made if it does not exist.
+        licence: an identifier of the Hub, such as "apache-2.0"; None is that of the weights that it was trained from.
+        about: Markdown for the card: what the data are, what the model is for.
+        dataset: what the data are called, for the numbers in the card.
+        with_pictures: pictures to publish beside the model; no other picture of the author's is.
+        revision: branch to write.
+        parent: the head that is expected there, or the first digits of its commit.
+        private: who may see a repository that is made; None is the default of its owner.
+        pull_request: propose the commit instead of making it.
+        dry_run: stop before anything is sent. Needs no login; without a network the plan says so.
+        confirm: shown the plan, also of a dry run; a no ends it. None is yes.
+        message: of the commit.
+        token: of the Hub; None is the login's.
+        progress: show bars while files are sent.
+
+    Raises:
+        UsageError: no model, no licence or one that the base does not allow, or something that must not be published.
+        IntegrityError: NaN in the weights, bytes that are not those recorded, or a library computes something else.
+        HubError: no login, no right to write, the head moved, or no answer; the text says what is there.
+    """
+    _check_name(repo_id)
+    model, folder = _open(source)
+    _check_weights(model)
+    origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
+    settled = settle_licence(licence, origin)
+    provenance = read_run(folder) if folder is not None else Provenance()
+    words = Words(about, dataset, tuple(Path(path) for path in with_pictures))
+    asked: dict[str, Any] = {"revision": revision, "pull_request": pull_request, "token": token}
+    remote = _looked(repo_id, dry_run, asked)
+    needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
+    with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
+        place = Path(name)
+        free_space_guard(place, needed)
+        verdict = build_repository(place, model, repo_id, settled, provenance, words)
+        paths = files_of(place)
+        refuse_leaks(find_leaks(paths, token=token or _token(), names=provenance.names))
+        files = {name: LocalFile(path, path.stat().st_size, digest(path).sha256) for name, path in paths.items()}
+        planned = tuple(
+            PlannedFile(name, file.size, file.sha256, _on_hub(name, file, remote)) for name, file in files.items()
+        )
+        found = remote if isinstance(remote, Remote) else None
+        plan = Plan(
+            repo_id,
+            revision,
+            _visibility(found, private),
+            planned,
+            settled,
+            _base(origin),
+            verdict.verified,
+            verdict.missing,
+            tuple(sorted(set(found.files) - set(files))) if found else (),
+            _notes(remote, settled, pull_request),
+        )
+        agreed = confirm is None or confirm(plan)
+        if dry_run or found is None or not agreed:
+            return Pushed(plan, None)
+        made = commit(
+            files,
+            repo_id,
+            remote=found,
+            parent=parent,
+            private=private,
+            message=message or f"maehub push: {_what(model)}",
+            progress=progress,
+            **asked,
+        )
+        verify_remote(repo_id, made.commit, files, token=token)
+    return Pushed(plan, made)
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r:.120} is no name of a repository: {str(error).splitlines()[0]}") from error
+    if "/" not in repo_id:
+        raise UsageError(f"name the repository with its owner, such as me/{repo_id}")
+
+
+def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | MaskedAutoencoder, Path | None]:
+    """The model on the CPU, in eval mode, and the folder that it came from."""
+    if isinstance(source, Encoder | MaskedAutoencoder):
+        return copy.deepcopy(source).cpu().float().eval(), None
+    folder = Path(source)
+    home = find_model_folder(folder)
+    values = read_json(home / "config.json")
+    if "maehub" not in values:
+        raise UsageError(
+            f"{home} is no model folder of maehub: `maehub convert {home} -o FOLDER` makes one of what can be read; "
+            "networks that maehub does not have are published by the library that made them"
+        )
+    block = layouts.read_block(values["maehub"], str(home / "config.json"))
+    for name, recorded in block.sha256.items():
+        path = home / name
+        if not path.is_file():
+            raise IntegrityError(f"{home} lacks {name}, which its config.json names; nothing was sent")
+        if digest(path).sha256 != recorded:
+            raise IntegrityError(
+                f"{path} is not the file that was saved: its sha256 differs from the one in config.json. Nothing was "
+                "sent; export the model again"
+            )
+    model: Encoder | MaskedAutoencoder
+    model = open_encoder(home) if isinstance(block.config, EncoderConfig) else open_autoencoder(home)
+    return model.float().eval(), folder
+
+
+def _check_weights(model: Encoder | MaskedAutoencoder) -> None:
+    """Refuse weights, and a forward of them, that are not finite."""
+    check_finite(model.state_dict(), "the weights to publish")
+    encoder = model if isinstance(model, Encoder) else model.encoder
+    images = torch.zeros(1, encoder.config.channels, *encoder.config.size)
+    with torch.inference_mode():
+        output = model(images) if isinstance(model, Encoder) else model(images).prediction
+    if not output.isfinite().all():
+        raise IntegrityError("the model computes NaN or infinity of a grey picture; nothing was sent")
+
+
+def _looked(repo_id: str, dry_run: bool, asked: dict[str, Any]) -> Remote | HubError:
+    """The repository as it is; of a dry run the error that hides it."""
+    try:
+        return look(repo_id, **asked)
+    except HubError as error:
+        if not dry_run:
+            raise
+        return error
+
+
+def _on_hub(name: str, file: LocalFile, remote: Remote | HubError) -> str:
+    if isinstance(remote, HubError):
+        return ""
+    if name not in remote.files:
+        return "new"
+    return "same" if same(file, remote.files[name]) else "changed"
+
+
+def _visibility(remote: Remote | None, private: bool | None) -> str:
+    if remote is not None and remote.exists:
+        return "private" if remote.private else "public"
+    new = {True: "private", False: "public", None: "as its owner's settings say"}[private]
+    return f"new, {new}" if remote is not None else new
+
+
+def _notes(remote: Remote | HubError, licence: Licence, pull_request: bool) -> tuple[str, ...]:
+    if isinstance(remote, HubError):
+        return (f"the Hub was not looked at: {str(remote).splitlines()[0]}",)
+    notes = []
+    if remote.licence and remote.licence != licence.identifier:
+        notes.append(f"NOTE: the card there says licence {remote.licence}, this one says {licence.identifier}")
+    if pull_request:
+        notes.append("proposed as a pull request")
+    if remote.commit:
+        notes.append(f"on top of {remote.commit[:12]}")
+    return tuple(notes)
+
+
+def _base(origin: Any) -> str:
+    return "" if origin is None else base_model_of(origin) or origin.name
+
+
+def _what(model: Encoder | MaskedAutoencoder) -> str:
+    if isinstance(model, MaskedAutoencoder):
+        return "a masked autoencoder"
+    return f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,63 @@
+"""Load a model repository with another library and write what it computes.
+
+Run as a file in a process of its own, so that maehub is not there to help: ``python readback.py JOB``, JOB being a JSON
+file with ``library``, ``repo`` (a Hub id that lies in the cache of this process), ``inputs`` and ``outputs`` (tensor
+files). What does not load ends the process with the error.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+def with_timm(repo: str, inputs: Tensors) -> dict[str, Tensor]:
+    """The encoder or classifier: ``images`` (B, C, H, W) to ``forward``, logits or the pooled feature."""
+    import timm
+
+    network = timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()
+    return {"forward": network(inputs["images"])}
+
+
+def with_transformers(repo: str, inputs: Tensors) -> dict[str, Tensor]:
+    """The autoencoder: ``images`` and ``noise`` (B, N), whose smallest values stay visible, to ``prediction``.
+
+    And as what reads the encoder alone, ``tokens`` (B, N + 1, D) without masking.
+    """
+    from transformers import AutoModel, ViTMAEForPreTraining
+
+    opened: Any = ViTMAEForPreTraining.from_pretrained(repo, output_loading_info=True)
+    autoencoder, found = opened
+    unknown = {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(unknown.values()):
+        raise ValueError(f"transformers does not find its tensors: {unknown}")
+    encoder = AutoModel.from_pretrained(repo, mask_ratio=0.0).eval()
+    ascending = torch.arange(inputs["noise"].shape[1], dtype=torch.float32).expand_as(inputs["noise"])
+    return {
+        "prediction": autoencoder.eval()(inputs["images"], noise=inputs["noise"]).logits,
+        "tokens": encoder(inputs["images"], noise=ascending).last_hidden_state,
+    }
+
+
+LIBRARIES: dict[str, Callable[[str, Tensors], dict[str, Tensor]]] = {
+    "timm": with_timm,
+    "transformers": with_transformers,
+}
+
+
+def main(job: Path) -> None:
+    told = json.loads(job.read_text())
+    with torch.inference_mode():
+        found = LIBRARIES[told["library"]](told["repo"], load_file(told["inputs"]))
+    save_file({name: tensor.float().contiguous() for name, tensor in found.items()}, told["outputs"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
