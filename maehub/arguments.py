@@ -191,17 +191,17 @@ class Identify:
 
     file: Positional[Path]
     """A .safetensors, .pth, .pt, .bin or .ckpt file, a model or run folder, or a folder with one such file."""
-    heads: Annotated[int | None, _default("those of the published network with this shape")] = None
+    heads: Annotated[int | None, _default("those of the published network with this shape", "N")] = None
     """Attention heads of the encoder, where you know them."""
-    decoder_heads: Annotated[int | None, _default("16 at width 512")] = None
+    decoder_heads: Annotated[int | None, _default("16 at width 512", "N")] = None
     """Attention heads of the decoder, where you know them."""
-    decide_target: Flag = False
+    decide_target: Annotated[bool, arg(name="decide", help_behavior_hint="")] = False
     """Run the decoder on two photos, also of a file above 500 MB, to decide what it was trained to predict."""
 
 
 @dataclass(frozen=True)
 class Push:
-    """Publish a model on the Hub: card, figures and numbers included, read back by every library that it names."""
+    """Publish a model on the Hub, read back by every library that it names."""
 
     source: Annotated[Positional[Path], arg(metavar="RUN")]
     """A run folder or a model folder."""

@@ -265,7 +265,7 @@ def _target(
     if unsaid := _unsaid(network):
         return known, f"undecided: say {unsaid}, and its predictions are looked at", None
     if asked is False or (asked is None and checkpoint.file.stat().st_size > LARGEST_JUDGED):
-        return known, "undecided: --decide-target runs the decoder on two photos", None
+        return known, "undecided: --decide runs the decoder on two photos", None
     judgement, why = _judge(checkpoint, plain, config, network)
     if known != "unknown":
         return known, how, judgement

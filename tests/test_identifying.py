@@ -570,7 +570,7 @@ def test_when_the_decoder_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr(identifying, "LARGEST_JUDGED", 1000)
     found = identify(path, decoder_heads=5)
     assert (found.target, found.judgement) == ("unknown", None)
-    assert "--decide-target" in found.target_from
+    assert "--decide" in found.target_from
     assert identify(path, decoder_heads=5, decide_target=True).target == "pixels"
     assert identify(NANO, decide_target=True).judgement.target == "pixels"  # asked, though its configuration says it
 

@@ -131,7 +131,7 @@ FLAGS = {
     "download": "--revision --cache-dir --lock-timeout",
     "cache": "--dry-run --cache-dir",
     "verify": "",
-    "identify": "--heads --decoder-heads --decide-target",
+    "identify": "--heads --decoder-heads --decide",
     "push": "--licence --about --dataset --with-pictures --revision --parent --private --pr --message --dry-run --yes",
     "convert": "-o --out --to --heads --decoder-heads --target --overwrite",
     "features": "-m --model -o --out --overwrite --image-size --device --seed --workers --pool --layers --batch-size "
@@ -185,7 +185,7 @@ def signature(function):
 def test_exported_names():
     assert set(maehub.__all__) == CLASSES | set(FUNCTIONS)
     assert maehub.__all__ == sorted(maehub.__all__, key=str.lower)
-    assert set(dir(maehub)) == set(maehub.__all__) | {"__version__", "train"}
+    assert set(dir(maehub)) == set(maehub.__all__) | {"__version__", "interop", "train"}
     for name in maehub.__all__:
         assert getattr(maehub, name).__module__.startswith("maehub.")
         assert not (PACKAGE / f"{name}.py").exists()  # no module has the name of a public function

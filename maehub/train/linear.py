@@ -29,6 +29,7 @@ STRENGTHS = tuple(10.0 ** (half / 2) for half in range(4, -11, -1))
 _STEPS = {torch.float32: 50, torch.float64: 1000}
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 _CONSTANT = 1e-6  # deviation below which a column is constant, relative to its size
+_AS_ACCURATE = 0.5  # percentage points that count as a tie
 _RANK = 1e-12  # variance below which a direction holds only rounding, relative to the largest
 
 
@@ -69,8 +70,9 @@ def fit_linear(
 ) -> LinearFit:
     """Fit at every strength, choose by the inner splits, fit the chosen one to all.
 
-    Chosen is the strength of least loss on what is held out. Accuracy is what one wants, but it is flat where many
-    strengths do well, and then a few pictures decide for one that fits too closely.
+    Chosen is, of the strengths whose accuracy on what is held out is within half a point of the best, the one of least
+    loss. Accuracy is what one wants; where it is flat a few pictures would decide for a strength that fits too closely,
+    and loss alone can be lowest where hardly anything is told apart, as with histograms that have rare bins.
 
     Deterministic. Constant, repeated and linearly dependent columns are fine, and so is n < D.
 
@@ -115,8 +117,10 @@ def sweep(
 
 
 def best(trials: Iterable[Trial]) -> Trial:
-    """The one of least loss; of equal ones the strongest."""
-    return min(trials, key=lambda trial: (trial.loss, -trial.strength))
+    """Of the most accurate, within half a point, the one of least loss; of equal ones the strongest."""
+    known = list(trials)
+    enough = max(trial.accuracy for trial in known) - _AS_ACCURATE
+    return min((trial for trial in known if trial.accuracy >= enough), key=lambda trial: (trial.loss, -trial.strength))
 
 
 def fit_at(

@@ -182,7 +182,7 @@ class Probed(NamedTuple):
 def fast_probe(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, features: Features, seed: int) -> Probed:
     """Choose pool, layer and strength on the training pictures, fit, and measure on the test pictures.
 
-    Each pool and layer is taken at its strength of least loss, and the most accurate of them is chosen.
+    Each pool and layer is taken at its own best strength, and the most accurate of them is chosen.
     """
     start = time.monotonic()
     training, classes = split.training, len(split.training.classes)
