@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rights import as_nobody, needs_root
+from rights import as_nobody, let_enter, needs_root
 
 from maehub import caching, catalog, leftovers
 from maehub.catalog import model_info
@@ -329,8 +329,7 @@ def test_row_6_what_cannot_be_removed_is_named(tmp_path):
         path.write_bytes(b"x" * 2000)
         os.chown(path.parent, owner, owner)
     age(tmp_path, 3700)
-    for above in (tmp_path, *list(tmp_path.parents)[:2]):
-        above.chmod(0o755)
+    let_enter(tmp_path)
     with as_nobody(), pytest.raises(CheckpointError) as caught:
         clean_cache(tmp_path)
     text = str(caught.value)
@@ -536,8 +535,7 @@ def open_folders(tmp_path, monkeypatch):
     """Folders that everyone may enter; modules and a login may lie where only root reads."""
     for late in ("huggingface_hub.file_download", "huggingface_hub.utils", "filelock", "requests", "tqdm", "tyro"):
         importlib.import_module(late)
-    for above in (tmp_path, *list(tmp_path.parents)[:2]):
-        above.chmod(0o755)
+    let_enter(tmp_path)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from rights import as_nobody, needs_root
+from rights import as_nobody, let_enter, needs_root
 
 import maehub
 from maehub import arguments, cli
@@ -683,8 +683,7 @@ def test_row_85_a_read_only_folder(run, idle, photos, tmp_path, words):
     for late in ("torch._dynamo", "maehub.conversion", "maehub.train.pretraining"):
         importlib.import_module(late)  # it may lie where only root reads
     maehub.save(maehub.load_autoencoder("vit-nano"), tmp_path / "nano")
-    for above in (tmp_path, *list(tmp_path.parents)[:2], photos, *list(photos.parents)[:2]):
-        above.chmod(0o755)
+    let_enter(tmp_path, photos)
     with as_nobody():
         code, out, err = run(*words.replace("PHOTOS", str(photos)).split())
     assert (code, out) == (6, []), err

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rights import as_nobody, needs_root
+from rights import as_nobody, let_enter, needs_root
 from safetensors.torch import load_file
 
 from maehub import features as features_module
@@ -312,8 +312,7 @@ def test_row_85_what_cannot_be_written_is_refused_before_the_work(encoder, photo
 @needs_root
 def test_row_85_a_read_only_folder(encoder, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module._Job, "features", lambda *_: pytest.fail("computed"))
-    for above in (tmp_path, *list(tmp_path.parents)[:2], photos, *list(photos.parents)[:2]):
-        above.chmod(0o755)
+    let_enter(tmp_path, photos)
     with as_nobody(), pytest.raises(CheckpointError, match="Permission denied"):
         extract_features(encoder, photos, out=tmp_path / "o.npz", workers=0)
 
