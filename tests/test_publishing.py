@@ -149,6 +149,7 @@ def test_a_classifier_has_its_numbers_in_the_card(hub, tmp_path, unread):
     run = tmp_path / "run"
     settings = {"steps": 2, "batch_size": 8, "image_size": (16,), "device": "cpu", "workers": 0, "skip_twins": True}
     finetune(FinetuneConfig(str(data), run, model="untrained/vit-nano", quiet=True, **settings))
+    (run / "twins.csv").write_text("kind,testing,training\nnear,jane-doe-1.png,a.png\nnear,jane-doe-1.png,b.png\n")
     done = push(run, REPO, licence="mit", dataset="Two Shapes", progress=False)
     there = held(hub)
     card = ModelCard(there["README.md"].decode())
@@ -162,6 +163,7 @@ def test_a_classifier_has_its_numbers_in_the_card(hub, tmp_path, unread):
     assert "held-out pictures of Two Shapes, a stratified split by seed" in card.text
     assert json.loads(there["metrics.json"])["n"] == scores["n"]
     assert "| healthy | 2 |" in card.text
+    assert "1 of them look nearly like a training picture" in card.text
     assert "maehub finetune DATA --model untrained/vit-nano" in card.text
     assert done.plan.licence.reason == "chosen by the author"
     nothing_of_the_data(there, tmp_path, data, run)

@@ -1,5 +1,6 @@
 """How a model came about, as its run folder tells it, and in words that hold nothing of the user's data or machine."""
 
+import csv
 import json
 import math
 import shlex
@@ -36,6 +37,7 @@ class Provenance:
     curve: tuple[dict[str, float], ...] = ()  # numbers of metrics.jsonl
     scores: dict[str, Any] = field(default_factory=dict)  # of a classifier
     split: str = ""  # how its test pictures were chosen
+    twins: int = 0  # test pictures that are in training too, or nearly
     names: frozenset[str] = field(default=frozenset(), repr=False)  # of files and folders, which must not be published
 
 
@@ -66,6 +68,7 @@ def read_run(folder: Path) -> Provenance:
         curve,
         scores.get("scores", {}),
         str(scores.get("split", "")),
+        _twins(folder / "twins.csv"),
         _names(config),
     )
 
@@ -100,6 +103,14 @@ def _read_metrics(path: Path, config: Mapping[str, Any]) -> tuple[tuple[dict[str
         last = max(last, int(numbers.get("step", 0)))
         curve.append(numbers)
     return tuple(curve), seconds, last
+
+
+def _twins(path: Path) -> int:
+    """How many test pictures the run found in training too; the names stay here."""
+    if not path.exists():
+        return 0
+    with path.open(newline="", encoding="utf-8") as file:
+        return len({row["testing"] for row in csv.DictReader(file)})
 
 
 def _told(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:

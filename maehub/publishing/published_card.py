@@ -179,6 +179,8 @@ def _results(page: Page) -> list[str]:
     split = {"made by seed": "a stratified split by seed", "as given": "a split that was given"}.get(told.split, "")
     data = f" of {page.dataset}" if page.dataset else ""
     measured = f"Measured on {scores['n']:,} held-out pictures{data}{f', {split}' if split else ''}."
+    if told.twins:
+        measured += f" {told.twins:,} of them look nearly like a training picture, so these numbers may be too high."
     rows = [("top-1", f"{scores['top1']:.1f} %", f"{scores['low']:.1f} to {scores['high']:.1f}")]
     more = (("top5", "top-5"), ("balanced_accuracy", "balanced accuracy"), ("mean_average_precision", "mean AP"))
     rows += [(words, f"{scores[key]:.1f} %", "") for key, words in more if scores.get(key) is not None]
