@@ -28,7 +28,7 @@ TRIES = 4
 LONGEST_WAIT = 60  # seconds; a server that asks for more is taken at its word and the run ends
 SILENCE = 10  # seconds without a byte after which an address counts as dead
 _CHUNK = 65_536  # bytes; what a broken connection loses at most
-_RETRIED = {408, 429, 500, 502, 503, 504}
+PASSING = {408, 429, 500, 502, 503, 504}  # statuses after which the same question may be answered
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _PLAIN = re.compile(r"\w[\w.+-]{0,127}")  # of commits and hashes, which become names in the cache
@@ -97,7 +97,7 @@ def ask_hub(repo: str, filename: str, revision: str, wanted: Wanted) -> Stated:
         except errors.HfHubHTTPError as error:
             status = error.response.status_code
             pause = _pause(status, error.response.headers, attempt)
-            if status not in _RETRIED or attempt == TRIES or waited + pause > LONGEST_WAIT:
+            if status not in PASSING or attempt == TRIES or waited + pause > LONGEST_WAIT:
                 raise _refused(error, repo, filename, revision, wanted) from error
         except httpx.RemoteProtocolError as error:
             pause = attempt
@@ -234,7 +234,7 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, wanted: Wante
                     _take_body(answer, file, total, wanted)
                     return
                 reason, pause = f"HTTP {answer.status_code}", _pause(answer.status_code, answer.headers, attempt)
-                if answer.status_code not in _RETRIED or waited + pause > LONGEST_WAIT:
+                if answer.status_code not in PASSING or waited + pause > LONGEST_WAIT:
                     raise _no_file(answer, url, wanted)
         except (requests.ConnectionError, requests.Timeout) as error:
             if not file.tell():  # it never answered: no use in asking on

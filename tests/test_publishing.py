@@ -403,8 +403,8 @@ def test_the_command_line_asks_first(hub, unread, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["model", "no-owner", "--yes"], "with its owner"),
-        (["model", "a/b/c", "--yes"], "no name of a repository"),
+        (["model", "no-owner", "--yes"], "names no owner"),
+        (["model", "a/b/c", "--yes"], "cannot be a repository"),
         (["missing", REPO, "--yes"], "no folder"),
         (["model", REPO, "--yes", "--licence", "mit", "--about", "missing.md"], "missing.md cannot be read"),
         (["model", REPO, "--yes", "--dry-run"], "one of the two"),

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.publishing.remote import (
-    PASSING,
     UNTOUCHED,
     Hub,
     Remote,
@@ -35,7 +34,7 @@ from maehub.publishing.remote import (
 from maehub.publishing.remote import LocalFile as LocalFile
 from maehub.publishing.remote import look as look
 from maehub.publishing.remote import verify_remote as verify_remote
-from maehub.transport import LONGEST_WAIT, TRIES, scrub
+from maehub.transport import LONGEST_WAIT, PASSING, TRIES, scrub
 
 logger = logging.getLogger("maehub")
 

@@ -27,7 +27,7 @@ from maehub.publishing.committing import Committed, commit
 from maehub.publishing.leaks import find_leaks, refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, read_run
-from maehub.publishing.remote import LocalFile, Remote, look, same, verify_remote
+from maehub.publishing.remote import LocalFile, Remote, check_name, look, same, verify_remote
 from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
 from maehub.verification import digest
 from maehub.weights import find_model_folder, open_autoencoder, open_encoder
@@ -164,7 +164,7 @@ def push(
         IntegrityError: NaN in the weights, bytes that are not those recorded, or a library computes something else.
         HubError: no login, no right to write, the head moved, or no answer; the text says what is there.
     """
-    _check_name(repo_id)
+    check_name(repo_id)
     model, folder = _open(source)
     _check_weights(model)
     origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
@@ -212,18 +212,6 @@ def push(
         )
         verify_remote(repo_id, made.commit, files, token=token)
     return Pushed(plan, made)
-
-
-def _check_name(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r:.120} is no name of a repository: {str(error).splitlines()[0]}") from error
-    if "/" not in repo_id:
-        raise UsageError(f"name the repository with its owner, such as me/{repo_id}")
 
 
 def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | MaskedAutoencoder, Path | None]:

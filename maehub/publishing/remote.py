@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from maehub import __version__
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError
 from maehub.room import no_login, readable
-from maehub.transport import LONGEST_WAIT, TRIES, hub_constants, scrub
+from maehub.transport import LONGEST_WAIT, PASSING, TRIES, hub_constants, scrub
 from maehub.transport import endpoint as hub_address
 from maehub.verification import digest
 
@@ -25,7 +25,6 @@ logger = logging.getLogger("maehub")
 Answer = TypeVar("Answer")
 
 UNTOUCHED = "nothing was published"
-PASSING = {408, 429, 500, 502, 503, 504}  # statuses after which the same question may be answered
 _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -183,25 +182,31 @@ def state(hub: "Hub", revision: str) -> Remote:
     )
 
 
+def check_name(repo_id: str) -> None:
+    """Refuse what cannot be ``user/name``, by a UsageError; nothing is asked."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id[:100]!r} cannot be a repository: {scrub(error)}") from error
+    if "/" not in repo_id:
+        raise UsageError(f"{repo_id!r} names no owner: write it as user/name")
+
+
 class Hub:
     """The Hub's client for one repository and one token: waits that end, second tries, errors in words."""
 
     def __init__(self, repo_id: str, token: str | None, endpoint: str | None) -> None:
         constants = hub_constants()
         from huggingface_hub import HfApi, get_token
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+        check_name(repo_id)
         self.repo_id = repo_id
         self.endpoint = (endpoint or hub_address()).rstrip("/")
         self.host = urlsplit(self.endpoint).netloc.rpartition("@")[2] or self.endpoint
         self.patience = float(constants.HF_HUB_ETAG_TIMEOUT)  # seconds without an answer to a question
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise UsageError(f"{repo_id[:100]!r} cannot be a repository: {scrub(error)}") from error
-        if "/" not in repo_id:
-            raise UsageError(f"{repo_id!r} names no owner: write it as user/name")
         try:
             self.token = token or get_token() or ""
         except OSError as error:
