@@ -23,7 +23,6 @@ from maehub.verification import digest
 
 logger = logging.getLogger("maehub")
 Answer = TypeVar("Answer")
-
 UNTOUCHED = "nothing was published"
 _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -125,7 +124,8 @@ def verify_remote(
         safe,
     )
     stated = {one.path: _stated(one) for one in listed if hasattr(one, "blob_id")}
-    wrong = [f"{name}: {_difference(file, stated.get(name))}" for name, file in files.items() if not same(file, stated.get(name))]  # fmt: skip  # noqa: E501
+    other = [name for name, file in files.items() if not same(file, stated.get(name))]
+    wrong = [f"{name}: {_difference(files[name], stated.get(name))}" for name in other]
     if wrong:
         rest = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise IntegrityError(
@@ -342,8 +342,7 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same question may be answered a moment later: not if nobody ever answered."""
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    status = status_of(error)
-    if status is not None:
+    if (status := status_of(error)) is not None:
         return status in PASSING
     broke = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
     return broke and not isinstance(error, httpx.ConnectError)
