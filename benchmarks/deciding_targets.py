@@ -19,7 +19,7 @@ import torch
 import maehub
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import EncoderConfig
-from maehub.judging import Judgement, can_judge, judge
+from maehub.identifying.judging import Judgement, can_judge, judge
 from maehub.train import PretrainConfig, pretrain
 
 STEPS = 300

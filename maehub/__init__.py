@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from maehub.figures import reconstruct as reconstruct
     from maehub.hub import load as load
     from maehub.hub import load_autoencoder as load_autoencoder
-    from maehub.identifying import identify as identify
+    from maehub.identifying.answering import identify as identify
     from maehub.images import Preprocess as Preprocess
     from maehub.inspection import check_data as check_data
     from maehub.inspection import data_statistics as data_statistics
@@ -57,7 +57,7 @@ _HOMES = {
     "data_statistics": "maehub.inspection",
     "download": "maehub.fetching",
     "extract_features": "maehub.features",
-    "identify": "maehub.identifying",
+    "identify": "maehub.identifying.answering",
     "list_models": "maehub.catalog",
     "load": "maehub.hub",
     "load_autoencoder": "maehub.hub",

@@ -6,6 +6,8 @@ encoder pre-trained on normalised pixels (``vit-b``, the paper's numbers), the s
 (``vit-b-in1k``). A short name resolves by what is asked: see `resolve`.
 """
 
+import os
+import shlex
 import tomllib
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -179,6 +181,11 @@ def model_info(name: str) -> ModelInfo:
 
 def no_model(name: str) -> UsageError:
     """The error that says so, with close names."""
+    if os.path.exists(name):
+        return UsageError(
+            f"{name} is a file or folder, and no model is called so; "
+            f"`maehub identify {shlex.quote(name)}` says what it is"
+        )
     close = get_close_matches(name, _models(), n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(close)}?" if close else ""
     return UsageError(
@@ -218,9 +225,7 @@ def resolve(name: str, want: Want) -> ModelInfo:
     """
     short = _table()["short"]
     info = model_info(short[name][want] if name in short else name)
-    if info.unsupported:
-        gated = f"\n{info.name} is gated: {info.access}" if info.gated else ""
-        raise UsageError(f"{info.name} cannot be loaded: {info.unsupported}{gated}")
+    check_supported(info)
     if want != "encoder" and info.role != "autoencoder":
         siblings = short.get(info.architecture)
         others = (
@@ -231,6 +236,13 @@ def resolve(name: str, want: Want) -> ModelInfo:
         kind = "a classifier" if info.role == "classifier" else "an encoder alone"
         raise UsageError(f"{name} is {kind}, without a decoder; {others}")
     return info
+
+
+def check_supported(info: ModelInfo) -> None:
+    """Raise a UsageError for a row that cannot be loaded; it says why, and how to get a gated file."""
+    if info.unsupported:
+        gated = f"\n{info.name} is gated: {info.access}" if info.gated else ""
+        raise UsageError(f"{info.name} cannot be loaded: {info.unsupported}{gated}")
 
 
 def markdown_table() -> str:

@@ -81,7 +81,7 @@ def run_verify(config: arguments.Verify, shared: Shared) -> int:
 
 
 def run_identify(config: arguments.Identify, shared: Shared) -> int:
-    from maehub.identifying import identify
+    from maehub.identifying.answering import identify
 
     found = identify(
         config.file, heads=config.heads, decoder_heads=config.decoder_heads, decide_target=config.decide_target or None

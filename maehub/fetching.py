@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.caching import LOCK_TIMEOUT
-from maehub.catalog import ModelInfo, Source, Want, is_model, model_info
+from maehub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info
 from maehub.delivery import COMMIT, Place, cached_path, from_here, from_there, not_here, place_of
 from maehub.delivery import Fetched as Fetched
 from maehub.delivery import PathLike as PathLike
@@ -129,9 +129,13 @@ def download(
 
     Returns:
         The path of the weights; of a repository with several layouts, of the one that `maehub.load` reads.
+
+    Raises:
+        UsageError: no such name, or a row whose file is not fetched by itself.
     """
     if "/" not in name:
         info, place = model_info(name), place_of(cache_dir, False, False, lock_timeout)
+        check_supported(info)
         return _first_source(info, _asked(info, revision), place, look_here=False).path
     encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
     if encoder.filename != "model.safetensors":

@@ -75,6 +75,7 @@ _MMPRETRAIN_PARTS = (
     ("decoder_pred", "neck.decoder_pred"),
 )
 _MMPRETRAIN_TOKEN_HEAD = "head.layers.head"  # of VisionTransformerClsHead, which pools the class token
+_MMPRETRAIN_PROBE = "neck.bn."  # of ClsBatchNormNeck, in front of a linear probe's head
 _MMPRETRAIN_BLOCK = (
     ("norm1", "ln1"),
     ("attn.qkv", "attn.qkv"),
@@ -206,6 +207,8 @@ def _from_mmpretrain(name: str) -> str:
         decoder, number, part, leaf = match.groups()
         official = next((official for official, theirs in _MMPRETRAIN_BLOCK if theirs == part), None)
         return f"{decoder or 'blocks'}.{number}.{official}.{leaf}" if official else name
+    if whole.startswith(_MMPRETRAIN_PROBE):
+        return whole.replace(_MMPRETRAIN_PROBE, "head.0.", 1)
     for official, theirs in (*_MMPRETRAIN_PARTS, ("head", _MMPRETRAIN_TOKEN_HEAD)):
         if found := _renamed(whole, [theirs], official):
             return found

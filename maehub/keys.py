@@ -101,6 +101,18 @@ _STACKS = {
     "transformers-5-saved": ("encoder.layer", "decoder.decoder_encoder.layer", 1),
 }
 
+_PROBE_EPS = 1e-6  # of the BatchNorm in front of a linear probe (He et al. 2021, appendix A.1)
+
+# A published linear probe is BatchNorm without parameters, "head.0", and a linear layer, "head.1": together one linear
+# layer. What of them is in which tensor of it.
+_PROBE_PARTS = {
+    "head.0.running_mean": ("head.bias",),
+    "head.0.running_var": ("head.weight", "head.bias"),
+    "head.1.weight": ("head.weight", "head.bias"),
+    "head.1.bias": ("head.bias",),
+}
+_PROBE_COUNTER = "head.0.num_batches_tracked"
+
 HARMLESS_EXTRAS = {
     "pooler.dense.weight": "the tanh pooler of transformers' ViTModel, which MAE does not train",
     "pooler.dense.bias": "the tanh pooler of transformers' ViTModel, which MAE does not train",
@@ -167,11 +179,16 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
         bare = {name: name.removeprefix("vit.") for name in stripped.values()}
         dropped = {name: HARMLESS_EXTRAS[short] for name, short in bare.items() if short in HARMLESS_EXTRAS}
     names = {key: _official_name(name, dialect) for key, name in stripped.items() if name not in dropped}
+    if counter := next((key for key, name in names.items() if name == _PROBE_COUNTER), None):
+        dropped[stripped[counter]] = "how many batches a linear probe was trained on"
+        del names[counter]
     return OfficialNames(names, dialect, dropped)
 
 
 def to_official(state: Mapping[str, Tensor]) -> OfficialState:
     """Rename any dialect to the official names; separate queries, keys and values become one tensor.
+
+    The BatchNorm of a linear probe, as MAE publishes it, becomes part of the linear layer behind it.
 
     Names that the dialect does not have stay as they are, so that the strict check lists them.
 
@@ -190,7 +207,7 @@ def to_official(state: Mapping[str, Tensor]) -> OfficialState:
         renamed[official] = state[key]
     if is_foreign(known.dialect):
         check_foreign(renamed, known.dialect)
-    return OfficialState(_fuse(renamed), known.dialect, known.dropped)
+    return OfficialState(_with_plain_head(_fuse(renamed)), known.dialect, known.dropped)
 
 
 def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[str, Tensor]:
@@ -218,7 +235,12 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
 
 
 def parts(official: str) -> tuple[str, ...]:
-    """A fused tensor's name as those of its queries, keys and values; any other name alone."""
+    """The tensors that a fused one is counted in: queries, keys and values, or the layer that a probe becomes.
+
+    Any other name is alone.
+    """
+    if official in _PROBE_PARTS:
+        return _PROBE_PARTS[official]
     stem, fused, leaf = official.partition(".qkv.")
     return tuple(f"{stem}.{one}.{leaf}" for one in ("query", "key", "value")) if fused else (official,)
 
@@ -262,11 +284,29 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
         stem, part, leaf = match.groups()
         parts = [state.get(f"{stem}.{one}.{leaf}") for one in ("query", "key", "value")]
         whole = [tensor for tensor in parts if tensor is not None]
-        if len(whole) < 3 or len({(tensor.shape, tensor.dtype) for tensor in whole}) > 1:
+        if len(whole) < 3 or len({(tensor.shape, tensor.dtype) for tensor in whole}) > 1 or not value.ndim:
             fused[name] = value  # a part is missing or does not fit: left for the strict check to name
         elif part == "query":
             fused[f"{stem}.qkv.{leaf}"] = torch.cat(whole)
     return fused
+
+
+def _with_plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A linear probe's BatchNorm and linear layer as the one layer that they are; of mmpretrain that is ``head``."""
+    mean, var = (state.get(f"head.0.running_{one}") for one in ("mean", "var"))
+    first = "head.1" if "head.1.weight" in state else "head"
+    weight, bias = (state.get(f"{first}.{leaf}") for leaf in ("weight", "bias"))
+    if mean is None or var is None or weight is None or bias is None or "head.0.weight" in state:
+        return state
+    classes = weight.shape[:1]
+    if weight.ndim != 2 or bias.shape != classes or mean.shape != weight.shape[1:] or var.shape != weight.shape[1:]:
+        return state  # left for the strict check to name
+    scale = (var.double() + _PROBE_EPS).rsqrt()
+    scaled = weight.double() * scale
+    folded = {"head.weight": scaled, "head.bias": bias.double() - scaled @ mean.double()}
+    gone = {*_PROBE_PARTS, "head.weight", "head.bias"}
+    kept = {name: value for name, value in state.items() if name not in gone}
+    return kept | {name: value.to(weight.dtype) for name, value in folded.items()}
 
 
 def _module_name(official: str) -> str:

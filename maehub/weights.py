@@ -174,6 +174,7 @@ def read_folder(
     heads: int | None = None,
     decoder_heads: int | None = None,
     target: Target | None = None,
+    whole: bool = True,
 ) -> ModelFolder:
     """Read what a folder says about its model; of the tensors only their shapes, where nothing else tells.
 
@@ -186,6 +187,7 @@ def read_folder(
         heads: see `infer_config`; for plain folders that do not say it.
         decoder_heads: likewise.
         target: what the decoder predicts, where no model folder says it; one that says another is refused.
+        whole: whether a decoder is wanted too; False asks nothing about the one of a plain folder.
 
     Raises:
         UsageError: there is no model in it, or none that is read here.
@@ -204,6 +206,7 @@ def read_folder(
         heads=heads,
         decoder_heads=decoder_heads,
         target=target,
+        whole=whole,
     )
 
 
@@ -233,6 +236,7 @@ def read_config(
     decoder_heads: int | None = None,
     target: Target | None = None,
     state: Mapping[str, Tensor] | None = None,
+    whole: bool = True,
 ) -> ModelFolder:
     """Read a ``config.json`` for tensors that need not lie beside it; arguments and errors as in `read_folder`.
 
@@ -245,6 +249,7 @@ def read_config(
         network, preprocess, origin, hashes = block.config, block.preprocess, block.origin, block.sha256
     else:
         state = _official(tensors) if state is None else state
+        state = state if whole else from_official(state, "timm")
         network, preprocess = _read_foreign(values, config, state, heads, decoder_heads, target)
         origin, hashes, encoder_tensors = None, {}, None
     if isinstance(network, AutoencoderConfig) and target is not None and network.target != target:
@@ -282,7 +287,9 @@ def open_encoder(
         # Of the decoder nothing is needed, so its number of heads need not be known.
         network = infer_config(from_official(state, "timm"), heads=heads, where=str(path))
         return build_encoder(state, network, preprocess, wanted=wanted, origin=origin, where=str(path))
-    found = read_config(config, path, heads=heads) if config else read_folder(path, heads=heads)
+    found = (
+        read_config(config, path, heads=heads, whole=False) if config else read_folder(path, heads=heads, whole=False)
+    )
     return build_encoder(
         _official(found.encoder_tensors) if found.state is None else found.state,
         found.config,

@@ -133,6 +133,13 @@ def test_info_of_the_448_model_is_honest(run):
     assert (info["image_size"], info["native_size"], info["depth"]) == ([448, 448], [224, 224], 32)
 
 
+def test_info_of_a_file_names_the_command_for_it(run, tmp_path):
+    (tmp_path / "my model").mkdir()
+    code, _, err = run("info", "my model")
+    assert code == 2
+    assert "maehub identify 'my model'" in err[0]
+
+
 def test_download_and_verify(run, tmp_path):
     weights = ASSETS / "vit-nano.safetensors"
     assert run("download", "vit-nano")[1] == [f"vit-nano is at {weights}"]

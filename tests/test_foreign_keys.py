@@ -21,7 +21,7 @@ import maehub
 from maehub.autoencoder import MaskedAutoencoder
 from maehub.conversion import convert
 from maehub.encoder import Encoder
-from maehub.errors import UsageError
+from maehub.errors import IntegrityError, UsageError
 from maehub.foreign_keys import LIGHTLY_MASK_TOKEN, detect_foreign
 from maehub.keys import detect, from_official, official_names, parts, to_official
 from maehub.pickles import read_pickle
@@ -359,6 +359,75 @@ def test_mmpretrains_classifier_and_its_own_loader(pool, tmp_path):
     assert_equal_outputs(ours(pictures), head(backbone(pictures)))
     again = open_encoder(read_back(theirs.state_dict(), tmp_path, heads=4).folder)
     assert_equal_outputs(again(pictures), ours(pictures))
+
+
+def probed(norm, linear, images):
+    """What a linear probe says of class tokens: BatchNorm that was trained, and a linear layer."""
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.01, 4)
+        norm.num_batches_tracked.fill_(5005)
+    return linear(norm.eval()(images))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("to", ["maehub", "mmpretrain"])
+def test_the_two_layers_of_a_published_linear_probe_become_one(to, tmp_path):
+    """As the official code saves it: head.0 is a BatchNorm, head.1 a linear layer."""
+    encoder, pictures = make_encoder(TINY), images(TINY)
+    norm, linear = nn.BatchNorm1d(64, affine=False, eps=1e-6), nn.Linear(64, 7)
+    expected = probed(norm, linear, encoder.features(pictures))
+    head = nn.Sequential(norm, linear).state_dict()
+    state = official(encoder) | {f"head.{name}": value for name, value in head.items()}
+    result = read_back_as(state, tmp_path, to)
+    again = open_encoder(result.folder)
+    assert again.config == replace(TINY, classes=7)
+    assert_equal_outputs(again(pictures), expected)
+    assert result.dropped == ("head.0.num_batches_tracked",)
+    table = result.certificate.names["model.safetensors"]
+    weight, bias = table["head.1.weight"][0], table["head.1.bias"][0]
+    assert table["head.0.running_mean"] == [bias]
+    assert set(table["head.0.running_var"]) == {weight, bias}
+    assert set(result.certificate.left_out) == {"head.0.num_batches_tracked"}
+    assert_equal_outputs(maehub.load(tmp_path / "theirs.safetensors", heads=4)(pictures), expected)
+
+
+def read_back_as(state, folder, to):
+    write_tensors(folder / "theirs.safetensors", {name: value.clone() for name, value in state.items()})
+    return convert(folder / "theirs.safetensors", folder / "again", heads=4, to=to)
+
+
+@pytest.mark.parametrize("lost", ["head.0.running_mean", "head.0.running_var", "head.1.bias", "head.1.weight"])
+def test_half_a_linear_probe_is_refused(lost, tmp_path):
+    norm, linear = nn.BatchNorm1d(64, affine=False), nn.Linear(64, 7)
+    head = nn.Sequential(norm, linear).state_dict()
+    state = official(make_encoder(TINY)) | {f"head.{name}": value for name, value in head.items()}
+    for case in ("missing", "misshaped"):
+        state = state | {lost: torch.zeros(3)}
+        if case == "missing":
+            del state[lost]
+        (tmp_path / case).mkdir()
+        with pytest.raises(IntegrityError, match=r"head\."):
+            read_back(state, tmp_path / case, heads=4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.inference_mode()
+def test_mmpretrains_linear_probe(tmp_path):
+    pytest.importorskip("mmpretrain")
+    from mmpretrain.models import ClsBatchNormNeck, VisionTransformerClsHead
+    from mmpretrain.models.backbones.vision_transformer import VisionTransformer
+
+    backbone = VisionTransformer(arch=mmpretrain_arch(TINY), img_size=32, patch_size=8)
+    neck, head = ClsBatchNormNeck(64), VisionTransformerClsHead(3, 64)
+    theirs = nn.ModuleDict({"backbone": backbone, "neck": neck, "head": head}).eval()
+    nn.init.normal_(head.layers.head.weight)
+    pictures = images(TINY)
+    probed(neck.bn, nn.Identity(), torch.zeros(2, 64))
+    expected = head(neck(backbone(pictures)))
+    again = open_encoder(read_back(theirs.state_dict(), tmp_path, heads=4).folder)
+    assert_equal_outputs(again(pictures), expected)
 
 
 def test_mmpretrains_backbone_alone_and_its_file(autoencoder, tmp_path):

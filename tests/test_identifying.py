@@ -25,18 +25,18 @@ from peers import TINY, autoencoder_config, make_autoencoder, make_encoder, offi
 from torch import nn
 
 import maehub
-from maehub import identifying
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.cli import main
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import IntegrityError, MaehubError, UsageError
-from maehub.families import FAMILIES
-from maehub.identifying import identify
-from maehub.judging import _judged
+from maehub.identifying import answering
+from maehub.identifying.answering import identify
+from maehub.identifying.families import FAMILIES
+from maehub.identifying.judging import _judged
+from maehub.identifying.plain_vit import grid_of_table
 from maehub.keys import from_official, to_official
 from maehub.opening import open_image
 from maehub.patches import normalise_patches, patchify
-from maehub.plain_vit import grid_of_table
 from maehub.positions import sincos_table, with_cls_row
 from maehub.tensorfile import read_tensors, write_tensors
 from maehub.verification import Digests
@@ -129,7 +129,7 @@ def test_published_sizes_from_a_header_alone(name, tmp_path, monkeypatch):
         state = maehub.Encoder(preset).state_dict()
     path = tmp_path / "a.safetensors"
     sparse(path, {key: tuple(value.shape) for key, value in state.items()})
-    monkeypatch.setattr(identifying, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
+    monkeypatch.setattr(answering, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = identify(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
@@ -157,7 +157,7 @@ def test_heads_of_the_catalog_are_known(tmp_path, monkeypatch):
     with torch.device("meta"):
         state = maehub.Encoder(EncoderConfig(224, 14, 3, 1536, 40, 24)).state_dict()
     sparse(tmp_path / "web.safetensors", {key: tuple(value.shape) for key, value in state.items()})
-    monkeypatch.setattr(identifying, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
+    monkeypatch.setattr(answering, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
     found = identify(tmp_path / "web.safetensors")
     assert found.network.heads == 24
     assert "heads=24" in found.advice[0]
@@ -231,7 +231,7 @@ def test_what_was_trained_after_pretraining(kind, classes, tuning, pool, tmp_pat
     found = heads_of(kind, tmp_path)
     assert (found.network.classes, found.network.tuning, found.network.pool) == (classes, tuning, pool)
     assert (found.role == "classifier") == (classes > 0)
-    assert found.loadable == (kind != "probe")
+    assert found.loadable
     assert found.family == "vit"
     assert found.exit_code == 0
 
@@ -567,7 +567,7 @@ def test_when_the_decoder_is_run(tmp_path, monkeypatch):
     path = nano_without_words(tmp_path)
     assert "--decoder-heads" in identify(path).target_from  # the decoder is 160 wide, and nothing tells its heads
     assert identify(path, decoder_heads=5, decide_target=False).judgement is None
-    monkeypatch.setattr(identifying, "LARGEST_JUDGED", 1000)
+    monkeypatch.setattr(answering, "LARGEST_JUDGED", 1000)
     found = identify(path, decoder_heads=5)
     assert (found.target, found.judgement) == ("unknown", None)
     assert "--decide" in found.target_from
@@ -731,7 +731,7 @@ def test_row_22_a_large_file_takes_little_memory(tmp_path):
     sparse(tmp_path / "h.safetensors", {key: tuple(value.shape) for key, value in state.items()})
     code = f"""
 import resource
-from maehub.identifying import identify
+from maehub.identifying.answering import identify
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert identify({str(tmp_path / "h.safetensors")!r}).network.name == "ViT-H/14"
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -50,8 +50,7 @@ LAYERS = [
     }
     | {"features", "feature_files", "feature_store", "figures", "pictures", "drawing", "statistics"},
     {"train"},
-    {"interop", "publishing"}
-    | {"identifying", "identification", "advice", "judging", "plain_vit", "families", "checkpoints"},
+    {"interop", "identifying", "publishing"},
     {"arguments", "parsing", "commands", "reconstruct_command", "cli", "__main__"},
 ]
 TORCH_FREE = {

@@ -724,6 +724,17 @@ def test_a_plain_timm_folder(tmp_path):
         open_encoder(tmp_path / "model")
 
 
+def test_of_a_plain_folder_with_a_decoder_only_its_encoder_need_be_told(tmp_path):
+    autoencoder = make_autoencoder(MAE)  # its decoder is not 512 wide, and timm's configuration knows of none
+    save(autoencoder.encoder, tmp_path / "model")
+    edit_config(tmp_path / "model", lambda c: c.pop("maehub"))
+    write_tensors(tmp_path / "model" / "model.safetensors.new", official(autoencoder))
+    (tmp_path / "model" / "model.safetensors.new").replace(tmp_path / "model" / "model.safetensors")
+    assert same_weights(open_encoder(tmp_path / "model"), autoencoder.encoder)
+    with pytest.raises(UsageError, match="decoder_heads="):
+        open_autoencoder(tmp_path / "model")
+
+
 # the other libraries read what is saved
 
 

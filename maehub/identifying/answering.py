@@ -12,18 +12,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maehub.advice import next_lines
 from maehub.autoencoder import AutoencoderConfig, Target
 from maehub.building import build_autoencoder
 from maehub.catalog import ModelInfo, published_as
-from maehub.checkpoints import Checkpoint, open_checkpoint
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import MaehubError
-from maehub.families import Family, generalised, recognise, without_numbers
-from maehub.identification import DecoderShape, Identification, Network, Role, Tuning
-from maehub.judging import Judgement, can_judge, judge
+from maehub.identifying.advice import next_lines
+from maehub.identifying.checkpoints import Checkpoint, open_checkpoint
+from maehub.identifying.families import Family, generalised, recognise, without_numbers
+from maehub.identifying.identification import DecoderShape, Identification, Network, Role, Tuning
+from maehub.identifying.judging import Judgement, can_judge, judge
+from maehub.identifying.plain_vit import Plain, read_plain, share_of_known_names
 from maehub.keys import strip_wrappers, to_official
-from maehub.plain_vit import Plain, read_plain, share_of_known_names
 from maehub.shapes import with_target
 from maehub.verification import digest
 
@@ -63,7 +63,7 @@ def identify(
     plain, refused = read_plain(checkpoint, heads, decoder_heads)
     names = strip_wrappers(checkpoint.shapes)
     shapes = {names[name]: tuple(value.shape) for name, value in checkpoint.shapes.items()}
-    family = None if plain and plain.whole and not plain.probe_head else recognise(shapes)
+    family = None if plain and plain.whole else recognise(shapes)
     log.debug("hashing %s", checkpoint.file)
     hashes = digest(checkpoint.file, "md5")
     info = published_as(hashes.sha256, hashes.other)
@@ -141,7 +141,7 @@ def _plain(
     decide_target: bool | None,
 ) -> Identification:
     """A plain ViT or masked autoencoder, whole or not."""
-    network, config = _network(plain, checkpoint.shapes), plain.config
+    network, config = _network(plain), plain.config
     role: Role = "encoder"
     if isinstance(config, AutoencoderConfig):
         role = "autoencoder"
@@ -160,7 +160,7 @@ def _plain(
         found,
         family="vit",
         title=_title(network, role, plain, info),
-        loadable=plain.whole and not plain.probe_head and not problems,
+        loadable=plain.whole and not problems,
         role=role,
         dialect=plain.dialect,
         network=network,
@@ -172,7 +172,7 @@ def _plain(
     )
 
 
-def _network(plain: Plain, tensors: Mapping[str, Tensor]) -> Network | None:
+def _network(plain: Plain) -> Network | None:
     if plain.config is None:
         return None
     config = plain.config
@@ -181,14 +181,10 @@ def _network(plain: Plain, tensors: Mapping[str, Tensor]) -> Network | None:
     if isinstance(config, AutoencoderConfig):
         width = config.decoder_width if config.decoder_depth else encoder.width
         decoder = DecoderShape(width, config.decoder_depth, plain.decoder_heads)
-    classes = encoder.classes
     tuning: Tuning = "none"
     if plain.probe_head:
-        classes, tuning = (
-            next(v.shape[0] for name, v in tensors.items() if name.endswith("head.1.weight")),
-            "linear probe",
-        )
-    elif classes:
+        tuning = "linear probe"
+    elif encoder.classes:
         tuning = "head" if plain.sincos and encoder.pool == "cls" else "fine-tuned"
     return Network(
         name=_size_name(encoder),
@@ -201,7 +197,7 @@ def _network(plain: Plain, tensors: Mapping[str, Tensor]) -> Network | None:
         size_from=plain.size_from,
         positions="sine-cosine" if plain.sincos else "learned",
         pool=encoder.pool,
-        classes=classes,
+        classes=encoder.classes,
         tuning=tuning,
         decoder=decoder,
     )

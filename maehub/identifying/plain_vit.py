@@ -17,10 +17,10 @@ from torch import Tensor
 from maehub import layouts
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.catalog import architecture_heads
-from maehub.checkpoints import Checkpoint
 from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.hub import PACKED
+from maehub.identifying.checkpoints import Checkpoint
 from maehub.images import Preprocess
 from maehub.keys import Dialect, official_names, to_official
 from maehub.patches import Size
@@ -35,7 +35,6 @@ _VOCABULARY = re.compile(
     r"|(patch_embed\.proj|norm|fc_norm|head|decoder_(embed|norm|pred)|(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.qkv"
     r"|attn\.proj|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
 )
-_PROBE_HEAD = re.compile(r"head\.(0\.(running_mean|running_var|num_batches_tracked)|1\.(weight|bias))")
 
 _EQUAL = 5e-3  # of table values in [-1, 1]; bfloat16 rounds by 4e-3
 _LARGEST_TABLE = 16_000_000  # values of a position table; ViT-H on a grid of 64×64 has a third
@@ -57,7 +56,7 @@ class Plain:
     missing: tuple[str, ...]  # official names
     unexpected: tuple[str, ...]
     misshaped: tuple[str, ...]
-    probe_head: bool  # the head is a BatchNorm and a linear layer, as published for linear probes
+    probe_head: bool  # the head was a BatchNorm and a linear layer, as published for linear probes
 
     @property
     def whole(self) -> bool:
@@ -85,12 +84,11 @@ def read_plain(
         return None, str(error)
     except (IntegrityError, RuntimeError):  # torch's own where tensors cannot be fused
         return None, ""
-    state = dict(official.state)
-    probe = {name for name in state if _PROBE_HEAD.fullmatch(name)}
-    has_probe_head = {"head.1.weight", "head.0.running_mean"} <= probe
-    if has_probe_head:
-        for name in probe:
-            del state[name]
+    state = official.state
+    # Of a whole one nothing of it is left in the state.
+    probe_head = "head.0.running_mean" in official_names(checkpoint.shapes).names.values() and (
+        "head.0.running_mean" not in state
+    )
     grid, sincos = _grid(checkpoint, state)
     config, preprocess, refused = _configured(checkpoint, state, heads, decoder_heads)
     configured = config is not None
@@ -109,7 +107,7 @@ def read_plain(
         sincos,
         configured,
         *_differences(state, config),
-        has_probe_head,
+        probe_head,
     )
     return plain, refused
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from maehub.autoencoder import Target
 from maehub.catalog import ModelInfo
 from maehub.encoder import PRESETS
-from maehub.identification import Network, Role
-from maehub.plain_vit import Plain
+from maehub.identifying.identification import Network, Role
+from maehub.identifying.plain_vit import Plain
 
 
 def next_lines(
@@ -33,8 +33,6 @@ def next_lines(
     if network is None:
         return ()
     first = (f"maehub.load{'_autoencoder' if role == 'autoencoder' else ''}({info.name!r})",) if info else ()
-    if plain.probe_head:
-        return (*first, "maehub does not load the BatchNorm of its head; take the encoder's tensors alone")
     said = _said(plain, network, role, target)
     lines: list[str] = []
     if not plain.configured and not _is_square(network):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from maehub.autoencoder import Target
 from maehub.errors import EXIT_DONE, IntegrityError
-from maehub.judging import Judgement
+from maehub.identifying.judging import Judgement
 
 Role = Literal["encoder", "autoencoder", "classifier"]
 
@@ -50,7 +50,7 @@ class Identification:
     bytes: int
     sha256: str
     family: str
-    """``"vit"`` for what maehub computes, a name of `maehub.families` for others, ``"unknown"``."""
+    """``"vit"`` for what maehub computes, a name of `maehub.identifying.families` for others, ``"unknown"``."""
     title: str
     loadable: bool
     """Whether maehub reads it, at once or after `maehub.convert`."""
@@ -151,7 +151,7 @@ def _head_words(network: Network) -> str:
         return "" if network.pool == "cls" else "none; tokens are averaged, then fc_norm: it was or is to be fine-tuned"
     kind = {
         "fine-tuned": "fine-tuned",
-        "linear probe": "a published linear probe: BatchNorm, then a linear layer",
+        "linear probe": "a linear probe: BatchNorm and a linear layer, which together are one",
         "head": "a linear probe, or fine-tuned in part: its positions are those of pre-training",
         "none": "",
     }[network.tuning]

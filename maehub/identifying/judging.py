@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import maehub
 from maehub.autoencoder import MaskedAutoencoder, Target
 from maehub.masking import covering_masks
 from maehub.opening import open_image
@@ -18,6 +19,8 @@ from maehub.patches import normalise_patches, patchify
 
 PHOTOS = ("cat.jpg", "coffee.jpg")
 """The embedded photos that are looked at."""
+
+_ASSETS = Path(maehub.__file__).parent / "assets"
 
 # Margins between what was measured on trained and on random networks; the figures are in docs/identifying.md.
 _LEAST_EXPLAINED = 0.1
@@ -70,7 +73,7 @@ def judge(autoencoder: MaskedAutoencoder) -> Judgement:
     config = autoencoder.config.encoder
     predicted, true = [], []
     for name in PHOTOS:
-        image = autoencoder.preprocess(open_image(Path(__file__).parent / "assets" / name, channels=config.channels))
+        image = autoencoder.preprocess(open_image(_ASSETS / name, channels=config.channels))
         patches = patchify(image[None], config.patch_size)[0]  # (N, P·P·C)
         for masked in covering_masks(0, len(patches)):
             prediction = autoencoder(image[None].to(_dtype(autoencoder)), masked[None]).prediction[0]
