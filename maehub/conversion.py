@@ -36,6 +36,7 @@ from maehub.foreign_folders import PICKLE, ForeignForm, check_foreign_form, is_e
 from maehub.foreign_keys import LIGHTLY_MASK_TOKEN
 from maehub.images import Preprocess
 from maehub.keys import OfficialNames, official_names, to_official
+from maehub.packing import packed_block
 from maehub.patches import patchify
 from maehub.pickles import is_pickle, pickles_in, read_pickle
 from maehub.shapes import infer_config
@@ -185,6 +186,10 @@ def _read(path: Path, heads: int | None, decoder_heads: int | None, target: Targ
         log.info("%s: left out %s", file, ", ".join(dropped))
     origin = _origin(file, file.name if file == path else path.name)
     files = {file.name: origin.sha256}
+    block = None if is_pickle(file) else packed_block(read_header(file).metadata, str(file))
+    if block:
+        known_origin = block.origin or origin
+        return _Source(official.state, block.config, block.preprocess, known_origin, str(file), names, beside, files)
     if config is None:
         network = infer_config(official.state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(file))
         return _Source(official.state, network, None, origin, str(file), names, beside, files)

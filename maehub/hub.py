@@ -1,6 +1,5 @@
 """Load a model by name: from the catalog, the Hub, a folder or a file, to an encoder or an autoencoder."""
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from maehub.fetching import PathLike
 from maehub.files import atomic_write, write_error
 from maehub.keys import to_official
 from maehub.locating import Located, locate
+from maehub.packing import packed_block
 from maehub.patches import Size
 from maehub.pickles import read_pickle
 from maehub.positions import ResizeRule
@@ -25,9 +25,6 @@ from maehub.verification import cache_folder, known_finite, mark_finite
 from maehub.weights import open_autoencoder, open_encoder
 
 log = logging.getLogger("maehub")
-
-PACKED = "maehub_config"
-"""Where a file that is a whole model, such as the embedded one, holds what a folder has in ``config.json``."""
 
 
 def load(
@@ -216,9 +213,8 @@ def _find(
         if info.note:
             log.info("%s: %s", info.name, info.note)
     if found.config is None and path.suffix == ".safetensors" and path.is_file():
-        metadata = read_header(path).metadata
-        if PACKED in metadata:
-            block = layouts.read_block(json.loads(metadata[PACKED]), str(path))
+        block = packed_block(read_header(path).metadata, str(path))
+        if block:
             found = replace(found, block=block, origin=origin or block.origin)
     return found
 
@@ -257,12 +253,3 @@ def _converted(pickle: Path, sha256: str, cache: Path, afresh: bool) -> Path:
             temporary.unlink()  # it is written as a new file
             write_tensors(temporary, state, {"format": "pt", "source_sha256": sha256})
     return path
-
-
-def pack(model: MaskedAutoencoder, path: Path, dtype: torch.dtype) -> None:
-    """Write a model with its configuration into one safetensors file, as the embedded one is."""
-    block = layouts.our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
-    state = to_official(model.state_dict()).state
-    with atomic_write(path) as temporary:
-        temporary.unlink()  # it is written as a new file
-        write_tensors(temporary, state, {"format": "pt", PACKED: json.dumps(block, sort_keys=True)}, dtype)

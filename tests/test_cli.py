@@ -154,7 +154,6 @@ def test_download_and_verify(run, tmp_path):
 
 
 def test_convert(run, tmp_path):
-    """The embedded file alone says neither its heads nor its target."""
     model = maehub.load_autoencoder("vit-nano")
     maehub.save(model, tmp_path / "nano")
     code, out, _ = run("convert", "nano", "-o", "official", "--to", "official", "--json")
@@ -167,6 +166,11 @@ def test_convert(run, tmp_path):
     assert run("convert", "nano", "-o", "official")[0] == 2
     assert run("convert", "nano", "-o", "official", "--overwrite", "--to", "timm")[0] == 0
     assert maehub.load(tmp_path / "official").config.depth == 5
+    assert run("convert", ASSETS / "vit-nano.safetensors", "-o", "unpacked")[0] == 0  # what its header says is known
+    again = maehub.load_autoencoder(tmp_path / "unpacked")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert again.config == model.config
+    assert again.preprocess == model.preprocess
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".npz", ".parquet", ".csv"])

@@ -22,9 +22,9 @@ from maehub import hub as hub_module
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.hub import pack
 from maehub.keys import from_official
 from maehub.locating import locate
+from maehub.packing import pack
 from maehub.tensorfile import read_header, write_tensors
 
 ASSETS = Path(maehub.__file__).parent / "assets"
@@ -140,7 +140,7 @@ def test_names_that_are_none(hub):
         with pytest.raises(UsageError, match=r"no model is called .*\n`maehub list`"):
             maehub.load(name)
     with pytest.raises(UsageError, match="cannot be loaded"):
-        maehub.load("vit-h-448-in1k-mmpretrain")
+        maehub.load("retfound-cfp")
     assert not hub.log
 
 

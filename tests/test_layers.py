@@ -18,6 +18,7 @@ LAYERS = [
         "building",
         "shapes",
         "weights",
+        "packing",
         "catalog",
         "room",
         "caching",

@@ -4,24 +4,31 @@ scripts/test-olah installs it in an environment of its own and runs this file.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
 from hub_writes import Token
+from safetensors.torch import load_file, save_file
 
+import maehub
 from maehub.catalog import model_info
 from maehub.errors import HubError, IntegrityError
 from maehub.fetching import fetch, fetch_repo, verify
+from maehub.publishing import readback
 from maehub.publishing.committing import LocalFile, look, verify_remote
 from maehub.publishing.committing import commit as publish
+from maehub.publishing.pushing import push
 
 OLAH = os.environ.get("MAEHUB_OLAH") or shutil.which("olah-cli")
 pytestmark = pytest.mark.skipif(not OLAH, reason="olah-cli is not installed; scripts/test-olah installs and runs it")
@@ -177,3 +184,43 @@ def test_what_was_pushed_is_read_back(olah, client, tmp_path, monkeypatch):
     wrong = files | {"config.json": files["config.json"]._replace(sha256="0" * 64)}
     with pytest.raises(IntegrityError, match=r"config\.json"):
         verify_remote("user/name", at_olah, wrong, token="hf_" + "reads" * 6, endpoint=address)
+
+
+def test_a_pushed_model_loads_through_olah(olah, client, tmp_path, monkeypatch):
+    """All of `maehub.push`, its repository as olah serves it, and each library over the network that it makes."""
+    from huggingface_hub import close_session, constants
+
+    address, mirrors, _, _ = olah
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    nano = maehub.load_autoencoder("vit-nano")
+    with HubServer() as hub:
+        hub.tokens["hf_" + "writes" * 5] = Token()
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        done = push(nano, "user/nano", licence="apache-2.0", token="hf_" + "writes" * 5, progress=False)
+        held = {name: one.read() for name, one in hub.repos["user/nano"].commits[done.committed.commit].items()}
+    close_session()
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    repo = mirrors / "user" / "nano"
+    repo.mkdir(parents=True)
+    git(repo, "init", "-q")
+    commit(repo, held)
+
+    pictures = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    seeds = (1, 2)
+    with torch.inference_mode():
+        expected = nano(pictures, seeds=seeds)
+        feature = nano.encoder(pictures)
+        assert torch.allclose(maehub.load("user/nano")(pictures), feature, atol=1e-5)
+        found = maehub.load_autoencoder("user/nano")(pictures, seeds=seeds)
+        assert torch.allclose(found.prediction, expected.prediction, atol=1e-5)
+
+    noise = expected.masked.float() + torch.arange(144) / 288
+    save_file({"images": pictures, "noise": noise}, tmp_path / "inputs.safetensors")
+    for library, name, wanted in (("timm", "forward", feature), ("transformers", "prediction", expected.prediction)):
+        job = {"library": library, "repo": "user/nano", "inputs": str(tmp_path / "inputs.safetensors")}
+        job |= {"outputs": str(tmp_path / f"{library}.safetensors")}
+        (tmp_path / "job.json").write_text(json.dumps(job))
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / library), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-P", readback.__file__, str(tmp_path / "job.json")]
+        subprocess.run(command, check=True, env=os.environ | environment, timeout=300)
+        assert torch.allclose(load_file(job["outputs"])[name], wanted, atol=1e-5)

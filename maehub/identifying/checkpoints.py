@@ -115,7 +115,8 @@ def _only_one(folder: Path) -> Path:
         return found[0]
     if found:
         raise UsageError(f"{folder} has {len(found)} files of weights: {_some(found)}; name one of them")
-    raise UsageError(f"{folder} has no file of weights ({', '.join(ENDINGS)}) but {_some(folder.iterdir())}")
+    others = _some(folder.iterdir()) or "nothing"
+    raise UsageError(f"{folder} has no file of weights ({', '.join(ENDINGS)}) but {others}")
 
 
 def _check_start(file: Path, start: bytes) -> None:

@@ -5,7 +5,6 @@ published networks of the same shape or by a configuration, and the grid by the 
 sine-cosine one of MAE.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maehub import layouts
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.catalog import architecture_heads
 from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import IntegrityError, MaehubError, UsageError
-from maehub.hub import PACKED
 from maehub.identifying.checkpoints import Checkpoint
 from maehub.images import Preprocess
 from maehub.keys import Dialect, official_names, to_official
+from maehub.packing import packed_block
 from maehub.patches import Size
 from maehub.positions import sincos_table
 from maehub.shapes import infer_config
@@ -127,15 +125,14 @@ def _configured(
 ) -> tuple[Config | None, Preprocess | None, str]:
     """What a configuration in the file or beside it says; None and why not where it says nothing that is read."""
     try:
-        if PACKED in checkpoint.metadata:
-            block = layouts.read_block(json.loads(checkpoint.metadata[PACKED]), str(checkpoint.file))
+        if block := packed_block(checkpoint.metadata, str(checkpoint.file)):
             return block.config, block.preprocess, ""
         if checkpoint.config:
             said = read_config(
                 checkpoint.config, checkpoint.file, heads=heads, decoder_heads=decoder_heads, state=dict(state)
             )
             return said.config, said.preprocess, ""
-    except (MaehubError, ValueError, RecursionError) as error:
+    except (MaehubError, ValueError) as error:
         return None, None, str(error).split("\n")[0]
     return None, None, ""
 

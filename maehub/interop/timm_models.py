@@ -1,7 +1,6 @@
 """An encoder as timm's VisionTransformer, and back."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -233,7 +232,5 @@ def _preprocess(settings: Mapping[str, Any], size: tuple[int, int], channels: in
             f"{name}: timm's transform (interpolation={interpolation!r}, crop_mode={mode!r}, crop_pct={share:g}) is "
             "none that maehub has; say preprocess="
         )
-    short = min(size)
-    cover = max(short, math.floor(short / share))  # timm rounds down
-    fraction = share if round(short / share) == cover else short / cover
+    fraction = layouts.crop_fraction(share, min(size))
     return Preprocess(size, patch, _RESIZES[mode], fraction, interpolation, tuple(mean), tuple(std))  # type: ignore[arg-type]

@@ -145,7 +145,8 @@ def _read_back(folder: Path, library: str, inputs: dict[str, Tensor]) -> dict[st
         if done.returncode:
             said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it was killed")
             raise IntegrityError(
-                f"{library} {version(library)} does not read this repository: {said:.300}; nothing was sent"
+                f"{library} {version(library)} does not read this repository: {said:.300}; nothing was sent\n"
+                f"if that is of {library} itself, install another version of it, or push where it is not installed"
             )
         return {name: tensor.clone() for name, tensor in read_tensors(place / "outputs.safetensors").tensors.items()}
 

@@ -219,7 +219,14 @@ def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | M
     if isinstance(source, Encoder | MaskedAutoencoder):
         return copy.deepcopy(source).cpu().float().eval(), None
     folder = Path(source)
+    if not folder.is_dir():
+        raise UsageError(
+            f"there is no folder {source}: push takes a run folder or a model folder, or in Python a model; "
+            "`maehub convert FILE -o FOLDER` makes a model folder of a file of weights"
+        )
     home = find_model_folder(folder)
+    if not (home / "config.json").is_file():
+        raise UsageError(f"{home} has no config.json, so it is no run folder and no model folder; nothing was sent")
     values = read_json(home / "config.json")
     if "maehub" not in values:
         raise UsageError(

@@ -16,6 +16,7 @@ from maehub.encoder import PRESETS, Encoder
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import load, usable_device
 from maehub.images import Preprocess
+from maehub.layouts import crop_fraction
 from maehub.patches import Size, as_size, grid_size
 from maehub.pickles import read_pickle
 from maehub.tensorfile import read_tensors
@@ -234,7 +235,6 @@ def _timm_preprocess(name: str, network: Any, image_size: int | Size | None) -> 
         mode == "center" or (mode == "squash" and share == 1)
     ):
         raise UsageError(f"{name}: timm's transform {data} is not one that maehub has; no other would be right")
-    short = min(size)
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
     if patch is not None:
         patch = as_size(patch)[0]
@@ -243,7 +243,7 @@ def _timm_preprocess(name: str, network: Any, image_size: int | Size | None) -> 
         size,
         patch or _patch(size),
         "centre-crop" if mode == "center" else "squash",
-        short / max(short, math.floor(short / share)),  # timm rounds the covered size down
+        crop_fraction(share, min(size)),
         data["interpolation"],
         data["mean"],
         data["std"],

@@ -1,0 +1,45 @@
+"""A whole model in one safetensors file, its configuration in the header, as the embedded one is."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from maehub import layouts
+from maehub.autoencoder import MaskedAutoencoder
+from maehub.errors import IntegrityError
+from maehub.files import atomic_write
+from maehub.keys import to_official
+from maehub.tensorfile import write_tensors
+
+_KEY = "maehub_config"
+
+
+def pack(model: MaskedAutoencoder, path: Path, dtype: torch.dtype) -> None:
+    """Write a model with its configuration into one file; a file that is there is replaced."""
+    block = layouts.our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
+    state = to_official(model.state_dict()).state
+    with atomic_write(path) as temporary:
+        temporary.unlink()  # it is written as a new file
+        write_tensors(temporary, state, {"format": "pt", _KEY: json.dumps(block, sort_keys=True)}, dtype)
+
+
+def packed_block(metadata: Mapping[str, str], where: str) -> layouts.Block | None:
+    """The configuration in a file's header; None where the file is no packed model.
+
+    Args:
+        metadata: of the header.
+        where: the file, for messages.
+
+    Raises:
+        IntegrityError: it is broken.
+        UsageError: a newer maehub wrote it.
+    """
+    if _KEY not in metadata:
+        return None
+    try:
+        values = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{where}: the configuration in its header is no JSON") from error
+    return layouts.read_block(values, where)
