@@ -66,6 +66,7 @@ TORCH_FREE = {
     "verification",
     "locating",
     "publishing/remote",
+    "publishing/conditions",
     "publishing/committing",
     "commands",
     "reconstruct_command",

@@ -17,7 +17,7 @@ import maehub
 from maehub import cli
 from maehub.encoder import Origin
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
-from maehub.publishing import repository
+from maehub.publishing import pushing, repository
 from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import find_leaks
 from maehub.publishing.licences import settle_licence
@@ -276,6 +276,22 @@ def test_row_77_foreign_files_stay_and_the_plan_says_so(hub, unread):
     assert "nothing was sent" in again.describe()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"parent": "abcdef0"}, HubError, "remote changed: abcdef0"),
+        ({"private": True}, UsageError, "is public, and private was asked for"),
+        ({"pull_request": True, "revision": "v2"}, UsageError, "goes to the main branch"),
+    ],
+)
+def test_what_cannot_be_done_there_is_refused_before_anything_is_built(options, kind, words, dry_run, hub, monkeypatch):
+    hub.add_repo(REPO, {"README.md": "# theirs"})
+    monkeypatch.setattr(pushing, "build_repository", lambda *_: pytest.fail("built"))
+    assert words in fails(kind, tiny(), REPO, licence="mit", dry_run=dry_run, **options)
+    assert not sent_anything(hub)
+
+
 def test_row_77_a_no_sends_nothing(hub, unread):
     done = push(tiny(), REPO, licence="mit", progress=False, confirm=lambda plan: False)
     assert done.committed is None
@@ -405,7 +421,8 @@ def test_the_command_line_asks_first(hub, unread, tmp_path, capsys, monkeypatch)
     [
         (["model", "no-owner", "--yes"], "names no owner"),
         (["model", "a/b/c", "--yes"], "cannot be a repository"),
-        (["missing", REPO, "--yes"], "no folder"),
+        (["missing", REPO, "--yes"], "push takes a run folder or a model folder"),
+        (["model/timm", REPO, "--yes"], "has no config.json"),
         (["model", REPO, "--yes", "--licence", "mit", "--about", "missing.md"], "missing.md cannot be read"),
         (["model", REPO, "--yes", "--dry-run"], "one of the two"),
     ],

@@ -3,5 +3,5 @@
 provenance  licences          what is known of the model, and what may be done with it
 repository  published_card  plots    the folder that is published
 gate  readback  leaks         what it must pass
-remote  committing            the Hub: what is there, one commit, what arrived
+remote  conditions  committing    the Hub: what is there, one commit, what arrived
 """

@@ -12,7 +12,6 @@ anything is sent again.
 import contextlib
 import hashlib
 import logging
-import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.publishing.conditions import check_conditions, moved
 from maehub.publishing.remote import (
     UNTOUCHED,
     Hub,
@@ -89,8 +89,7 @@ def commit(
         CheckpointError: a file here cannot be read. Nothing was published.
     """
     hub = Hub(repo_id, token, endpoint)
-    _check_asked(hub, remote, revision, private, pull_request)
-    _check_parent(hub, remote, parent)
+    check_conditions(hub, remote, revision=revision, parent=parent, private=private, pull_request=pull_request)
     fresh = {name: file for name, file in files.items() if not same(file, remote.files.get(name))}
     known = tuple(name for name in files if name not in fresh)
     operations = [_operation(name, file) for name, file in fresh.items()]
@@ -111,34 +110,6 @@ def commit(
         else:
             made, request = _send(hub, operations, fresh, remote, message), None
     return Committed(repo_id, made, _page(hub, made), request, tuple(fresh), known)
-
-
-def _check_asked(hub: Hub, remote: Remote, revision: str, private: bool | None, pull_request: bool) -> None:
-    """Refuse what cannot be done, before anything is."""
-    if (remote.repo_id, remote.revision) != (hub.repo_id, revision):
-        raise UsageError(f"{remote.repo_id}, {remote.revision} was looked at, not {hub.repo_id}, {revision}")
-    if pull_request and not remote.exists:
-        raise UsageError(f"there is no repository {hub.repo_id} on {hub.host} that a pull request could be made to")
-    if pull_request and revision != "main":
-        raise UsageError(f"a pull request goes to the main branch, not to {revision!r}: leave one of the two out")
-    if remote.exists and private is not None and remote.private is not private:
-        now, asked = ("private", "public") if remote.private else ("public", "private")
-        raise UsageError(
-            f"{hub.repo_id} on {hub.host} is {now}, and {asked} was asked for; {UNTOUCHED}\n"
-            f"publish it as it is, change it at {hub.endpoint}/{hub.repo_id}/settings, or take another name"
-        )
-
-
-def _check_parent(hub: Hub, remote: Remote, parent: str | None) -> None:
-    """Refuse if the head is not the one that the caller expects."""
-    if parent is None:
-        return
-    if not re.fullmatch(r"[0-9a-f]{6,40}", parent):
-        raise UsageError(f"{parent[:60]!r} is no commit: give at least 6 of its hexadecimal digits")
-    if not remote.exists:
-        raise UsageError(f"there is no repository {hub.repo_id} on {hub.host}, so {parent[:12]} cannot be its head")
-    if not remote.commit.startswith(parent):
-        raise _moved(hub, remote.revision, parent, remote.commit)
 
 
 def _create(hub: Hub, revision: str, private: bool | None) -> Remote:
@@ -269,7 +240,7 @@ def _arrived(hub: Hub, files: Mapping[str, LocalFile], remote: Remote, error: Ex
         return ""
     if all(same(file, now.files.get(name)) for name, file in files.items()):
         return now.commit
-    raise _moved(hub, remote.revision, remote.commit, now.commit) from error
+    raise moved(hub, remote.revision, remote.commit, now.commit) from error
 
 
 def _propose(
@@ -327,19 +298,10 @@ def _refused(hub: Hub, error: Exception, remote: Remote) -> HubError:
         except HubError as unknown:
             logger.debug("no head of %s: %s", hub.repo_id, unknown)
             now = ""
-        return _moved(hub, remote.revision, remote.commit, now)
+        return moved(hub, remote.revision, remote.commit, now)
     if "metadata in README" in str(error):
         return HubError(f"{hub.host} refuses the head of the card: {scrub(error)}\n{UNTOUCHED}")
     return hub.trouble(error, f"the commit to {hub.repo_id}", UNTOUCHED)
-
-
-def _moved(hub: Hub, revision: str, before: str, now: str) -> HubError:
-    """The error to raise where the head is not the one that was looked at."""
-    return HubError(
-        f"remote changed: {before[:12]} -> {now[:12] or 'unknown'}, the head of {hub.repo_id} on {hub.host}\n"
-        f"{UNTOUCHED} and nothing there was overwritten\n"
-        f"look at it, {hub.endpoint}/{hub.repo_id}/commits/{revision}, then re-run with --parent {now or 'its head'}"
-    )
 
 
 def _changed(name: str) -> IntegrityError:

@@ -24,10 +24,11 @@ from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.files import free_space_guard
 from maehub.folders import read_json
 from maehub.publishing.committing import Committed, commit
+from maehub.publishing.conditions import check_conditions
 from maehub.publishing.leaks import find_leaks, refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, read_run
-from maehub.publishing.remote import LocalFile, Remote, check_name, look, same, verify_remote
+from maehub.publishing.remote import Hub, LocalFile, Remote, check_name, look, same, verify_remote
 from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
 from maehub.verification import digest
 from maehub.weights import find_model_folder, open_autoencoder, open_encoder
@@ -173,6 +174,15 @@ def push(
     words = Words(about, dataset, tuple(Path(path) for path in with_pictures))
     asked: dict[str, Any] = {"revision": revision, "pull_request": pull_request, "token": token}
     remote = _looked(repo_id, dry_run, asked)
+    if isinstance(remote, Remote):
+        check_conditions(
+            Hub(repo_id, token, None),
+            remote,
+            revision=revision,
+            parent=parent,
+            private=private,
+            pull_request=pull_request,
+        )
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
     with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
         place = Path(name)
