@@ -166,7 +166,7 @@ class ErrorMap:
     def row(self, largest: float) -> list[np.ndarray]:
         """The pictures of the figure, from left to right; ``largest`` is the error of the palest colour."""
         colours = heat(self.error / (largest or 1.0))
-        return [self.original, self.reconstruction, over_patches(colours, self.original.shape[:2])]
+        return [self.original, self.reconstruction, over_patches(colours, picture_size(self.original))]
 
     def save(self, path: str | Path) -> None:
         """Write the figure in the format of the path's ending.
@@ -307,10 +307,10 @@ def error_map(
         squared = patch_errors(autoencoder, preprocess, images, prediction, picture)
         hidden = masked[0].reshape(grid).numpy()
         error += squared.reshape(grid).cpu().numpy() * hidden
-        colours += picture * over_patches(hidden[:, :, None], pixels.shape[:2])
+        colours += picture * over_patches(hidden[:, :, None], picture_size(pixels))
     times = masks.sum(dim=0).reshape(grid).numpy()  # at least 1
     error /= times
-    colours /= over_patches(times[:, :, None], pixels.shape[:2])
+    colours /= over_patches(times[:, :, None], picture_size(pixels))
     return ErrorMap(
         original=pixels,
         reconstruction=colours.round().astype(np.uint8),

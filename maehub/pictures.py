@@ -56,7 +56,9 @@ def open_picture(image: ImageSource, preprocess: Preprocess) -> Image.Image | np
 
 def picture_size(picture: Image.Image | np.ndarray) -> Size:
     """(height, width), pixels."""
-    return (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    return picture.shape[0], picture.shape[1]
 
 
 def given_mask(mask: MaskSource, picture: Size, preprocess: Preprocess, pixels: Size, grid: Size) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 from maehub.errors import UsageError
 from maehub.train import FinetuneConfig
 from maehub.train.finetune_recipes import Facts, describe, settle
+from maehub.train.optim import peak_rate
 
 B, L, H = (768, 12), (1024, 24), (1280, 32)
 IMAGENET = 1_281_167
@@ -58,6 +59,16 @@ def test_the_papers_table_10_linear_probing(network, epochs):
     assert found.base_lr * found.batch_size / 256 == pytest.approx(6.4)
     assert (found.pool, found.randaugment, found.mixup, found.smoothing) == ("cls", "none", 0, 0)
     assert found.epochs == pytest.approx(epochs, rel=1e-2)
+
+
+@pytest.mark.parametrize(("images", "changes"), [(100, {}), (5000, {}), (5000, {"batch_size": 32})])
+def test_the_linear_probe_of_little_data_has_the_published_peak_rate(images, changes):
+    """LARS steps by a share of the weights' size, so a rate that shrinks with the batch would lead nowhere."""
+    found = settled(images=images, classes=10, recipe="linear", **changes)
+    assert found.batch_size <= 256
+    assert peak_rate(found.base_lr, found.batch_size) == pytest.approx(6.4)
+    assert settled(images=images, classes=10, recipe="linear", base_lr=0.2, **changes).base_lr == 0.2
+    assert settled(images=images, classes=10, recipe="attentive").base_lr == 5e-4
 
 
 def test_large_pictures_take_the_recipe_for_448():

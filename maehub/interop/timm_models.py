@@ -94,9 +94,11 @@ def from_timm(
     if reason := _why_not(model):
         raise UsageError(f"{name}: an Encoder would not compute the same, since {reason}")
     state = exact_state(model)
-    first: Any = next(iter(model.blocks), None)
+    network: Any = model  # older torch does not say that its parts are modules
+    first = next(iter(network.blocks), None)
     heads = first.attn.num_heads if first else 1
-    size = (int(model.patch_embed.img_size[0]), int(model.patch_embed.img_size[1]))
+    height, width = network.patch_embed.img_size
+    size = (int(height), int(width))
     config = infer_config(state, heads=heads, image_size=size, where=name)
     assert isinstance(config, EncoderConfig)  # a VisionTransformer has no decoder
     settings: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}

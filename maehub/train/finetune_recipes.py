@@ -71,15 +71,16 @@ def settle(config: FinetuneConfig, facts: Facts) -> Settings:
     """The recipe for a network and a data set, changed where the configuration says so.
 
     With fewer than `SMALL` pictures: batches of at most an eighth of them, at least 1,000 steps, a warm-up of a
-    twentieth, no mixup and cutmix with fewer than 20 pictures a class, and a layer decay that gives the first block the
-    factor of ViT-B's, 0.65 to the twelfth. Multi-label targets are neither mixed nor smoothed, unless it is asked for.
+    twentieth, no mixup and cutmix with fewer than 20 pictures a class, a layer decay that gives the first block the
+    factor of ViT-B's, 0.65 to the twelfth, and of LARS the published peak rate. Multi-label targets are neither mixed
+    nor smoothed, unless it is asked for.
     """
     name = config.recipe if config.recipe != "auto" else _chosen(facts)
     if name == "scratch" and facts.trained:
         raise UsageError(
             f"--recipe scratch is for fresh weights and {config.model} has its own: use -m untrained/{config.model}"
         )
-    found = _published(name, facts)
+    found = published = _published(name, facts)
     small = facts.images < SMALL
     if small:
         found = _fitted(found, facts)
@@ -91,6 +92,10 @@ def settle(config: FinetuneConfig, facts: Facts) -> Settings:
         if (value := getattr(config, field, None)) is not None and field not in ("recipe", "steps", "warmup")
     }
     found = replace(found, **asked)
+    if small and found.optimizer == "lars" and config.base_lr is None:
+        # Its steps are a share of the weights' own size at any batch: scaled down with it they would lead nowhere.
+        peak = peak_rate(published.base_lr, published.batch_size)
+        found = replace(found, base_lr=peak / peak_rate(1.0, found.batch_size))
     if facts.multi_label and found.smoothing:
         raise UsageError("--smoothing is for pictures of one class each, and these may have several")
     each = facts.images / found.batch_size

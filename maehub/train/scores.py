@@ -304,18 +304,19 @@ def _one_label(scores: Scores, logits: np.ndarray, labels: np.ndarray, classes: 
 def _several_labels(scores: Scores, logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Scores:
     """The scores with what only exists where a picture may have several classes."""
     predicted = logits >= 0  # a probability of one half
-    rows, f1 = [], []
+    rows, f1, precisions = [], [], []
     for number, name in enumerate(classes):
         truth, guess = labels[:, number], predicted[:, number]
         shown, said, right = int(truth.sum()), int(guess.sum()), int((truth & guess).sum())
         precise = 100 * average_precision(logits[:, number], truth) if shown else None
+        precisions += [precise] if precise is not None else []
         rows.append(ClassScore(name, shown, said, _share(right, shown), _share(right, said), precise))
         if shown:
             f1.append(200 * right / (shown + said))
     return replace(
         scores,
         per_class=tuple(rows),
-        mean_average_precision=float(np.mean([row.average_precision for row in rows if row.n])),
+        mean_average_precision=float(np.mean(precisions)),
         macro_f1=float(np.mean(f1)),
     )
 
