@@ -75,8 +75,9 @@ class Verify:
 class Convert:
     """Convert weights between the forms of other libraries, pickles included."""
 
-    source: Positional[Path]
-    """A file or a folder with the names of the official code, timm, transformers, lightly or mmpretrain."""
+    source: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A file or folder with the names of the official code, timm, transformers, lightly or mmpretrain, a name that
+    `maehub list` shows, or a Hub id."""
     out: Out
     """Folder to write."""
     to: Annotated[

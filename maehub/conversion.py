@@ -5,6 +5,7 @@ renamed and left out stands in the certificate beside the weights.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from maehub import __version__
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.building import build_autoencoder, build_encoder
-from maehub.catalog import published_as
+from maehub.catalog import is_model, model_info, published_as
 from maehub.certificate import (
     CERTIFICATE,
     Certificate,
@@ -34,8 +35,10 @@ from maehub.files import sha256_file
 from maehub.folders import check_free, whole_folder
 from maehub.foreign_folders import PICKLE, ForeignForm, check_foreign_form, is_exported, is_foreign_form, write_foreign
 from maehub.foreign_keys import LIGHTLY_MASK_TOKEN
+from maehub.hub import load, load_autoencoder
 from maehub.images import Preprocess
 from maehub.keys import OfficialNames, official_names, to_official
+from maehub.locating import locate
 from maehub.packing import packed_block
 from maehub.patches import patchify
 from maehub.pickles import is_pickle, pickles_in, read_pickle
@@ -121,7 +124,9 @@ def convert(
 
     Args:
         source: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file with the names of the official code,
-            timm, transformers, lightly or mmpretrain, or a folder with one and perhaps its ``config.json``.
+            timm, transformers, lightly or mmpretrain; a folder with one and perhaps its ``config.json``; a name of the
+            catalog, ``vit-b`` being the encoder and ``vit-b-pixel`` the autoencoder; or a Hub id
+            ``user/repo[@revision]``. A `Path` is never a name.
         folder: what is written; must not exist or be empty, unless ``overwrite``.
         to: ``"maehub"``: a model folder for all three libraries. ``"official"``: the official names. ``"timm"``: the
             encoder for timm. ``"transformers"``: for ViTMAEForPreTraining, ViTModel or ViTForImageClassification.
@@ -136,10 +141,11 @@ def convert(
         The folder, the largest difference, and the certificate that also lies in the folder.
 
     Raises:
-        UsageError: there is no such file, the folder is in use, something must be said (``heads`` …), or the form
-            cannot hold this network.
+        UsageError: there is no such file or name, the folder is in use, something must be said (``heads`` …), or the
+            form cannot hold this network.
         IntegrityError: the file is broken, hostile, or no masked autoencoder, or what was written computes something
             else; nothing is kept.
+        HubError: a named model cannot be downloaded.
         CheckpointError: the disk is full or cannot be written.
     """
     if to not in FORMS:
@@ -147,7 +153,7 @@ def convert(
     check_free(folder, overwrite, _MEMBERS)
     if is_exported(to):
         check_exportable(to)
-    read = _read(Path(source), heads, decoder_heads, target)
+    read = _read(source, heads, decoder_heads, target)
     if is_foreign_form(to):
         check_foreign_form(read.config, to)
     whole = isinstance(read.config, AutoencoderConfig) and to not in _ENCODER_FORMS
@@ -171,25 +177,64 @@ def convert(
     return Conversion(Path(folder), certificate.difference.relative, dropped, certificate)
 
 
-def _read(path: Path, heads: int | None, decoder_heads: int | None, target: Target | None) -> _Source:
-    """Tensors, configuration and origin of a file or folder."""
+def _read(source: str | Path, heads: int | None, decoder_heads: int | None, target: Target | None) -> _Source:
+    """Tensors, configuration and origin of a file, a folder, or what a name means."""
+    path = Path(source)
+    if isinstance(source, str) and not os.path.exists(path):
+        return _read_named(source, heads, decoder_heads, target)
     config, file = _find(path)
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
+    return _read_file(
+        file, config, _origin(file, file.name if file == path else path.name), heads, decoder_heads, target
+    )
+
+
+def _read_named(name: str, heads: int | None, decoder_heads: int | None, target: Target | None) -> _Source:
+    """A row of the catalog as it is loaded, or the weights of a repository on the Hub."""
+    if not is_model(name):
+        located = locate(name, "autoencoder")
+        fetched = located.fetched
+        assert fetched is not None  # what is no file here was fetched
+        origin = Origin(name, fetched.revision, fetched.sha256, fetched.licence)
+        return _read_file(located.path, fetched.config, origin, heads, decoder_heads, target)
+    is_whole = model_info(name).role == "autoencoder"
+    located = locate(name, "autoencoder" if is_whole else "encoder")
+    model: Encoder | MaskedAutoencoder
+    if is_whole:
+        model = load_autoencoder(located, heads=heads, decoder_heads=decoder_heads, target=target)
+    else:
+        model = load(located, heads=heads)
+    origin = (model if isinstance(model, Encoder) else model.encoder).origin or Origin(name)
+    state = to_official(model.state_dict()).state
+    read = {located.path.name: origin.sha256}
+    return _Source(state, model.config, model.preprocess, origin, name, official_names(state), (), read)
+
+
+def _read_file(
+    file: Path,
+    config: Path | None,
+    origin: Origin,
+    heads: int | None,
+    decoder_heads: int | None,
+    target: Target | None,
+) -> _Source:
+    """One file of tensors, and the configuration that belongs to it."""
+    block = None
     if is_pickle(file):
         tensors, beside = read_pickle(file)
     else:
         tensors, beside = read_tensors(file).tensors, ()
+        block = packed_block(read_header(file).metadata, str(file))
     official = to_official(tensors)
     names = official_names(tensors)
     if dropped := (*beside, *names.dropped):
         log.info("%s: left out %s", file, ", ".join(dropped))
-    origin = _origin(file, file.name if file == path else path.name)
     files = {file.name: origin.sha256}
-    block = None if is_pickle(file) else packed_block(read_header(file).metadata, str(file))
     if block:
-        known_origin = block.origin or origin
-        return _Source(official.state, block.config, block.preprocess, known_origin, str(file), names, beside, files)
+        return _Source(
+            official.state, block.config, block.preprocess, block.origin or origin, str(file), names, beside, files
+        )
     if config is None:
         network = infer_config(official.state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(file))
         return _Source(official.state, network, None, origin, str(file), names, beside, files)
@@ -220,8 +265,9 @@ def _find(path: Path) -> tuple[Path | None, Path]:
         pickles = pickles_in(folder)
         usual = [entry for entry in pickles if entry.name == "pytorch_model.bin"] or pickles
         if len(usual) != 1:
-            names = ", ".join(sorted(entry.name for entry in usual)) or "none"
-            raise UsageError(f"{folder} has no model.safetensors and not one pickle but {names}; name the file")
+            names = ", ".join(sorted(entry.name for entry in usual))
+            several = f"several pickles ({names}); name one of them" if usual else "no pickle (.pth, .pt, .bin, .ckpt)"
+            raise UsageError(f"{folder} has no model.safetensors, and {several}")
         weights = usual[0]
     return config if config.exists() else None, weights
 

@@ -285,6 +285,53 @@ def test_a_folder_is_read_with_its_configuration(autoencoder, tmp_path):
     assert found.source == "transformers-4"
 
 
+@pytest.mark.parametrize(("to", "whole"), [("maehub", True), ("lightly", True), ("timm", False)])
+def test_a_name_of_the_catalog(to, whole, tmp_path):
+    found = convert("vit-nano", tmp_path / "out", to=to)
+    info = catalog.model_info("vit-nano")
+    assert set(found.certificate.read) == {"vit-nano.safetensors"}
+    assert found.certificate.read["vit-nano.safetensors"].startswith(info.sources[0].sha256)
+    again = open_autoencoder(found.folder) if whole else open_encoder(found.folder)
+    nano = maehub.load_autoencoder("vit-nano")
+    assert same_weights(again, nano if whole else nano.encoder)
+    origin = again.encoder.origin if whole else again.origin
+    assert (origin.name, origin.licence) == ("vit-nano", info.licence)
+    assert again.preprocess == nano.preprocess
+
+
+def test_a_row_with_an_encoder_is_converted_as_one(hub, tmp_path, monkeypatch):
+    """The same word means what `maehub.load` gives, whatever is written."""
+    encoder = make_encoder(replace(PRESETS["vit-b"], image_size=32, width=64, depth=1, heads=4))
+    info = replace(catalog.model_info("vit-b"), width=64, depth=1, heads=4, native_size=(32, 32), image_size=(32, 32))
+    monkeypatch.setattr(catalog, "_find", lambda name: info if name == "vit-b" else None)
+    save(encoder, tmp_path / "timm")
+    source = info.sources[0]
+    hub.add_repo(source.repo, {source.filename: tmp_path / "timm" / "model.safetensors"}, source.revision or "main")
+    found = convert("vit-b", tmp_path / "out")
+    assert same_weights(open_encoder(found.folder), encoder)
+    assert open_encoder(found.folder).origin.licence == "CC-BY-NC-4.0"
+
+
+@pytest.mark.parametrize("to", ["official", "timm"])
+def test_a_repository_on_the_hub(to, hub, autoencoder, tmp_path):
+    save(autoencoder, tmp_path / "model")
+    contents = {name: tmp_path / "model" / name for name in files(tmp_path / "model")}
+    commit = hub.add_repo("user/repo", contents)
+    found = convert("user/repo", tmp_path / "out", to=to)
+    again = open_autoencoder(found.folder) if to == "official" else open_encoder(found.folder)
+    assert same_weights(again, autoencoder if to == "official" else autoencoder.encoder)
+    assert (again.encoder.origin if to == "official" else again.origin).revision == commit
+    assert set(found.certificate.read) == {"config.json", "model.safetensors"}
+    assert found.certificate.source == "transformers-4"
+
+
+@pytest.mark.parametrize("name", ["vit-nana", "no/such.pth", pathlib.Path("vit-nano")])
+def test_what_is_neither_there_nor_a_name(name, tmp_path):
+    with pytest.raises(UsageError, match=r"no model is called 'vit-nana'|there is no file"):
+        convert(name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_form_over_an_older_one_leaves_nothing_of_it(autoencoder, tmp_path):
     source = source_of("official pickle", autoencoder, tmp_path)
     convert(source, tmp_path / "out", to="mmpretrain", **SAID)
