@@ -127,7 +127,9 @@ def run_exported(folder: Path, form: ExportForm) -> Callable[[Tensor], dict[str,
     """The graph of a folder, as a function of images (B, C, H, W)."""
     path = folder / EXPORTED[form]
     if form == "torch-export":
-        module = torch.export.load(path).module()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # of torch before 2.11
+            module = torch.export.load(path).module()
 
         def run_torch(images: Tensor) -> dict[str, Tensor]:
             return dict(zip(("features", "tokens", "logits"), module(images), strict=False))

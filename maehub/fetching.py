@@ -310,6 +310,6 @@ def _weight_names(config: dict[str, Any], want: Want) -> list[str]:
     pretrained = config.get("pretrained_cfg")
     if want == "encoder" and isinstance(pretrained, dict):
         other = pretrained.get("hf_hub_filename")
-        if isinstance(other, str) and other.endswith(".safetensors"):
-            names.insert(0, other)
+        if isinstance(other, str) and other.endswith((".safetensors", ".bin")):
+            names.insert(0, f"{other.removesuffix('.bin').removesuffix('.safetensors')}.safetensors")
     return list(dict.fromkeys(names))

@@ -27,6 +27,10 @@ VERIFIED = {"timm": ["1.0.3", "1.0.31"], "transformers": ["4.57.6", "5.24.0"]}
 TIMM_ENCODER = "timm/model.safetensors"
 """Where an autoencoder's folder has its encoder for timm, with fused queries, keys and values."""
 
+_TOLD_TO_TIMM = "timm/model.bin"
+"""How ``config.json`` names that file: of a name that ends so, every timm takes the safetensors file beside it. A
+safetensors file that is named itself timm opens as a pickle before 1.0.29, which torch refuses before 2.14."""
+
 # (width, depth, heads, patch) to the timm architecture that is just this network
 _TIMM_ARCHITECTURES = {
     (192, 12, 3, 16): "vit_tiny_patch16_224",
@@ -172,8 +176,8 @@ def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | 
     }
     if config.channels == 3:  # otherwise older versions would adapt kernels that fit already
         pretrained["first_conv"] = "patch_embed.proj"
-    if filename != "model.safetensors":
-        pretrained["hf_hub_filename"] = filename
+    if filename == TIMM_ENCODER:
+        pretrained["hf_hub_filename"] = _TOLD_TO_TIMM
     if origin and origin.licence:
         pretrained["license"] = origin.licence
     names = {"label_names": list(config.class_names)} if config.class_names else {}

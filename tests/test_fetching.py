@@ -630,10 +630,10 @@ def test_row_18_a_config_that_is_none(hub, config):
 # -- any repository ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def both(hub):
-    """A repository with the autoencoder at its root and the encoder for timm below."""
-    config = {"pretrained_cfg": {"hf_hub_filename": "timm/model.safetensors", "license": "mit"}}
+@pytest.fixture(params=["timm/model.bin", "timm/model.safetensors"])
+def both(hub, request):
+    """A repository with the autoencoder at its root and the encoder for timm below; timm takes both names for it."""
+    config = {"pretrained_cfg": {"hf_hub_filename": request.param, "license": "mit"}}
     files = {
         "config.json": json.dumps(config),
         "model.safetensors": b"autoencoder",

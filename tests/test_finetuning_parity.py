@@ -10,7 +10,7 @@ import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import Lars, param_groups_layer_decay
+from timm.optim import Lars
 from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 
@@ -25,6 +25,11 @@ from maehub.train.finetuning import Objective, _optimizer
 from maehub.train.mixing import _ERASING, _MIXING, Mixing
 from maehub.train.optim import decayed_groups, learning_rate, set_rates
 from maehub.train.trainees import Trainee
+
+try:
+    from timm.optim import param_groups_layer_decay
+except ImportError:  # timm before 1.0.12
+    from timm.optim.optim_factory import param_groups_layer_decay
 
 NETWORK = EncoderConfig(32, 8, 3, 32, 3, 2)
 CPU = torch.device("cpu")
@@ -182,8 +187,10 @@ def test_ten_steps_are_those_of_timm():
             value.backward()
             stepping.step()
     for name, parameter in other.named_parameters():
-        difference = (dict(model.named_parameters())[name] - parameter).abs().max()
-        assert difference < 1e-4, name
+        difference = (dict(model.named_parameters())[name] - parameter).abs()
+        if name.endswith("qkv.bias"):  # softmax cancels the keys': Adam makes whole steps of their rounding
+            difference.view(3, -1)[1] = 0
+        assert difference.max() < 1e-4, name
 
 
 def test_stochastic_depth_has_timms_rates_and_none_in_eval_mode():

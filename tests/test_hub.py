@@ -289,14 +289,12 @@ def test_a_folder_of_ours_loads_in_three_libraries(hub, tmp_path, target):
         grey = (ours.preprocess(picture) - pixels[0]) * torch.tensor(ours.preprocess.std)[:, None, None] * 255
     assert grey.abs().max() <= 2
 
-    libraries = {"maehub/", "transformers/"}
-    if hasattr(timm.models._factory, "_MODEL_SOURCES"):  # an older timm takes a named safetensors file for a pickle
-        of_timm = timm.create_model("hf-hub:user/repo", pretrained=True).eval()
-        with torch.inference_mode():
-            tokens = of_timm.forward_features(pictures)
-            assert_equal_outputs(encoder.features(pictures, pool="cls"), tokens[:, 0])
-            assert_equal_outputs(encoder.features(pictures, pool="tokens"), tokens[:, 1:])
-        libraries.add("timm/")
+    of_timm = timm.create_model("hf-hub:user/repo", pretrained=True).eval()
+    with torch.inference_mode():
+        tokens = of_timm.forward_features(pictures)
+        assert_equal_outputs(encoder.features(pictures, pool="cls"), tokens[:, 0])
+        assert_equal_outputs(encoder.features(pictures, pool="tokens"), tokens[:, 1:])
+    libraries = {"maehub/", "transformers/", "timm/"}
     agents = " ".join(one.headers["user-agent"] for one in hub.asked(contains="/user/repo/"))
     assert all(library in agents for library in libraries)
 

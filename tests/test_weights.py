@@ -25,6 +25,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTForImageClassification, ViTMAEForPreTraining
 
 import maehub
+from maehub import layouts
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import PRESETS, Encoder, EncoderConfig, Origin
 from maehub.errors import CheckpointError, IntegrityError, UsageError
@@ -798,7 +799,8 @@ def test_timm_loads_the_encoder_of_an_autoencoder(kind, tmp_path):
     autoencoder = made(config)
     folder = save(autoencoder, tmp_path / "model")
     values = json.loads((folder / "config.json").read_text())
-    weights = folder / values["pretrained_cfg"]["hf_hub_filename"]
+    weights = folder / layouts.TIMM_ENCODER
+    assert values["pretrained_cfg"]["hf_hub_filename"] == "timm/model.bin"
     theirs = timm.create_model(
         values["architecture"], num_classes=0, checkpoint_path=str(weights), **values["model_args"]
     ).eval()

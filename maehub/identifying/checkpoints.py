@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from maehub.catalog import is_model
 from maehub.errors import IntegrityError, UsageError
 from maehub.pickles import read_pickle
 from maehub.tensorfile import read_header, read_tensors
@@ -86,7 +87,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def find_checkpoint(path: Path) -> tuple[Path, Path | None]:
     """The file of weights that a path means, and the ``config.json`` that belongs to it."""
     if not os.path.exists(path):  # unlike the method of a path, False for a name that is too long
-        raise UsageError(f"there is no file or folder {path}")
+        hint = f"; a model is called so, and `maehub info {path}` says what it is" if is_model(str(path)) else ""
+        raise UsageError(f"there is no file or folder {path}{hint}")
     if not path.is_dir():
         beside = path.parent / "config.json"
         return path, beside if path.name in _USUAL and beside.is_file() else None

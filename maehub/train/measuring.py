@@ -162,7 +162,7 @@ def export(
 
 def _save_timm(network: Any, folder: Path, classes: Sequence[str]) -> None:
     """A network of timm as timm saves it."""
-    from timm.models import save_for_hf
+    from timm.models._hub import save_for_hf  # where it is in every version
 
     folder.mkdir(exist_ok=True)
     names = {"label_names": list(classes)}

@@ -109,8 +109,10 @@ def _timms(config: FinetuneConfig, settings: Settings, backbone: Backbone, class
     """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
     from timm.layers.drop import DropPath
 
-    grouped = import_module("timm.optim").param_groups_layer_decay
-
+    optim: Any = import_module("timm.optim")
+    if not hasattr(optim, "param_groups_layer_decay"):  # timm before 1.0.12
+        optim = import_module("timm.optim.optim_factory")
+    grouped = optim.param_groups_layer_decay
     if config.blocks is not None:
         raise UsageError(f"--blocks is for networks of maehub, and {config.model} is timm's")
     network: Any = backbone.module.requires_grad_(True)
