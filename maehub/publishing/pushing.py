@@ -173,16 +173,7 @@ def push(
     provenance = read_run(folder) if folder is not None else Provenance()
     words = Words(about, dataset, tuple(Path(path) for path in with_pictures))
     asked: dict[str, Any] = {"revision": revision, "pull_request": pull_request, "token": token}
-    remote = _looked(repo_id, dry_run, asked)
-    if isinstance(remote, Remote):
-        check_conditions(
-            Hub(repo_id, token, None),
-            remote,
-            revision=revision,
-            parent=parent,
-            private=private,
-            pull_request=pull_request,
-        )
+    remote = _looked(repo_id, dry_run, parent, private, asked)
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
     with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
         place = Path(name)
@@ -191,29 +182,25 @@ def push(
         paths = files_of(place)
         refuse_leaks(find_leaks(paths, token=token or _token(), names=provenance.names))
         files = {name: LocalFile(path, path.stat().st_size, digest(path).sha256) for name, path in paths.items()}
-        planned = tuple(
-            PlannedFile(name, file.size, file.sha256, _on_hub(name, file, remote)) for name, file in files.items()
-        )
-        found = remote if isinstance(remote, Remote) else None
         plan = Plan(
             repo_id,
             revision,
-            _visibility(found, private),
-            planned,
+            _visibility(remote, private),
+            tuple(_planned(name, file, remote) for name, file in files.items()),
             settled,
             _base(origin),
             verdict.verified,
             verdict.missing,
-            tuple(sorted(set(found.files) - set(files))) if found else (),
+            () if isinstance(remote, HubError) else tuple(sorted(set(remote.files) - set(files))),
             _notes(remote, settled, pull_request),
         )
         agreed = confirm is None or confirm(plan)
-        if dry_run or found is None or not agreed:
+        if dry_run or isinstance(remote, HubError) or not agreed:
             return Pushed(plan, None)
         made = commit(
             files,
             repo_id,
-            remote=found,
+            remote=remote,
             parent=parent,
             private=private,
             message=message or f"maehub push: {_what(model)}",
@@ -269,29 +256,39 @@ def _check_weights(model: Encoder | MaskedAutoencoder) -> None:
         raise IntegrityError("the model computes NaN or infinity of a grey picture; nothing was sent")
 
 
-def _looked(repo_id: str, dry_run: bool, asked: dict[str, Any]) -> Remote | HubError:
-    """The repository as it is; of a dry run the error that hides it."""
+def _looked(
+    repo_id: str, dry_run: bool, parent: str | None, private: bool | None, asked: dict[str, Any]
+) -> Remote | HubError:
+    """The repository as it is, if it can be written as asked; of a dry run the error that hides it."""
     try:
-        return look(repo_id, **asked)
+        remote = look(repo_id, **asked)
     except HubError as error:
         if not dry_run:
             raise
         return error
+    hub = Hub(repo_id, asked["token"], None)
+    revision, pull_request = asked["revision"], asked["pull_request"]
+    check_conditions(hub, remote, revision=revision, parent=parent, private=private, pull_request=pull_request)
+    return remote
 
 
-def _on_hub(name: str, file: LocalFile, remote: Remote | HubError) -> str:
+def _planned(name: str, file: LocalFile, remote: Remote | HubError) -> PlannedFile:
     if isinstance(remote, HubError):
-        return ""
-    if name not in remote.files:
-        return "new"
-    return "same" if same(file, remote.files[name]) else "changed"
+        on_hub = ""
+    elif name not in remote.files:
+        on_hub = "new"
+    else:
+        on_hub = "same" if same(file, remote.files[name]) else "changed"
+    return PlannedFile(name, file.size, file.sha256, on_hub)
 
 
-def _visibility(remote: Remote | None, private: bool | None) -> str:
-    if remote is not None and remote.exists:
-        return "private" if remote.private else "public"
+def _visibility(remote: Remote | HubError, private: bool | None) -> str:
     new = {True: "private", False: "public", None: "as its owner's settings say"}[private]
-    return f"new, {new}" if remote is not None else new
+    if isinstance(remote, HubError):
+        return new
+    if remote.exists:
+        return "private" if remote.private else "public"
+    return f"new, {new}"
 
 
 def _notes(remote: Remote | HubError, licence: Licence, pull_request: bool) -> tuple[str, ...]:
