@@ -128,7 +128,7 @@ def run_exported(folder: Path, form: ExportForm) -> Callable[[Tensor], dict[str,
     path = folder / EXPORTED[form]
     if form == "torch-export":
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # of torch before 2.11
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.10
             module = torch.export.load(path).module()
 
         def run_torch(images: Tensor) -> dict[str, Tensor]:

@@ -310,6 +310,8 @@ def _weight_names(config: dict[str, Any], want: Want) -> list[str]:
     pretrained = config.get("pretrained_cfg")
     if want == "encoder" and isinstance(pretrained, dict):
         other = pretrained.get("hf_hub_filename")
-        if isinstance(other, str) and other.endswith((".safetensors", ".bin")):
-            names.insert(0, f"{other.removesuffix('.bin').removesuffix('.safetensors')}.safetensors")
+        if isinstance(other, str) and other.endswith(".bin"):  # timm, too, looks for the safetensors file beside it
+            other = f"{other.removesuffix('.bin')}.safetensors"
+        if isinstance(other, str) and other.endswith(".safetensors"):
+            names.insert(0, other)
     return list(dict.fromkeys(names))

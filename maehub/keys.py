@@ -101,7 +101,7 @@ _STACKS = {
     "transformers-5-saved": ("encoder.layer", "decoder.decoder_encoder.layer", 1),
 }
 
-_PROBE_EPS = 1e-6  # of the BatchNorm in front of a linear probe (He et al. 2021, appendix A.1)
+_PROBE_EPS = 1e-6  # of the BatchNorm in front of a linear probe, as in the published code and mmpretrain's
 
 # A published linear probe is BatchNorm without parameters, "head.0", and a linear layer, "head.1": together one linear
 # layer. What of them is in which tensor of it.

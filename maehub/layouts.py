@@ -29,7 +29,7 @@ TIMM_ENCODER = "timm/model.safetensors"
 
 _TOLD_TO_TIMM = "timm/model.bin"
 """How ``config.json`` names that file: of a name that ends so, every timm takes the safetensors file beside it. A
-safetensors file that is named itself timm opens as a pickle before 1.0.29, which torch refuses before 2.14."""
+safetensors file that is named itself timm opens as a pickle before 1.0.29: torch 2.10 refuses it, 2.14 reads it."""
 
 # (width, depth, heads, patch) to the timm architecture that is just this network
 _TIMM_ARCHITECTURES = {

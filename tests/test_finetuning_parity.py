@@ -189,7 +189,7 @@ def test_ten_steps_are_those_of_timm():
     for name, parameter in other.named_parameters():
         difference = (dict(model.named_parameters())[name] - parameter).abs()
         if name.endswith("qkv.bias"):  # softmax cancels the keys': Adam makes whole steps of their rounding
-            difference.view(3, -1)[1] = 0
+            difference.detach().view(3, -1)[1] /= 10
         assert difference.max() < 1e-4, name
 
 
