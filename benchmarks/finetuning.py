@@ -29,8 +29,8 @@ from timm.optim import create_optimizer_v2
 
 import maehub
 from maehub.encoder import PRESETS, Encoder
-from maehub.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from maehub.train.augment import Augmentation
+from maehub.images.augment import Augmentation
+from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.train.classifier import as_classifier, drop_paths
 from maehub.train.data import Key
 from maehub.train.examples import Examples, Sight, policy_of

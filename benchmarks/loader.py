@@ -3,7 +3,7 @@
     python benchmarks/loader.py [--runs 9] [--decoders]
 
 The official transform opens a file with Pillow, converts it to RGB, and applies torchvision's RandomResizedCrop(224,
-scale=(0.2, 1), bicubic), RandomHorizontalFlip, ToTensor and Normalize. Ours is `maehub.train.augment.crop`, with the
+scale=(0.2, 1), bicubic), RandomHorizontalFlip, ToTensor and Normalize. Ours is `maehub.images.augment.crop`, with the
 fast decoder and without: uint8 is all that a reading process makes, the rest happens on the device.
 
 The JPEGs are made here, half of quality 90 and half of 95, from the two photos of the package and three of
@@ -36,11 +36,11 @@ from skimage import data
 from torchvision import transforms
 
 import maehub
-from maehub import jpeg
-from maehub.images import IMAGENET_MEAN, IMAGENET_STD
+from maehub.images import jpeg
+from maehub.images.augment import Augmentation, crop, crop_box
+from maehub.images.decoding import open_part
+from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from maehub.masking import random_uniform, sample_seed
-from maehub.opening import open_part
-from maehub.train.augment import Augmentation, crop, crop_box
 
 SIZES = {"500×375": (500, 375), "1024×768": (1024, 768), "2048×1536": (2048, 1536)}
 GOALS = {"500×375": 2.0, "1024×768": 3.5, "2048×1536": 6.0}

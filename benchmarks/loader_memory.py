@@ -16,10 +16,10 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from maehub.images.augment import Augmentation
 from maehub.names import Names
 from maehub.sources import Samples
 from maehub.train import data
-from maehub.train.augment import Augmentation
 from maehub.train.data import Crops, StepKeys, View, batches_of
 
 VIEW = View((16, 16), 8, 3, Augmentation(), "random", 0.75)

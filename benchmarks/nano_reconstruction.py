@@ -21,11 +21,11 @@ from skimage.restoration import inpaint_biharmonic
 
 from maehub import load_autoencoder
 from maehub.autoencoder import MaskedAutoencoder
-from maehub.images import open_image
+from maehub.images.augment import Augmentation, crop
+from maehub.images.preprocess import open_image
 from maehub.masking import make_masks, sample_id, sample_seed
 from maehub.patches import unpatchify
 from maehub.sources import find_images
-from maehub.train.augment import Augmentation, crop
 
 
 def linear(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from labelled_data import wheel
 from skimage.feature import hog
 from torch import Tensor, nn
 
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.sources import Source
 from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.finetune_config import FinetuneConfig

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from maehub import load, save
 from maehub.encoder import Encoder, EncoderConfig
-from maehub.images import Preprocess, open_image
+from maehub.images.preprocess import Preprocess, open_image
 from maehub.publishing.plots import plot
 from maehub.sources import Source, find_images
 from maehub.train.config import PretrainConfig

@@ -22,7 +22,7 @@ from skimage.restoration import inpaint_biharmonic
 from torch import Tensor
 from torch.nn import functional as F
 
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import make_masks
 from maehub.patches import denormalise_patches, normalise_patches, patchify
 from maehub.statistics import PatchStatistics, estimate_statistics, harmonic

@@ -24,7 +24,7 @@ from PIL import Image
 
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import PRESETS
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import random_masks
 from maehub.train.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.costs import forward_flops, work_of

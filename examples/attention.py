@@ -13,7 +13,7 @@ import torch
 import maehub
 from maehub.drawing import compose, save_figure
 from maehub.figures import attention_overlay
-from maehub.images import open_image
+from maehub.images.preprocess import open_image
 
 
 def main(photo: str, folder: Path) -> None:

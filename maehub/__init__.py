@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from maehub.hub import load as load
     from maehub.hub import load_autoencoder as load_autoencoder
     from maehub.identifying.answering import identify as identify
-    from maehub.images import Preprocess as Preprocess
+    from maehub.images.preprocess import Preprocess as Preprocess
     from maehub.inspection import check_data as check_data
     from maehub.inspection import data_statistics as data_statistics
     from maehub.publishing.pushing import push as push
@@ -51,7 +51,7 @@ _HOMES = {
     "MaskedAutoencoder": "maehub.autoencoder",
     "ModelInfo": "maehub.catalog",
     "Panels": "maehub.figures",
-    "Preprocess": "maehub.images",
+    "Preprocess": "maehub.images.preprocess",
     "check_data": "maehub.inspection",
     "convert": "maehub.conversion",
     "data_statistics": "maehub.inspection",

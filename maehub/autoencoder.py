@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maehub.colours import COLOURS
 from maehub.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
 from maehub.errors import UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import kept_count, random_masks, split_index, visible_count
 from maehub.patches import Size, grid_size, normalise_patches, patchify
 from maehub.positions import resize_table, sincos_table, with_cls_row

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.keys import from_official, is_decoder, to_official
 from maehub.patches import Size, as_size, grid_size
 from maehub.positions import ResizeRule, resize_table

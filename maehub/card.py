@@ -4,7 +4,7 @@ from huggingface_hub import ModelCardData
 
 from maehub.autoencoder import AutoencoderConfig
 from maehub.encoder import EncoderConfig, Origin
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.layouts import why_not_transformers
 
 _TARGETS = {

@@ -36,7 +36,7 @@ from maehub.folders import check_free, whole_folder
 from maehub.foreign_folders import PICKLE, ForeignForm, check_foreign_form, is_exported, is_foreign_form, write_foreign
 from maehub.foreign_keys import LIGHTLY_MASK_TOKEN
 from maehub.hub import load, load_autoencoder
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.keys import OfficialNames, official_names, to_official
 from maehub.locating import locate
 from maehub.packing import packed_block

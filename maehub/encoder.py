@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.patches import Size, as_size, grid_size, patchify
 from maehub.positions import ResizeRule, resize_table, sincos_table, with_cls_row
 

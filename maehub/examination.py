@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, UsageError
-from maehub.opening import MAX_PIXELS, ImagePath, decode, decoder_of
+from maehub.images.decoding import MAX_PIXELS, ImagePath, decode, decoder_of
 
 _WAITING = 4  # pictures a process that are fetched beside it: those behind an address take their time
 _SILENCE = 300.0  # seconds until a process that gives nothing counts as hanging
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 
 def examine(picture: ImagePath | BinaryIO, statistics: bool) -> Finding:
-    """Decode a whole picture, as `maehub.opening.open_image` does.
+    """Decode a whole picture, as `maehub.images.decoding.open_image` does.
 
     Args:
         picture: a path or a binary file.

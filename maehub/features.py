@@ -33,7 +33,7 @@ from maehub.feature_files import (
 )
 from maehub.feature_store import FeatureStore
 from maehub.files import free_space_guard
-from maehub.images import Preprocess, TransformName
+from maehub.images.preprocess import Preprocess, TransformName
 from maehub.patches import grid_size
 from maehub.reading import Readers, reader_count
 from maehub.sources import Pictures, PictureSource, Samples, as_samples

@@ -20,7 +20,7 @@ from maehub.autoencoder import MaskedAutoencoder
 from maehub.drawing import Bar, as_rgb, compose, heat, over_patches, save_figure
 from maehub.encoder import Encoder
 from maehub.errors import UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import Strategy, covering_masks, make_masks, one_seed
 from maehub.patches import grid_size
 from maehub.pictures import (

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from maehub.errors import DataError, UsageError
 from maehub.examination import Examiners, Finding
 from maehub.files import atomic_write
-from maehub.opening import ImagePath
+from maehub.images.decoding import ImagePath
 from maehub.reading import reader_count
 from maehub.sources import Source, find_samples
 

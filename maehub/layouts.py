@@ -15,7 +15,7 @@ from maehub import __version__
 from maehub.autoencoder import AutoencoderConfig
 from maehub.encoder import EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 
 FORMAT = 1
 """Version of our block; a reader refuses a newer one."""

@@ -17,9 +17,9 @@ from maehub.autoencoder import MaskedAutoencoder, squared_error
 from maehub.colours import mean_colour_of
 from maehub.encoder import Encoder
 from maehub.errors import DataError, HubError, UsageError
-from maehub.images import Preprocess, open_image
+from maehub.images.decoding import plain
+from maehub.images.preprocess import Preprocess, open_image
 from maehub.masking import mask_from_boxes, mask_from_image
-from maehub.opening import plain
 from maehub.patches import Size, denormalise_patches, patchify, unpatchify
 from maehub.statistics import estimate_statistics, true_statistics
 

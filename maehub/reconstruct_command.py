@@ -34,7 +34,7 @@ def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
     from maehub.drawing import check_figure, save_figure
     from maehub.figures import error_map, grid, reconstruct
     from maehub.hub import load_autoencoder
-    from maehub.opening import open_image
+    from maehub.images.decoding import open_image
 
     check_figure(outs[0])
     model = load_autoencoder(found, image_size=size, device=config.device)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from maehub.errors import DataError
-from maehub.opening import printable
+from maehub.images.decoding import printable
 
 
 def search(root: bytes, endings: frozenset[bytes], others: Counter[bytes]) -> Iterator[bytes]:

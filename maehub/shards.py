@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from maehub.errors import DataError, UsageError
+from maehub.images.decoding import printable
 from maehub.masking import sample_id
 from maehub.names import Names, below_common, digest
-from maehub.opening import printable
 from maehub.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.tar_index import TarIndex, tar_index
 

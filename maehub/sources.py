@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.errors import DataError, UsageError
+from maehub.images.decoding import ImagePath, printable
 from maehub.masking import sample_id
 from maehub.names import IMAGE_ENDINGS as IMAGE_ENDINGS
 from maehub.names import Names, digest
-from maehub.opening import ImagePath, printable
 from maehub.searching import search
 
 Picture = Image.Image | np.ndarray | Tensor
@@ -45,7 +45,7 @@ class Source(Protocol):
         """Says which samples `source` will be asked for next; those far away are fetched at once."""
 
     def source(self, index: int) -> ImagePath | BinaryIO:
-        """What `maehub.opening.open_image` takes.
+        """What `maehub.images.decoding.open_image` takes.
 
         Raises:
             DataError: it cannot be read.

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from maehub.errors import DataError, MissingDependencyError, UsageError
+from maehub.images.decoding import printable
 from maehub.masking import sample_id
 from maehub.names import below_common, digest
-from maehub.opening import printable
 
 _BATCH = 1000
 _logger = logging.getLogger(__name__)

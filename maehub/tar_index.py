@@ -12,8 +12,8 @@ import numpy as np
 
 from maehub.errors import DataError, MaehubError
 from maehub.files import atomic_write
+from maehub.images.decoding import printable
 from maehub.names import IMAGE_ENDINGS, Names
-from maehub.opening import printable
 from maehub.storage import StoredFile, is_remote, read_range
 
 LARGEST_MEMBER = 2**29

@@ -28,7 +28,7 @@ from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import UsageError
 from maehub.files import free_space_guard
 from maehub.folders import check_free, read_json, whole_folder, write_json, write_text
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.keys import from_official, to_official
 from maehub.shapes import infer_config, with_target
 from maehub.tensorfile import read_tensors, write_tensors

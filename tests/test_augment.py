@@ -15,10 +15,10 @@ from torchvision.transforms.v2 import functional
 
 import maehub
 from maehub.errors import DataError, UsageError
-from maehub.images import Preprocess
+from maehub.images.augment import Augmentation, colour_factors, crop, crop_box, jitter, rotated, scaled
+from maehub.images.decoding import open_image
+from maehub.images.preprocess import Preprocess
 from maehub.masking import random_uniform
-from maehub.opening import open_image
-from maehub.train.augment import Augmentation, colour_factors, crop, crop_box, jitter, rotated, scaled
 from maehub.train.config import PretrainConfig
 
 ASSETS = Path(maehub.__file__).parent / "assets"

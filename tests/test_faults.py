@@ -21,8 +21,8 @@ from maehub import cli
 from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import CheckpointError
+from maehub.images.augment import Augmentation
 from maehub.train import PretrainConfig, data, fitting, log, pretrain, saving
-from maehub.train.augment import Augmentation
 from maehub.train.costs import activation_bytes, count_parameters, fixed_bytes
 from maehub.train.stopping import Stop
 from maehub.train.targets import Objective

@@ -24,7 +24,7 @@ from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import CheckpointError, DataError, IntegrityError, MissingDependencyError, UsageError
 from maehub.feature_files import FeatureTable, read_provenance
 from maehub.features import extract_features
-from maehub.images import Preprocess, open_image, read_pixels
+from maehub.images.preprocess import Preprocess, open_image, read_pixels
 from maehub.reading import Readers, reader_count
 
 ENDINGS = [".safetensors", ".npz", ".parquet", ".csv"]

@@ -19,7 +19,7 @@ from maehub.drawing import as_rgb, compose, heat
 from maehub.encoder import EncoderConfig, Origin
 from maehub.errors import CheckpointError, DataError, HubError, UsageError
 from maehub.figures import attention_overlay, error_map, grid, reconstruct
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import covering_masks, make_masks
 from maehub.patches import denormalise_patches, normalise_patches, patchify, unpatchify
 from maehub.statistics import estimate_statistics, harmonic, true_statistics

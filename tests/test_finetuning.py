@@ -454,8 +454,8 @@ def test_the_same_picture_on_both_sides_is_told(tmp_path, caplog):
 
 
 def test_crops_are_a_function_of_their_seed(pictures):
-    from maehub.images import Preprocess
-    from maehub.train.augment import Augmentation
+    from maehub.images.augment import Augmentation
+    from maehub.images.preprocess import Preprocess
 
     preprocess = Preprocess.evaluation(32, 3, 8)
     sight = Sight(preprocess, Augmentation(crop_scale=(0.08, 1)), policy_of("rand-m9-mstd0.5-inc1", preprocess))
@@ -470,7 +470,7 @@ def test_crops_are_a_function_of_their_seed(pictures):
 
 @pytest.mark.parametrize("words", ["rand-m10-inc1", "augmix-m3-w3", "original-mstd0.5", "v0"])
 def test_every_policy_of_timm_runs(pictures, words):
-    from maehub.images import Preprocess
+    from maehub.images.preprocess import Preprocess
 
     policy = policy_of(words, Preprocess.evaluation(32, 3, 8))
     for seed in range(60):

@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 
 from maehub.encoder import Encoder, EncoderConfig
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import sample_seed
 from maehub.train.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze
 from maehub.train.distributed import Group

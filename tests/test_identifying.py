@@ -34,8 +34,8 @@ from maehub.identifying.answering import identify
 from maehub.identifying.families import FAMILIES
 from maehub.identifying.judging import _judged
 from maehub.identifying.plain_vit import grid_of_table
+from maehub.images.decoding import open_image
 from maehub.keys import from_official, to_official
-from maehub.opening import open_image
 from maehub.patches import normalise_patches, patchify
 from maehub.positions import sincos_table, with_cls_row
 from maehub.tensorfile import read_tensors, write_tensors

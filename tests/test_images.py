@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from maehub.errors import DataError, IntegrityError, UsageError
-from maehub.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, open_image, read_pixels
-from maehub.opening import MAX_PIXELS, printable
+from maehub.images.decoding import MAX_PIXELS, printable
+from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, open_image, read_pixels
 
 
 def photo(width, height, seed=0):
@@ -437,7 +437,7 @@ def test_row_40_a_picture_of_100_megapixels_decodes_in_bounded_memory(tmp_path):
     path.write_bytes(png_of_zeros(10_000, 10_000))
     assert path.stat().st_size < 200_000
     code = (
-        "import resource, sys; from maehub.images import Preprocess, read_pixels\n"
+        "import resource, sys; from maehub.images.preprocess import Preprocess, read_pixels\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(read_pixels(sys.argv[1], Preprocess.evaluation(224)).shape)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -484,7 +484,7 @@ def test_row_41_other_formats_never_reach_a_decoder(tmp_path, data):
     path = tmp_path / "innocent.jpg"
     path.write_bytes(data)
     code = (
-        "import sys; from maehub.images import open_image; from maehub.errors import DataError\n"
+        "import sys; from maehub.images.preprocess import open_image; from maehub.errors import DataError\n"
         "def hook(event, arguments):\n"
         "    if event in ('subprocess.Popen', 'os.system', 'os.posix_spawn', 'os.fork'): print('STARTED', event)\n"
         "sys.addaudithook(hook)\n"
@@ -554,7 +554,7 @@ def test_scaled_decoding_changes_little(tmp_path, size, resize, side):
 
 
 def test_importing_images_imports_no_torch():
-    code = "import sys, maehub.images, maehub.reading; print('torch' in sys.modules, 'torchvision' in sys.modules)"
+    code = "import sys, maehub.images.preprocess, maehub.reading; print('torch' in sys.modules, 'torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

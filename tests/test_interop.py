@@ -27,7 +27,7 @@ import maehub
 from maehub.autoencoder import AutoencoderConfig
 from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, MissingDependencyError, UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.interop import (
     LEVELS,
     TORCHVISION_LEVELS,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import maehub
-from maehub import jpeg
 from maehub.errors import DataError
-from maehub.opening import Box, aligned, open_image, open_part, part_of
+from maehub.images import jpeg
+from maehub.images.decoding import Box, aligned, open_image, open_part, part_of
 
 FAST = jpeg.simplejpeg
 END = b"\xff\xd9"

@@ -12,7 +12,7 @@ from PIL import Image
 import maehub
 from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import DataError, UsageError
-from maehub.images import read_pixels
+from maehub.images.preprocess import read_pixels
 from maehub.parsing import parsed
 from maehub.train.evaluate_config import PredictConfig
 from maehub.train.predicting import Predictions, predict

@@ -27,7 +27,7 @@ from processes import losses, words
 from maehub import cli, masking, storage, tar_index
 from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import DataError, MissingDependencyError, UsageError
-from maehub.opening import open_image
+from maehub.images.decoding import open_image
 from maehub.shards import expanded, find_shards
 from maehub.sources import find_samples, groups, select
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from maehub import masking, tables
 from maehub.errors import DataError, MissingDependencyError, UsageError
-from maehub.opening import open_image
+from maehub.images.decoding import open_image
 from maehub.sources import find_samples, groups, select
 
 datasets = pytest.importorskip("datasets")

@@ -10,9 +10,9 @@ from peers import noise_for, transformers_autoencoder
 from PIL import Image
 
 from maehub.encoder import PRESETS, EncoderConfig
+from maehub.images.augment import crop
 from maehub.sources import find_samples
 from maehub.train import PretrainConfig, pretrain
-from maehub.train.augment import crop
 from maehub.train.data import StepKeys
 from maehub.train.networks import build_network, view_of
 

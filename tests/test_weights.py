@@ -30,7 +30,7 @@ from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.encoder import PRESETS, Encoder, EncoderConfig, Origin
 from maehub.errors import CheckpointError, IntegrityError, UsageError
 from maehub.files import sha256_file
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.keys import from_official
 from maehub.positions import resize_table
 from maehub.tensorfile import read_header, read_tensors, write_tensors

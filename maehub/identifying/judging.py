@@ -13,8 +13,8 @@ from torch import Tensor
 
 import maehub
 from maehub.autoencoder import MaskedAutoencoder, Target
+from maehub.images.decoding import open_image
 from maehub.masking import covering_masks
-from maehub.opening import open_image
 from maehub.patches import normalise_patches, patchify
 
 PHOTOS = ("cat.jpg", "coffee.jpg")

@@ -18,7 +18,7 @@ from maehub.catalog import architecture_heads
 from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.identifying.checkpoints import Checkpoint
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.keys import Dialect, official_names, to_official
 from maehub.packing import packed_block
 from maehub.patches import Size

@@ -13,7 +13,7 @@ from maehub import layouts
 from maehub.building import Wanted, build_encoder
 from maehub.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
 from maehub.errors import UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.interop.agreement import check_same, exact_dtype, exact_state, finish, images_for, judged
 from maehub.shapes import infer_config
 

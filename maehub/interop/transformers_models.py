@@ -11,7 +11,7 @@ from maehub.autoencoder import MaskedAutoencoder
 from maehub.building import Wanted, build_autoencoder, build_encoder
 from maehub.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
 from maehub.errors import UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.interop.agreement import (
     check_same,
     exact_dtype,

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from maehub.autoencoder import AutoencoderConfig
 from maehub.card import details, summary
 from maehub.encoder import EncoderConfig, Origin
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance, in_words
 

@@ -29,7 +29,7 @@ from maehub.figures import grid as figure_grid
 from maehub.figures import reconstruct
 from maehub.files import atomic_write
 from maehub.folders import read_json, write_json, write_text
-from maehub.opening import open_image
+from maehub.images.decoding import open_image
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
 from maehub.publishing.plots import plot

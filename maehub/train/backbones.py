@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maehub.encoder import PRESETS, Encoder
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import load, usable_device
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.layouts import crop_fraction
 from maehub.patches import Size, as_size, grid_size
 from maehub.pickles import read_pickle

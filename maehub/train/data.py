@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maehub.errors import DataError
+from maehub.images.augment import Augmentation, colour_factors, crop
+from maehub.images.decoding import open_image
 from maehub.masking import Strategy, make_masks, random_bits, sample_seed
-from maehub.opening import open_image
 from maehub.patches import Size, grid_size
 from maehub.sources import Source
-from maehub.train.augment import Augmentation, colour_factors, crop
 
 log = logging.getLogger("maehub")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from maehub.errors import DataError, UsageError
-from maehub.images import Preprocess
+from maehub.images.augment import Augmentation, crop
+from maehub.images.decoding import open_image
+from maehub.images.preprocess import Preprocess
 from maehub.masking import sample_seed
-from maehub.opening import open_image
-from maehub.train.augment import Augmentation, crop
 from maehub.train.data import Key, naming
 from maehub.train.labels import Labelled
 

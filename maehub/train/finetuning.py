@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import maehub
 from maehub.errors import EXIT_DONE, DataError, UsageError
+from maehub.images.augment import Augmentation
 from maehub.locating import Located
-from maehub.train.augment import Augmentation
 from maehub.train.checkpoint import Progress
 from maehub.train.data import StepKeys, batches_of, worker_count
 from maehub.train.distributed import Group, joined

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from maehub.errors import DataError, UsageError
-from maehub.opening import printable
+from maehub.images.decoding import printable
 
 log = logging.getLogger("maehub")
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maehub.errors import DataError, UsageError
+from maehub.images.decoding import printable
 from maehub.names import Names
-from maehub.opening import printable
 from maehub.shards import Shards
 from maehub.sources import Samples, Source, find_samples
 from maehub.storage import at_once, is_remote

@@ -10,8 +10,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from maehub.errors import DataError, UsageError
+from maehub.images.decoding import printable
 from maehub.masking import sample_id
-from maehub.opening import printable
 from maehub.sources import Source, select
 from maehub.train.label_csv import TESTING
 from maehub.train.labelling import Told, find_told, listed

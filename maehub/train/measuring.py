@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from maehub.encoder import Encoder
 from maehub.files import atomic_write
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.sources import Source, select
 from maehub.train.classifier import AttentiveProbe, LinearProbe
 from maehub.train.distributed import Group

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import sample_seed
 from maehub.train.examples import Examples, seeded
 from maehub.train.finetune_recipes import Settings

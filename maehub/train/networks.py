@@ -12,10 +12,10 @@ from maehub.colours import COLOURS
 from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.hub import load, load_autoencoder
-from maehub.images import Preprocess
+from maehub.images.augment import Augmentation
+from maehub.images.preprocess import Preprocess
 from maehub.locating import Located, locate
 from maehub.patches import Size
-from maehub.train.augment import Augmentation
 from maehub.train.config import PretrainConfig
 from maehub.train.data import View
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from maehub.errors import DataError
-from maehub.images import Preprocess, read_pixels
+from maehub.images.preprocess import Preprocess, read_pixels
 from maehub.patches import grid_size
 from maehub.sources import Source
 from maehub.train.data import batches_of, naming, worker_count

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import maehub
 from maehub.autoencoder import MaskedAutoencoder
 from maehub.errors import EXIT_DONE, UsageError
-from maehub.train.augment import jitter
+from maehub.images.augment import jitter
 from maehub.train.checkpoint import Progress
 from maehub.train.config import PretrainConfig
 from maehub.train.data import (

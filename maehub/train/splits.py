@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maehub.errors import DataError, UsageError
-from maehub.opening import printable
+from maehub.images.decoding import printable
 from maehub.shards import Shards
 from maehub.train.label_csv import TESTING, TRAINING
 from maehub.train.labelling import listed

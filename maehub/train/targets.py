@@ -19,7 +19,7 @@ from maehub.colours import mean_colour_of as mean_colour_of
 from maehub.colours import mean_colours as mean_colours
 from maehub.encoder import take
 from maehub.errors import UsageError
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.masking import random_bits, split_index
 from maehub.patches import Size, grid_size, patchify, unpatchify
 

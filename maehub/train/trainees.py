@@ -11,7 +11,7 @@ from torch import nn
 from maehub.encoder import Encoder
 from maehub.errors import UsageError
 from maehub.hub import load
-from maehub.images import Preprocess
+from maehub.images.preprocess import Preprocess
 from maehub.locating import Located, locate
 from maehub.train.backbones import Backbone, backbone_of, open_backbone
 from maehub.train.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from maehub.errors import DataError
 from maehub.files import atomic_write, sha256_file
-from maehub.images import Preprocess, read_pixels
-from maehub.opening import ImagePath
+from maehub.images.decoding import ImagePath
+from maehub.images.preprocess import Preprocess, read_pixels
 from maehub.sources import Source
 from maehub.train.data import batches_of, naming, worker_count
 from maehub.train.labels import Labelled

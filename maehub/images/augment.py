@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from maehub.errors import UsageError
+from maehub.images.decoding import Box, ImagePath, open_part, part_of
 from maehub.masking import random_bits, random_uniform, sample_seed
-from maehub.opening import Box, ImagePath, open_part, part_of
 from maehub.patches import Size
 from maehub.train.config import Augment
 

@@ -23,7 +23,7 @@ from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from maehub.errors import DataError, UsageError
-from maehub.jpeg import fast_rows, first_rows
+from maehub.images.jpeg import fast_rows, first_rows
 
 if TYPE_CHECKING:
     from maehub.patches import Size

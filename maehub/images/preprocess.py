@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, IntegrityError, UsageError
-from maehub.opening import MAX_PIXELS, Decoded, ImagePath, decode, plain, printable, to_channels
-from maehub.opening import open_image as open_image
+from maehub.images.decoding import MAX_PIXELS, Decoded, ImagePath, decode, plain, printable, to_channels
+from maehub.images.decoding import open_image as open_image
 
 if TYPE_CHECKING:
     from torch import Tensor

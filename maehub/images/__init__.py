@@ -1,0 +1,1 @@
+"""Pictures: opened safely, decoded, cropped, turned into what a network takes."""
