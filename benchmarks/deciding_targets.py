@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import maehub
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import EncoderConfig
 from maehub.identifying.judging import Judgement, can_judge, judge
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import EncoderConfig
 from maehub.train import PretrainConfig, pretrain
 
 STEPS = 300

@@ -28,9 +28,9 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 
 import maehub
-from maehub.encoder import PRESETS, Encoder
 from maehub.images.augment import Augmentation
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from maehub.models.encoder import PRESETS, Encoder
 from maehub.train.classifier import as_classifier, drop_paths
 from maehub.train.data import Key
 from maehub.train.examples import Examples, Sight, policy_of

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from maehub import load
-from maehub.encoder import Encoder
 from maehub.features import extract_features
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from maehub.models.encoder import Encoder
 from maehub.reading import Readers
 
 SIZES = {"1024×768": (1024, 768), "500×375": (500, 375)}

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from maehub import AutoencoderConfig, Encoder, MaskedAutoencoder
-from maehub.encoder import PRESETS
-from maehub.masking import kept_count, random_masks
+from maehub.models.encoder import PRESETS
+from maehub.models.masking import kept_count, random_masks
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:

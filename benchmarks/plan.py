@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from maehub.masking import random_masks
+from maehub.models.masking import random_masks
 from maehub.train.config import PlanConfig
 from maehub.train.networks import build_network, kept_patches, view_of
 from maehub.train.planning import plan

@@ -31,8 +31,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from maehub import load, save
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.images.preprocess import Preprocess, open_image
+from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.plots import plot
 from maehub.sources import Source, find_images
 from maehub.train.config import PretrainConfig

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maehub.images.preprocess import Preprocess
-from maehub.masking import make_masks
-from maehub.patches import denormalise_patches, normalise_patches, patchify
+from maehub.models.masking import make_masks
+from maehub.models.patches import denormalise_patches, normalise_patches, patchify
 from maehub.statistics import PatchStatistics, estimate_statistics, harmonic
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS
 from maehub.images.preprocess import Preprocess
-from maehub.masking import random_masks
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS
+from maehub.models.masking import random_masks
 from maehub.train.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.costs import forward_flops, work_of
 from maehub.train.optim import adamw, gradient_norm, guarded_step

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS
-from maehub.masking import kept_count, random_masks
-from maehub.patches import patchify
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS
+from maehub.models.masking import kept_count, random_masks
+from maehub.models.patches import patchify
 from maehub.train.targets import Components, Objective, store_components
 
 

@@ -18,14 +18,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from maehub import interop as interop
     from maehub import train as train
-    from maehub.autoencoder import AutoencoderConfig as AutoencoderConfig
-    from maehub.autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from maehub.catalog import ModelInfo as ModelInfo
     from maehub.catalog import list_models as list_models
     from maehub.catalog import model_info as model_info
     from maehub.conversion import convert as convert
-    from maehub.encoder import Encoder as Encoder
-    from maehub.encoder import EncoderConfig as EncoderConfig
     from maehub.errors import MaehubError as MaehubError
     from maehub.feature_files import FeatureTable as FeatureTable
     from maehub.features import extract_features as extract_features
@@ -39,16 +35,20 @@ if TYPE_CHECKING:
     from maehub.images.preprocess import Preprocess as Preprocess
     from maehub.inspection import check_data as check_data
     from maehub.inspection import data_statistics as data_statistics
+    from maehub.models.autoencoder import AutoencoderConfig as AutoencoderConfig
+    from maehub.models.autoencoder import MaskedAutoencoder as MaskedAutoencoder
+    from maehub.models.encoder import Encoder as Encoder
+    from maehub.models.encoder import EncoderConfig as EncoderConfig
     from maehub.publishing.pushing import push as push
     from maehub.weights import save as save
 
 _HOMES = {
-    "AutoencoderConfig": "maehub.autoencoder",
-    "Encoder": "maehub.encoder",
-    "EncoderConfig": "maehub.encoder",
+    "AutoencoderConfig": "maehub.models.autoencoder",
+    "Encoder": "maehub.models.encoder",
+    "EncoderConfig": "maehub.models.encoder",
     "FeatureTable": "maehub.feature_files",
     "MaehubError": "maehub.errors",
-    "MaskedAutoencoder": "maehub.autoencoder",
+    "MaskedAutoencoder": "maehub.models.autoencoder",
     "ModelInfo": "maehub.catalog",
     "Panels": "maehub.figures",
     "Preprocess": "maehub.images.preprocess",

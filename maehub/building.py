@@ -14,13 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
 from maehub.images.preprocess import Preprocess
 from maehub.keys import from_official, is_decoder, to_official
-from maehub.patches import Size, as_size, grid_size
-from maehub.positions import ResizeRule, resize_table
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import Encoder, EncoderConfig, Origin
+from maehub.models.patches import Size, as_size, grid_size
+from maehub.models.positions import ResizeRule, resize_table
 from maehub.shapes import describe
 
 log = logging.getLogger("maehub")

@@ -2,10 +2,10 @@
 
 from huggingface_hub import ModelCardData
 
-from maehub.autoencoder import AutoencoderConfig
-from maehub.encoder import EncoderConfig, Origin
 from maehub.images.preprocess import Preprocess
 from maehub.layouts import why_not_transformers
+from maehub.models.autoencoder import AutoencoderConfig
+from maehub.models.encoder import EncoderConfig, Origin
 
 _TARGETS = {
     "pixels": "pixels",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from maehub import __version__
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.building import build_autoencoder, build_encoder
 from maehub.catalog import is_model, model_info, published_as
 from maehub.certificate import (
@@ -28,7 +27,6 @@ from maehub.certificate import (
     left_out,
     names_table,
 )
-from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
 from maehub.exporting import EXPORTED, ExportForm, check_exportable, checked_shapes, export_versions, run_exported
 from maehub.files import sha256_file
@@ -39,8 +37,10 @@ from maehub.hub import load, load_autoencoder
 from maehub.images.preprocess import Preprocess
 from maehub.keys import OfficialNames, official_names, to_official
 from maehub.locating import locate
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
+from maehub.models.encoder import Encoder, EncoderConfig, Origin
+from maehub.models.patches import patchify
 from maehub.packing import packed_block
-from maehub.patches import patchify
 from maehub.pickles import is_pickle, pickles_in, read_pickle
 from maehub.shapes import infer_config
 from maehub.tensorfile import read_header, read_tensors

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import MissingDependencyError, UsageError
-from maehub.positions import sincos_table
+from maehub.models.encoder import Encoder, EncoderConfig
+from maehub.models.positions import sincos_table
 
 ExportForm = Literal["onnx", "torch-export"]
 
@@ -78,7 +78,7 @@ class AnySize(nn.Module):
 
 
 def patchify_any(images: Tensor, patch_size: int) -> Tensor:
-    """`maehub.patches.patchify` without its check of the size, which a graph states in another way."""
+    """`maehub.models.patches.patchify` without its check of the size, which a graph states in another way."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     cells = images.reshape(batch, channels, rows, patch_size, columns, patch_size)

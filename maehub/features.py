@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maehub import __version__
-from maehub.encoder import Encoder, FeaturePool
 from maehub.errors import DataError, UsageError
 from maehub.feature_files import (
     FeatureTable,
@@ -34,7 +33,8 @@ from maehub.feature_files import (
 from maehub.feature_store import FeatureStore
 from maehub.files import free_space_guard
 from maehub.images.preprocess import Preprocess, TransformName
-from maehub.patches import grid_size
+from maehub.models.encoder import Encoder, FeaturePool
+from maehub.models.patches import grid_size
 from maehub.reading import Readers, reader_count
 from maehub.sources import Pictures, PictureSource, Samples, as_samples
 

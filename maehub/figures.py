@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from maehub.autoencoder import MaskedAutoencoder
 from maehub.drawing import Bar, as_rgb, compose, heat, over_patches, save_figure
-from maehub.encoder import Encoder
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
-from maehub.masking import Strategy, covering_masks, make_masks, one_seed
-from maehub.patches import grid_size
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import Encoder
+from maehub.models.masking import Strategy, covering_masks, make_masks, one_seed
+from maehub.models.patches import grid_size
 from maehub.pictures import (
     ImageSource,
     MaskSource,

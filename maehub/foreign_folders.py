@@ -16,13 +16,13 @@ import torch
 from huggingface_hub import ModelCardData
 
 from maehub import __version__, layouts
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import UsageError
 from maehub.exporting import ExportForm, notes_for, write_exported
 from maehub.folders import write_json, write_text
 from maehub.foreign_keys import ForeignDialect, is_foreign
 from maehub.keys import from_official, to_official
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.pickles import write_pickle
 from maehub.tensorfile import write_tensors
 

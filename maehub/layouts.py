@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 
 from maehub import __version__
-from maehub.autoencoder import AutoencoderConfig
-from maehub.encoder import EncoderConfig, Origin
 from maehub.errors import IntegrityError, UsageError
 from maehub.images.preprocess import Preprocess
+from maehub.models.autoencoder import AutoencoderConfig
+from maehub.models.encoder import EncoderConfig, Origin
 
 FORMAT = 1
 """Version of our block; a reader refuses a newer one."""

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from maehub import layouts
-from maehub.autoencoder import MaskedAutoencoder
 from maehub.errors import IntegrityError
 from maehub.files import atomic_write
 from maehub.keys import to_official
+from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.tensorfile import write_tensors
 
 _KEY = "maehub_config"

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maehub.autoencoder import MaskedAutoencoder, squared_error
-from maehub.colours import mean_colour_of
-from maehub.encoder import Encoder
 from maehub.errors import DataError, HubError, UsageError
 from maehub.images.decoding import plain
 from maehub.images.preprocess import Preprocess, open_image
-from maehub.masking import mask_from_boxes, mask_from_image
-from maehub.patches import Size, denormalise_patches, patchify, unpatchify
+from maehub.models.autoencoder import MaskedAutoencoder, squared_error
+from maehub.models.encoder import Encoder
+from maehub.models.masking import mask_from_boxes, mask_from_image
+from maehub.models.mean_colours import mean_colour_of
+from maehub.models.patches import Size, denormalise_patches, patchify, unpatchify
 from maehub.statistics import estimate_statistics, true_statistics
 
 ImageSource = str | Path | Image.Image | np.ndarray

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from maehub.autoencoder import AutoencoderConfig, Target
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.keys import ENCODER_MASK_TOKEN, is_decoder
-from maehub.patches import Size
+from maehub.models.autoencoder import AutoencoderConfig, Target
+from maehub.models.encoder import PRESETS, EncoderConfig
+from maehub.models.patches import Size
 
 
 def infer_config(

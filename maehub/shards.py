@@ -18,7 +18,7 @@ import numpy as np
 
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import printable
-from maehub.masking import sample_id
+from maehub.models.masking import sample_id
 from maehub.names import Names, below_common, digest
 from maehub.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.tar_index import TarIndex, tar_index

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import ImagePath, printable
-from maehub.masking import sample_id
+from maehub.models.masking import sample_id
 from maehub.names import IMAGE_ENDINGS as IMAGE_ENDINGS
 from maehub.names import Names, digest
 from maehub.searching import search

@@ -17,7 +17,7 @@ import numpy as np
 
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import printable
-from maehub.masking import sample_id
+from maehub.models.masking import sample_id
 from maehub.names import below_common, digest
 
 _BATCH = 1000

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from maehub import __version__, layouts
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
 from maehub.card import model_card
-from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import UsageError
 from maehub.files import free_space_guard
 from maehub.folders import check_free, read_json, whole_folder, write_json, write_text
 from maehub.images.preprocess import Preprocess
 from maehub.keys import from_official, to_official
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
+from maehub.models.encoder import Encoder, EncoderConfig, Origin
 from maehub.shapes import infer_config, with_target
 from maehub.tensorfile import read_tensors, write_tensors
 

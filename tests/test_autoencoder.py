@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maehub import AutoencoderConfig, EncoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS
 from maehub.errors import DataError, UsageError
-from maehub.masking import make_masks
-from maehub.patches import patchify
+from maehub.models.encoder import PRESETS
+from maehub.models.masking import make_masks
+from maehub.models.patches import patchify
 
 
 def build(target="normalised_pixels", mask_tokens="decoder", decoder_depth=2, **encoder):

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from skimage import data as photos
 
 import maehub
-from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train.backbones import backbone_of, open_backbone
 
 TINY = "untrained/vit-tiny"

@@ -62,7 +62,7 @@ def test_a_row_is_whole(info):
 @pytest.mark.parametrize("info", ROWS, ids=lambda info: info.name)
 def test_a_row_has_the_shape_of_its_architecture(info):
     """The table repeats the presets, since it must be readable without torch."""
-    from maehub.encoder import PRESETS, EncoderConfig
+    from maehub.models.encoder import PRESETS, EncoderConfig
 
     preset = (PRESETS | {"web-1b": EncoderConfig(224, 14, 3, 1536, 40, 24)})[info.architecture]
     assert (info.patch_size, info.width, info.depth, info.heads) == (
@@ -79,8 +79,8 @@ def test_a_row_has_the_shape_of_its_architecture(info):
 def test_parameters_are_what_the_network_has(info):
     import torch
 
-    from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-    from maehub.encoder import Encoder, EncoderConfig
+    from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+    from maehub.models.encoder import Encoder, EncoderConfig
 
     config = EncoderConfig(
         info.native_size, info.patch_size, 3, info.width, info.depth, info.heads, classes=info.classes, pool=info.pool

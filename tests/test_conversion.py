@@ -34,10 +34,10 @@ from maehub import catalog
 from maehub.certificate import Difference, difference, fixed_images, largest
 from maehub.cli import main
 from maehub.conversion import convert
-from maehub.encoder import PRESETS, Encoder, Origin
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import sha256_file
 from maehub.keys import from_official, is_decoder, official_names
+from maehub.models.encoder import PRESETS, Encoder, Origin
 from maehub.pickles import read_pickle, write_pickle
 from maehub.tensorfile import read_header, read_tensors, write_tensors
 from maehub.weights import open_autoencoder, open_encoder, save

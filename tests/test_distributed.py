@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import maehub
 from maehub import cli
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import DistributedError, UsageError
+from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train.distributed import Group, joined
 
 

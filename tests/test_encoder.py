@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maehub import Encoder, EncoderConfig
-from maehub.encoder import PRESETS, PatchEmbed
 from maehub.errors import UsageError
-from maehub.patches import patchify
-from maehub.positions import sincos_table
+from maehub.models.encoder import PRESETS, PatchEmbed
+from maehub.models.patches import patchify
+from maehub.models.positions import sincos_table
 
 SMALL = EncoderConfig(image_size=32, patch_size=8, width=32, depth=3, heads=4)
 

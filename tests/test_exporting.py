@@ -16,11 +16,11 @@ from peers import TINY, autoencoder_config, images, make_autoencoder, make_encod
 from maehub import exporting
 from maehub.cli import main
 from maehub.conversion import convert
-from maehub.encoder import Encoder
 from maehub.errors import IntegrityError, MissingDependencyError, UsageError
 from maehub.exporting import AnySize, checked_shapes
 from maehub.files import sha256_file
-from maehub.positions import sincos_table, with_cls_row
+from maehub.models.encoder import Encoder
+from maehub.models.positions import sincos_table, with_cls_row
 from maehub.weights import open_encoder, save
 
 SMALL = replace(TINY, width=32, depth=1)
@@ -192,7 +192,7 @@ def test_the_other_rules_for_positions_as_onnx(positions, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_shape_of_a_published_encoder(tmp_path):
-    from maehub.encoder import PRESETS
+    from maehub.models.encoder import PRESETS
 
     encoder = Encoder(PRESETS["vit-ti"]).eval()
     save(encoder, tmp_path / "model")

@@ -18,10 +18,10 @@ from processes import Launch, losses, metrics, state, words
 
 import maehub
 from maehub import cli
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import CheckpointError
 from maehub.images.augment import Augmentation
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, data, fitting, log, pretrain, saving
 from maehub.train.costs import activation_bytes, count_parameters, fixed_bytes
 from maehub.train.stopping import Stop

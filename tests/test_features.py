@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from maehub import features as features_module
 from maehub import reading
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import CheckpointError, DataError, IntegrityError, MissingDependencyError, UsageError
 from maehub.feature_files import FeatureTable, read_provenance
 from maehub.features import extract_features
 from maehub.images.preprocess import Preprocess, open_image, read_pixels
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import Encoder, EncoderConfig, Origin
 from maehub.reading import Readers, reader_count
 
 ENDINGS = [".safetensors", ".npz", ".parquet", ".csv"]

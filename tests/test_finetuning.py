@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import maehub
 from maehub import cli
-from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
+from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune, finetuning, saving
 from maehub.train.data import Key
 from maehub.train.examples import Sight, policy_of

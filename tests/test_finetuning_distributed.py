@@ -11,7 +11,7 @@ from test_finetuning import FULL, TINY, fill
 
 import maehub
 from maehub import cli
-from maehub.encoder import PRESETS
+from maehub.models.encoder import PRESETS
 
 
 @pytest.fixture(scope="module")

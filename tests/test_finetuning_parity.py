@@ -14,9 +14,9 @@ from timm.optim import Lars
 from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.images.preprocess import Preprocess
-from maehub.masking import sample_seed
+from maehub.models.encoder import Encoder, EncoderConfig
+from maehub.models.masking import sample_seed
 from maehub.train.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze
 from maehub.train.distributed import Group
 from maehub.train.examples import Examples, targets_of

@@ -18,12 +18,12 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 from transformers import VitDetConfig, VitDetModel
 
 import maehub
-from maehub.autoencoder import MaskedAutoencoder
 from maehub.conversion import convert
-from maehub.encoder import Encoder
 from maehub.errors import IntegrityError, UsageError
 from maehub.foreign_keys import LIGHTLY_MASK_TOKEN, detect_foreign
 from maehub.keys import detect, from_official, official_names, parts, to_official
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import Encoder
 from maehub.pickles import read_pickle
 from maehub.tensorfile import read_tensors, write_tensors
 from maehub.weights import open_autoencoder, open_encoder, save

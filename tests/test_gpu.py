@@ -10,10 +10,10 @@ from peers import images, make_autoencoder, make_encoder
 from PIL import Image, ImageOps
 
 import maehub
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.cli import main
-from maehub.encoder import Encoder, EncoderConfig
-from maehub.masking import kept_count, make_masks
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import Encoder, EncoderConfig
+from maehub.models.masking import kept_count, make_masks
 from maehub.train import FinetuneConfig, PretrainConfig, finetune, finetuning, pretrain, pretraining
 from maehub.train.log import RunLog
 from maehub.train.targets import Objective

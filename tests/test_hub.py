@@ -19,11 +19,11 @@ from transformers import AutoImageProcessor, ViTMAEForPreTraining
 import maehub
 from maehub import catalog, conversion
 from maehub import hub as hub_module
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.keys import from_official
 from maehub.locating import locate
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.packing import pack
 from maehub.tensorfile import read_header, write_tensors
 
@@ -469,7 +469,7 @@ def test_vit_h_448_end_to_end(hub, tmp_path, caplog, monkeypatch):
     """A file of the published shape, in half precision."""
     caplog.set_level(logging.INFO, logger="maehub")
     with torch.device("meta"):
-        shape = official(Encoder(maehub.encoder.PRESETS["vit-h"]))
+        shape = official(Encoder(maehub.models.encoder.PRESETS["vit-h"]))
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.empty(value.shape, dtype=torch.float16) for name, value in shape.items()}
     for name, value in state.items():
@@ -482,7 +482,7 @@ def test_vit_h_448_end_to_end(hub, tmp_path, caplog, monkeypatch):
     encoder = maehub.load("vit-h-448")
     assert "no 448 weights were published" in caplog.text
     assert "32×32 grid" in caplog.text
-    assert encoder.config == replace(maehub.encoder.PRESETS["vit-h"], image_size=(448, 448))
+    assert encoder.config == replace(maehub.models.encoder.PRESETS["vit-h"], image_size=(448, 448))
     assert sum(value.numel() for value in encoder.parameters()) == 630_764_800 + (32 * 32 - 16 * 16) * 1280
     assert torch.equal(encoder.blocks[31].mlp.fc2.weight, state["blocks.31.mlp.fc2.weight"].float())
     with Image.open(ASSETS / "cat.jpg") as picture, torch.inference_mode():

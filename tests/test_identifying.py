@@ -25,9 +25,7 @@ from peers import TINY, autoencoder_config, make_autoencoder, make_encoder, offi
 from torch import nn
 
 import maehub
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.cli import main
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.identifying import answering
 from maehub.identifying.answering import identify
@@ -36,8 +34,10 @@ from maehub.identifying.judging import _judged
 from maehub.identifying.plain_vit import grid_of_table
 from maehub.images.decoding import open_image
 from maehub.keys import from_official, to_official
-from maehub.patches import normalise_patches, patchify
-from maehub.positions import sincos_table, with_cls_row
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS, EncoderConfig
+from maehub.models.patches import normalise_patches, patchify
+from maehub.models.positions import sincos_table, with_cls_row
 from maehub.tensorfile import read_tensors, write_tensors
 from maehub.verification import Digests
 from maehub.weights import save

@@ -24,8 +24,6 @@ from torchvision.models.detection import FasterRCNN
 from transformers.models.upernet.modeling_upernet import UperNetHead
 
 import maehub
-from maehub.autoencoder import AutoencoderConfig
-from maehub.encoder import Encoder, EncoderConfig, Origin
 from maehub.errors import IntegrityError, MissingDependencyError, UsageError
 from maehub.images.preprocess import Preprocess
 from maehub.interop import (
@@ -37,6 +35,8 @@ from maehub.interop import (
     to_timm,
     to_transformers,
 )
+from maehub.models.autoencoder import AutoencoderConfig
+from maehub.models.encoder import Encoder, EncoderConfig, Origin
 
 ROOT = Path(__file__).parent.parent
 SMALL = replace(TINY, width=32, depth=2)

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from peers import TINY, autoencoder_config, make_autoencoder, make_encoder, official, transformers_mae_config
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEForPreTraining, ViTMAEModel, ViTModel
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.keys import ENCODER_MASK_TOKEN, detect, from_official, is_decoder, to_official
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.tensorfile import read_tensors
 
 MAE = autoencoder_config("tiny", TINY)

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import maehub
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import Encoder
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import Encoder
 from maehub.tensorfile import read_tensors
 from maehub.train.targets import Components, store_components
 

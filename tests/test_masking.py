@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from maehub.errors import DataError, UsageError
-from maehub.masking import (
+from maehub.models.masking import (
     covering_masks,
     kept_count,
     make_masks,

@@ -16,7 +16,7 @@ from peers import (
 )
 from torch.nn import functional as F
 
-from maehub import autoencoder, encoder, patches, positions
+from maehub.models import autoencoder, encoder, patches, positions
 
 MAE = autoencoder_config("tiny", TINY)
 

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import maehub
 from maehub import cli
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS, Block, EncoderConfig
 from maehub.errors import DataError, UsageError
-from maehub.masking import kept_count
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS, Block, EncoderConfig
+from maehub.models.masking import kept_count
 from maehub.train import costs
 from maehub.train.config import PlanConfig, PretrainConfig
 from maehub.train.devices import DEVICES, device_row, measured_cpu

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.positions import resize_table, sincos_table, with_cls_row
+from maehub.models.positions import resize_table, sincos_table, with_cls_row
 
 
 def test_golden_row():

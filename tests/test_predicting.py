@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import maehub
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import DataError, UsageError
 from maehub.images.preprocess import read_pixels
+from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.parsing import parsed
 from maehub.train.evaluate_config import PredictConfig
 from maehub.train.predicting import Predictions, predict

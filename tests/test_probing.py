@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import maehub
-from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import DataError, UsageError
+from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.parsing import parsed
 from maehub.train import probing
 from maehub.train.comparing import compare

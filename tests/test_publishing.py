@@ -15,8 +15,8 @@ from PIL import Image
 
 import maehub
 from maehub import cli
-from maehub.encoder import Origin
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
+from maehub.models.encoder import Origin
 from maehub.publishing import pushing, repository
 from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import find_leaks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maehub.masking import kept_count
+from maehub.models.masking import kept_count
 from maehub.parsing import parsed
 from maehub.train import recipes
 from maehub.train.config import PlanConfig, PretrainConfig

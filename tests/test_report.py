@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import CheckpointError, DivergedError, UsageError
+from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import FinetuneConfig, finetune, finetuning
 from maehub.train.curves import Series, chart, decimated, smoothed, tick_words
 from maehub.train.report import read_metrics, write_report

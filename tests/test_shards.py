@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import losses, words
 
-from maehub import cli, masking, storage, tar_index
-from maehub.encoder import PRESETS, EncoderConfig
+from maehub import cli, storage, tar_index
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import open_image
+from maehub.models import masking
+from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.shards import expanded, find_shards
 from maehub.sources import find_samples, groups, select
 

@@ -233,7 +233,7 @@ def test_fields(name):
 
 
 def test_output_of_the_autoencoder():
-    from maehub.autoencoder import Output
+    from maehub.models.autoencoder import Output
 
     assert Output._fields == ("loss", "prediction", "masked")
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maehub import masking, tables
+from maehub import tables
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import open_image
+from maehub.models import masking
 from maehub.sources import find_samples, groups, select
 
 datasets = pytest.importorskip("datasets")

@@ -16,12 +16,12 @@ from skimage import data
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.colours import mean_colour_of, mean_colours
-from maehub.encoder import EncoderConfig
 from maehub.errors import UsageError
-from maehub.masking import make_masks, split_index
-from maehub.patches import patchify
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import EncoderConfig
+from maehub.models.masking import make_masks, split_index
+from maehub.models.mean_colours import mean_colour_of, mean_colours
+from maehub.models.patches import patchify
 from maehub.train.baselines import baselines, interpolated
 from maehub.train.targets import Objective, chosen, corrupted, fit_components, store_components
 
@@ -303,7 +303,7 @@ def test_what_is_drawn_does_not_depend_on_the_mask_or_the_batch():
     made(pictures(1).expand(400, -1, -1, -1), masked, seeds)
     counts = torch.bincount(wanted[0].flatten(), minlength=16)
     assert (counts - 75).abs().max() < 5 * 8.4
-    from maehub.masking import random_bits
+    from maehub.models.masking import random_bits
 
     ranks = random_bits(seeds, 16).argsort(dim=1).argsort(dim=1).gather(1, wanted[0])  # from 4 to 15 where hidden
     assert abs(ranks.float().mean().item() - 9.5) < 5 * 3.5 / math.sqrt(1200)

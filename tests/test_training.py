@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 
 import maehub
 from maehub import cli, files
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError, UsageError
 from maehub.images.augment import Augmentation, crop
-from maehub.masking import make_masks, sample_seed
+from maehub.models.encoder import PRESETS, EncoderConfig
+from maehub.models.masking import make_masks, sample_seed
 from maehub.sources import find_images
 from maehub.train import PretrainConfig, checkpoint, data, log, pretrain, pretraining, saving
 from maehub.train.data import Crops, StepKeys, View, batches_of, validation_batch, worker_count

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 import maehub
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import DataError, UsageError
 from maehub.keys import to_official
+from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, data, pretrain
 from maehub.train.holdout import split_data
 from maehub.train.neighbours import effective_rank, leave_one_out

@@ -26,13 +26,13 @@ from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTForImageCl
 
 import maehub
 from maehub import layouts
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS, Encoder, EncoderConfig, Origin
 from maehub.errors import CheckpointError, IntegrityError, UsageError
 from maehub.files import sha256_file
 from maehub.images.preprocess import Preprocess
 from maehub.keys import from_official
-from maehub.positions import resize_table
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS, Encoder, EncoderConfig, Origin
+from maehub.models.positions import resize_table
 from maehub.tensorfile import read_header, read_tensors, write_tensors
 from maehub.train.targets import Components, store_components
 from maehub.weights import (

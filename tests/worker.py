@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from maehub import cli
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import CheckpointError, DataError
+from maehub.models.encoder import PRESETS, EncoderConfig
 
 PRESETS["vit-tiny"] = EncoderConfig(32, 8, 3, 32, 2, 2)
 RANK = int(os.environ.get("RANK", "0"))

@@ -4,11 +4,11 @@ import json
 import shlex
 from pathlib import Path
 
-from maehub.autoencoder import Target
 from maehub.catalog import ModelInfo
-from maehub.encoder import PRESETS
 from maehub.identifying.identification import Network, Role
 from maehub.identifying.plain_vit import Plain
+from maehub.models.autoencoder import Target
+from maehub.models.encoder import PRESETS
 
 
 def next_lines(

@@ -12,10 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maehub.autoencoder import AutoencoderConfig, Target
 from maehub.building import build_autoencoder
 from maehub.catalog import ModelInfo, published_as
-from maehub.encoder import PRESETS, EncoderConfig
 from maehub.errors import MaehubError
 from maehub.identifying.advice import next_lines
 from maehub.identifying.checkpoints import Checkpoint, open_checkpoint
@@ -24,6 +22,8 @@ from maehub.identifying.identification import DecoderShape, Identification, Netw
 from maehub.identifying.judging import Judgement, can_judge, judge
 from maehub.identifying.plain_vit import Plain, read_plain, share_of_known_names
 from maehub.keys import strip_wrappers, to_official
+from maehub.models.autoencoder import AutoencoderConfig, Target
+from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.shapes import with_target
 from maehub.verification import digest
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from maehub.autoencoder import Target
 from maehub.errors import EXIT_DONE, IntegrityError
 from maehub.identifying.judging import Judgement
+from maehub.models.autoencoder import Target
 
 Role = Literal["encoder", "autoencoder", "classifier"]
 

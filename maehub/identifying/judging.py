@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import maehub
-from maehub.autoencoder import MaskedAutoencoder, Target
 from maehub.images.decoding import open_image
-from maehub.masking import covering_masks
-from maehub.patches import normalise_patches, patchify
+from maehub.models.autoencoder import MaskedAutoencoder, Target
+from maehub.models.masking import covering_masks
+from maehub.models.patches import normalise_patches, patchify
 
 PHOTOS = ("cat.jpg", "coffee.jpg")
 """The embedded photos that are looked at."""

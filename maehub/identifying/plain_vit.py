@@ -13,16 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.catalog import architecture_heads
-from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.identifying.checkpoints import Checkpoint
 from maehub.images.preprocess import Preprocess
 from maehub.keys import Dialect, official_names, to_official
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
+from maehub.models.patches import Size
+from maehub.models.positions import sincos_table
 from maehub.packing import packed_block
-from maehub.patches import Size
-from maehub.positions import sincos_table
 from maehub.shapes import infer_config
 from maehub.weights import read_config
 

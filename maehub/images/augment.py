@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate
 
 from maehub.errors import UsageError
 from maehub.images.decoding import Box, ImagePath, open_part, part_of
-from maehub.masking import random_bits, random_uniform, sample_seed
-from maehub.patches import Size
+from maehub.models.masking import random_bits, random_uniform, sample_seed
+from maehub.models.patches import Size
 from maehub.train.config import Augment
 
 _ASPECT = (3 / 4, 4 / 3)  # width to height of a random crop, Szegedy et al. 2015

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from maehub.certificate import difference, fixed_images, largest
-from maehub.encoder import EncoderConfig
 from maehub.errors import MissingDependencyError, UsageError
 from maehub.keys import to_official
+from maehub.models.encoder import EncoderConfig
 
 LARGEST_DIFFERENCE = 1e-5
 """Largest difference, relative to the largest output, between two networks that are said to be the same."""

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from maehub.encoder import Encoder
 from maehub.errors import UsageError
+from maehub.models.encoder import Encoder
 
 STRIDES = (4, 8, 16, 32)
 

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maehub import layouts
-from maehub.autoencoder import MaskedAutoencoder
 from maehub.building import Wanted, build_autoencoder, build_encoder
-from maehub.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
 from maehub.interop.agreement import (
@@ -23,6 +21,8 @@ from maehub.interop.agreement import (
     names_there,
 )
 from maehub.keys import to_official
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
 from maehub.shapes import infer_config
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from maehub import __version__
-from maehub.autoencoder import MaskedAutoencoder
-from maehub.encoder import Encoder
 from maehub.errors import IntegrityError
 from maehub.layouts import why_not_transformers
-from maehub.masking import make_masks
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import Encoder
+from maehub.models.masking import make_masks
 from maehub.tensorfile import read_tensors, write_tensors
 from maehub.weights import open_autoencoder, open_encoder
 

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from maehub.encoder import Origin
 from maehub.errors import UsageError
+from maehub.models.encoder import Origin
 
 # Licences that let a descendant carry another one; that they ask for the author's name is kept by the card.
 _OPEN = re.compile(r"apache-2\.0|mit|bsd(-[23]-clause(-clear)?)?|isc|zlib|unlicense|cc0-1\.0|pddl|cc-by-\d\.\d")

@@ -6,10 +6,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from maehub.autoencoder import AutoencoderConfig
 from maehub.card import details, summary
-from maehub.encoder import EncoderConfig, Origin
 from maehub.images.preprocess import Preprocess
+from maehub.models.autoencoder import AutoencoderConfig
+from maehub.models.encoder import EncoderConfig, Origin
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance, in_words
 

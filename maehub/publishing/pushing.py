@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from maehub import layouts
-from maehub.autoencoder import MaskedAutoencoder
 from maehub.building import check_finite
-from maehub.encoder import Encoder, EncoderConfig
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.files import free_space_guard
 from maehub.folders import read_json
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.conditions import check_conditions
 from maehub.publishing.leaks import find_leaks, refuse_leaks

@@ -21,15 +21,15 @@ import numpy as np
 from PIL import Image
 
 import maehub
-from maehub.autoencoder import MaskedAutoencoder
 from maehub.catalog import model_info
-from maehub.encoder import Encoder, Origin
 from maehub.errors import UsageError
 from maehub.figures import grid as figure_grid
 from maehub.figures import reconstruct
 from maehub.files import atomic_write
 from maehub.folders import read_json, write_json, write_text
 from maehub.images.decoding import open_image
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import Encoder, Origin
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
 from maehub.publishing.plots import plot

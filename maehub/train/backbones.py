@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maehub.encoder import PRESETS, Encoder
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import load, usable_device
 from maehub.images.preprocess import Preprocess
 from maehub.layouts import crop_fraction
-from maehub.patches import Size, as_size, grid_size
+from maehub.models.encoder import PRESETS, Encoder
+from maehub.models.patches import Size, as_size, grid_size
 from maehub.pickles import read_pickle
 from maehub.tensorfile import read_tensors
 from maehub.train.networks import preset as architecture

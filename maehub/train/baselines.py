@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.autoencoder import squared_error
 from maehub.errors import UsageError
-from maehub.patches import Size, grid_size, patchify
+from maehub.models.autoencoder import squared_error
+from maehub.models.patches import Size, grid_size, patchify
 from maehub.train.targets import Objective
 
 _AT_ONCE = 16  # pictures that are in memory together

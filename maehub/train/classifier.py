@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maehub.building import HEAD_STD
-from maehub.encoder import Block, Encoder, Pool
 from maehub.errors import UsageError
+from maehub.models.encoder import Block, Encoder, Pool
 from maehub.train.backbones import Backbone
 from maehub.train.distributed import Group
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.train.config import LossOn, Precision
 
 BACKWARD = 2

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maehub.encoder import Encoder
 from maehub.errors import DataError, UsageError
 from maehub.folders import check_free, whole_folder, write_text
 from maehub.hub import load, usable_device
 from maehub.images.decoding import open_image
+from maehub.models.encoder import Encoder
 from maehub.train.data import naming
 from maehub.train.evaluate_config import EvaluateConfig
 from maehub.train.labels import Labelled, given_folders

@@ -20,7 +20,7 @@ from maehub.errors import DataError, UsageError
 from maehub.images.augment import Augmentation, crop
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
-from maehub.masking import sample_seed
+from maehub.models.masking import sample_seed
 from maehub.train.data import Key, naming
 from maehub.train.labels import Labelled
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maehub.autoencoder import AutoencoderConfig
 from maehub.errors import CheckpointError
+from maehub.models.autoencoder import AutoencoderConfig
 from maehub.train.config import Precision, PretrainConfig
 from maehub.train.costs import activation_bytes, block_parameters, count_parameters, fixed_bytes, work_of
 from maehub.train.data import Batch, Key, View

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maehub.errors import DataError, UsageError
-from maehub.masking import sample_id
+from maehub.models.masking import sample_id
 from maehub.sources import Source, find_samples, groups, select
 from maehub.verification import cache_folder
 

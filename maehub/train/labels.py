@@ -11,7 +11,7 @@ import numpy as np
 
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import printable
-from maehub.masking import sample_id
+from maehub.models.masking import sample_id
 from maehub.sources import Source, select
 from maehub.train.label_csv import TESTING
 from maehub.train.labelling import Told, find_told, listed

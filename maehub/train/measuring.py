@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from maehub.encoder import Encoder
 from maehub.files import atomic_write
 from maehub.images.preprocess import Preprocess
+from maehub.models.encoder import Encoder
 from maehub.sources import Source, select
 from maehub.train.classifier import AttentiveProbe, LinearProbe
 from maehub.train.distributed import Group

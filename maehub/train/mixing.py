@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maehub.images.preprocess import Preprocess
-from maehub.masking import sample_seed
+from maehub.models.masking import sample_seed
 from maehub.train.examples import Examples, seeded
 from maehub.train.finetune_recipes import Settings
 

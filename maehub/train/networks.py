@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.catalog import is_model, model_info
-from maehub.colours import COLOURS
-from maehub.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.hub import load, load_autoencoder
 from maehub.images.augment import Augmentation
 from maehub.images.preprocess import Preprocess
 from maehub.locating import Located, locate
-from maehub.patches import Size
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
+from maehub.models.mean_colours import COLOURS
+from maehub.models.patches import Size
 from maehub.train.config import PretrainConfig
 from maehub.train.data import View
 

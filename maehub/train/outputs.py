@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from maehub.errors import DataError
 from maehub.images.preprocess import Preprocess, read_pixels
-from maehub.patches import grid_size
+from maehub.models.patches import grid_size
 from maehub.sources import Source
 from maehub.train.data import batches_of, naming, worker_count
 

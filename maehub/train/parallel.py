@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from maehub.encoder import Block
+from maehub.models.encoder import Block
 from maehub.train.distributed import Group
 from maehub.train.settings import RunConfig
 

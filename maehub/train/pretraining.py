@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import maehub
-from maehub.autoencoder import MaskedAutoencoder
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.images.augment import jitter
+from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.train.checkpoint import Progress
 from maehub.train.config import PretrainConfig
 from maehub.train.data import (

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maehub.encoder import Encoder
 from maehub.errors import CheckpointError, UsageError
 from maehub.files import atomic_write
 from maehub.folders import check_free, whole_folder, write_text
 from maehub.hub import usable_device
+from maehub.models.encoder import Encoder
 from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.classifier import as_classifier
 from maehub.train.labels import Labelled

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.encoder import PRESETS
 from maehub.errors import UsageError
 from maehub.files import atomic_write
+from maehub.models.encoder import PRESETS
 from maehub.train import report_classifier
 from maehub.train.config import PretrainConfig
 from maehub.train.curves import Series, figure, raw_and_smooth

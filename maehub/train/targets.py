@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder, squared_error
-from maehub.colours import mean_colour_of as mean_colour_of
-from maehub.colours import mean_colours as mean_colours
-from maehub.encoder import take
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
-from maehub.masking import random_bits, split_index
-from maehub.patches import Size, grid_size, patchify, unpatchify
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, squared_error
+from maehub.models.encoder import take
+from maehub.models.masking import random_bits, split_index
+from maehub.models.mean_colours import mean_colour_of as mean_colour_of
+from maehub.models.mean_colours import mean_colours as mean_colours
+from maehub.models.patches import Size, grid_size, patchify, unpatchify
 
 LossOn = Literal["hidden", "all"]
 """Which patches the loss is taken on; the paper's is ``hidden`` (section 4)."""

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from maehub.encoder import Encoder
 from maehub.errors import UsageError
 from maehub.hub import load
 from maehub.images.preprocess import Preprocess
 from maehub.locating import Located, locate
+from maehub.models.encoder import Encoder
 from maehub.train.backbones import Backbone, backbone_of, open_backbone
 from maehub.train.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
 from maehub.train.distributed import Group

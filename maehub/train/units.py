@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.masking import sample_seed
+from maehub.models.masking import sample_seed
 from maehub.train.labels import Labelled
 
 _ROUNDS = 10  # over all units; two or three settle it

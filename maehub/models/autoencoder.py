@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from maehub.colours import COLOURS
-from maehub.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
-from maehub.masking import kept_count, random_masks, split_index, visible_count
-from maehub.patches import Size, grid_size, normalise_patches, patchify
-from maehub.positions import resize_table, sincos_table, with_cls_row
+from maehub.models.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
+from maehub.models.masking import kept_count, random_masks, split_index, visible_count
+from maehub.models.mean_colours import COLOURS
+from maehub.models.patches import Size, grid_size, normalise_patches, patchify
+from maehub.models.positions import resize_table, sincos_table, with_cls_row
 
 Target = Literal["pixels", "normalised_pixels", "pca", "tokens", "unknown"]
 """What the decoder was trained to predict (table 1d); ``unknown`` where a file does not say.
@@ -28,7 +28,7 @@ Target = Literal["pixels", "normalised_pixels", "pca", "tokens", "unknown"]
 """
 
 Tokenizer = Literal["", "mean-colour"]
-"""Whose tokens: those of a tokenizer of the caller's, or `maehub.colours`."""
+"""Whose tokens: those of a tokenizer of the caller's, or `maehub.models.mean_colours`."""
 
 _OF_PIXELS = ("pixels", "normalised_pixels")
 

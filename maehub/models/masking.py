@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.errors import DataError, UsageError
-from maehub.patches import Size
+from maehub.models.patches import Size
 
 Strategy = Literal["random", "block", "grid"]
 """``random`` is the paper's; ``block`` hides rectangles (Bao et al. 2021, BEiT); ``grid`` keeps one of each 2×2."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maehub.errors import UsageError
-from maehub.patches import patchify
+from maehub.models.patches import patchify
 
 COLOURS = {1: 8, 3: 512}
 """How many tokens there are, by the channels of the picture."""

@@ -1,0 +1,1 @@
+"""The networks, their masks and their positions: plain torch that knows no files."""
