@@ -20,7 +20,7 @@ from pathlib import Path
 # This process imports no torch, so that a child does not begin with its memory.
 
 IMPORTS = {
-    "maehub": "import maehub.weights as w; from maehub.files import sha256_file",
+    "maehub": "import maehub.weights.model_folder as w; from maehub.files import sha256_file",
     "timm": "import timm; from safetensors.torch import load_file",
     "transformers": "from transformers import ViTMAEForPreTraining, ViTModel, logging; logging.set_verbosity_error()",
 }

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from maehub.models.encoder import Encoder as Encoder
     from maehub.models.encoder import EncoderConfig as EncoderConfig
     from maehub.publishing.pushing import push as push
-    from maehub.weights import save as save
+    from maehub.weights.model_folder import save as save
 
 _HOMES = {
     "AutoencoderConfig": "maehub.models.autoencoder",
@@ -64,7 +64,7 @@ _HOMES = {
     "model_info": "maehub.catalog",
     "push": "maehub.publishing.pushing",
     "reconstruct": "maehub.figures",
-    "save": "maehub.weights",
+    "save": "maehub.weights.model_folder",
     "verify": "maehub.fetching",
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maehub.files import sha256_file
 from maehub.folders import write_json
-from maehub.keys import OfficialNames, is_decoder, parts
+from maehub.weights.keys import OfficialNames, is_decoder, parts
 
 CERTIFICATE = "certificate.json"
 

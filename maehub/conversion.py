@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from maehub import __version__
-from maehub.building import build_autoencoder, build_encoder
 from maehub.catalog import is_model, model_info, published_as
 from maehub.certificate import (
     CERTIFICATE,
@@ -32,20 +31,18 @@ from maehub.exporting import EXPORTED, ExportForm, check_exportable, checked_sha
 from maehub.files import sha256_file
 from maehub.folders import check_free, whole_folder
 from maehub.foreign_folders import PICKLE, ForeignForm, check_foreign_form, is_exported, is_foreign_form, write_foreign
-from maehub.foreign_keys import LIGHTLY_MASK_TOKEN
 from maehub.hub import load, load_autoencoder
 from maehub.images.preprocess import Preprocess
-from maehub.keys import OfficialNames, official_names, to_official
 from maehub.locating import locate
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
 from maehub.models.patches import patchify
-from maehub.packing import packed_block
-from maehub.pickles import is_pickle, pickles_in, read_pickle
-from maehub.shapes import infer_config
-from maehub.tensorfile import read_header, read_tensors
 from maehub.verification import digest
-from maehub.weights import (
+from maehub.weights.building import build_autoencoder, build_encoder
+from maehub.weights.infer_config import infer_config
+from maehub.weights.keys import OfficialNames, official_names, to_official
+from maehub.weights.library_keys import LIGHTLY_MASK_TOKEN
+from maehub.weights.model_folder import (
     MEMBERS,
     Layout,
     find_model_folder,
@@ -54,6 +51,9 @@ from maehub.weights import (
     read_config,
     write_members,
 )
+from maehub.weights.pickles import is_pickle, pickles_in, read_pickle
+from maehub.weights.single_file import packed_block
+from maehub.weights.tensorfile import read_header, read_tensors
 
 log = logging.getLogger("maehub")
 

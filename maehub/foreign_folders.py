@@ -15,16 +15,17 @@ from typing import Literal, TypeGuard, get_args
 import torch
 from huggingface_hub import ModelCardData
 
-from maehub import __version__, layouts
+from maehub import __version__
 from maehub.errors import UsageError
 from maehub.exporting import ExportForm, notes_for, write_exported
 from maehub.folders import write_json, write_text
-from maehub.foreign_keys import ForeignDialect, is_foreign
-from maehub.keys import from_official, to_official
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.pickles import write_pickle
-from maehub.tensorfile import write_tensors
+from maehub.weights import config_json as layouts
+from maehub.weights.keys import from_official, to_official
+from maehub.weights.library_keys import ForeignDialect, is_foreign
+from maehub.weights.pickles import write_pickle
+from maehub.weights.tensorfile import write_tensors
 
 ForeignForm = ForeignDialect | ExportForm
 """What is written here."""

@@ -6,23 +6,23 @@ from pathlib import Path
 
 import torch
 
-from maehub import layouts
-from maehub.building import Wanted, build_autoencoder, build_encoder
 from maehub.catalog import Want
 from maehub.errors import UsageError
 from maehub.fetching import PathLike
 from maehub.files import atomic_write, write_error
-from maehub.keys import to_official
 from maehub.locating import Located, locate
 from maehub.models.autoencoder import MaskedAutoencoder, Target
 from maehub.models.encoder import Encoder, Origin
 from maehub.models.patches import Size
 from maehub.models.positions import ResizeRule
-from maehub.packing import packed_block
-from maehub.pickles import read_pickle
-from maehub.tensorfile import read_header, read_tensors, write_tensors
 from maehub.verification import cache_folder, known_finite, mark_finite
-from maehub.weights import open_autoencoder, open_encoder
+from maehub.weights import config_json as layouts
+from maehub.weights.building import Wanted, build_autoencoder, build_encoder
+from maehub.weights.keys import to_official
+from maehub.weights.model_folder import open_autoencoder, open_encoder
+from maehub.weights.pickles import read_pickle
+from maehub.weights.single_file import packed_block
+from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
 
 log = logging.getLogger("maehub")
 

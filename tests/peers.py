@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from maehub.keys import from_official, to_official
 from maehub.models import positions
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Attention, Encoder, EncoderConfig
+from maehub.weights.keys import from_official, to_official
 
 TOLERANCE = 1e-5
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from maehub import files, tensorfile
+from maehub import files
 from maehub.errors import CheckpointError, DivergedError
 from maehub.train import checkpoint
 from maehub.train.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.optim import adamw
+from maehub.weights import tensorfile
 
 
 def network(seed=0, width=4):

@@ -36,11 +36,11 @@ from maehub.cli import main
 from maehub.conversion import convert
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import sha256_file
-from maehub.keys import from_official, is_decoder, official_names
 from maehub.models.encoder import PRESETS, Encoder, Origin
-from maehub.pickles import read_pickle, write_pickle
-from maehub.tensorfile import read_header, read_tensors, write_tensors
-from maehub.weights import open_autoencoder, open_encoder, save
+from maehub.weights.keys import from_official, is_decoder, official_names
+from maehub.weights.model_folder import open_autoencoder, open_encoder, save
+from maehub.weights.pickles import read_pickle, write_pickle
+from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
 
 MAE = autoencoder_config("tiny", TINY, "pixels")
 SAID = {"heads": 4, "decoder_heads": 4, "target": "pixels"}
@@ -540,7 +540,7 @@ def test_a_pickle_of_other_things_is_refused(tmp_path, content):
 
 
 def test_a_conversion_that_changes_the_outputs_is_not_kept(autoencoder, tmp_path, monkeypatch):
-    from maehub import keys
+    from maehub.weights import keys
 
     swap = {"attn.query": "attn.key", "attn.key": "attn.query"}
     wrong = tuple((swap.get(row[0], row[0]), *row[1:]) for row in keys._BLOCK_PARTS)

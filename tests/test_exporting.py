@@ -21,7 +21,7 @@ from maehub.exporting import AnySize, checked_shapes
 from maehub.files import sha256_file
 from maehub.models.encoder import Encoder
 from maehub.models.positions import sincos_table, with_cls_row
-from maehub.weights import open_encoder, save
+from maehub.weights.model_folder import open_encoder, save
 
 SMALL = replace(TINY, width=32, depth=1)
 CLASSIFIER = replace(SMALL, classes=3)

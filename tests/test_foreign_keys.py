@@ -20,13 +20,13 @@ from transformers import VitDetConfig, VitDetModel
 import maehub
 from maehub.conversion import convert
 from maehub.errors import IntegrityError, UsageError
-from maehub.foreign_keys import LIGHTLY_MASK_TOKEN, detect_foreign
-from maehub.keys import detect, from_official, official_names, parts, to_official
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder
-from maehub.pickles import read_pickle
-from maehub.tensorfile import read_tensors, write_tensors
-from maehub.weights import open_autoencoder, open_encoder, save
+from maehub.weights.keys import detect, from_official, official_names, parts, to_official
+from maehub.weights.library_keys import LIGHTLY_MASK_TOKEN, detect_foreign
+from maehub.weights.model_folder import open_autoencoder, open_encoder, save
+from maehub.weights.pickles import read_pickle
+from maehub.weights.tensorfile import read_tensors, write_tensors
 
 MAE = autoencoder_config("tiny", TINY, "pixels")
 SAID = {"heads": 4, "decoder_heads": 4, "target": "pixels"}

@@ -20,12 +20,12 @@ import maehub
 from maehub import catalog, conversion
 from maehub import hub as hub_module
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.keys import from_official
 from maehub.locating import locate
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.packing import pack
-from maehub.tensorfile import read_header, write_tensors
+from maehub.weights.keys import from_official
+from maehub.weights.single_file import pack
+from maehub.weights.tensorfile import read_header, write_tensors
 
 ASSETS = Path(maehub.__file__).parent / "assets"
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)

@@ -33,14 +33,14 @@ from maehub.identifying.families import FAMILIES
 from maehub.identifying.judging import _judged
 from maehub.identifying.plain_vit import grid_of_table
 from maehub.images.decoding import open_image
-from maehub.keys import from_official, to_official
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.models.patches import normalise_patches, patchify
 from maehub.models.positions import sincos_table, with_cls_row
-from maehub.tensorfile import read_tensors, write_tensors
 from maehub.verification import Digests
-from maehub.weights import save
+from maehub.weights.keys import from_official, to_official
+from maehub.weights.model_folder import save
+from maehub.weights.tensorfile import read_tensors, write_tensors
 
 MAE = autoencoder_config("tiny", TINY, "unknown")
 ASSETS = Path(maehub.__file__).parent / "assets"

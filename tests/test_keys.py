@@ -6,10 +6,10 @@ from peers import TINY, autoencoder_config, make_autoencoder, make_encoder, offi
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEForPreTraining, ViTMAEModel, ViTModel
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.keys import ENCODER_MASK_TOKEN, detect, from_official, is_decoder, to_official
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.tensorfile import read_tensors
+from maehub.weights.keys import ENCODER_MASK_TOKEN, detect, from_official, is_decoder, to_official
+from maehub.weights.tensorfile import read_tensors
 
 MAE = autoencoder_config("tiny", TINY)
 VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 32, "patch_size": 8}  # fmt: skip  # noqa: E501

@@ -27,9 +27,9 @@ from peers import (
 )
 from transformers import ViTMAEForPreTraining
 
-from maehub.building import build_autoencoder, build_encoder
-from maehub.keys import to_official
-from maehub.shapes import infer_config
+from maehub.weights.building import build_autoencoder, build_encoder
+from maehub.weights.infer_config import infer_config
+from maehub.weights.keys import to_official
 
 
 @pytest.mark.parametrize("name", SHAPES)

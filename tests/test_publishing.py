@@ -223,7 +223,7 @@ def test_a_library_that_computes_something_else_stops_it(hub, monkeypatch):
 
     def wrong(folder, name, model, **options):
         real(folder, name, model, **options)
-        state = maehub.weights.read_tensors(folder / "timm" / "model.safetensors").tensors
+        state = maehub.weights.model_folder.read_tensors(folder / "timm" / "model.safetensors").tensors
         changed = {key: tensor.clone() for key, tensor in state.items()}
         changed["blocks.1.mlp.fc2.bias"][0] += 0.1
         from safetensors.torch import save_file

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import sha256_file
-from maehub.tensorfile import MAX_HEADER_BYTES, read_header, read_tensors, write_tensors
+from maehub.weights.tensorfile import MAX_HEADER_BYTES, read_header, read_tensors, write_tensors
 
 TENSORS = {
     "blocks.0.weight": torch.arange(12.0).reshape(3, 4),

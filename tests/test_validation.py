@@ -13,11 +13,11 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import maehub
 from maehub.errors import DataError, UsageError
-from maehub.keys import to_official
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, data, pretrain
 from maehub.train.holdout import split_data
 from maehub.train.neighbours import effective_rank, leave_one_out
+from maehub.weights.keys import to_official
 
 TINY = EncoderConfig(32, 8, 3, 32, 1, 2)
 

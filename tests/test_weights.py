@@ -25,17 +25,16 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTForImageClassification, ViTMAEForPreTraining
 
 import maehub
-from maehub import layouts
 from maehub.errors import CheckpointError, IntegrityError, UsageError
 from maehub.files import sha256_file
 from maehub.images.preprocess import Preprocess
-from maehub.keys import from_official
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig, Origin
 from maehub.models.positions import resize_table
-from maehub.tensorfile import read_header, read_tensors, write_tensors
 from maehub.train.targets import Components, store_components
-from maehub.weights import (
+from maehub.weights import config_json as layouts
+from maehub.weights.keys import from_official
+from maehub.weights.model_folder import (
     Wanted,
     build_autoencoder,
     build_encoder,
@@ -45,6 +44,7 @@ from maehub.weights import (
     read_folder,
     save,
 )
+from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
 
 MAE = autoencoder_config("tiny", TINY)
 ORIGIN = Origin("vit-x", "a" * 40, "b" * 64, "cc-by-nc-4.0")
@@ -525,7 +525,7 @@ def test_a_full_disk_leaves_the_old_folder_and_nothing_else(autoencoder, folder,
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("maehub.weights.write_json", full)
+    monkeypatch.setattr("maehub.weights.model_folder.write_json", full)
     with pytest.raises(CheckpointError, match=r"No space left.*untouched"):
         save(autoencoder, folder, overwrite=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -810,7 +810,7 @@ def test_timm_loads_the_encoder_of_an_autoencoder(kind, tmp_path):
 
 
 def test_the_published_shapes_need_no_arguments_in_timm(tmp_path):
-    from maehub.layouts import timm_config
+    from maehub.weights.config_json import timm_config
 
     for name, architecture in {"vit-b": "vit_base_patch16_224", "vit-l": "vit_large_patch16_224", "vit-h": "vit_huge_patch14_224"}.items():  # fmt: skip  # noqa: E501
         config = timm_config(PRESETS[name], Preprocess(), ORIGIN, "model.safetensors")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maehub.building import build_autoencoder
 from maehub.catalog import ModelInfo, published_as
 from maehub.errors import MaehubError
 from maehub.identifying.advice import next_lines
@@ -21,11 +20,12 @@ from maehub.identifying.families import Family, generalised, recognise, without_
 from maehub.identifying.identification import DecoderShape, Identification, Network, Role, Tuning
 from maehub.identifying.judging import Judgement, can_judge, judge
 from maehub.identifying.plain_vit import Plain, read_plain, share_of_known_names
-from maehub.keys import strip_wrappers, to_official
 from maehub.models.autoencoder import AutoencoderConfig, Target
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.shapes import with_target
 from maehub.verification import digest
+from maehub.weights.building import build_autoencoder
+from maehub.weights.infer_config import with_target
+from maehub.weights.keys import strip_wrappers, to_official
 
 log = logging.getLogger("maehub")
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from maehub.catalog import is_model
 from maehub.errors import IntegrityError, UsageError
-from maehub.pickles import read_pickle
-from maehub.tensorfile import read_header, read_tensors
-from maehub.weights import find_model_folder
+from maehub.weights.model_folder import find_model_folder
+from maehub.weights.pickles import read_pickle
+from maehub.weights.tensorfile import read_header, read_tensors
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 """Of the files that a folder is searched for."""

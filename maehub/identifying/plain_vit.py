@@ -17,14 +17,14 @@ from maehub.catalog import architecture_heads
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.identifying.checkpoints import Checkpoint
 from maehub.images.preprocess import Preprocess
-from maehub.keys import Dialect, official_names, to_official
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.models.patches import Size
 from maehub.models.positions import sincos_table
-from maehub.packing import packed_block
-from maehub.shapes import infer_config
-from maehub.weights import read_config
+from maehub.weights.infer_config import infer_config
+from maehub.weights.keys import Dialect, official_names, to_official
+from maehub.weights.model_folder import read_config
+from maehub.weights.single_file import packed_block
 
 Config = EncoderConfig | AutoencoderConfig
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from maehub.certificate import difference, fixed_images, largest
 from maehub.errors import MissingDependencyError, UsageError
-from maehub.keys import to_official
 from maehub.models.encoder import EncoderConfig
+from maehub.weights.keys import to_official
 
 LARGEST_DIFFERENCE = 1e-5
 """Largest difference, relative to the largest output, between two networks that are said to be the same."""

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maehub import layouts
-from maehub.building import Wanted, build_encoder
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
 from maehub.interop.agreement import check_same, exact_dtype, exact_state, finish, images_for, judged
 from maehub.models.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
-from maehub.shapes import infer_config
+from maehub.weights import config_json as layouts
+from maehub.weights.building import Wanted, build_encoder
+from maehub.weights.infer_config import infer_config
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from maehub import layouts
-from maehub.building import Wanted, build_autoencoder, build_encoder
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
 from maehub.interop.agreement import (
@@ -20,10 +18,12 @@ from maehub.interop.agreement import (
     library,
     names_there,
 )
-from maehub.keys import to_official
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
-from maehub.shapes import infer_config
+from maehub.weights import config_json as layouts
+from maehub.weights.building import Wanted, build_autoencoder, build_encoder
+from maehub.weights.infer_config import infer_config
+from maehub.weights.keys import to_official
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from maehub import layouts
-from maehub.building import check_finite
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.files import free_space_guard
 from maehub.folders import read_json
@@ -31,7 +29,9 @@ from maehub.publishing.provenance import Provenance, read_run
 from maehub.publishing.remote import Hub, LocalFile, Remote, check_name, look, same, verify_remote
 from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
 from maehub.verification import digest
-from maehub.weights import find_model_folder, open_autoencoder, open_encoder
+from maehub.weights import config_json as layouts
+from maehub.weights.building import check_finite
+from maehub.weights.model_folder import find_model_folder, open_autoencoder, open_encoder
 
 log = logging.getLogger("maehub")
 

@@ -1,6 +1,6 @@
 """The folder that is published: a model folder, and beside it figures, numbers, the recipe and checksums.
 
-    config.json  model.safetensors  timm/model.safetensors  preprocessor_config.json     see `maehub.weights`
+    config.json  model.safetensors  timm/model.safetensors  preprocessor_config.json     see `maehub.weights.model_folder`
     README.md                 the card, see `maehub.publishing.published_card`
     figures/                  reconstructions of the photos that come with maehub, and curves
     metrics.json              what was measured on held-out pictures, where something was
@@ -37,7 +37,7 @@ from maehub.publishing.provenance import Provenance
 from maehub.publishing.published_card import Page, published_card
 from maehub.train.curves import Series, raw_and_smooth
 from maehub.verification import digest
-from maehub.weights import write_members
+from maehub.weights.model_folder import write_members
 
 _PHOTOS = tuple(Path(maehub.__file__).parent / "assets" / name for name in ("cat.jpg", "coffee.jpg"))
 _CHECKSUMS = "checksums.sha256"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import load, usable_device
 from maehub.images.preprocess import Preprocess
-from maehub.layouts import crop_fraction
 from maehub.models.encoder import PRESETS, Encoder
 from maehub.models.patches import Size, as_size, grid_size
-from maehub.pickles import read_pickle
-from maehub.tensorfile import read_tensors
 from maehub.train.networks import preset as architecture
+from maehub.weights.config_json import crop_fraction
+from maehub.weights.pickles import read_pickle
+from maehub.weights.tensorfile import read_tensors
 
 _LARGEST_PATCH = 16
 _PIXELS_SIDE, _COLOURS_SIDE, _BINS = 32, 96, 8

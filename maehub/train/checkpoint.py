@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maehub.building import check_finite
 from maehub.errors import CheckpointError, DivergedError, IntegrityError
 from maehub.files import free_space_guard, sha256_file, write_error
 from maehub.folders import read_json, whole_folder, write_json
-from maehub.tensorfile import read_tensors, write_tensors
+from maehub.weights.building import check_finite
+from maehub.weights.tensorfile import read_tensors, write_tensors
 
 log = logging.getLogger("maehub")
 

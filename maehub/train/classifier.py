@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from maehub.building import HEAD_STD
 from maehub.errors import UsageError
 from maehub.models.encoder import Block, Encoder, Pool
 from maehub.train.backbones import Backbone
 from maehub.train.distributed import Group
+from maehub.weights.building import HEAD_STD
 
 _PROBE_STD = 0.01  # of a linear probe's fresh weights, as published
 _BATCH_NORM_EPS = 1e-6

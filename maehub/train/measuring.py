@@ -26,7 +26,7 @@ from maehub.train.scores import Scores, score
 from maehub.train.sharded import gathered
 from maehub.train.sheets import confusion_picture
 from maehub.train.splits import LabelledSplit
-from maehub.weights import save
+from maehub.weights.model_folder import save
 
 log = logging.getLogger("maehub")
 

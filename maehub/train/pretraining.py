@@ -42,7 +42,7 @@ from maehub.train.steps import agreed, batch_words, next_batch, parts, report, r
 from maehub.train.stopping import Stop, stop_requests
 from maehub.train.targets import Objective, fit_components, store_components
 from maehub.train.validation import Validation, tell_start
-from maehub.weights import save
+from maehub.weights.model_folder import save
 
 log = logging.getLogger("maehub")
 

@@ -31,7 +31,7 @@ from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResu
 from maehub.train.scores import score
 from maehub.train.splits import LabelledSplit, folds, inner_split, split_labelled
 from maehub.train.twins import MOST_LOOKED_AT, find_twins
-from maehub.weights import save
+from maehub.weights.model_folder import save
 
 MEMBERS = ("probe.json",)
 """What marks the folder of a probe."""

@@ -30,9 +30,9 @@ from torch.distributed.tensor import DTensor
 
 from maehub.errors import CheckpointError
 from maehub.files import is_disk_full, sha256_file, sync_folder
-from maehub.tensorfile import read_tensors
 from maehub.train.checkpoint import Progress, Written, check_converging, checkpoint_folder, rotate, write_manifest
 from maehub.train.distributed import Group
+from maehub.weights.tensorfile import read_tensors
 
 
 def save_shards(

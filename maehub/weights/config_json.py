@@ -1,6 +1,6 @@
 """What ``config.json`` says, in the words of three libraries: transformers, timm and our own block.
 
-Dictionaries in, dictionaries out; files are written and read in `maehub.weights`. One ``config.json`` serves all three:
+Dictionaries in, dictionaries out; files are written and read in `maehub.weights.model_folder`. One ``config.json`` serves all three:
 transformers and timm ignore top-level keys that they do not know, and our block lies under ``"maehub"``.
 """
 

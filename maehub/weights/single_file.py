@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from maehub import layouts
 from maehub.errors import IntegrityError
 from maehub.files import atomic_write
-from maehub.keys import to_official
 from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.tensorfile import write_tensors
+from maehub.weights import config_json as layouts
+from maehub.weights.keys import to_official
+from maehub.weights.tensorfile import write_tensors
 
 _KEY = "maehub_config"
 

@@ -3,9 +3,9 @@
 from huggingface_hub import ModelCardData
 
 from maehub.images.preprocess import Preprocess
-from maehub.layouts import why_not_transformers
 from maehub.models.autoencoder import AutoencoderConfig
 from maehub.models.encoder import EncoderConfig, Origin
+from maehub.weights.config_json import why_not_transformers
 
 _TARGETS = {
     "pixels": "pixels",

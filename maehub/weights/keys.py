@@ -9,7 +9,7 @@ give dictionaries and know nothing of files; tensors are touched only where a di
     decoder_blocks.0          decoder.decoder_layers.0                decoder.decoder_layers.0      decoder.blocks.0
 
 transformers 5.23 saves the decoder as ``decoder.decoder_encoder.layer.0``, a dialect of its own. timm writes the
-official names, encoder only. Those of lightly, mmpretrain and detectron2 are in `maehub.foreign_keys`.
+official names, encoder only. Those of lightly, mmpretrain and detectron2 are in `maehub.weights.library_keys`.
 """
 
 import re
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.foreign_keys import (
+from maehub.weights.library_keys import (
     ForeignDialect,
     check_foreign,
     detect_foreign,
@@ -216,7 +216,7 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
     ``timm`` leaves the decoder out. ``transformers-4`` names ViTMAEForPreTraining's tensors where there is a decoder,
     ViTForImageClassification's where there is a head, else ViTModel's; queries, keys and values are views of the
     fused tensors. ``module`` names `MaskedAutoencoder`'s tensors where there is a decoder, else `Encoder`'s. The others
-    are those of `maehub.foreign_keys.to_foreign`.
+    are those of `maehub.weights.library_keys.to_foreign`.
 
     Raises:
         UsageError: the dialect cannot say it (a mean-pooled classifier in transformers' names).

@@ -20,18 +20,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from maehub import __version__, layouts
-from maehub.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
-from maehub.card import model_card
+from maehub import __version__
 from maehub.errors import UsageError
 from maehub.files import free_space_guard
 from maehub.folders import check_free, read_json, whole_folder, write_json, write_text
 from maehub.images.preprocess import Preprocess
-from maehub.keys import from_official, to_official
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
-from maehub.shapes import infer_config, with_target
-from maehub.tensorfile import read_tensors, write_tensors
+from maehub.weights import config_json as layouts
+from maehub.weights.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
+from maehub.weights.infer_config import infer_config, with_target
+from maehub.weights.keys import from_official, to_official
+from maehub.weights.model_card import model_card
+from maehub.weights.tensorfile import read_tensors, write_tensors
 
 __all__ = [
     "AS_STORED",

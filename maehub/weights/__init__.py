@@ -1,0 +1,1 @@
+"""Tensors to and from files, in every dialect and layout."""
