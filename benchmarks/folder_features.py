@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from maehub import load
+from maehub.data.reading import Readers
 from maehub.features import extract_features
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import Encoder
-from maehub.reading import Readers
 
 SIZES = {"1024×768": (1024, 768), "500×375": (500, 375)}
 BATCH = 32

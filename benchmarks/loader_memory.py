@@ -16,9 +16,9 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from maehub.data.names import Names
+from maehub.data.sources import Samples
 from maehub.images.augment import Augmentation
-from maehub.names import Names
-from maehub.sources import Samples
 from maehub.train import data
 from maehub.train.data import Crops, StepKeys, View, batches_of
 

@@ -20,12 +20,12 @@ from scipy.interpolate import griddata
 from skimage.restoration import inpaint_biharmonic
 
 from maehub import load_autoencoder
+from maehub.data.sources import find_images
 from maehub.images.augment import Augmentation, crop
 from maehub.images.preprocess import open_image
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.masking import make_masks, sample_id, sample_seed
 from maehub.models.patches import unpatchify
-from maehub.sources import find_images
 
 
 def linear(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:

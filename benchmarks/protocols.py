@@ -30,18 +30,18 @@ from labelled_data import wheel
 from skimage.feature import hog
 from torch import Tensor, nn
 
+from maehub.data.duplicates import find_twins
+from maehub.data.labels import Labelled, read_labelled
+from maehub.data.sources import Source
+from maehub.data.splits import LabelledSplit, inner_split, split_labelled
 from maehub.images.preprocess import Preprocess
-from maehub.sources import Source
 from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
-from maehub.train.labels import Labelled, read_labelled
 from maehub.train.linear import accuracy
 from maehub.train.outputs import outputs
 from maehub.train.probe_config import KnnConfig, ProbeConfig
 from maehub.train.probing import Features, fast_probe, nearest_probe
-from maehub.train.splits import LabelledSplit, inner_split, split_labelled
-from maehub.train.twins import find_twins
 
 SETS = ("openclipart", "animals", "digits")
 MOST = {"animals": 250, "digits": 250}  # pictures of a class for the frozen protocols; openclipart has 127 to 494

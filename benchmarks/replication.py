@@ -31,10 +31,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from maehub import load, save
+from maehub.data.sources import Source, find_images
+from maehub.data.splits import folds, split_labelled
 from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.plots import plot
-from maehub.sources import Source, find_images
 from maehub.train.config import PretrainConfig
 from maehub.train.curves import Series
 from maehub.train.finetune_config import FinetuneConfig
@@ -42,7 +43,6 @@ from maehub.train.finetuning import finetune
 from maehub.train.linear import accuracy, best, fit_linear
 from maehub.train.outputs import outputs
 from maehub.train.pretraining import pretrain
-from maehub.train.splits import folds, split_labelled
 
 SEEDS = (0, 1, 2)
 SHARE = 0.4  # of each class, held out

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from maehub.catalog import list_models as list_models
     from maehub.catalog import model_info as model_info
     from maehub.conversion import convert as convert
+    from maehub.data.inspection import check_data as check_data
+    from maehub.data.inspection import data_statistics as data_statistics
     from maehub.errors import MaehubError as MaehubError
     from maehub.feature_files import FeatureTable as FeatureTable
     from maehub.features import extract_features as extract_features
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from maehub.hub import load_autoencoder as load_autoencoder
     from maehub.identifying.answering import identify as identify
     from maehub.images.preprocess import Preprocess as Preprocess
-    from maehub.inspection import check_data as check_data
-    from maehub.inspection import data_statistics as data_statistics
     from maehub.models.autoencoder import AutoencoderConfig as AutoencoderConfig
     from maehub.models.autoencoder import MaskedAutoencoder as MaskedAutoencoder
     from maehub.models.encoder import Encoder as Encoder
@@ -52,9 +52,9 @@ _HOMES = {
     "ModelInfo": "maehub.catalog",
     "Panels": "maehub.figures",
     "Preprocess": "maehub.images.preprocess",
-    "check_data": "maehub.inspection",
+    "check_data": "maehub.data.inspection",
     "convert": "maehub.conversion",
-    "data_statistics": "maehub.inspection",
+    "data_statistics": "maehub.data.inspection",
     "download": "maehub.fetching",
     "extract_features": "maehub.features",
     "identify": "maehub.identifying.answering",

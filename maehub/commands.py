@@ -184,7 +184,7 @@ def run_features(config: arguments.Features, shared: Shared) -> int:
 def run_data(config: arguments.Data, shared: Shared) -> int:
     if config.out is not None and config.out.exists() and not config.overwrite:
         raise UsageError(f"{config.out} exists; choose another --out, or replace it with --overwrite")
-    from maehub import inspection
+    from maehub.data import inspection
 
     if config.what == "stats":
         sample = inspection.SAMPLE if config.sample is None else config.sample
@@ -262,8 +262,8 @@ def run_evaluate(config: Any, shared: Shared) -> int:
 def run_predict(config: Any, shared: Shared) -> int:
     size = wanted_size(config.image_size)
     located = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
+    from maehub.data.sources import find_images
     from maehub.hub import load
-    from maehub.sources import find_images
     from maehub.train import predict
 
     paths = dict.fromkeys(path for source in config.pictures for path in find_images(source).paths())

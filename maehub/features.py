@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maehub import __version__
+from maehub.data.reading import Readers, reader_count
+from maehub.data.sources import Pictures, PictureSource, Samples, as_samples
 from maehub.errors import DataError, UsageError
 from maehub.feature_files import (
     FeatureTable,
@@ -35,8 +37,6 @@ from maehub.files import free_space_guard
 from maehub.images.preprocess import Preprocess, TransformName
 from maehub.models.encoder import Encoder, FeaturePool
 from maehub.models.patches import grid_size
-from maehub.reading import Readers, reader_count
-from maehub.sources import Pictures, PictureSource, Samples, as_samples
 
 _Input = np.ndarray | Tensor
 """(H, W, C) uint8 pixels, or (C, H, W) floats that are preprocessed."""

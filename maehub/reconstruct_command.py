@@ -67,7 +67,7 @@ def _pictures(source: str) -> list[str]:
     """The pictures that one argument names: an address, a file, or all of a folder."""
     if source.startswith(("http://", "https://")) or os.path.isfile(source):
         return [source]
-    from maehub.sources import find_images
+    from maehub.data.sources import find_images
 
     return [os.fsdecode(path) for path in find_images(source).paths()]
 

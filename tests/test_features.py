@@ -18,14 +18,14 @@ from rights import as_nobody, let_enter, needs_root
 from safetensors.torch import load_file
 
 from maehub import features as features_module
-from maehub import reading
+from maehub.data import reading
+from maehub.data.reading import Readers, reader_count
 from maehub.errors import CheckpointError, DataError, IntegrityError, MissingDependencyError, UsageError
 from maehub.feature_files import FeatureTable, read_provenance
 from maehub.features import extract_features
 from maehub.images.preprocess import Preprocess, open_image, read_pixels
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
-from maehub.reading import Readers, reader_count
 
 ENDINGS = [".safetensors", ".npz", ".parquet", ".csv"]
 TINY = EncoderConfig(32, 8, 3, 32, 1, 2)
@@ -517,7 +517,7 @@ def readers_of(pid):
                 line = Path(f"/proc/{entry}/cmdline").read_bytes()
             except OSError:
                 continue
-            if b"maehub.reading" in line and fields[0] != "Z" and (pid is None or int(fields[1]) == pid):
+            if b"maehub.data.reading" in line and fields[0] != "Z" and (pid is None or int(fields[1]) == pid):
                 found.append(int(entry))
     return found
 

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 import maehub
-from maehub import examination, inspection
 from maehub.cli import main
+from maehub.data import examination, inspection
+from maehub.data.inspection import BadPicture, check_data, data_statistics
 from maehub.errors import DataError, UsageError
-from maehub.inspection import BadPicture, check_data, data_statistics
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_row_47_shards_are_checked_member_by_member(tmp_path):
 def test_row_48_a_decoder_that_crashes_takes_one_picture_along(photos, monkeypatch):
     start = examination._START.replace("serve()", "").rstrip("; ")
     crashing = (
-        "import os, maehub.examination as module; plain = module.examine\n"
+        "import os, maehub.data.examination as module; plain = module.examine\n"
         "def examine(picture, statistics):\n"
         "    if isinstance(picture, bytes) and picture.endswith(b'07.png'): os.kill(os.getpid(), 9)\n"
         "    return plain(picture, statistics)\n"

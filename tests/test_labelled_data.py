@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maehub.data.labels import read_labelled
 from maehub.errors import DataError
-from maehub.train.labels import read_labelled
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import labelled_data

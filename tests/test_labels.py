@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from labelled_files import lay, png, table, words, write_csv, write_tar
 
+from maehub.data.labels import find_labelled, read_labelled
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import open_image
 from maehub.models import masking
-from maehub.train.labels import find_labelled, read_labelled
 
 # --- class folders ----------------------------------------------------------------------------------------------------
 

@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import losses, words
 
-from maehub import cli, storage, tar_index
+from maehub import cli
+from maehub.data import storage, tar_index
+from maehub.data.shards import expanded, find_shards
+from maehub.data.sources import find_samples, groups, select
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import open_image
 from maehub.models import masking
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.shards import expanded, find_shards
-from maehub.sources import find_samples, groups, select
 
 WEED = os.environ.get("MAEHUB_WEED") or shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 

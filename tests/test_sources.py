@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from rights import as_nobody, let_enter, needs_root
 
+from maehub.data.listing import search
+from maehub.data.sources import Pictures, as_samples, find_images, find_samples, groups, select
 from maehub.errors import DataError, UsageError
 from maehub.models import masking
-from maehub.searching import search
-from maehub.sources import Pictures, as_samples, find_images, find_samples, groups, select
 
 
 @pytest.fixture

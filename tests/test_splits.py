@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from labelled_files import lay, table, words, write_csv, write_tar
 from sklearn.model_selection import StratifiedGroupKFold
 
+from maehub.data.labels import Labelled
+from maehub.data.names import Names
+from maehub.data.sources import Samples
+from maehub.data.splits import folds, inner_split, measured_part, split_labelled
 from maehub.errors import DataError, UsageError
-from maehub.names import Names
-from maehub.sources import Samples
-from maehub.train.labels import Labelled
-from maehub.train.splits import folds, inner_split, measured_part, split_labelled
 
 
 def names(labelled):

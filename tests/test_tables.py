@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maehub import tables
+from maehub.data import tables
+from maehub.data.sources import find_samples, groups, select
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import open_image
 from maehub.models import masking
-from maehub.sources import find_samples, groups, select
 
 datasets = pytest.importorskip("datasets")
 arrow = pytest.importorskip("pyarrow")

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 
 import maehub
 from maehub import cli, files
+from maehub.data.sources import find_images
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError, UsageError
 from maehub.images.augment import Augmentation, crop
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.models.masking import make_masks, sample_seed
-from maehub.sources import find_images
 from maehub.train import PretrainConfig, checkpoint, data, log, pretrain, pretraining, saving
 from maehub.train.data import Crops, StepKeys, View, batches_of, validation_batch, worker_count
 from maehub.train.optim import adamw, learning_rate, peak_rate

@@ -9,9 +9,9 @@ import torch
 from peers import noise_for, transformers_autoencoder
 from PIL import Image
 
+from maehub.data.sources import find_samples
 from maehub.images.augment import crop
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.sources import find_samples
 from maehub.train import PretrainConfig, pretrain
 from maehub.train.data import StepKeys
 from maehub.train.networks import build_network, view_of

@@ -15,11 +15,11 @@ from labelled_files import write_tar
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 
+from maehub.data.duplicates import _near, _Prints, _read, difference_hashes, find_twins
+from maehub.data.labels import Labelled, read_labelled
+from maehub.data.names import Names
+from maehub.data.sources import Samples, find_images
 from maehub.errors import DataError
-from maehub.names import Names
-from maehub.sources import Samples, find_images
-from maehub.train.labels import Labelled, read_labelled
-from maehub.train.twins import _near, _Prints, _read, difference_hashes, find_twins
 
 PHOTOS = "coffee camera astronaut ihc retina rocket chelsea moon hubble_deep_field coins cell".split()
 INK = {"black": (20, 20, 20), "red": (200, 30, 30), "blue": (40, 60, 200)}

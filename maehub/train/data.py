@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from maehub.data.sources import Source
 from maehub.errors import DataError
 from maehub.images.augment import Augmentation, colour_factors, crop
 from maehub.images.decoding import open_image
 from maehub.models.masking import Strategy, make_masks, random_bits, sample_seed
 from maehub.models.patches import Size, grid_size
-from maehub.sources import Source
 
 log = logging.getLogger("maehub")
 

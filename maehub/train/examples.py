@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from maehub.data.labels import Labelled
 from maehub.errors import DataError, UsageError
 from maehub.images.augment import Augmentation, crop
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
 from maehub.models.masking import sample_seed
 from maehub.train.data import Key, naming
-from maehub.train.labels import Labelled
 
 _POLICY = 5  # view of `sample_seed`
 _TRANSLATION = 0.45  # of the shorter side, the furthest that timm's policies move a picture

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import maehub
+from maehub.data.duplicates import MOST_LOOKED_AT, find_twins
+from maehub.data.splits import LabelledSplit, split_labelled
 from maehub.errors import EXIT_DONE, DataError, UsageError
 from maehub.images.augment import Augmentation
 from maehub.locating import Located
@@ -33,11 +35,9 @@ from maehub.train.optim import gradient_norm, guarded_step, learning_rate, peak_
 from maehub.train.parallel import accumulating, autocast, deterministic, wrapped
 from maehub.train.saving import Saver, fixed_settings, resumed
 from maehub.train.scores import Scores
-from maehub.train.splits import LabelledSplit, split_labelled
 from maehub.train.steps import agreed, batch_words, next_batch, parts, report, rescuing
 from maehub.train.stopping import Stop, stop_requests
 from maehub.train.trainees import Fitted, Trainee, find_weights_of, trainee_of
-from maehub.train.twins import MOST_LOOKED_AT, find_twins
 
 log = logging.getLogger("maehub")
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maehub.data.sources import Source, find_samples, groups, select
 from maehub.errors import DataError, UsageError
 from maehub.models.masking import sample_id
-from maehub.sources import Source, find_samples, groups, select
 from maehub.verification import cache_folder
 
 _SHARE, _MOST = 20, 2000  # one in so many is held out, and no more than this
@@ -27,7 +27,7 @@ def split_data(data: str, holdout: int | None, group: int | None) -> Split:
     or groups of pictures by the hash of theirs, so that adding pictures moves none from one side to the other.
 
     Args:
-        data: see `maehub.sources.find_samples`.
+        data: see `maehub.data.sources.find_samples`.
         holdout: how many pictures; None means one in twenty, at most 2000.
         group: folder level whose members stay on one side.
 

@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from maehub.data.labels import Labelled
+from maehub.data.sources import Source, select
+from maehub.data.splits import LabelledSplit
 from maehub.files import atomic_write
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder
-from maehub.sources import Source, select
 from maehub.train.classifier import AttentiveProbe, LinearProbe
 from maehub.train.distributed import Group
 from maehub.train.evaluating import labelled_sheet, worst_mistakes
 from maehub.train.finetune_recipes import Settings
-from maehub.train.labels import Labelled
 from maehub.train.outputs import outputs
 from maehub.train.scores import Scores, score
 from maehub.train.sharded import gathered
 from maehub.train.sheets import confusion_picture
-from maehub.train.splits import LabelledSplit
 from maehub.weights.model_folder import save
 
 log = logging.getLogger("maehub")

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from maehub.data.sources import Source
 from maehub.errors import DataError
 from maehub.images.preprocess import Preprocess, read_pixels
 from maehub.models.patches import grid_size
-from maehub.sources import Source
 from maehub.train.data import batches_of, naming, worker_count
 
 _TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}  # in a batch whose size nobody chose

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from maehub.catalog import is_model, model_info
+from maehub.data.sources import Source
 from maehub.errors import DataError, UsageError
 from maehub.models.autoencoder import AutoencoderConfig
-from maehub.sources import Source
 from maehub.train import costs
 from maehub.train.config import PlanConfig
 from maehub.train.data import Crops, Key, worker_count

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from maehub.data.sources import PictureSource
 from maehub.errors import UsageError
 from maehub.feature_files import Skipped, write_bad_files
 from maehub.features import extract_features
 from maehub.files import atomic_write
 from maehub.models.encoder import Encoder
-from maehub.sources import PictureSource
 from maehub.train.evaluate_config import check_target
 from maehub.train.scores import probabilities
 from maehub.train.showing import html_table, readable, text_table

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maehub.data.duplicates import MOST_LOOKED_AT, find_twins
+from maehub.data.labels import Labelled
+from maehub.data.splits import LabelledSplit, folds, inner_split, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.files import atomic_write
 from maehub.folders import check_free, whole_folder, write_text
@@ -22,15 +25,12 @@ from maehub.hub import usable_device
 from maehub.models.encoder import Encoder
 from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.classifier import as_classifier
-from maehub.train.labels import Labelled
 from maehub.train.linear import LinearFit, Trial, best, fit_at, sweep
 from maehub.train.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
 from maehub.train.outputs import outputs
 from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.train.scores import score
-from maehub.train.splits import LabelledSplit, folds, inner_split, split_labelled
-from maehub.train.twins import MOST_LOOKED_AT, find_twins
 from maehub.weights.model_folder import save
 
 MEMBERS = ("probe.json",)

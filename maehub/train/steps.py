@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maehub.data.sources import Source
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError
-from maehub.sources import Source
 from maehub.train.data import StepKeys
 from maehub.train.distributed import Group
 from maehub.train.log import RunLog

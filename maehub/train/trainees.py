@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from maehub.data.labels import Labelled
 from maehub.errors import UsageError
 from maehub.hub import load
 from maehub.images.preprocess import Preprocess
@@ -18,7 +19,6 @@ from maehub.train.classifier import AttentiveProbe, LinearProbe, as_classifier, 
 from maehub.train.distributed import Group
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetune_recipes import Facts, Settings, settle
-from maehub.train.labels import Labelled
 from maehub.train.networks import pair
 from maehub.train.optim import decayed_groups
 

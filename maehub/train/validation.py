@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maehub.data.sources import Source, find_samples, groups
 from maehub.errors import DataError
 from maehub.figures import grid as figure_grid
 from maehub.figures import reconstruct
@@ -16,7 +17,6 @@ from maehub.files import atomic_write
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.sources import Source, find_samples, groups
 from maehub.train.baselines import baselines
 from maehub.train.config import PretrainConfig
 from maehub.train.data import Batch, View, naming, validation_batch

@@ -27,7 +27,7 @@ from maehub.images.decoding import MAX_PIXELS, ImagePath, decode, decoder_of
 _WAITING = 4  # pictures a process that are fetched beside it: those behind an address take their time
 _SILENCE = 300.0  # seconds until a process that gives nothing counts as hanging
 _REQUEST = struct.Struct("<BQ")  # 1 for the bytes of a file, 0 for a path; how many follow
-_START = "import sys; sys.path[:] = sys.argv[1:]; from maehub.examination import serve; serve()"
+_START = "import sys; sys.path[:] = sys.argv[1:]; from maehub.data.examination import serve; serve()"
 _BITS = {"1": 1, "I": 32, "F": 32}  # of a channel, by Pillow's mode; all others have 8, or 16 where the mode says so
 
 

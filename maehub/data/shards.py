@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from maehub.data.names import Names, below_common, digest
+from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
+from maehub.data.tar_index import TarIndex, tar_index
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import printable
 from maehub.models.masking import sample_id
-from maehub.names import Names, below_common, digest
-from maehub.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
-from maehub.tar_index import TarIndex, tar_index
 
 _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")

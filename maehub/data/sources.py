@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from maehub.data.listing import search
+from maehub.data.names import IMAGE_ENDINGS as IMAGE_ENDINGS
+from maehub.data.names import Names, digest
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import ImagePath, printable
 from maehub.models.masking import sample_id
-from maehub.names import IMAGE_ENDINGS as IMAGE_ENDINGS
-from maehub.names import Names, digest
-from maehub.searching import search
 
 Picture = Image.Image | np.ndarray | Tensor
 _logger = logging.getLogger(__name__)
@@ -233,14 +233,14 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
     if os.path.isdir(text):
         return _folder(text, index_dir, column)
     if text.endswith(".tar"):
-        from maehub.shards import find_shards
+        from maehub.data.shards import find_shards
 
         return find_shards(text, index_dir)
     if "://" in text:
         raise UsageError(f"{printable(text)}: behind an address there can be tar shards, and their names end with .tar")
     if text.endswith(".parquet"):
-        from maehub.shards import shard_paths
-        from maehub.tables import find_parquet
+        from maehub.data.shards import shard_paths
+        from maehub.data.tables import find_parquet
 
         return find_parquet(shard_paths(text), index_dir, column)
     if text.lower().endswith(".txt") and os.path.isfile(text):
@@ -252,7 +252,7 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
 
 def _folder(folder: str, index_dir: Path | None, column: str | None) -> Source:
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
-        from maehub.tables import find_saved
+        from maehub.data.tables import find_saved
 
         return find_saved(folder, column)
     path = os.fsencode(folder)
@@ -263,11 +263,11 @@ def _folder(folder: str, index_dir: Path | None, column: str | None) -> Source:
             _logger.warning("%s holds pictures; its %s files are not read", printable(path), " and ".join(passed))
         return Samples(path, names)
     if others[b".tar"]:
-        from maehub.shards import find_shards
+        from maehub.data.shards import find_shards
 
         return find_shards(_below(path, b".tar"), index_dir)
     if others[b".parquet"]:
-        from maehub.tables import find_parquet
+        from maehub.data.tables import find_parquet
 
         return find_parquet(_below(path, b".parquet"), index_dir, column)
     raise _nothing(path, others)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maehub.data.labels import Labelled
 from maehub.models.masking import sample_seed
-from maehub.train.labels import Labelled
 
 _ROUNDS = 10  # over all units; two or three settle it
 _NOTHING = 1e-9  # what rounding may seem to gain

@@ -32,7 +32,7 @@ _AT_ONCE = 8  # pictures that a process is asked for in one message
 _AHEAD = 3  # messages a process that are under way or finished and not yet taken
 _SILENCE = 300.0  # seconds until a process that gives nothing counts as hanging
 _REPLY = struct.Struct("<BIII")  # kind, then height, width, channels or length, 0, 0
-_START = "import sys; sys.path[:] = sys.argv[1:]; from maehub.reading import serve; serve()"
+_START = "import sys; sys.path[:] = sys.argv[1:]; from maehub.data.reading import serve; serve()"
 
 
 def reader_count(workers: int | None, pictures: int) -> int:

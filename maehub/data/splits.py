@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maehub.data.groups import Units, folds_of, held_out
+from maehub.data.label_csv import TESTING, TRAINING
+from maehub.data.label_sources import listed
+from maehub.data.labels import Found, Labelled, Sides, find_labelled, given_folders, mapped, one_class
+from maehub.data.shards import Shards
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import printable
-from maehub.shards import Shards
-from maehub.train.label_csv import TESTING, TRAINING
-from maehub.train.labelling import listed
-from maehub.train.labels import Found, Labelled, Sides, find_labelled, given_folders, mapped, one_class
-from maehub.train.units import Units, folds_of, held_out
 from maehub.verification import cache_folder
 
 log = logging.getLogger("maehub")
@@ -53,7 +53,7 @@ def split_labelled(
     ``share`` that comes. Where a picture may have several labels, a class with one picture is trained on alone.
 
     Args:
-        data: see `maehub.train.labels.read_labelled`.
+        data: see `maehub.data.labels.read_labelled`.
         seed: of the split, if one is made.
         share: of each class to test on, if a split is made.
         group, label: see `read_labelled`.
@@ -91,7 +91,7 @@ def measured_part(
     there are such; else all pictures.
 
     Args:
-        data, group, label, classes: see `maehub.train.labels.read_labelled`.
+        data, group, label, classes: see `maehub.data.labels.read_labelled`.
 
     Raises:
         DataError, UsageError: what `read_labelled` raises, or no row of the CSV is for testing.

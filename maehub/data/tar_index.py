@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maehub.data.names import IMAGE_ENDINGS, Names
+from maehub.data.storage import StoredFile, is_remote, read_range
 from maehub.errors import DataError, MaehubError
 from maehub.files import atomic_write
 from maehub.images.decoding import printable
-from maehub.names import IMAGE_ENDINGS, Names
-from maehub.storage import StoredFile, is_remote, read_range
 
 LARGEST_MEMBER = 2**29
 """Bytes of a picture file in a shard: a larger one is refused before it is read."""

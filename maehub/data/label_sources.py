@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maehub.data.label_csv import read_csv
+from maehub.data.names import Names
+from maehub.data.shards import Shards
+from maehub.data.sources import Samples, Source, find_samples
+from maehub.data.storage import at_once, is_remote
+from maehub.data.tables import Table
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import printable
-from maehub.names import Names
-from maehub.shards import Shards
-from maehub.sources import Samples, Source, find_samples
-from maehub.storage import at_once, is_remote
-from maehub.tables import Table
-from maehub.train.label_csv import read_csv
 
 log = logging.getLogger("maehub")
 
@@ -35,7 +35,7 @@ class Told(NamedTuple):
 
 
 def find_told(data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool) -> Told:
-    """Labels and groups of pictures; see `maehub.train.labels.read_labelled`.
+    """Labels and groups of pictures; see `maehub.data.labels.read_labelled`.
 
     Args:
         known: the classes are given, and those without a picture are only warned of.

@@ -16,13 +16,13 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from maehub.data.labels import Labelled
+from maehub.data.sources import Source
 from maehub.errors import DataError
 from maehub.files import atomic_write, sha256_file
 from maehub.images.decoding import ImagePath
 from maehub.images.preprocess import Preprocess, read_pixels
-from maehub.sources import Source
 from maehub.train.data import batches_of, naming, worker_count
-from maehub.train.labels import Labelled
 
 Pair = tuple[int, int]
 """(testing index, training index)"""

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from maehub.data.examination import Examiners, Finding
+from maehub.data.reading import reader_count
+from maehub.data.sources import Source, find_samples
 from maehub.errors import DataError, UsageError
-from maehub.examination import Examiners, Finding
 from maehub.files import atomic_write
 from maehub.images.decoding import ImagePath
-from maehub.reading import reader_count
-from maehub.sources import Source, find_samples
 
 SAMPLE = 2000
 """Pictures that `data_statistics` looks at unless told otherwise."""
@@ -163,7 +163,7 @@ def check_data(
     """Decode every picture in full and say which cannot be read.
 
     Args:
-        folder: what `maehub.sources.find_samples` takes: a folder, a list, tar shards, Parquet, a saved dataset.
+        folder: what `maehub.data.sources.find_samples` takes: a folder, a list, tar shards, Parquet, a saved dataset.
         workers: processes that decode; None is as many as there are cores, 0 decodes in this one.
         progress: show a progress bar on stderr.
         on_bad: called with each picture that cannot be read, as soon as it is known, in order.

@@ -1,0 +1,1 @@
+"""Folders, shards and tables of pictures, with and without labels."""
