@@ -29,7 +29,7 @@ from torchvision import transforms
 
 from maehub import load
 from maehub.data.reading import Readers
-from maehub.features import extract_features
+from maehub.features.extraction import extract_features
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import Encoder
 

@@ -34,12 +34,12 @@ from maehub.data.duplicates import find_twins
 from maehub.data.labels import Labelled, read_labelled
 from maehub.data.sources import Source
 from maehub.data.splits import LabelledSplit, inner_split, split_labelled
+from maehub.features.inference import outputs
 from maehub.images.preprocess import Preprocess
 from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
 from maehub.train.linear import accuracy
-from maehub.train.outputs import outputs
 from maehub.train.probe_config import KnnConfig, ProbeConfig
 from maehub.train.probing import Features, fast_probe, nearest_probe
 

@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from maehub import load, save
 from maehub.data.sources import Source, find_images
 from maehub.data.splits import folds, split_labelled
+from maehub.features.inference import outputs
 from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.plots import plot
@@ -41,7 +42,6 @@ from maehub.train.curves import Series
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
 from maehub.train.linear import accuracy, best, fit_linear
-from maehub.train.outputs import outputs
 from maehub.train.pretraining import pretrain
 
 SEEDS = (0, 1, 2)

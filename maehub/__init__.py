@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from maehub.data.inspection import check_data as check_data
     from maehub.data.inspection import data_statistics as data_statistics
     from maehub.errors import MaehubError as MaehubError
-    from maehub.feature_files import FeatureTable as FeatureTable
-    from maehub.features import extract_features as extract_features
+    from maehub.features.extraction import extract_features as extract_features
+    from maehub.features.table import FeatureTable as FeatureTable
     from maehub.fetching import download as download
     from maehub.fetching import verify as verify
     from maehub.figures import Panels as Panels
@@ -46,7 +46,7 @@ _HOMES = {
     "AutoencoderConfig": "maehub.models.autoencoder",
     "Encoder": "maehub.models.encoder",
     "EncoderConfig": "maehub.models.encoder",
-    "FeatureTable": "maehub.feature_files",
+    "FeatureTable": "maehub.features.table",
     "MaehubError": "maehub.errors",
     "MaskedAutoencoder": "maehub.models.autoencoder",
     "ModelInfo": "maehub.catalog",
@@ -56,7 +56,7 @@ _HOMES = {
     "convert": "maehub.conversion",
     "data_statistics": "maehub.data.inspection",
     "download": "maehub.fetching",
-    "extract_features": "maehub.features",
+    "extract_features": "maehub.features.extraction",
     "identify": "maehub.identifying.answering",
     "list_models": "maehub.catalog",
     "load": "maehub.hub",

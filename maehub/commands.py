@@ -153,7 +153,7 @@ def run_push(config: arguments.Push, shared: Shared) -> int:
 def run_features(config: arguments.Features, shared: Shared) -> int:
     size = wanted_size(config.image_size)
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
-    from maehub.features import extract_features
+    from maehub.features.extraction import extract_features
     from maehub.hub import load
 
     encoder = load(found, image_size=size, device=config.device)

@@ -17,12 +17,12 @@ from PIL import Image
 from rights import as_nobody, let_enter, needs_root
 from safetensors.torch import load_file
 
-from maehub import features as features_module
 from maehub.data import reading
 from maehub.data.reading import Readers, reader_count
 from maehub.errors import CheckpointError, DataError, IntegrityError, MissingDependencyError, UsageError
-from maehub.feature_files import FeatureTable, read_provenance
-from maehub.features import extract_features
+from maehub.features import extraction as features_module
+from maehub.features.extraction import extract_features
+from maehub.features.table import FeatureTable, read_provenance
 from maehub.images.preprocess import Preprocess, open_image, read_pixels
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig, Origin

@@ -17,13 +17,13 @@ from PIL import Image
 from maehub.data.labels import Labelled, given_folders
 from maehub.data.splits import measured_part, split_labelled
 from maehub.errors import DataError, UsageError
+from maehub.features.inference import outputs
 from maehub.folders import check_free, whole_folder, write_text
 from maehub.hub import load, usable_device
 from maehub.images.decoding import open_image
 from maehub.models.encoder import Encoder
 from maehub.train.data import naming
 from maehub.train.evaluate_config import EvaluateConfig
-from maehub.train.outputs import outputs
 from maehub.train.scores import Scores, losses, probabilities, score
 from maehub.train.sheets import confusion_picture, contact_sheet
 from maehub.train.showing import readable

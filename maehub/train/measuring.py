@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from maehub.data.labels import Labelled
 from maehub.data.sources import Source, select
 from maehub.data.splits import LabelledSplit
+from maehub.features.inference import outputs
 from maehub.files import atomic_write
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder
@@ -22,7 +23,6 @@ from maehub.train.classifier import AttentiveProbe, LinearProbe
 from maehub.train.distributed import Group
 from maehub.train.evaluating import labelled_sheet, worst_mistakes
 from maehub.train.finetune_recipes import Settings
-from maehub.train.outputs import outputs
 from maehub.train.scores import Scores, score
 from maehub.train.sharded import gathered
 from maehub.train.sheets import confusion_picture

@@ -11,8 +11,8 @@ import torch
 
 from maehub.data.sources import PictureSource
 from maehub.errors import UsageError
-from maehub.feature_files import Skipped, write_bad_files
-from maehub.features import extract_features
+from maehub.features.extraction import extract_features
+from maehub.features.table import Skipped, write_bad_files
 from maehub.files import atomic_write
 from maehub.models.encoder import Encoder
 from maehub.train.evaluate_config import check_target

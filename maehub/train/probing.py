@@ -19,6 +19,7 @@ from maehub.data.duplicates import MOST_LOOKED_AT, find_twins
 from maehub.data.labels import Labelled
 from maehub.data.splits import LabelledSplit, folds, inner_split, split_labelled
 from maehub.errors import CheckpointError, UsageError
+from maehub.features.inference import outputs
 from maehub.files import atomic_write
 from maehub.folders import check_free, whole_folder, write_text
 from maehub.hub import usable_device
@@ -27,7 +28,6 @@ from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.classifier import as_classifier
 from maehub.train.linear import LinearFit, Trial, best, fit_at, sweep
 from maehub.train.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
-from maehub.train.outputs import outputs
 from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.train.scores import score

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from maehub.errors import UsageError
-from maehub.feature_files import piece_rows
+from maehub.features.table import piece_rows
 from maehub.files import atomic_write, write_error
 
 

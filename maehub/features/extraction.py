@@ -23,7 +23,8 @@ from maehub import __version__
 from maehub.data.reading import Readers, reader_count
 from maehub.data.sources import Pictures, PictureSource, Samples, as_samples
 from maehub.errors import DataError, UsageError
-from maehub.feature_files import (
+from maehub.features.store import FeatureStore
+from maehub.features.table import (
     FeatureTable,
     Provenance,
     Skipped,
@@ -32,7 +33,6 @@ from maehub.feature_files import (
     write_bad_files,
     write_features,
 )
-from maehub.feature_store import FeatureStore
 from maehub.files import free_space_guard
 from maehub.images.preprocess import Preprocess, TransformName
 from maehub.models.encoder import Encoder, FeaturePool

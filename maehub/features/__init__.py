@@ -1,0 +1,1 @@
+"""Features of many pictures, in memory and in files."""
