@@ -34,11 +34,11 @@ from maehub import load, save
 from maehub.data.sources import Source, find_images
 from maehub.data.splits import folds, split_labelled
 from maehub.features.inference import outputs
+from maehub.figures.plots import Series
 from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.plots import plot
 from maehub.train.config import PretrainConfig
-from maehub.train.curves import Series
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
 from maehub.train.linear import accuracy, best, fit_linear

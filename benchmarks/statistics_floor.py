@@ -22,10 +22,10 @@ from skimage.restoration import inpaint_biharmonic
 from torch import Tensor
 from torch.nn import functional as F
 
+from maehub.figures.patch_statistics import PatchStatistics, estimate_statistics, harmonic
 from maehub.images.preprocess import Preprocess
 from maehub.models.masking import make_masks
 from maehub.models.patches import denormalise_patches, normalise_patches, patchify
-from maehub.statistics import PatchStatistics, estimate_statistics, harmonic
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 SIZES = ((224, 16), (96, 8))  # (picture, patch), pixels

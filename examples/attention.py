@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import maehub
-from maehub.drawing import compose, save_figure
-from maehub.figures import attention_overlay
+from maehub.figures.drawing import compose, save_figure
+from maehub.figures.reconstruction import attention_overlay
 from maehub.images.preprocess import open_image
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 import maehub
-from maehub.drawing import save_figure
-from maehub.figures import attention_overlay, error_map, grid
+from maehub.figures.drawing import save_figure
+from maehub.figures.reconstruction import attention_overlay, error_map, grid
 
 
 def main(photo: str, folder: Path) -> None:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from maehub.features.table import FeatureTable as FeatureTable
     from maehub.fetching import download as download
     from maehub.fetching import verify as verify
-    from maehub.figures import Panels as Panels
-    from maehub.figures import reconstruct as reconstruct
+    from maehub.figures.reconstruction import Panels as Panels
+    from maehub.figures.reconstruction import reconstruct as reconstruct
     from maehub.hub import load as load
     from maehub.hub import load_autoencoder as load_autoencoder
     from maehub.identifying.answering import identify as identify
@@ -50,7 +50,7 @@ _HOMES = {
     "MaehubError": "maehub.errors",
     "MaskedAutoencoder": "maehub.models.autoencoder",
     "ModelInfo": "maehub.catalog",
-    "Panels": "maehub.figures",
+    "Panels": "maehub.figures.reconstruction",
     "Preprocess": "maehub.images.preprocess",
     "check_data": "maehub.data.inspection",
     "convert": "maehub.conversion",
@@ -63,7 +63,7 @@ _HOMES = {
     "load_autoencoder": "maehub.hub",
     "model_info": "maehub.catalog",
     "push": "maehub.publishing.pushing",
-    "reconstruct": "maehub.figures",
+    "reconstruct": "maehub.figures.reconstruction",
     "save": "maehub.weights.model_folder",
     "verify": "maehub.fetching",
 }

@@ -31,8 +31,8 @@ def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
     if one_each:
         _make_folder(config.out)
 
-    from maehub.drawing import check_figure, save_figure
-    from maehub.figures import error_map, grid, reconstruct
+    from maehub.figures.drawing import check_figure, save_figure
+    from maehub.figures.reconstruction import error_map, grid, reconstruct
     from maehub.hub import load_autoencoder
     from maehub.images.decoding import open_image
 

@@ -327,7 +327,7 @@ def test_reconstruct_an_error_map(run, tmp_path):
 
 def test_a_perfect_reconstruction_is_json_too(run, monkeypatch):
     """Its PSNR is infinite, which JSON has no word for."""
-    monkeypatch.setattr("maehub.figures._psnr", lambda *_: float("inf"))
+    monkeypatch.setattr("maehub.figures.reconstruction._psnr", lambda *_: float("inf"))
     code, out, _ = run("reconstruct", "--image-size", 64, "--json")
     assert code == 0
     assert "Infinity" not in out[-1]

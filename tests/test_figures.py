@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 from skimage import data
 
-from maehub import figures, pictures
-from maehub.drawing import as_rgb, compose, heat
 from maehub.errors import CheckpointError, DataError, HubError, UsageError
-from maehub.figures import attention_overlay, error_map, grid, reconstruct
+from maehub.figures import reconstruction as figures
+from maehub.figures import rendering as pictures
+from maehub.figures.drawing import as_rgb, compose, heat
+from maehub.figures.patch_statistics import estimate_statistics, harmonic, true_statistics
+from maehub.figures.reconstruction import attention_overlay, error_map, grid, reconstruct
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import EncoderConfig, Origin
 from maehub.models.masking import covering_masks, make_masks
 from maehub.models.mean_colours import mean_colours
 from maehub.models.patches import denormalise_patches, normalise_patches, patchify, unpatchify
-from maehub.statistics import estimate_statistics, harmonic, true_statistics
 from maehub.train.targets import fit_components, store_components
 
 

@@ -23,8 +23,9 @@ from PIL import Image
 import maehub
 from maehub.catalog import model_info
 from maehub.errors import UsageError
-from maehub.figures import grid as figure_grid
-from maehub.figures import reconstruct
+from maehub.figures.plots import Series, raw_and_smooth
+from maehub.figures.reconstruction import grid as figure_grid
+from maehub.figures.reconstruction import reconstruct
 from maehub.files import atomic_write
 from maehub.folders import read_json, write_json, write_text
 from maehub.images.decoding import open_image
@@ -35,7 +36,6 @@ from maehub.publishing.licences import Licence
 from maehub.publishing.plots import plot
 from maehub.publishing.provenance import Provenance
 from maehub.publishing.published_card import Page, published_card
-from maehub.train.curves import Series, raw_and_smooth
 from maehub.verification import digest
 from maehub.weights.model_folder import write_members
 

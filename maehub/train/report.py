@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maehub.errors import UsageError
+from maehub.figures.plots import Series, figure, raw_and_smooth
 from maehub.files import atomic_write
 from maehub.models.encoder import PRESETS
 from maehub.train import report_classifier
 from maehub.train.config import PretrainConfig
-from maehub.train.curves import Series, figure, raw_and_smooth
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.page import HEAD, STATES, picture, rows, section, settings_table, value_words
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maehub.train.curves import Series, figure
+from maehub.figures.plots import Series, figure
 from maehub.train.optim import peak_rate
 from maehub.train.page import picture, rows, section, settings_table
 from maehub.train.scores import Bin, ClassScore, Scores

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from maehub.drawing import heat
 from maehub.errors import UsageError
+from maehub.figures.drawing import heat
 from maehub.train.scores import Scores
 from maehub.train.showing import readable
 

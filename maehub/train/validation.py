@@ -11,8 +11,8 @@ from torch import Tensor
 
 from maehub.data.sources import Source, find_samples, groups
 from maehub.errors import DataError
-from maehub.figures import grid as figure_grid
-from maehub.figures import reconstruct
+from maehub.figures.reconstruction import grid as figure_grid
+from maehub.figures.reconstruction import reconstruct
 from maehub.files import atomic_write
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess

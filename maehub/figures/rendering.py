@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.errors import DataError, HubError, UsageError
+from maehub.figures.patch_statistics import estimate_statistics, true_statistics
 from maehub.images.decoding import plain
 from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.autoencoder import MaskedAutoencoder, squared_error
@@ -21,7 +22,6 @@ from maehub.models.encoder import Encoder
 from maehub.models.masking import mask_from_boxes, mask_from_image
 from maehub.models.mean_colours import mean_colour_of
 from maehub.models.patches import Size, denormalise_patches, patchify, unpatchify
-from maehub.statistics import estimate_statistics, true_statistics
 
 ImageSource = str | Path | Image.Image | np.ndarray
 MaskSource = np.ndarray | Tensor | Image.Image | Sequence[Sequence[float]]

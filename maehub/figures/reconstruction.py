@@ -16,14 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from maehub.drawing import Bar, as_rgb, compose, heat, over_patches, save_figure
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.models.encoder import Encoder
-from maehub.models.masking import Strategy, covering_masks, make_masks, one_seed
-from maehub.models.patches import grid_size
-from maehub.pictures import (
+from maehub.figures.drawing import Bar, as_rgb, compose, heat, over_patches, save_figure
+from maehub.figures.rendering import (
     ImageSource,
     MaskSource,
     Statistics,
@@ -36,6 +31,11 @@ from maehub.pictures import (
     patch_errors,
     picture_size,
 )
+from maehub.images.preprocess import Preprocess
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import Encoder
+from maehub.models.masking import Strategy, covering_masks, make_masks, one_seed
+from maehub.models.patches import grid_size
 
 _MASK_GREY = 128
 _MAP_TITLES = ("Original", "Predicted unseen", "Squared error")

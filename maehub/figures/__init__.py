@@ -1,0 +1,1 @@
+"""Reconstructions, error maps and attention as pictures."""
