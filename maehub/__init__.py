@@ -18,21 +18,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from maehub import interop as interop
     from maehub import train as train
-    from maehub.catalog import ModelInfo as ModelInfo
-    from maehub.catalog import list_models as list_models
-    from maehub.catalog import model_info as model_info
     from maehub.conversion import convert as convert
     from maehub.data.inspection import check_data as check_data
     from maehub.data.inspection import data_statistics as data_statistics
     from maehub.errors import MaehubError as MaehubError
     from maehub.features.extraction import extract_features as extract_features
     from maehub.features.table import FeatureTable as FeatureTable
-    from maehub.fetching import download as download
-    from maehub.fetching import verify as verify
     from maehub.figures.reconstruction import Panels as Panels
     from maehub.figures.reconstruction import reconstruct as reconstruct
-    from maehub.hub import load as load
-    from maehub.hub import load_autoencoder as load_autoencoder
+    from maehub.hub.catalog import ModelInfo as ModelInfo
+    from maehub.hub.catalog import list_models as list_models
+    from maehub.hub.catalog import model_info as model_info
+    from maehub.hub.fetching import download as download
+    from maehub.hub.fetching import verify as verify
+    from maehub.hub.loading import load as load
+    from maehub.hub.loading import load_autoencoder as load_autoencoder
     from maehub.identifying.answering import identify as identify
     from maehub.images.preprocess import Preprocess as Preprocess
     from maehub.models.autoencoder import AutoencoderConfig as AutoencoderConfig
@@ -49,23 +49,23 @@ _HOMES = {
     "FeatureTable": "maehub.features.table",
     "MaehubError": "maehub.errors",
     "MaskedAutoencoder": "maehub.models.autoencoder",
-    "ModelInfo": "maehub.catalog",
+    "ModelInfo": "maehub.hub.catalog",
     "Panels": "maehub.figures.reconstruction",
     "Preprocess": "maehub.images.preprocess",
     "check_data": "maehub.data.inspection",
     "convert": "maehub.conversion",
     "data_statistics": "maehub.data.inspection",
-    "download": "maehub.fetching",
+    "download": "maehub.hub.fetching",
     "extract_features": "maehub.features.extraction",
     "identify": "maehub.identifying.answering",
-    "list_models": "maehub.catalog",
-    "load": "maehub.hub",
-    "load_autoencoder": "maehub.hub",
-    "model_info": "maehub.catalog",
+    "list_models": "maehub.hub.catalog",
+    "load": "maehub.hub.loading",
+    "load_autoencoder": "maehub.hub.loading",
+    "model_info": "maehub.hub.catalog",
     "push": "maehub.publishing.pushing",
     "reconstruct": "maehub.figures.reconstruction",
     "save": "maehub.weights.model_folder",
-    "verify": "maehub.fetching",
+    "verify": "maehub.hub.fetching",
 }
 
 _PACKAGES = ("interop", "train")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from maehub import arguments
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 from maehub.folders import read_words
-from maehub.locating import locate
+from maehub.hub.locating import locate
 
 
 class Shared(NamedTuple):
@@ -25,7 +25,7 @@ class Shared(NamedTuple):
 
 
 def run_list(config: arguments.List, shared: Shared) -> int:
-    from maehub.catalog import list_models, model_info
+    from maehub.hub.catalog import list_models, model_info
 
     rows = [model_info(name) for name in list_models(config.pattern)]
     if not rows:
@@ -45,7 +45,7 @@ def run_list(config: arguments.List, shared: Shared) -> int:
 
 
 def run_info(config: arguments.Info, shared: Shared) -> int:
-    from maehub.catalog import model_info
+    from maehub.hub.catalog import model_info
 
     info = model_info(config.name)
     if shared.json:
@@ -56,7 +56,7 @@ def run_info(config: arguments.Info, shared: Shared) -> int:
 
 
 def run_download(config: arguments.Download, shared: Shared) -> int:
-    from maehub.fetching import download
+    from maehub.hub.fetching import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
     report(shared, {"path": str(path)}, f"{config.name} is at {path}")
@@ -64,7 +64,7 @@ def run_download(config: arguments.Download, shared: Shared) -> int:
 
 
 def run_cache(config: arguments.Cache, shared: Shared) -> int:
-    from maehub.leftovers import clean_cache
+    from maehub.hub.leftovers import clean_cache
 
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
     report(shared, cleaned.to_dict(), cleaned.describe())
@@ -72,7 +72,7 @@ def run_cache(config: arguments.Cache, shared: Shared) -> int:
 
 
 def run_verify(config: arguments.Verify, shared: Shared) -> int:
-    from maehub.fetching import verify
+    from maehub.hub.fetching import verify
 
     checked = verify(config.source)
     lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
@@ -154,7 +154,7 @@ def run_features(config: arguments.Features, shared: Shared) -> int:
     size = wanted_size(config.image_size)
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.features.extraction import extract_features
-    from maehub.hub import load
+    from maehub.hub.loading import load
 
     encoder = load(found, image_size=size, device=config.device)
     table = extract_features(
@@ -263,7 +263,7 @@ def run_predict(config: Any, shared: Shared) -> int:
     size = wanted_size(config.image_size)
     located = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.data.sources import find_images
-    from maehub.hub import load
+    from maehub.hub.loading import load
     from maehub.train import predict
 
     paths = dict.fromkeys(path for source in config.pictures for path in find_images(source).paths())

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from maehub import __version__
-from maehub.catalog import is_model, model_info, published_as
 from maehub.certificate import (
     CERTIFICATE,
     Certificate,
@@ -31,13 +30,14 @@ from maehub.exporting import EXPORTED, ExportForm, check_exportable, checked_sha
 from maehub.files import sha256_file
 from maehub.folders import check_free, whole_folder
 from maehub.foreign_folders import PICKLE, ForeignForm, check_foreign_form, is_exported, is_foreign_form, write_foreign
-from maehub.hub import load, load_autoencoder
+from maehub.hub.catalog import is_model, model_info, published_as
+from maehub.hub.loading import load, load_autoencoder
+from maehub.hub.locating import locate
+from maehub.hub.verification import digest
 from maehub.images.preprocess import Preprocess
-from maehub.locating import locate
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
 from maehub.models.patches import patchify
-from maehub.verification import digest
 from maehub.weights.building import build_autoencoder, build_encoder
 from maehub.weights.infer_config import infer_config
 from maehub.weights.keys import OfficialNames, official_names, to_official

@@ -10,7 +10,7 @@ from maehub.arguments import Reconstruct
 from maehub.commands import Shared, report, wanted_size
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.files import write_error
-from maehub.locating import locate
+from maehub.hub.locating import locate
 
 _PHOTO = Path(__file__).parent / "assets" / "cat.jpg"
 
@@ -33,7 +33,7 @@ def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
 
     from maehub.figures.drawing import check_figure, save_figure
     from maehub.figures.reconstruction import error_map, grid, reconstruct
-    from maehub.hub import load_autoencoder
+    from maehub.hub.loading import load_autoencoder
     from maehub.images.decoding import open_image
 
     check_figure(outs[0])

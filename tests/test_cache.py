@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 from rights import as_nobody, let_enter, needs_root
 
-from maehub import caching, catalog, leftovers
-from maehub.catalog import model_info
 from maehub.cli import main
 from maehub.errors import CheckpointError, HubError, UsageError
-from maehub.fetching import fetch, fetch_repo
-from maehub.leftovers import clean_cache
+from maehub.hub import cache as caching
+from maehub.hub import catalog, leftovers
+from maehub.hub.catalog import model_info
+from maehub.hub.fetching import fetch, fetch_repo
+from maehub.hub.leftovers import clean_cache
 
 TIMM = "timm/vit_base_patch16_224.mae"
 FOLDER = "models--timm--vit_base_patch16_224.mae"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import maehub
-from maehub import catalog
-from maehub.catalog import is_model, list_models, markdown_table, model_info, resolve
 from maehub.errors import UsageError
+from maehub.hub import catalog
+from maehub.hub.catalog import is_model, list_models, markdown_table, model_info, resolve
 
 ROOT = Path(__file__).parent.parent
 ROWS = [model_info(name) for name in list_models()]

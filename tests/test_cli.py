@@ -24,9 +24,9 @@ from rights import as_nobody, let_enter, needs_root
 
 import maehub
 from maehub import arguments, cli
-from maehub.catalog import list_models
 from maehub.cli import COMMANDS, main
 from maehub.errors import CheckpointError, DivergedError
+from maehub.hub.catalog import list_models
 
 ASSETS = Path(maehub.__file__).parent / "assets"
 TRAINING = ["--steps", 2, "--batch-size", 4, "--image-size", 32, "--workers", 0, "--device", "cpu", "--seed", 1]
@@ -737,7 +737,7 @@ def test_row_87_a_device_that_is_not_there(run, idle, photos, monkeypatch, comma
 
 
 def test_row_87_auto_takes_what_is_there(monkeypatch):
-    from maehub.hub import usable_device
+    from maehub.hub.loading import usable_device
 
     assert usable_device("cpu") == torch.device("cpu")
     assert usable_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

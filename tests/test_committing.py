@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, UsageError
-from maehub.fetching import fetch_repo
+from maehub.hub.fetching import fetch_repo
 from maehub.publishing import committing, remote
 from maehub.publishing.committing import LocalFile, commit, look, verify_remote
 

@@ -30,12 +30,12 @@ from torch.torch_version import TorchVersion
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 import maehub
-from maehub import catalog
 from maehub.certificate import Difference, difference, fixed_images, largest
 from maehub.cli import main
 from maehub.conversion import convert
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import sha256_file
+from maehub.hub import catalog
 from maehub.models.encoder import PRESETS, Encoder, Origin
 from maehub.weights.keys import from_official, is_decoder, official_names
 from maehub.weights.model_folder import open_autoencoder, open_encoder, save

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import maehub
-from maehub import catalog, cli
+from maehub import cli
+from maehub.hub import catalog
 from maehub.train.classifier import as_classifier
 
 ROOT = Path(__file__).parent.parent

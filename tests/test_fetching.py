@@ -17,10 +17,12 @@ from hub_server import SIGNATURE, HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maehub import catalog, delivery, transport, verification
-from maehub.catalog import Source, model_info
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
-from maehub.fetching import download, fetch, fetch_repo, verify
+from maehub.hub import catalog, verification
+from maehub.hub import client as transport
+from maehub.hub import downloading as delivery
+from maehub.hub.catalog import Source, model_info
+from maehub.hub.fetching import download, fetch, fetch_repo, verify
 
 TIMM = "timm/vit_base_patch16_224.mae"
 WEIGHTS = TIMM + "/model.safetensors"
@@ -699,7 +701,7 @@ def test_download_looks_for_a_newer_commit_where_nothing_is_pinned(hub, vit_b):
 
 def test_download_takes_an_official_file_once(hub, monkeypatch):
     info, address = official(hub, BYTES)
-    monkeypatch.setattr("maehub.fetching.model_info", lambda name: info)
+    monkeypatch.setattr("maehub.hub.fetching.model_info", lambda name: info)
     assert download("vit-b-in1k") == download("vit-b-in1k")
     assert len(hub.asked(contains=address)) == 1
 
@@ -722,7 +724,7 @@ def test_verify_hashes_again_and_says_what_it_compared_with(hub, vit_b, both, tm
 
 
 def test_row_88_nothing_is_sent_but_the_requests(hub, vit_b):
-    ran = run(hub, "from maehub.fetching import fetch_repo; fetch_repo('timm/vit_base_patch16_224.mae')")
+    ran = run(hub, "from maehub.hub.fetching import fetch_repo; fetch_repo('timm/vit_base_patch16_224.mae')")
     assert not ran.returncode, ran.stderr
     assert not hub.asked(contains="agent-harnesses")
     agents = {one.headers["user-agent"] for one in hub.asked()}
@@ -735,7 +737,7 @@ import os, sys
 before = dict(os.environ)
 import maehub.catalog, maehub.fetching
 assert "huggingface_hub" not in sys.modules and "requests" not in sys.modules and "torch" not in sys.modules
-maehub.fetching.place_of(None, False, False)
+maehub.hub.fetching.place_of(None, False, False)
 assert dict(os.environ) == before
 """
     assert not run(hub, code).returncode

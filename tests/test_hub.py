@@ -17,10 +17,11 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 
 import maehub
-from maehub import catalog, conversion
-from maehub import hub as hub_module
+from maehub import conversion
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.locating import locate
+from maehub.hub import catalog
+from maehub.hub import loading as hub_module
+from maehub.hub.locating import locate
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.weights.keys import from_official

@@ -27,6 +27,7 @@ from torch import nn
 import maehub
 from maehub.cli import main
 from maehub.errors import IntegrityError, MaehubError, UsageError
+from maehub.hub.verification import Digests
 from maehub.identifying import answering
 from maehub.identifying.answering import identify
 from maehub.identifying.families import FAMILIES
@@ -37,7 +38,6 @@ from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.models.patches import normalise_patches, patchify
 from maehub.models.positions import sincos_table, with_cls_row
-from maehub.verification import Digests
 from maehub.weights.keys import from_official, to_official
 from maehub.weights.model_folder import save
 from maehub.weights.tensorfile import read_tensors, write_tensors

@@ -22,9 +22,9 @@ from hub_writes import Token
 from safetensors.torch import load_file, save_file
 
 import maehub
-from maehub.catalog import model_info
 from maehub.errors import HubError, IntegrityError
-from maehub.fetching import fetch, fetch_repo, verify
+from maehub.hub.catalog import model_info
+from maehub.hub.fetching import fetch, fetch_repo, verify
 from maehub.publishing import readback
 from maehub.publishing.committing import LocalFile, look, verify_remote
 from maehub.publishing.committing import commit as publish

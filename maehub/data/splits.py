@@ -13,8 +13,8 @@ from maehub.data.label_sources import listed
 from maehub.data.labels import Found, Labelled, Sides, find_labelled, given_folders, mapped, one_class
 from maehub.data.shards import Shards
 from maehub.errors import DataError, UsageError
+from maehub.hub.verification import cache_folder
 from maehub.images.decoding import printable
-from maehub.verification import cache_folder
 
 log = logging.getLogger("maehub")
 

@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from maehub.catalog import ModelInfo
+from maehub.hub.catalog import ModelInfo
 from maehub.identifying.identification import Network, Role
 from maehub.identifying.plain_vit import Plain
 from maehub.models.autoencoder import Target

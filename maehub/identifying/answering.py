@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maehub.catalog import ModelInfo, published_as
 from maehub.errors import MaehubError
+from maehub.hub.catalog import ModelInfo, published_as
+from maehub.hub.verification import digest
 from maehub.identifying.advice import next_lines
 from maehub.identifying.checkpoints import Checkpoint, open_checkpoint
 from maehub.identifying.families import Family, generalised, recognise, without_numbers
@@ -22,7 +23,6 @@ from maehub.identifying.judging import Judgement, can_judge, judge
 from maehub.identifying.plain_vit import Plain, read_plain, share_of_known_names
 from maehub.models.autoencoder import AutoencoderConfig, Target
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.verification import digest
 from maehub.weights.building import build_autoencoder
 from maehub.weights.infer_config import with_target
 from maehub.weights.keys import strip_wrappers, to_official

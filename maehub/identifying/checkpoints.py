@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.catalog import is_model
 from maehub.errors import IntegrityError, UsageError
+from maehub.hub.catalog import is_model
 from maehub.weights.model_folder import find_model_folder
 from maehub.weights.pickles import read_pickle
 from maehub.weights.tensorfile import read_header, read_tensors

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.hub.client import LONGEST_WAIT, PASSING, TRIES, scrub
 from maehub.publishing.conditions import check_conditions, moved
 from maehub.publishing.remote import (
     UNTOUCHED,
@@ -34,7 +35,6 @@ from maehub.publishing.remote import (
 from maehub.publishing.remote import LocalFile as LocalFile
 from maehub.publishing.remote import look as look
 from maehub.publishing.remote import verify_remote as verify_remote
-from maehub.transport import LONGEST_WAIT, PASSING, TRIES, scrub
 
 logger = logging.getLogger("maehub")
 

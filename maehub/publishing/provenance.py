@@ -147,7 +147,7 @@ def _command(kind: str, config: Mapping[str, Any]) -> str:
 
 def _public_name(name: str) -> str:
     """The name of weights if it is one that anybody knows, else MODEL."""
-    from maehub.catalog import model_info
+    from maehub.hub.catalog import model_info
     from maehub.models.encoder import PRESETS
 
     kind, _, rest = name.partition("/")

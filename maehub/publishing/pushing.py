@@ -19,6 +19,7 @@ import torch
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.files import free_space_guard
 from maehub.folders import read_json
+from maehub.hub.verification import digest
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.committing import Committed, commit
@@ -28,7 +29,6 @@ from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, read_run
 from maehub.publishing.remote import Hub, LocalFile, Remote, check_name, look, same, verify_remote
 from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
-from maehub.verification import digest
 from maehub.weights import config_json as layouts
 from maehub.weights.building import check_finite
 from maehub.weights.model_folder import find_model_folder, open_autoencoder, open_encoder

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 from maehub import __version__
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError
-from maehub.room import no_login, readable
-from maehub.transport import LONGEST_WAIT, PASSING, TRIES, hub_constants, scrub
-from maehub.transport import endpoint as hub_address
-from maehub.verification import digest
+from maehub.hub.client import LONGEST_WAIT, PASSING, TRIES, hub_constants, scrub
+from maehub.hub.client import endpoint as hub_address
+from maehub.hub.disk_space import no_login, readable
+from maehub.hub.verification import digest
 
 logger = logging.getLogger("maehub")
 Answer = TypeVar("Answer")

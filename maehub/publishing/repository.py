@@ -21,13 +21,14 @@ import numpy as np
 from PIL import Image
 
 import maehub
-from maehub.catalog import model_info
 from maehub.errors import UsageError
 from maehub.figures.plots import Series, raw_and_smooth
 from maehub.figures.reconstruction import grid as figure_grid
 from maehub.figures.reconstruction import reconstruct
 from maehub.files import atomic_write
 from maehub.folders import read_json, write_json, write_text
+from maehub.hub.catalog import model_info
+from maehub.hub.verification import digest
 from maehub.images.decoding import open_image
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder, Origin
@@ -36,7 +37,6 @@ from maehub.publishing.licences import Licence
 from maehub.publishing.plots import plot
 from maehub.publishing.provenance import Provenance
 from maehub.publishing.published_card import Page, published_card
-from maehub.verification import digest
 from maehub.weights.model_folder import write_members
 
 _PHOTOS = tuple(Path(maehub.__file__).parent / "assets" / name for name in ("cat.jpg", "coffee.jpg"))

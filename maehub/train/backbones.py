@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.hub import load, usable_device
+from maehub.hub.loading import load, usable_device
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import PRESETS, Encoder
 from maehub.models.patches import Size, as_size, grid_size

@@ -19,7 +19,7 @@ from maehub.data.splits import measured_part, split_labelled
 from maehub.errors import DataError, UsageError
 from maehub.features.inference import outputs
 from maehub.folders import check_free, whole_folder, write_text
-from maehub.hub import load, usable_device
+from maehub.hub.loading import load, usable_device
 from maehub.images.decoding import open_image
 from maehub.models.encoder import Encoder
 from maehub.train.data import naming

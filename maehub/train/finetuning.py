@@ -18,8 +18,8 @@ import maehub
 from maehub.data.duplicates import MOST_LOOKED_AT, find_twins
 from maehub.data.splits import LabelledSplit, split_labelled
 from maehub.errors import EXIT_DONE, DataError, UsageError
+from maehub.hub.locating import Located
 from maehub.images.augment import Augmentation
-from maehub.locating import Located
 from maehub.train.checkpoint import Progress
 from maehub.train.data import StepKeys, batches_of, worker_count
 from maehub.train.distributed import Group, joined

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from maehub.catalog import is_model, model_info
 from maehub.errors import IntegrityError, UsageError
-from maehub.hub import load, load_autoencoder
+from maehub.hub.catalog import is_model, model_info
+from maehub.hub.loading import load, load_autoencoder
+from maehub.hub.locating import Located, locate
 from maehub.images.augment import Augmentation
 from maehub.images.preprocess import Preprocess
-from maehub.locating import Located, locate
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.models.mean_colours import COLOURS

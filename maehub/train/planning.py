@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from maehub.catalog import is_model, model_info
 from maehub.data.sources import Source
 from maehub.errors import DataError, UsageError
+from maehub.hub.catalog import is_model, model_info
 from maehub.models.autoencoder import AutoencoderConfig
 from maehub.train import costs
 from maehub.train.config import PlanConfig

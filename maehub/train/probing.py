@@ -22,7 +22,7 @@ from maehub.errors import CheckpointError, UsageError
 from maehub.features.inference import outputs
 from maehub.files import atomic_write
 from maehub.folders import check_free, whole_folder, write_text
-from maehub.hub import usable_device
+from maehub.hub.loading import usable_device
 from maehub.models.encoder import Encoder
 from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.classifier import as_classifier

@@ -10,9 +10,9 @@ from torch import nn
 
 from maehub.data.labels import Labelled
 from maehub.errors import UsageError
-from maehub.hub import load
+from maehub.hub.loading import load
+from maehub.hub.locating import Located, locate
 from maehub.images.preprocess import Preprocess
-from maehub.locating import Located, locate
 from maehub.models.encoder import Encoder
 from maehub.train.backbones import Backbone, backbone_of, open_backbone
 from maehub.train.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.caching import LOCK_TIMEOUT
-from maehub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info
-from maehub.delivery import COMMIT, Place, cached_path, from_here, from_there, not_here, place_of
-from maehub.delivery import Fetched as Fetched
-from maehub.delivery import PathLike as PathLike
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.transport import NoFile, NotThere, Unreachable, check_filename, list_hub_files
-from maehub.verification import Differs, check, expected_bytes, expected_here, stated_hash
+from maehub.hub.cache import LOCK_TIMEOUT
+from maehub.hub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info
+from maehub.hub.client import NoFile, NotThere, Unreachable, check_filename, list_hub_files
+from maehub.hub.downloading import COMMIT, Place, cached_path, from_here, from_there, not_here, place_of
+from maehub.hub.downloading import Fetched as Fetched
+from maehub.hub.downloading import PathLike as PathLike
+from maehub.hub.verification import Differs, check, expected_bytes, expected_here, stated_hash
 
 logger = logging.getLogger("maehub")
 

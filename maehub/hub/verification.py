@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from maehub.catalog import Source, Want
 from maehub.files import atomic_write
+from maehub.hub.catalog import Source, Want
 
 logger = logging.getLogger("maehub")
 

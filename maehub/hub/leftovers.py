@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.caching import STAGING
-from maehub.delivery import PathLike, Place, place_of
 from maehub.errors import CheckpointError
-from maehub.room import readable
+from maehub.hub.cache import STAGING
+from maehub.hub.disk_space import readable
+from maehub.hub.downloading import PathLike, Place, place_of
 
 AGE = 3600  # seconds without a write after which no download is at work on a file any more
 
@@ -58,7 +58,7 @@ def clean_cache(cache_dir: PathLike | None = None, *, dry_run: bool = False) -> 
     and temporary files. Whole files, stamps and locks stay.
 
     Args:
-        cache_dir: as in `maehub.fetching.fetch`.
+        cache_dir: as in `maehub.hub.fetching.fetch`.
         dry_run: only look.
 
     Raises:

@@ -5,9 +5,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from maehub.catalog import ModelInfo, Want, is_model, no_model, resolve
 from maehub.errors import IntegrityError, UsageError
-from maehub.fetching import PICKLE_ENDINGS, Fetched, PathLike, fetch, fetch_repo
+from maehub.hub.catalog import ModelInfo, Want, is_model, no_model, resolve
+from maehub.hub.fetching import PICKLE_ENDINGS, Fetched, PathLike, fetch, fetch_repo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
@@ -37,11 +37,11 @@ def locate(
         source: a catalog name, a Hub id ``user/repo[@revision]``, a model or run folder, or a ``.safetensors`` file;
             or what this function returned before. A `Path`, or a string such as ``./vit-b``, is never a name.
         want: what a short catalog name should mean.
-        revision, cache_dir, offline, verify: see `maehub.fetching.fetch`.
+        revision, cache_dir, offline, verify: see `maehub.hub.fetching.fetch`.
 
     Raises:
         UsageError: there is no such name, folder or file, or it is not what was asked for.
-        HubError, IntegrityError: see `maehub.fetching.fetch`; IntegrityError also for a pickle.
+        HubError, IntegrityError: see `maehub.hub.fetching.fetch`; IntegrityError also for a pickle.
     """
     if isinstance(source, Located):
         return source

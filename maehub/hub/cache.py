@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maehub.errors import MaehubError
-from maehub.room import Wanted, check_room, disk_trouble
-from maehub.transport import Stated, get_from_hub, hub_constants
+from maehub.hub.client import Stated, get_from_hub, hub_constants
+from maehub.hub.disk_space import Wanted, check_room, disk_trouble
 
 logger = logging.getLogger("maehub")
 
@@ -43,7 +43,7 @@ def bring(
         patience: the longest wait for another process's lock, in seconds.
 
     Raises:
-        HubError, IntegrityError: as `maehub.transport.get_from_hub`.
+        HubError, IntegrityError: as `maehub.hub.client.get_from_hub`.
         CheckpointError: the disk is full, or the cache may not be written.
     """
     folder = repo_folder(cache, repo)

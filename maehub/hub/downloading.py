@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from maehub.caching import LOCK_TIMEOUT, bring, held, repo_folder
-from maehub.catalog import Source
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.room import Wanted
-from maehub.transport import Stated, ask_hub, get_from_url, hub_constants
-from maehub.verification import (
+from maehub.hub.cache import LOCK_TIMEOUT, bring, held, repo_folder
+from maehub.hub.catalog import Source
+from maehub.hub.client import Stated, ask_hub, get_from_url, hub_constants
+from maehub.hub.disk_space import Wanted
+from maehub.hub.verification import (
     Differs,
     cache_folder,
     check,

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from maehub.catalog import Want
 from maehub.errors import UsageError
-from maehub.fetching import PathLike
 from maehub.files import atomic_write, write_error
-from maehub.locating import Located, locate
+from maehub.hub.catalog import Want
+from maehub.hub.fetching import PathLike
+from maehub.hub.locating import Located, locate
+from maehub.hub.verification import cache_folder, known_finite, mark_finite
 from maehub.models.autoencoder import MaskedAutoencoder, Target
 from maehub.models.encoder import Encoder, Origin
 from maehub.models.patches import Size
 from maehub.models.positions import ResizeRule
-from maehub.verification import cache_folder, known_finite, mark_finite
 from maehub.weights import config_json as layouts
 from maehub.weights.building import Wanted, build_autoencoder, build_encoder
 from maehub.weights.keys import to_official

@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 from maehub import __version__
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError
 from maehub.files import atomic_write, is_disk_full
-from maehub.room import NoRoom, Wanted, check_room, disk_trouble, no_login, readable
+from maehub.hub.disk_space import NoRoom, Wanted, check_room, disk_trouble, no_login, readable
 
 if TYPE_CHECKING:
     import requests
