@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import maehub
-from maehub.identifying.judging import Judgement, can_judge, judge
+from maehub.conversion.target_detection import Judgement, can_judge, judge
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import EncoderConfig
 from maehub.train import PretrainConfig, pretrain

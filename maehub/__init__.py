@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from maehub import interop as interop
     from maehub import train as train
-    from maehub.conversion import convert as convert
+    from maehub.conversion.conversion import convert as convert
+    from maehub.conversion.identifying import identify as identify
     from maehub.data.inspection import check_data as check_data
     from maehub.data.inspection import data_statistics as data_statistics
     from maehub.errors import MaehubError as MaehubError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from maehub.hub.fetching import verify as verify
     from maehub.hub.loading import load as load
     from maehub.hub.loading import load_autoencoder as load_autoencoder
-    from maehub.identifying.answering import identify as identify
     from maehub.images.preprocess import Preprocess as Preprocess
     from maehub.models.autoencoder import AutoencoderConfig as AutoencoderConfig
     from maehub.models.autoencoder import MaskedAutoencoder as MaskedAutoencoder
@@ -53,11 +53,11 @@ _HOMES = {
     "Panels": "maehub.figures.reconstruction",
     "Preprocess": "maehub.images.preprocess",
     "check_data": "maehub.data.inspection",
-    "convert": "maehub.conversion",
+    "convert": "maehub.conversion.conversion",
     "data_statistics": "maehub.data.inspection",
     "download": "maehub.hub.fetching",
     "extract_features": "maehub.features.extraction",
-    "identify": "maehub.identifying.answering",
+    "identify": "maehub.conversion.identifying",
     "list_models": "maehub.hub.catalog",
     "load": "maehub.hub.loading",
     "load_autoencoder": "maehub.hub.loading",

@@ -81,7 +81,7 @@ def run_verify(config: arguments.Verify, shared: Shared) -> int:
 
 
 def run_identify(config: arguments.Identify, shared: Shared) -> int:
-    from maehub.identifying.answering import identify
+    from maehub.conversion.identifying import identify
 
     found = identify(
         config.file, heads=config.heads, decoder_heads=config.decoder_heads, decide_target=config.decide_target or None
@@ -91,7 +91,7 @@ def run_identify(config: arguments.Identify, shared: Shared) -> int:
 
 
 def run_convert(config: arguments.Convert, shared: Shared) -> int:
-    from maehub.conversion import convert
+    from maehub.conversion.conversion import convert
 
     result = convert(
         config.source,

@@ -30,9 +30,9 @@ from torch.torch_version import TorchVersion
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 import maehub
-from maehub.certificate import Difference, difference, fixed_images, largest
 from maehub.cli import main
-from maehub.conversion import convert
+from maehub.conversion.certificate import Difference, difference, fixed_images, largest
+from maehub.conversion.conversion import convert
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import sha256_file
 from maehub.hub import catalog

@@ -13,11 +13,11 @@ import pytest
 import torch
 from peers import TINY, autoencoder_config, images, make_autoencoder, make_encoder
 
-from maehub import exporting
 from maehub.cli import main
-from maehub.conversion import convert
+from maehub.conversion import exporting
+from maehub.conversion.conversion import convert
+from maehub.conversion.exporting import AnySize, checked_shapes
 from maehub.errors import IntegrityError, MissingDependencyError, UsageError
-from maehub.exporting import AnySize, checked_shapes
 from maehub.files import sha256_file
 from maehub.models.encoder import Encoder
 from maehub.models.positions import sincos_table, with_cls_row

@@ -18,7 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 from transformers import VitDetConfig, VitDetModel
 
 import maehub
-from maehub.conversion import convert
+from maehub.conversion.conversion import convert
 from maehub.errors import IntegrityError, UsageError
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder

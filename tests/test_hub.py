@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 
 import maehub
-from maehub import conversion
+from maehub.conversion import conversion
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import catalog
 from maehub.hub import loading as hub_module

@@ -26,13 +26,13 @@ from torch import nn
 
 import maehub
 from maehub.cli import main
+from maehub.conversion import identifying as answering
+from maehub.conversion.families import FAMILIES
+from maehub.conversion.identifying import identify
+from maehub.conversion.plain_vit import grid_of_table
+from maehub.conversion.target_detection import _judged
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.hub.verification import Digests
-from maehub.identifying import answering
-from maehub.identifying.answering import identify
-from maehub.identifying.families import FAMILIES
-from maehub.identifying.judging import _judged
-from maehub.identifying.plain_vit import grid_of_table
 from maehub.images.decoding import open_image
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, EncoderConfig

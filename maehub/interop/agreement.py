@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from maehub.certificate import difference, fixed_images, largest
+from maehub.conversion.certificate import difference, fixed_images, largest
 from maehub.errors import MissingDependencyError, UsageError
 from maehub.models.encoder import EncoderConfig
 from maehub.weights.keys import to_official

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from maehub.conversion.checkpoints import Checkpoint
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.hub.catalog import architecture_heads
-from maehub.identifying.checkpoints import Checkpoint
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig

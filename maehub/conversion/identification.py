@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from maehub.conversion.target_detection import Judgement
 from maehub.errors import EXIT_DONE, IntegrityError
-from maehub.identifying.judging import Judgement
 from maehub.models.autoencoder import Target
 
 Role = Literal["encoder", "autoencoder", "classifier"]
@@ -50,7 +50,7 @@ class Identification:
     bytes: int
     sha256: str
     family: str
-    """``"vit"`` for what maehub computes, a name of `maehub.identifying.families` for others, ``"unknown"``."""
+    """``"vit"`` for what maehub computes, a name of `maehub.conversion.families` for others, ``"unknown"``."""
     title: str
     loadable: bool
     """Whether maehub reads it, at once or after `maehub.convert`."""

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from maehub.conversion.advice import next_lines
+from maehub.conversion.checkpoints import Checkpoint, open_checkpoint
+from maehub.conversion.families import Family, generalised, recognise, without_numbers
+from maehub.conversion.identification import DecoderShape, Identification, Network, Role, Tuning
+from maehub.conversion.plain_vit import Plain, read_plain, share_of_known_names
+from maehub.conversion.target_detection import Judgement, can_judge, judge
 from maehub.errors import MaehubError
 from maehub.hub.catalog import ModelInfo, published_as
 from maehub.hub.verification import digest
-from maehub.identifying.advice import next_lines
-from maehub.identifying.checkpoints import Checkpoint, open_checkpoint
-from maehub.identifying.families import Family, generalised, recognise, without_numbers
-from maehub.identifying.identification import DecoderShape, Identification, Network, Role, Tuning
-from maehub.identifying.judging import Judgement, can_judge, judge
-from maehub.identifying.plain_vit import Plain, read_plain, share_of_known_names
 from maehub.models.autoencoder import AutoencoderConfig, Target
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.weights.building import build_autoencoder

@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import ModelCardData
 
 from maehub import __version__
+from maehub.conversion.exporting import ExportForm, notes_for, write_exported
 from maehub.errors import UsageError
-from maehub.exporting import ExportForm, notes_for, write_exported
 from maehub.folders import write_json, write_text
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig

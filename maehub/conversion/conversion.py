@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maehub import __version__
-from maehub.certificate import (
+from maehub.conversion.certificate import (
     CERTIFICATE,
     Certificate,
     Difference,
@@ -25,11 +25,25 @@ from maehub.certificate import (
     left_out,
     names_table,
 )
+from maehub.conversion.exporting import (
+    EXPORTED,
+    ExportForm,
+    check_exportable,
+    checked_shapes,
+    export_versions,
+    run_exported,
+)
+from maehub.conversion.library_folders import (
+    PICKLE,
+    ForeignForm,
+    check_foreign_form,
+    is_exported,
+    is_foreign_form,
+    write_foreign,
+)
 from maehub.errors import IntegrityError, UsageError
-from maehub.exporting import EXPORTED, ExportForm, check_exportable, checked_shapes, export_versions, run_exported
 from maehub.files import sha256_file
 from maehub.folders import check_free, whole_folder
-from maehub.foreign_folders import PICKLE, ForeignForm, check_foreign_form, is_exported, is_foreign_form, write_foreign
 from maehub.hub.catalog import is_model, model_info, published_as
 from maehub.hub.loading import load, load_autoencoder
 from maehub.hub.locating import locate

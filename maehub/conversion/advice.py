@@ -4,9 +4,9 @@ import json
 import shlex
 from pathlib import Path
 
+from maehub.conversion.identification import Network, Role
+from maehub.conversion.plain_vit import Plain
 from maehub.hub.catalog import ModelInfo
-from maehub.identifying.identification import Network, Role
-from maehub.identifying.plain_vit import Plain
 from maehub.models.autoencoder import Target
 from maehub.models.encoder import PRESETS
 

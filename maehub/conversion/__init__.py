@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries: told apart, converted, certified."""
