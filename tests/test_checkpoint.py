@@ -13,9 +13,9 @@ from torch import nn
 
 from maehub import files
 from maehub.errors import CheckpointError, DivergedError
-from maehub.train import checkpoint
-from maehub.train.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
-from maehub.train.optim import adamw
+from maehub.train.engine import checkpoint
+from maehub.train.engine.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from maehub.train.engine.optim import adamw
 from maehub.weights import tensorfile
 
 

@@ -633,7 +633,7 @@ def test_row_84_ctrl_c_while_training_and_going_on(crowd, tmp_path, run):
     step = state["last_good_step"]
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, step + 1))
-    from maehub.train.checkpoint import newest_checkpoint
+    from maehub.train.engine.checkpoint import newest_checkpoint
 
     folder, _ = newest_checkpoint(tmp_path / "run")
     assert folder.name == f"step-{step}"

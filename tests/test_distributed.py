@@ -18,7 +18,7 @@ import maehub
 from maehub import cli
 from maehub.errors import DistributedError, UsageError
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.train.distributed import Group, joined
+from maehub.train.engine.distributed import Group, joined
 
 
 @pytest.fixture(scope="module")

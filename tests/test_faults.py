@@ -22,9 +22,12 @@ from maehub.errors import CheckpointError
 from maehub.images.augment import Augmentation
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.train import PretrainConfig, data, fitting, log, pretrain, saving
+from maehub.train import PretrainConfig, data, pretrain
 from maehub.train.costs import activation_bytes, count_parameters, fixed_bytes
-from maehub.train.stopping import Stop
+from maehub.train.engine import micro_batch as fitting
+from maehub.train.engine import resume as saving
+from maehub.train.engine import run_log as log
+from maehub.train.engine.preemption import Stop
 from maehub.train.targets import Objective
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)

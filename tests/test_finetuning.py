@@ -18,8 +18,9 @@ import maehub
 from maehub import cli
 from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
-from maehub.train import FinetuneConfig, finetune, finetuning, saving
+from maehub.train import FinetuneConfig, finetune, finetuning
 from maehub.train.data import Key
+from maehub.train.engine import resume as saving
 from maehub.train.examples import Sight, policy_of
 from maehub.train.finetuning import Objective
 

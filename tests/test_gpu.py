@@ -15,7 +15,7 @@ from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.models.masking import kept_count, make_masks
 from maehub.train import FinetuneConfig, PretrainConfig, finetune, finetuning, pretrain, pretraining
-from maehub.train.log import RunLog
+from maehub.train.engine.run_log import RunLog
 from maehub.train.targets import Objective
 
 pytestmark = [

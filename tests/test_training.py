@@ -29,9 +29,12 @@ from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError
 from maehub.images.augment import Augmentation, crop
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.models.masking import make_masks, sample_seed
-from maehub.train import PretrainConfig, checkpoint, data, log, pretrain, pretraining, saving
+from maehub.train import PretrainConfig, data, pretrain, pretraining
 from maehub.train.data import Crops, StepKeys, View, batches_of, validation_batch, worker_count
-from maehub.train.optim import adamw, learning_rate, peak_rate
+from maehub.train.engine import checkpoint
+from maehub.train.engine import resume as saving
+from maehub.train.engine import run_log as log
+from maehub.train.engine.optim import adamw, learning_rate, peak_rate
 from maehub.train.targets import Objective
 from maehub.train.validation import Validation
 

@@ -95,7 +95,8 @@ class Faults:
         real = self.patch(Objective, "normalise", normalise)
 
     def disk_full(self):
-        from maehub.train import saving, sharded
+        from maehub.train.engine import resume as saving
+        from maehub.train.engine import sharded
 
         def failing(*arguments):
             raise CheckpointError("the disk of this host is full")
@@ -104,7 +105,8 @@ class Faults:
         self.patch(sharded, "check_converging", failing)
 
     def mistake_in_save(self):
-        from maehub.train import saving, sharded
+        from maehub.train.engine import resume as saving
+        from maehub.train.engine import sharded
 
         def failing(*arguments):
             raise ZeroDivisionError("a mistake")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from maehub.errors import UsageError
-from maehub.train.settings import (
+from maehub.train.engine.settings import (
     POSITIVE,
     SHARE,
     Rule,
@@ -27,7 +27,7 @@ from maehub.train.settings import (
     sides,
     whole,
 )
-from maehub.train.settings import Precision as Precision
+from maehub.train.engine.settings import Precision as Precision
 
 Strategy = Literal["random", "block", "grid"]
 Target = Literal["pixels", "normalised_pixels", "pca", "tokens"]

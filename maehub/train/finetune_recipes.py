@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from maehub.errors import UsageError
+from maehub.train.engine.optim import peak_rate
 from maehub.train.finetune_config import FinetuneConfig, HeadPool
 from maehub.train.finetune_config import Recipe as RecipeName
-from maehub.train.optim import peak_rate
 
 SMALL = 10_000
 """Training pictures below which a recipe is fitted to the data."""

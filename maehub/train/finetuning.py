@@ -20,23 +20,23 @@ from maehub.data.splits import LabelledSplit, split_labelled
 from maehub.errors import EXIT_DONE, DataError, UsageError
 from maehub.hub.locating import Located
 from maehub.images.augment import Augmentation
-from maehub.train.checkpoint import Progress
 from maehub.train.data import StepKeys, batches_of, worker_count
-from maehub.train.distributed import Group, joined
+from maehub.train.engine.checkpoint import Progress
+from maehub.train.engine.distributed import Group, joined
+from maehub.train.engine.environment import code_digest, environment
+from maehub.train.engine.micro_batch import micro_batch, pictures_fit, within_memory
+from maehub.train.engine.optim import gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
+from maehub.train.engine.parallel import accumulating, autocast, deterministic, wrapped
+from maehub.train.engine.preemption import Stop, stop_requests
+from maehub.train.engine.resume import Saver, fixed_settings, resumed
+from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
+from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, report, rescuing
 from maehub.train.examples import LabelledCrops, Sight, policy_of
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetune_recipes import Facts, Settings, describe, lasting, settle
-from maehub.train.fitting import micro_batch, pictures_fit, within_memory
-from maehub.train.log import RunLog, check_run_folder, run_state
-from maehub.train.machine import code_digest, environment
 from maehub.train.measuring import Measured, export, logits_of, show, single_network
 from maehub.train.mixing import Mixing, seeded_torch, step_seed
-from maehub.train.optim import gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
-from maehub.train.parallel import accumulating, autocast, deterministic, wrapped
-from maehub.train.saving import Saver, fixed_settings, resumed
 from maehub.train.scores import Scores
-from maehub.train.steps import agreed, batch_words, next_batch, parts, report, rescuing
-from maehub.train.stopping import Stop, stop_requests
 from maehub.train.trainees import Fitted, Trainee, find_weights_of, trainee_of
 
 log = logging.getLogger("maehub")

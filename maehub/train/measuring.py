@@ -20,11 +20,11 @@ from maehub.files import atomic_write
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder
 from maehub.train.classifier import AttentiveProbe, LinearProbe
-from maehub.train.distributed import Group
+from maehub.train.engine.distributed import Group
+from maehub.train.engine.sharded import gathered
 from maehub.train.evaluating import labelled_sheet, worst_mistakes
 from maehub.train.finetune_recipes import Settings
 from maehub.train.scores import Scores, score
-from maehub.train.sharded import gathered
 from maehub.train.sheets import confusion_picture
 from maehub.weights.model_folder import save
 

@@ -17,7 +17,6 @@ import maehub
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.images.augment import jitter
 from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.train.checkpoint import Progress
 from maehub.train.config import PretrainConfig
 from maehub.train.data import (
     Crops,
@@ -28,18 +27,19 @@ from maehub.train.data import (
     validation_batch,
     worker_count,
 )
-from maehub.train.distributed import Group, joined
-from maehub.train.fitting import micro_batch, views_fit, within_memory
+from maehub.train.engine.checkpoint import Progress
+from maehub.train.engine.distributed import Group, joined
+from maehub.train.engine.environment import code_digest, environment
+from maehub.train.engine.micro_batch import micro_batch, views_fit, within_memory
+from maehub.train.engine.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
+from maehub.train.engine.parallel import accumulating, autocast, deterministic, wrapped
+from maehub.train.engine.preemption import Stop, stop_requests
+from maehub.train.engine.resume import Saver, fixed_settings, resumed
+from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
+from maehub.train.engine.sharded import gathered
+from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, report, rescuing
 from maehub.train.holdout import Split, split_data
-from maehub.train.log import RunLog, check_run_folder, run_state
-from maehub.train.machine import code_digest, environment
 from maehub.train.networks import build_network, find_weights, kept_patches, view_of
-from maehub.train.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
-from maehub.train.parallel import accumulating, autocast, deterministic, wrapped
-from maehub.train.saving import Saver, fixed_settings, resumed
-from maehub.train.sharded import gathered
-from maehub.train.steps import agreed, batch_words, next_batch, parts, report, rescuing
-from maehub.train.stopping import Stop, stop_requests
 from maehub.train.targets import Objective, fit_components, store_components
 from maehub.train.validation import Validation, tell_start
 from maehub.weights.model_folder import save

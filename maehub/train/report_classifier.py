@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from maehub.figures.plots import Series, figure
-from maehub.train.optim import peak_rate
+from maehub.train.engine.optim import peak_rate
 from maehub.train.page import picture, rows, section, settings_table
 from maehub.train.scores import Bin, ClassScore, Scores
 from maehub.train.showing import percent, readable

@@ -16,11 +16,11 @@ from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder
 from maehub.train.backbones import Backbone, backbone_of, open_backbone
 from maehub.train.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
-from maehub.train.distributed import Group
+from maehub.train.engine.distributed import Group
+from maehub.train.engine.optim import decayed_groups
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetune_recipes import Facts, Settings, settle
 from maehub.train.networks import pair
-from maehub.train.optim import decayed_groups
 
 Groups = Callable[[float, float], list[dict[str, Any]]]
 """Weight decay and layer decay to the optimizer's groups of parameters, with the factor ``lr_scale`` of each."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import maehub
-from maehub.train.distributed import Group
+from maehub.train.engine.distributed import Group
 
 
 def environment(group: Group) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A checkpoint is put together beside its place and renamed when it is whole, so a folder ``step-N`` that lacks a file or
 has one that differs from its manifest was damaged later. No pickle is involved, except in runs that shard their weights
-(`maehub.train.sharded`).
+(`maehub.train.engine.sharded`).
 """
 
 import contextlib

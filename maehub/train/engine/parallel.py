@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from maehub.models.encoder import Block
-from maehub.train.distributed import Group
-from maehub.train.settings import RunConfig
+from maehub.train.engine.distributed import Group
+from maehub.train.engine.settings import RunConfig
 
 
 def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -14,11 +14,11 @@ from torch import Tensor
 from maehub.data.sources import Source
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError
 from maehub.train.data import StepKeys
-from maehub.train.distributed import Group
-from maehub.train.log import RunLog
+from maehub.train.engine.distributed import Group
+from maehub.train.engine.preemption import Stop
+from maehub.train.engine.resume import Saver
+from maehub.train.engine.run_log import RunLog
 from maehub.train.report import write_report
-from maehub.train.saving import Saver
-from maehub.train.stopping import Stop
 
 log = logging.getLogger("maehub")
 

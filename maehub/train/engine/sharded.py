@@ -30,8 +30,15 @@ from torch.distributed.tensor import DTensor
 
 from maehub.errors import CheckpointError
 from maehub.files import is_disk_full, sha256_file, sync_folder
-from maehub.train.checkpoint import Progress, Written, check_converging, checkpoint_folder, rotate, write_manifest
-from maehub.train.distributed import Group
+from maehub.train.engine.checkpoint import (
+    Progress,
+    Written,
+    check_converging,
+    checkpoint_folder,
+    rotate,
+    write_manifest,
+)
+from maehub.train.engine.distributed import Group
 from maehub.weights.tensorfile import read_tensors
 
 
@@ -85,7 +92,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def load_whole(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint that is not sharded into a sharded model; see `maehub.train.checkpoint.load_checkpoint`.
+    """Put a checkpoint that is not sharded into a sharded model; see `maehub.train.engine.checkpoint.load_checkpoint`.
 
     Raises:
         CheckpointError: it is of another network.

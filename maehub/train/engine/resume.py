@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from maehub.errors import CheckpointError, DataError, DistributedError, UsageError
-from maehub.train.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
-from maehub.train.distributed import Group
-from maehub.train.log import RunLog
-from maehub.train.settings import RunConfig
-from maehub.train.sharded import load_shards, load_whole, save_shards
-from maehub.train.stopping import Stop
+from maehub.train.engine.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
+from maehub.train.engine.distributed import Group
+from maehub.train.engine.preemption import Stop
+from maehub.train.engine.run_log import RunLog
+from maehub.train.engine.settings import RunConfig
+from maehub.train.engine.sharded import load_shards, load_whole, save_shards
 
 log = logging.getLogger("maehub")
 

@@ -1,0 +1,1 @@
+"""What every training loop stands on: processes, precision, optimizer, checkpoints, logs."""
