@@ -39,9 +39,9 @@ from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.plots import plot
 from maehub.train.config import PretrainConfig
+from maehub.train.evaluation.linear import accuracy, best, fit_linear
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
-from maehub.train.linear import accuracy, best, fit_linear
 from maehub.train.pretraining import pretrain
 
 SEEDS = (0, 1, 2)

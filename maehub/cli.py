@@ -66,12 +66,12 @@ COMMANDS = {
         "maehub.train.probe_config:CompareConfig", commands.run_compare, "several networks by the same protocols"
     ),
     "evaluate": Command(
-        "maehub.train.evaluate_config:EvaluateConfig",
+        "maehub.train.evaluation.config:EvaluateConfig",
         commands.run_evaluate,
         "measure a classifier on labelled pictures",
     ),
     "predict": Command(
-        "maehub.train.evaluate_config:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
+        "maehub.train.evaluation.config:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
     ),
     "push": Command("maehub.arguments:Push", commands.run_push, "publish a model on the Hub"),
     "plan": Command("maehub.train.config:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"),

@@ -16,9 +16,9 @@ from test_predicting import CLASSES, one_by_one, painted, tiny, trained
 import maehub
 from maehub.errors import DataError, UsageError
 from maehub.parsing import parsed
-from maehub.train.evaluate_config import EvaluateConfig
-from maehub.train.evaluating import MEMBERS, evaluate, worst_mistakes
-from maehub.train.scores import wilson
+from maehub.train.evaluation.config import EvaluateConfig
+from maehub.train.evaluation.evaluating import MEMBERS, evaluate, worst_mistakes
+from maehub.train.evaluation.scores import wilson
 
 SORTED = ("blue", "green", "red")
 

@@ -12,9 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from maehub.errors import DataError, DivergedError, UsageError
-from maehub.train import linear
-from maehub.train.linear import STRENGTHS, Trial, accuracy, best, fit_at, fit_linear, sweep
-from maehub.train.neighbours import choose_neighbours, leave_one_out, vote
+from maehub.train.evaluation import linear
+from maehub.train.evaluation.linear import STRENGTHS, Trial, accuracy, best, fit_at, fit_linear, sweep
+from maehub.train.evaluation.neighbours import choose_neighbours, leave_one_out, vote
 
 
 def clusters(n, width, classes, spread=1.0, seed=0):

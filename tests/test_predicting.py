@@ -14,8 +14,8 @@ from maehub.errors import DataError, UsageError
 from maehub.images.preprocess import read_pixels
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.parsing import parsed
-from maehub.train.evaluate_config import PredictConfig
-from maehub.train.predicting import Predictions, predict
+from maehub.train.evaluation.config import PredictConfig
+from maehub.train.evaluation.predicting import Predictions, predict
 
 CLASSES = ("red", "green", "blue")
 

@@ -17,7 +17,7 @@ from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.parsing import parsed
 from maehub.train import probing
 from maehub.train.comparing import compare
-from maehub.train.linear import sweep
+from maehub.train.evaluation.linear import sweep
 from maehub.train.probe_config import CompareConfig, KnnConfig, ProbeConfig
 from maehub.train.probing import extract, fast_probe, inner_parts, knn, open_for, probe, probe_sweep, read_split
 

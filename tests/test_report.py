@@ -21,8 +21,8 @@ from maehub.errors import CheckpointError, DivergedError, UsageError
 from maehub.figures.plots import Series, chart, decimated, smoothed, tick_words
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import FinetuneConfig, finetune, finetuning
+from maehub.train.evaluation.scores import score
 from maehub.train.report import read_metrics, write_report
-from maehub.train.scores import score
 
 CONFIG = {
     "data": "photos/",

@@ -12,7 +12,7 @@ from scipy import special, stats
 from sklearn import metrics
 
 from maehub.errors import DataError, DivergedError, UsageError
-from maehub.train.scores import average_precision, losses, probabilities, score, wilson
+from maehub.train.evaluation.scores import average_precision, losses, probabilities, score, wilson
 
 
 def made(count, classes, seed=0, gain=2.0):

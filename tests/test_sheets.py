@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from maehub.errors import UsageError
-from maehub.train.scores import score
-from maehub.train.sheets import confusion_picture, contact_sheet
+from maehub.train.evaluation.plots import confusion_picture, contact_sheet
+from maehub.train.evaluation.scores import score
 
 WHITE = (255, 255, 255)
 

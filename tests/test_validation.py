@@ -15,8 +15,8 @@ import maehub
 from maehub.errors import DataError, UsageError
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, data, pretrain
+from maehub.train.evaluation.neighbours import effective_rank, leave_one_out
 from maehub.train.holdout import split_data
-from maehub.train.neighbours import effective_rank, leave_one_out
 from maehub.weights.keys import to_official
 
 TINY = EncoderConfig(32, 8, 3, 32, 1, 2)

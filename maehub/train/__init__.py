@@ -8,15 +8,16 @@ if TYPE_CHECKING:
     from maehub.train.comparing import compare as compare
     from maehub.train.config import PlanConfig as PlanConfig
     from maehub.train.config import PretrainConfig as PretrainConfig
-    from maehub.train.evaluate_config import EvaluateConfig as EvaluateConfig
-    from maehub.train.evaluating import Evaluation as Evaluation
-    from maehub.train.evaluating import evaluate as evaluate
+    from maehub.train.evaluation.config import EvaluateConfig as EvaluateConfig
+    from maehub.train.evaluation.evaluating import Evaluation as Evaluation
+    from maehub.train.evaluation.evaluating import evaluate as evaluate
+    from maehub.train.evaluation.predicting import Predictions as Predictions
+    from maehub.train.evaluation.predicting import predict as predict
+    from maehub.train.evaluation.scores import Scores as Scores
     from maehub.train.finetune_config import FinetuneConfig as FinetuneConfig
     from maehub.train.finetuning import FinetuneResult as FinetuneResult
     from maehub.train.finetuning import finetune as finetune
     from maehub.train.planning import plan as plan
-    from maehub.train.predicting import Predictions as Predictions
-    from maehub.train.predicting import predict as predict
     from maehub.train.pretraining import pretrain as pretrain
     from maehub.train.probe_config import CompareConfig as CompareConfig
     from maehub.train.probe_config import KnnConfig as KnnConfig
@@ -27,15 +28,14 @@ if TYPE_CHECKING:
     from maehub.train.probing import knn as knn
     from maehub.train.probing import probe as probe
     from maehub.train.probing import probe_sweep as probe_sweep
-    from maehub.train.scores import Scores as Scores
 
 _HOMES = {
     "compare": "maehub.train.comparing",
     "CompareConfig": "maehub.train.probe_config",
     "Comparison": "maehub.train.comparing",
-    "evaluate": "maehub.train.evaluating",
-    "EvaluateConfig": "maehub.train.evaluate_config",
-    "Evaluation": "maehub.train.evaluating",
+    "evaluate": "maehub.train.evaluation.evaluating",
+    "EvaluateConfig": "maehub.train.evaluation.config",
+    "Evaluation": "maehub.train.evaluation.evaluating",
     "finetune": "maehub.train.finetuning",
     "FinetuneConfig": "maehub.train.finetune_config",
     "FinetuneResult": "maehub.train.finetuning",
@@ -44,15 +44,15 @@ _HOMES = {
     "KnnResult": "maehub.train.probe_results",
     "plan": "maehub.train.planning",
     "PlanConfig": "maehub.train.config",
-    "predict": "maehub.train.predicting",
-    "Predictions": "maehub.train.predicting",
+    "predict": "maehub.train.evaluation.predicting",
+    "Predictions": "maehub.train.evaluation.predicting",
     "pretrain": "maehub.train.pretraining",
     "PretrainConfig": "maehub.train.config",
     "probe": "maehub.train.probing",
     "probe_sweep": "maehub.train.probing",
     "ProbeConfig": "maehub.train.probe_config",
     "ProbeResult": "maehub.train.probe_results",
-    "Scores": "maehub.train.scores",
+    "Scores": "maehub.train.evaluation.scores",
     "Sweep": "maehub.train.probe_results",
 }
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.train.linear import Trial, best
-from maehub.train.neighbours import NeighbourTrial
-from maehub.train.scores import Scores
-from maehub.train.showing import html_table, percent, readable, text_table
+from maehub.train.evaluation.linear import Trial, best
+from maehub.train.evaluation.neighbours import NeighbourTrial
+from maehub.train.evaluation.scores import Scores
+from maehub.train.evaluation.text_tables import html_table, percent, readable, text_table
 
 _NAME = 60  # characters of a model's name in a table
 
@@ -50,7 +50,7 @@ class ProbeResult:
     layer: int
     """Counted from 0."""
     strength: float | None
-    """Of the penalty (`maehub.train.linear.LinearFit`); None where the probe was trained in a run folder."""
+    """Of the penalty (`maehub.train.evaluation.linear.LinearFit`); None where the probe was trained in a run folder."""
     scores: Scores
     n_train: int | None = None
     chosen: Chosen = NOTHING_CHOSEN

@@ -26,11 +26,11 @@ from maehub.hub.loading import usable_device
 from maehub.models.encoder import Encoder
 from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.classifier import as_classifier
-from maehub.train.linear import LinearFit, Trial, best, fit_at, sweep
-from maehub.train.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
+from maehub.train.evaluation.linear import LinearFit, Trial, best, fit_at, sweep
+from maehub.train.evaluation.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
+from maehub.train.evaluation.scores import score
 from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
-from maehub.train.scores import score
 from maehub.weights.model_folder import save
 
 MEMBERS = ("probe.json",)

@@ -10,9 +10,9 @@ import numpy as np
 
 from maehub.figures.plots import Series, figure
 from maehub.train.engine.optim import peak_rate
+from maehub.train.evaluation.scores import Bin, ClassScore, Scores
+from maehub.train.evaluation.text_tables import percent, readable
 from maehub.train.page import picture, rows, section, settings_table
-from maehub.train.scores import Bin, ClassScore, Scores
-from maehub.train.showing import percent, readable
 
 _MOST_CLASSES = 30  # in the table
 _WIDEST = 1500  # pixels of a picture

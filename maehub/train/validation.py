@@ -20,7 +20,7 @@ from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.train.baselines import baselines
 from maehub.train.config import PretrainConfig
 from maehub.train.data import Batch, View, naming, validation_batch
-from maehub.train.neighbours import effective_rank, leave_one_out
+from maehub.train.evaluation.neighbours import effective_rank, leave_one_out
 from maehub.train.targets import Objective
 
 log = logging.getLogger("maehub")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maehub.errors import DataError, DivergedError, UsageError
-from maehub.train.showing import html_table, percent, readable, text_table
+from maehub.train.evaluation.text_tables import html_table, percent, readable, text_table
 
 _Z = 1.959963984540054  # 95 % of a standard normal lie within this
 _RESAMPLES, _SEED = 1000, 0

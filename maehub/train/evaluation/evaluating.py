@@ -23,10 +23,10 @@ from maehub.hub.loading import load, usable_device
 from maehub.images.decoding import open_image
 from maehub.models.encoder import Encoder
 from maehub.train.data import naming
-from maehub.train.evaluate_config import EvaluateConfig
-from maehub.train.scores import Scores, losses, probabilities, score
-from maehub.train.sheets import confusion_picture, contact_sheet
-from maehub.train.showing import readable
+from maehub.train.evaluation.config import EvaluateConfig
+from maehub.train.evaluation.plots import confusion_picture, contact_sheet
+from maehub.train.evaluation.scores import Scores, losses, probabilities, score
+from maehub.train.evaluation.text_tables import readable
 
 log = logging.getLogger("maehub")
 
@@ -124,7 +124,7 @@ def worst_mistakes(logits: np.ndarray, labels: np.ndarray, most: int = _MOST_MIS
     wrong if a label is missing or too many at a probability of one half.
 
     Args:
-        logits, labels: as `maehub.train.scores.score` takes them.
+        logits, labels: as `maehub.train.evaluation.scores.score` takes them.
         most: how many.
 
     Returns:

@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import UsageError
 from maehub.figures.drawing import heat
-from maehub.train.scores import Scores
-from maehub.train.showing import readable
+from maehub.train.evaluation.scores import Scores
+from maehub.train.evaluation.text_tables import readable
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Place = tuple[int, int]

@@ -15,9 +15,9 @@ from maehub.features.extraction import extract_features
 from maehub.features.table import Skipped, write_bad_files
 from maehub.files import atomic_write
 from maehub.models.encoder import Encoder
-from maehub.train.evaluate_config import check_target
-from maehub.train.scores import probabilities
-from maehub.train.showing import html_table, readable, text_table
+from maehub.train.evaluation.config import check_target
+from maehub.train.evaluation.scores import probabilities
+from maehub.train.evaluation.text_tables import html_table, readable, text_table
 
 _PRINTED = 20  # pictures
 _COLUMNS = 5  # classes

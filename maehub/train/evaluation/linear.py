@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maehub.errors import DataError, DivergedError, UsageError
-from maehub.train.scores import average_precision
+from maehub.train.evaluation.scores import average_precision
 
 STRENGTHS = tuple(10.0 ** (half / 2) for half in range(4, -11, -1))
 """From strong to weak: 100, 32, 10, … 0.00001."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.train.linear import accuracy
+from maehub.train.evaluation.linear import accuracy
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 """Numbers of neighbours to choose from."""
@@ -144,7 +144,7 @@ def _shares(near: Near, ballots: Tensor) -> Tensor:
 
 
 def _accuracy(found: Tensor, labels: np.ndarray) -> float:
-    """Of the most voted classes (n,) their top-1 in percent; of shares (n, C) as `maehub.train.linear.accuracy`."""
+    """Of the most voted classes (n,) their top-1 in percent; of shares (n, C) as `maehub.train.evaluation.linear.accuracy`."""
     return accuracy(found, labels) if found.ndim == 2 else 100 * float((found.cpu().numpy() == labels).mean())
 
 

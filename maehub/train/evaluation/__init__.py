@@ -1,0 +1,1 @@
+"""How good a network is: scores, probes by hand of features, evaluation, prediction."""
