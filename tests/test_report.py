@@ -22,7 +22,7 @@ from maehub.figures.plots import Series, chart, decimated, smoothed, tick_words
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import FinetuneConfig, finetune, finetuning
 from maehub.train.evaluation.scores import score
-from maehub.train.report import read_metrics, write_report
+from maehub.train.reports.report import read_metrics, write_report
 
 CONFIG = {
     "data": "photos/",

@@ -18,7 +18,7 @@ from maehub.train.engine.distributed import Group
 from maehub.train.engine.preemption import Stop
 from maehub.train.engine.resume import Saver
 from maehub.train.engine.run_log import RunLog
-from maehub.train.report import write_report
+from maehub.train.reports.report import write_report
 
 log = logging.getLogger("maehub")
 

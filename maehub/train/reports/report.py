@@ -16,10 +16,10 @@ from maehub.errors import UsageError
 from maehub.figures.plots import Series, figure, raw_and_smooth
 from maehub.files import atomic_write
 from maehub.models.encoder import PRESETS
-from maehub.train import report_classifier
 from maehub.train.config import PretrainConfig
 from maehub.train.finetune_config import FinetuneConfig
-from maehub.train.page import HEAD, STATES, picture, rows, section, settings_table, value_words
+from maehub.train.reports import classifier as report_classifier
+from maehub.train.reports.html import HEAD, STATES, picture, rows, section, settings_table, value_words
 
 _PICTURES = 6  # from the first to the last
 _PICTURE_WIDTH = 1000  # pixels; larger ones are made smaller

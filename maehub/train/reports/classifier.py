@@ -12,7 +12,7 @@ from maehub.figures.plots import Series, figure
 from maehub.train.engine.optim import peak_rate
 from maehub.train.evaluation.scores import Bin, ClassScore, Scores
 from maehub.train.evaluation.text_tables import percent, readable
-from maehub.train.page import picture, rows, section, settings_table
+from maehub.train.reports.html import picture, rows, section, settings_table
 
 _MOST_CLASSES = 30  # in the table
 _WIDEST = 1500  # pixels of a picture
