@@ -32,12 +32,12 @@ from maehub.images.augment import Augmentation
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import PRESETS, Encoder
 from maehub.train.classifier import as_classifier, drop_paths
-from maehub.train.data import Key
 from maehub.train.engine.optim import decayed_groups, gradient_norm, guarded_step, set_rates
 from maehub.train.examples import Examples, Sight, policy_of
 from maehub.train.finetune_recipes import Settings
 from maehub.train.finetuning import Objective
 from maehub.train.mixing import Mixing, seeded_torch
+from maehub.train.pretraining.views import Key
 
 PHOTO = Path(maehub.__file__).parent / "assets" / "cat.jpg"
 CLASSES, RATE = 1000, 1e-5

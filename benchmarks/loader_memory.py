@@ -19,8 +19,8 @@ import numpy as np
 from maehub.data.names import Names
 from maehub.data.sources import Samples
 from maehub.images.augment import Augmentation
-from maehub.train import data
-from maehub.train.data import Crops, StepKeys, View, batches_of
+from maehub.train.pretraining import views as data
+from maehub.train.pretraining.views import Crops, StepKeys, View, batches_of
 
 VIEW = View((16, 16), 8, 3, Augmentation(), "random", 0.75)
 MILLIONS = 3

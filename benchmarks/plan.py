@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from maehub.models.masking import random_masks
-from maehub.train.config import PlanConfig
-from maehub.train.networks import build_network, kept_patches, view_of
 from maehub.train.planning import plan
+from maehub.train.pretraining.config import PlanConfig
+from maehub.train.pretraining.network import build_network, kept_patches, view_of
 
 DEFAULT = ("vit-nano:32", "vit-ti:16", "vit-s:8", "vit-b:4")
 STEPS = 6  # the first of them is not counted

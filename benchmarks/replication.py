@@ -38,11 +38,11 @@ from maehub.figures.plots import Series
 from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.plots import plot
-from maehub.train.config import PretrainConfig
 from maehub.train.evaluation.linear import accuracy, best, fit_linear
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetuning import finetune
-from maehub.train.pretraining import pretrain
+from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.pretraining.loop import pretrain
 
 SEEDS = (0, 1, 2)
 SHARE = 0.4  # of each class, held out

@@ -29,7 +29,7 @@ from maehub.models.masking import random_masks
 from maehub.train.costs import forward_flops, work_of
 from maehub.train.engine.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.optim import adamw, gradient_norm, guarded_step
-from maehub.train.targets import Objective
+from maehub.train.pretraining.objective import Objective
 
 ASSETS = Path(__file__).parent.parent / "maehub" / "assets"
 KEPT = {"vit-b": 49, "vit-l": 49}

@@ -26,7 +26,7 @@ from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS
 from maehub.models.masking import kept_count, random_masks
 from maehub.models.patches import patchify
-from maehub.train.targets import Components, Objective, store_components
+from maehub.train.pretraining.objective import Components, Objective, store_components
 
 
 @dataclass(frozen=True)

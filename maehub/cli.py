@@ -53,7 +53,7 @@ COMMANDS = {
         "maehub.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
     ),
     "pretrain": Command(
-        "maehub.train.config:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
+        "maehub.train.pretraining.config:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
     ),
     "finetune": Command(
         "maehub.train.finetune_config:FinetuneConfig", commands.run_finetune, "train a classifier on labelled pictures"
@@ -74,7 +74,9 @@ COMMANDS = {
         "maehub.train.evaluation.config:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
     ),
     "push": Command("maehub.arguments:Push", commands.run_push, "publish a model on the Hub"),
-    "plan": Command("maehub.train.config:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"),
+    "plan": Command(
+        "maehub.train.pretraining.config:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from maehub.images.augment import Augmentation, colour_factors, crop, crop_box, 
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
 from maehub.models.masking import random_uniform
-from maehub.train.config import PretrainConfig
+from maehub.train.pretraining.config import PretrainConfig
 
 ASSETS = Path(maehub.__file__).parent / "assets"
 RANDOM = Augmentation()

@@ -691,7 +691,7 @@ def test_row_85_outputs_are_refused_before_the_work(run, idle, photos, tmp_path,
     ],
 )
 def test_row_85_a_read_only_folder(run, idle, photos, tmp_path, words):
-    for late in ("torch._dynamo", "maehub.conversion.conversion", "maehub.train.pretraining"):
+    for late in ("torch._dynamo", "maehub.conversion.conversion", "maehub.train.pretraining.loop"):
         importlib.import_module(late)  # it may lie where only root reads
     maehub.save(maehub.load_autoencoder("vit-nano"), tmp_path / "nano")
     let_enter(tmp_path, photos)

@@ -22,13 +22,14 @@ from maehub.errors import CheckpointError
 from maehub.images.augment import Augmentation
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.train import PretrainConfig, data, pretrain
+from maehub.train import PretrainConfig, pretrain
 from maehub.train.costs import activation_bytes, count_parameters, fixed_bytes
 from maehub.train.engine import micro_batch as fitting
 from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.preemption import Stop
-from maehub.train.targets import Objective
+from maehub.train.pretraining import views as data
+from maehub.train.pretraining.objective import Objective
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
 PRESET = """
@@ -100,7 +101,7 @@ def test_row_34_a_save_that_fails_is_told_at_once_and_the_newest_checkpoint_stay
         return 1e-4
 
     monkeypatch.setattr(saving, "save_checkpoint", failing)
-    monkeypatch.setattr("maehub.train.pretraining.learning_rate", rate)
+    monkeypatch.setattr("maehub.train.pretraining.loop.learning_rate", rate)
     with pytest.raises(CheckpointError, match="step 6 cannot be written"):
         pretrain(config_of(pictures, out, checkpoint_every=2))
     assert seen[2:] == [(2, ["step-2"]), (3, ["step-2"]), (4, ["step-2"]), (5, ["step-2"])]
@@ -112,7 +113,7 @@ def test_row_38_a_file_system_that_cannot_rename_is_noticed_before_the_first_ste
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(os, "replace", refuse)
-    monkeypatch.setattr("maehub.train.pretraining.learning_rate", pytest.fail)
+    monkeypatch.setattr("maehub.train.pretraining.loop.learning_rate", pytest.fail)
     with pytest.raises(CheckpointError, match="cannot rename") as caught:
         pretrain(config_of(pictures, tmp_path / "run"))
     assert caught.value.exit_code == 6
@@ -181,7 +182,7 @@ def test_row_60_memory_that_runs_out_says_what_helps(pictures, tmp_path, monkeyp
     def failing(*arguments):
         raise errors[kind]
 
-    monkeypatch.setattr("maehub.train.pretraining.gradient_norm", failing)
+    monkeypatch.setattr("maehub.train.pretraining.loop.gradient_norm", failing)
     with pytest.raises(CheckpointError, match=r"ran out with 4 views at once.*--micro-batch") as caught:
         pretrain(config_of(pictures, tmp_path / "run"))
     assert caught.value.exit_code == 6

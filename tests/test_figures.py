@@ -24,7 +24,7 @@ from maehub.models.encoder import EncoderConfig, Origin
 from maehub.models.masking import covering_masks, make_masks
 from maehub.models.mean_colours import mean_colours
 from maehub.models.patches import denormalise_patches, normalise_patches, patchify, unpatchify
-from maehub.train.targets import fit_components, store_components
+from maehub.train.pretraining.objective import fit_components, store_components
 
 
 class Perfect(MaskedAutoencoder):

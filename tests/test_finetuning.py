@@ -19,10 +19,10 @@ from maehub import cli
 from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune, finetuning
-from maehub.train.data import Key
 from maehub.train.engine import resume as saving
 from maehub.train.examples import Sight, policy_of
 from maehub.train.finetuning import Objective
+from maehub.train.pretraining.views import Key
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
 CLASSES = ("blobs", "lines", "noise")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import maehub
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder
-from maehub.train.targets import Components, store_components
+from maehub.train.pretraining.objective import Components, store_components
 from maehub.weights.tensorfile import read_tensors
 
 PYTHONS = os.environ.get("MAEHUB_LIBRARIES", sys.executable).split(":")

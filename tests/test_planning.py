@@ -21,10 +21,10 @@ from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Block, EncoderConfig
 from maehub.models.masking import kept_count
 from maehub.train import costs
-from maehub.train.config import PlanConfig, PretrainConfig
 from maehub.train.devices import DEVICES, device_row, measured_cpu
 from maehub.train.planning import network_of, plan
-from maehub.train.targets import Objective
+from maehub.train.pretraining.config import PlanConfig, PretrainConfig
+from maehub.train.pretraining.objective import Objective
 
 ASSETS = Path(maehub.__file__).parent / "assets"
 SMALL = EncoderConfig(32, 8, 3, 48, 2, 2)

@@ -10,9 +10,9 @@ import pytest
 from maehub.models.masking import kept_count
 from maehub.parsing import parsed
 from maehub.train import recipes
-from maehub.train.config import PlanConfig, PretrainConfig
 from maehub.train.engine.optim import peak_rate
 from maehub.train.planning import plan
+from maehub.train.pretraining.config import PlanConfig, PretrainConfig
 
 SECTIONS = ("Source", "Command", "Hours", "Expected")
 IMAGENET = 1_281_167

@@ -22,8 +22,8 @@ from maehub.models.encoder import EncoderConfig
 from maehub.models.masking import make_masks, split_index
 from maehub.models.mean_colours import mean_colour_of, mean_colours
 from maehub.models.patches import patchify
-from maehub.train.baselines import baselines, interpolated
-from maehub.train.targets import Objective, chosen, corrupted, fit_components, store_components
+from maehub.train.pretraining.baselines import baselines, interpolated
+from maehub.train.pretraining.objective import Objective, chosen, corrupted, fit_components, store_components
 
 SMALL = EncoderConfig(32, 8, 3, 32, 2, 4)
 HEADS = {

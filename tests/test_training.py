@@ -29,14 +29,16 @@ from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError
 from maehub.images.augment import Augmentation, crop
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.models.masking import make_masks, sample_seed
-from maehub.train import PretrainConfig, data, pretrain, pretraining
-from maehub.train.data import Crops, StepKeys, View, batches_of, validation_batch, worker_count
+from maehub.train import PretrainConfig, pretrain
 from maehub.train.engine import checkpoint
 from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.optim import adamw, learning_rate, peak_rate
-from maehub.train.targets import Objective
-from maehub.train.validation import Validation
+from maehub.train.pretraining import loop as pretraining
+from maehub.train.pretraining import views as data
+from maehub.train.pretraining.objective import Objective
+from maehub.train.pretraining.validation import Validation
+from maehub.train.pretraining.views import Crops, StepKeys, View, batches_of, validation_batch, worker_count
 
 TINY = EncoderConfig(32, 8, 3, 32, 1, 2)
 STEPS = 7

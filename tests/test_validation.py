@@ -14,9 +14,10 @@ from sklearn.neighbors import KNeighborsClassifier
 import maehub
 from maehub.errors import DataError, UsageError
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.train import PretrainConfig, data, pretrain
+from maehub.train import PretrainConfig, pretrain
 from maehub.train.evaluation.neighbours import effective_rank, leave_one_out
-from maehub.train.holdout import split_data
+from maehub.train.pretraining import views as data
+from maehub.train.pretraining.holdout import split_data
 from maehub.weights.keys import to_official
 
 TINY = EncoderConfig(32, 8, 3, 32, 1, 2)

@@ -31,7 +31,7 @@ from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig, Origin
 from maehub.models.positions import resize_table
-from maehub.train.targets import Components, store_components
+from maehub.train.pretraining.objective import Components, store_components
 from maehub.weights import config_json as layouts
 from maehub.weights.keys import from_official
 from maehub.weights.model_folder import (

@@ -37,7 +37,8 @@ class Faults:
 
     def at_step(self, action):
         """In the middle of a step (0 is the first), once."""
-        from maehub.train import finetuning, pretraining
+        from maehub.train import finetuning
+        from maehub.train.pretraining import loop as pretraining
 
         done = []
 
@@ -69,7 +70,7 @@ class Faults:
 
     def slow(self):
         """Every step takes a while, so that it can be met in its middle."""
-        from maehub.train import pretraining
+        from maehub.train.pretraining import loop as pretraining
 
         def rate(step, *rest):
             time.sleep(self.step / 1000)
@@ -78,8 +79,8 @@ class Faults:
         real = self.patch(pretraining, "learning_rate", rate)
 
     def nan(self):
-        from maehub.train import pretraining
-        from maehub.train.targets import Objective
+        from maehub.train.pretraining import loop as pretraining
+        from maehub.train.pretraining.objective import Objective
 
         at = []
 
@@ -115,7 +116,7 @@ class Faults:
         self.patch(sharded, "check_converging", failing)
 
     def bad_picture(self):
-        from maehub.train import data
+        from maehub.train.pretraining import views as data
 
         def failing(*arguments):
             raise DataError("this picture is broken")
@@ -123,7 +124,7 @@ class Faults:
         self.at_step(lambda: self.patch(data, "crop", failing))
 
     def other_code(self):
-        from maehub.train import pretraining
+        from maehub.train.pretraining import loop as pretraining
 
         self.patch(pretraining, "code_digest", lambda: "0" * 64)
 

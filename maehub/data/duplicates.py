@@ -22,7 +22,7 @@ from maehub.errors import DataError
 from maehub.files import atomic_write, sha256_file
 from maehub.images.decoding import ImagePath
 from maehub.images.preprocess import Preprocess, read_pixels
-from maehub.train.data import batches_of, naming, worker_count
+from maehub.train.pretraining.views import batches_of, naming, worker_count
 
 Pair = tuple[int, int]
 """(testing index, training index)"""

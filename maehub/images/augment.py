@@ -19,7 +19,7 @@ from maehub.errors import UsageError
 from maehub.images.decoding import Box, ImagePath, open_part, part_of
 from maehub.models.masking import random_bits, random_uniform, sample_seed
 from maehub.models.patches import Size
-from maehub.train.config import Augment
+from maehub.train.pretraining.config import Augment
 
 _ASPECT = (3 / 4, 4 / 3)  # width to height of a random crop, Szegedy et al. 2015
 _TRIES = 10

@@ -255,7 +255,7 @@ class MaskedAutoencoder(nn.Module):
             )
         if self.config.target not in _OF_PIXELS:
             raise UsageError(
-                f"the loss of target={self.config.target!r} is a matter of training: maehub.train.targets.Objective "
+                f"the loss of target={self.config.target!r} is a matter of training: maehub.train.pretraining.objective.Objective "
                 "computes it"
             )
         grid, patches = self._patches(images)

@@ -11,9 +11,9 @@ from typing import Any
 
 from maehub.errors import IntegrityError, UsageError
 from maehub.folders import read_json
-from maehub.train.config import PretrainConfig
 from maehub.train.engine.settings import RunConfig, option
 from maehub.train.finetune_config import FinetuneConfig
+from maehub.train.pretraining.config import PretrainConfig
 
 # Settings that say where and how a run was carried out, or name something of the user's.
 _NOT_TOLD = {field.name for field in fields(RunConfig)} - {"precision", "seed"} | {"knn", "quiet"}

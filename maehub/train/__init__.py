@@ -6,8 +6,6 @@ if TYPE_CHECKING:
     from maehub.train import recipes as recipes
     from maehub.train.comparing import Comparison as Comparison
     from maehub.train.comparing import compare as compare
-    from maehub.train.config import PlanConfig as PlanConfig
-    from maehub.train.config import PretrainConfig as PretrainConfig
     from maehub.train.evaluation.config import EvaluateConfig as EvaluateConfig
     from maehub.train.evaluation.evaluating import Evaluation as Evaluation
     from maehub.train.evaluation.evaluating import evaluate as evaluate
@@ -18,7 +16,9 @@ if TYPE_CHECKING:
     from maehub.train.finetuning import FinetuneResult as FinetuneResult
     from maehub.train.finetuning import finetune as finetune
     from maehub.train.planning import plan as plan
-    from maehub.train.pretraining import pretrain as pretrain
+    from maehub.train.pretraining.config import PlanConfig as PlanConfig
+    from maehub.train.pretraining.config import PretrainConfig as PretrainConfig
+    from maehub.train.pretraining.loop import pretrain as pretrain
     from maehub.train.probe_config import CompareConfig as CompareConfig
     from maehub.train.probe_config import KnnConfig as KnnConfig
     from maehub.train.probe_config import ProbeConfig as ProbeConfig
@@ -43,11 +43,11 @@ _HOMES = {
     "KnnConfig": "maehub.train.probe_config",
     "KnnResult": "maehub.train.probe_results",
     "plan": "maehub.train.planning",
-    "PlanConfig": "maehub.train.config",
+    "PlanConfig": "maehub.train.pretraining.config",
     "predict": "maehub.train.evaluation.predicting",
     "Predictions": "maehub.train.evaluation.predicting",
-    "pretrain": "maehub.train.pretraining",
-    "PretrainConfig": "maehub.train.config",
+    "pretrain": "maehub.train.pretraining.loop",
+    "PretrainConfig": "maehub.train.pretraining.config",
     "probe": "maehub.train.probing",
     "probe_sweep": "maehub.train.probing",
     "ProbeConfig": "maehub.train.probe_config",

@@ -17,7 +17,7 @@ from maehub.hub.loading import load, usable_device
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import PRESETS, Encoder
 from maehub.models.patches import Size, as_size, grid_size
-from maehub.train.networks import preset as architecture
+from maehub.train.pretraining.network import preset as architecture
 from maehub.weights.config_json import crop_fraction
 from maehub.weights.pickles import read_pickle
 from maehub.weights.tensorfile import read_tensors

@@ -22,7 +22,7 @@ from maehub.images.augment import Augmentation, crop
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
 from maehub.models.masking import sample_seed
-from maehub.train.data import Key, naming
+from maehub.train.pretraining.views import Key, naming
 
 _POLICY = 5  # view of `sample_seed`
 _TRANSLATION = 0.45  # of the shorter side, the furthest that timm's policies move a picture

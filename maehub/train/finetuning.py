@@ -20,7 +20,6 @@ from maehub.data.splits import LabelledSplit, split_labelled
 from maehub.errors import EXIT_DONE, DataError, UsageError
 from maehub.hub.locating import Located
 from maehub.images.augment import Augmentation
-from maehub.train.data import StepKeys, batches_of, worker_count
 from maehub.train.engine.checkpoint import Progress
 from maehub.train.engine.distributed import Group, joined
 from maehub.train.engine.environment import code_digest, environment
@@ -37,6 +36,7 @@ from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetune_recipes import Facts, Settings, describe, lasting, settle
 from maehub.train.measuring import Measured, export, logits_of, show, single_network
 from maehub.train.mixing import Mixing, seeded_torch, step_seed
+from maehub.train.pretraining.views import StepKeys, batches_of, worker_count
 from maehub.train.trainees import Fitted, Trainee, find_weights_of, trainee_of
 
 log = logging.getLogger("maehub")

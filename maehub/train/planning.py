@@ -13,13 +13,13 @@ from maehub.errors import DataError, UsageError
 from maehub.hub.catalog import is_model, model_info
 from maehub.models.autoencoder import AutoencoderConfig
 from maehub.train import costs
-from maehub.train.config import PlanConfig
-from maehub.train.data import Crops, Key, worker_count
 from maehub.train.devices import Device, device_row
 from maehub.train.engine.optim import peak_rate
 from maehub.train.estimate import Plan, Reading, Utilisation, byte_words
-from maehub.train.holdout import split_data
-from maehub.train.networks import build_network, find_weights, kept_patches, view_of
+from maehub.train.pretraining.config import PlanConfig
+from maehub.train.pretraining.holdout import split_data
+from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of
+from maehub.train.pretraining.views import Crops, Key, worker_count
 
 _USABLE_GPU, _USABLE_CPU = 0.9, 0.5
 """Share of the memory that a plan fills; the rest is for the driver and the allocator's gaps, or the readers and the

@@ -20,7 +20,7 @@ from maehub.train.engine.distributed import Group
 from maehub.train.engine.optim import decayed_groups
 from maehub.train.finetune_config import FinetuneConfig
 from maehub.train.finetune_recipes import Facts, Settings, settle
-from maehub.train.networks import pair
+from maehub.train.pretraining.network import pair
 
 Groups = Callable[[float, float], list[dict[str, Any]]]
 """Weight decay and layer decay to the optimizer's groups of parameters, with the factor ``lr_scale`` of each."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from maehub.data.sources import Source
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError
-from maehub.train.data import StepKeys
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.preemption import Stop
 from maehub.train.engine.resume import Saver
 from maehub.train.engine.run_log import RunLog
+from maehub.train.pretraining.views import StepKeys
 from maehub.train.reports.report import write_report
 
 log = logging.getLogger("maehub")

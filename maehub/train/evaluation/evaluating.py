@@ -22,11 +22,11 @@ from maehub.folders import check_free, whole_folder, write_text
 from maehub.hub.loading import load, usable_device
 from maehub.images.decoding import open_image
 from maehub.models.encoder import Encoder
-from maehub.train.data import naming
 from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
 from maehub.train.evaluation.text_tables import readable
+from maehub.train.pretraining.views import naming
 
 log = logging.getLogger("maehub")
 

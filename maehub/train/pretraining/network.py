@@ -16,8 +16,8 @@ from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.models.mean_colours import COLOURS
 from maehub.models.patches import Size
-from maehub.train.config import PretrainConfig
-from maehub.train.data import View
+from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.pretraining.views import View
 
 log = logging.getLogger("maehub")
 

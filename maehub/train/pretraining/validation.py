@@ -17,11 +17,11 @@ from maehub.files import atomic_write
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.train.baselines import baselines
-from maehub.train.config import PretrainConfig
-from maehub.train.data import Batch, View, naming, validation_batch
 from maehub.train.evaluation.neighbours import effective_rank, leave_one_out
-from maehub.train.targets import Objective
+from maehub.train.pretraining.baselines import baselines
+from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.pretraining.objective import Objective
+from maehub.train.pretraining.views import Batch, View, naming, validation_batch
 
 log = logging.getLogger("maehub")
 

@@ -17,16 +17,6 @@ import maehub
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.images.augment import jitter
 from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.train.config import PretrainConfig
-from maehub.train.data import (
-    Crops,
-    StepKeys,
-    View,
-    batches_of,
-    check_shared_memory,
-    validation_batch,
-    worker_count,
-)
 from maehub.train.engine.checkpoint import Progress
 from maehub.train.engine.distributed import Group, joined
 from maehub.train.engine.environment import code_digest, environment
@@ -38,10 +28,20 @@ from maehub.train.engine.resume import Saver, fixed_settings, resumed
 from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
 from maehub.train.engine.sharded import gathered
 from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, report, rescuing
-from maehub.train.holdout import Split, split_data
-from maehub.train.networks import build_network, find_weights, kept_patches, view_of
-from maehub.train.targets import Objective, fit_components, store_components
-from maehub.train.validation import Validation, tell_start
+from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.pretraining.holdout import Split, split_data
+from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of
+from maehub.train.pretraining.objective import Objective, fit_components, store_components
+from maehub.train.pretraining.validation import Validation, tell_start
+from maehub.train.pretraining.views import (
+    Crops,
+    StepKeys,
+    View,
+    batches_of,
+    check_shared_memory,
+    validation_batch,
+    worker_count,
+)
 from maehub.weights.model_folder import save
 
 log = logging.getLogger("maehub")

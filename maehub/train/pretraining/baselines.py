@@ -8,7 +8,7 @@ from torch import Tensor
 from maehub.errors import UsageError
 from maehub.models.autoencoder import squared_error
 from maehub.models.patches import Size, grid_size, patchify
-from maehub.train.targets import Objective
+from maehub.train.pretraining.objective import Objective
 
 _AT_ONCE = 16  # pictures that are in memory together
 

@@ -1,0 +1,1 @@
+"""Masked autoencoding of pictures without labels."""
