@@ -26,9 +26,9 @@ from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS
 from maehub.models.masking import random_masks
-from maehub.train.costs import forward_flops, work_of
 from maehub.train.engine.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.optim import adamw, gradient_norm, guarded_step
+from maehub.train.networks.costs import forward_flops, work_of
 from maehub.train.pretraining.objective import Objective
 
 ASSETS = Path(__file__).parent.parent / "maehub" / "assets"

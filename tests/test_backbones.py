@@ -14,7 +14,7 @@ from skimage import data as photos
 import maehub
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
-from maehub.train.backbones import backbone_of, open_backbone
+from maehub.train.networks.backbones import backbone_of, open_backbone
 
 TINY = "untrained/vit-tiny"
 
@@ -101,7 +101,7 @@ def test_a_transform_that_maehub_does_not_have_is_refused():
         if timm.get_pretrained_cfg(name).crop_mode == "border"
         or (timm.get_pretrained_cfg(name).crop_mode == "squash" and timm.get_pretrained_cfg(name).crop_pct != 1)
     )
-    from maehub.train.backbones import _timm_preprocess
+    from maehub.train.networks.backbones import _timm_preprocess
 
     class Named(torch.nn.Module):
         pretrained_cfg = timm.get_pretrained_cfg(odd).to_dict()

@@ -23,11 +23,11 @@ from maehub.images.augment import Augmentation
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, pretrain
-from maehub.train.costs import activation_bytes, count_parameters, fixed_bytes
 from maehub.train.engine import micro_batch as fitting
 from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.preemption import Stop
+from maehub.train.networks.costs import activation_bytes, count_parameters, fixed_bytes
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
 

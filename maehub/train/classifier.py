@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from maehub.errors import UsageError
 from maehub.models.encoder import Block, Encoder, Pool
-from maehub.train.backbones import Backbone
 from maehub.train.engine.distributed import Group
+from maehub.train.networks.backbones import Backbone
 from maehub.weights.building import HEAD_STD
 
 _PROBE_STD = 0.01  # of a linear probe's fresh weights, as published

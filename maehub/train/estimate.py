@@ -4,8 +4,8 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from maehub.train.costs import Parameters, Work
 from maehub.train.devices import Device
+from maehub.train.networks.costs import Parameters, Work
 
 
 class Reading(NamedTuple):

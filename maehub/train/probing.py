@@ -24,11 +24,11 @@ from maehub.files import atomic_write
 from maehub.folders import check_free, whole_folder, write_text
 from maehub.hub.loading import usable_device
 from maehub.models.encoder import Encoder
-from maehub.train.backbones import Backbone, open_backbone
 from maehub.train.classifier import as_classifier
 from maehub.train.evaluation.linear import LinearFit, Trial, best, fit_at, sweep
 from maehub.train.evaluation.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
 from maehub.train.evaluation.scores import score
+from maehub.train.networks.backbones import Backbone, open_backbone
 from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.weights.model_folder import save

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from maehub.errors import CheckpointError
 from maehub.models.autoencoder import AutoencoderConfig
-from maehub.train.costs import activation_bytes, block_parameters, count_parameters, fixed_bytes, work_of
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
 from maehub.train.engine.parallel import autocast, computes_bf16
 from maehub.train.engine.settings import RunConfig
+from maehub.train.networks.costs import activation_bytes, block_parameters, count_parameters, fixed_bytes, work_of
 from maehub.train.pretraining.config import Precision, PretrainConfig
 from maehub.train.pretraining.views import Batch, Key, View
 

@@ -1,0 +1,1 @@
+"""Which architectures there are, and what they cost."""
