@@ -31,12 +31,12 @@ import maehub
 from maehub.images.augment import Augmentation
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import PRESETS, Encoder
-from maehub.train.classifier import as_classifier, drop_paths
 from maehub.train.engine.optim import decayed_groups, gradient_norm, guarded_step, set_rates
-from maehub.train.examples import Examples, Sight, policy_of
-from maehub.train.finetune_recipes import Settings
-from maehub.train.finetuning import Objective
-from maehub.train.mixing import Mixing, seeded_torch
+from maehub.train.finetuning.classifier import as_classifier, drop_paths
+from maehub.train.finetuning.loop import Objective
+from maehub.train.finetuning.mixing import Mixing, seeded_torch
+from maehub.train.finetuning.recipes import Settings
+from maehub.train.finetuning.views import Examples, Sight, policy_of
 from maehub.train.pretraining.views import Key
 
 PHOTO = Path(maehub.__file__).parent / "assets" / "cat.jpg"

@@ -37,8 +37,8 @@ from maehub.data.splits import LabelledSplit, inner_split, split_labelled
 from maehub.features.inference import outputs
 from maehub.images.preprocess import Preprocess
 from maehub.train.evaluation.linear import accuracy
-from maehub.train.finetune_config import FinetuneConfig
-from maehub.train.finetuning import finetune
+from maehub.train.finetuning.config import FinetuneConfig
+from maehub.train.finetuning.loop import finetune
 from maehub.train.networks.backbones import Backbone, open_backbone
 from maehub.train.probe_config import KnnConfig, ProbeConfig
 from maehub.train.probing import Features, fast_probe, nearest_probe

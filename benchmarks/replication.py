@@ -39,8 +39,8 @@ from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.plots import plot
 from maehub.train.evaluation.linear import accuracy, best, fit_linear
-from maehub.train.finetune_config import FinetuneConfig
-from maehub.train.finetuning import finetune
+from maehub.train.finetuning.config import FinetuneConfig
+from maehub.train.finetuning.loop import finetune
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.loop import pretrain
 

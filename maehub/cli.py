@@ -56,7 +56,9 @@ COMMANDS = {
         "maehub.train.pretraining.config:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
     ),
     "finetune": Command(
-        "maehub.train.finetune_config:FinetuneConfig", commands.run_finetune, "train a classifier on labelled pictures"
+        "maehub.train.finetuning.config:FinetuneConfig",
+        commands.run_finetune,
+        "train a classifier on labelled pictures",
     ),
     "probe": Command("maehub.train.probe_config:ProbeConfig", commands.run_probe, "a linear classifier on features"),
     "knn": Command(

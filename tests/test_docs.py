@@ -15,7 +15,7 @@ from PIL import Image
 import maehub
 from maehub import cli
 from maehub.hub import catalog
-from maehub.train.classifier import as_classifier
+from maehub.train.finetuning.classifier import as_classifier
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -7,7 +7,7 @@ import pytest
 from maehub.errors import UsageError
 from maehub.train import FinetuneConfig
 from maehub.train.engine.optim import peak_rate
-from maehub.train.finetune_recipes import Facts, describe, settle
+from maehub.train.finetuning.recipes import Facts, describe, settle
 
 B, L, H = (768, 12), (1024, 24), (1280, 32)
 IMAGENET = 1_281_167

@@ -18,10 +18,11 @@ import maehub
 from maehub import cli
 from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
-from maehub.train import FinetuneConfig, finetune, finetuning
+from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import resume as saving
-from maehub.train.examples import Sight, policy_of
-from maehub.train.finetuning import Objective
+from maehub.train.finetuning import loop as finetuning
+from maehub.train.finetuning.loop import Objective
+from maehub.train.finetuning.views import Sight, policy_of
 from maehub.train.pretraining.views import Key
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
@@ -475,7 +476,7 @@ def test_every_policy_of_timm_runs(pictures, words):
 
     policy = policy_of(words, Preprocess.evaluation(32, 3, 8))
     for seed in range(60):
-        from maehub.train.examples import seeded
+        from maehub.train.finetuning.views import seeded
 
         with seeded(seed):
             assert policy(picture("lines", seed)).size == (40, 40)

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.models.masking import sample_seed
-from maehub.train.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.optim import decayed_groups, learning_rate, set_rates
-from maehub.train.examples import Examples, targets_of
-from maehub.train.finetune_recipes import Settings
-from maehub.train.finetuning import Objective, _optimizer
-from maehub.train.mixing import _ERASING, _MIXING, Mixing
-from maehub.train.trainees import Trainee
+from maehub.train.finetuning.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze
+from maehub.train.finetuning.loop import Objective, _optimizer
+from maehub.train.finetuning.mixing import _ERASING, _MIXING, Mixing
+from maehub.train.finetuning.network import Trainee
+from maehub.train.finetuning.recipes import Settings
+from maehub.train.finetuning.views import Examples, targets_of
 
 try:
     from timm.optim import param_groups_layer_decay

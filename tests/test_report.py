@@ -20,8 +20,9 @@ from sklearn import metrics
 from maehub.errors import CheckpointError, DivergedError, UsageError
 from maehub.figures.plots import Series, chart, decimated, smoothed, tick_words
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.train import FinetuneConfig, finetune, finetuning
+from maehub.train import FinetuneConfig, finetune
 from maehub.train.evaluation.scores import score
+from maehub.train.finetuning import loop as finetuning
 from maehub.train.reports.report import read_metrics, write_report
 
 CONFIG = {

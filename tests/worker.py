@@ -37,7 +37,7 @@ class Faults:
 
     def at_step(self, action):
         """In the middle of a step (0 is the first), once."""
-        from maehub.train import finetuning
+        from maehub.train.finetuning import loop as finetuning
         from maehub.train.pretraining import loop as pretraining
 
         done = []

@@ -12,7 +12,7 @@ from typing import Any
 from maehub.errors import IntegrityError, UsageError
 from maehub.folders import read_json
 from maehub.train.engine.settings import RunConfig, option
-from maehub.train.finetune_config import FinetuneConfig
+from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.pretraining.config import PretrainConfig
 
 # Settings that say where and how a run was carried out, or name something of the user's.

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from maehub.train.evaluation.predicting import Predictions as Predictions
     from maehub.train.evaluation.predicting import predict as predict
     from maehub.train.evaluation.scores import Scores as Scores
-    from maehub.train.finetune_config import FinetuneConfig as FinetuneConfig
-    from maehub.train.finetuning import FinetuneResult as FinetuneResult
-    from maehub.train.finetuning import finetune as finetune
+    from maehub.train.finetuning.config import FinetuneConfig as FinetuneConfig
+    from maehub.train.finetuning.loop import FinetuneResult as FinetuneResult
+    from maehub.train.finetuning.loop import finetune as finetune
     from maehub.train.planning import plan as plan
     from maehub.train.pretraining.config import PlanConfig as PlanConfig
     from maehub.train.pretraining.config import PretrainConfig as PretrainConfig
@@ -36,9 +36,9 @@ _HOMES = {
     "evaluate": "maehub.train.evaluation.evaluating",
     "EvaluateConfig": "maehub.train.evaluation.config",
     "Evaluation": "maehub.train.evaluation.evaluating",
-    "finetune": "maehub.train.finetuning",
-    "FinetuneConfig": "maehub.train.finetune_config",
-    "FinetuneResult": "maehub.train.finetuning",
+    "finetune": "maehub.train.finetuning.loop",
+    "FinetuneConfig": "maehub.train.finetuning.config",
+    "FinetuneResult": "maehub.train.finetuning.loop",
     "knn": "maehub.train.probing",
     "KnnConfig": "maehub.train.probe_config",
     "KnnResult": "maehub.train.probe_results",

@@ -186,8 +186,8 @@ def _frozen_runs(config: CompareConfig, name: str, splits: dict[int, LabelledSpl
 
 
 def _finetuned(config: CompareConfig, name: str, seed: int) -> Run:
-    from maehub.train.finetune_config import FinetuneConfig
-    from maehub.train.finetuning import finetune
+    from maehub.train.finetuning.config import FinetuneConfig
+    from maehub.train.finetuning.loop import finetune
 
     assert config.out is not None
     folder = config.out / f"finetune-{config.model.index(name) + 1}-seed-{seed}"

@@ -24,10 +24,10 @@ from maehub.files import atomic_write
 from maehub.folders import check_free, whole_folder, write_text
 from maehub.hub.loading import usable_device
 from maehub.models.encoder import Encoder
-from maehub.train.classifier import as_classifier
 from maehub.train.evaluation.linear import LinearFit, Trial, best, fit_at, sweep
 from maehub.train.evaluation.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
 from maehub.train.evaluation.scores import score
+from maehub.train.finetuning.classifier import as_classifier
 from maehub.train.networks.backbones import Backbone, open_backbone
 from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
@@ -307,8 +307,8 @@ def _write(
 
 def _trained(config: ProbeConfig) -> ProbeResult:
     """The probes that are trained: the loop of fine-tuning on a frozen network."""
-    from maehub.train.finetune_config import FinetuneConfig
-    from maehub.train.finetuning import finetune
+    from maehub.train.finetuning.config import FinetuneConfig
+    from maehub.train.finetuning.loop import finetune
 
     assert config.out is not None
     if config.pool not in (None, "cls", "mean"):

@@ -16,7 +16,7 @@ from maehub.errors import UsageError
 from maehub.figures.plots import Series, figure, raw_and_smooth
 from maehub.files import atomic_write
 from maehub.models.encoder import PRESETS
-from maehub.train.finetune_config import FinetuneConfig
+from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.reports import classifier as report_classifier
 from maehub.train.reports.html import HEAD, STATES, picture, rows, section, settings_table, value_words

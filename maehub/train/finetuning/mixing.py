@@ -10,8 +10,8 @@ from torch import Tensor
 
 from maehub.images.preprocess import Preprocess
 from maehub.models.masking import sample_seed
-from maehub.train.examples import Examples, seeded
-from maehub.train.finetune_recipes import Settings
+from maehub.train.finetuning.recipes import Settings
+from maehub.train.finetuning.views import Examples, seeded
 
 _MIXING, _STEP, _ERASING = 6, 7, 8  # views of `sample_seed`
 

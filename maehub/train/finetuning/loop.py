@@ -31,13 +31,13 @@ from maehub.train.engine.resume import Saver, fixed_settings, resumed
 from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
 from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, report, rescuing
 from maehub.train.evaluation.scores import Scores
-from maehub.train.examples import LabelledCrops, Sight, policy_of
-from maehub.train.finetune_config import FinetuneConfig
-from maehub.train.finetune_recipes import Facts, Settings, describe, lasting, settle
-from maehub.train.measuring import Measured, export, logits_of, show, single_network
-from maehub.train.mixing import Mixing, seeded_torch, step_seed
+from maehub.train.finetuning.config import FinetuneConfig
+from maehub.train.finetuning.measuring import Measured, export, logits_of, show, single_network
+from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
+from maehub.train.finetuning.network import Fitted, Trainee, find_weights_of, trainee_of
+from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
+from maehub.train.finetuning.views import LabelledCrops, Sight, policy_of
 from maehub.train.pretraining.views import StepKeys, batches_of, worker_count
-from maehub.train.trainees import Fitted, Trainee, find_weights_of, trainee_of
 
 log = logging.getLogger("maehub")
 

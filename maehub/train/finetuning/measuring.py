@@ -19,13 +19,13 @@ from maehub.features.inference import outputs
 from maehub.files import atomic_write
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder
-from maehub.train.classifier import AttentiveProbe, LinearProbe
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.sharded import gathered
 from maehub.train.evaluation.evaluating import labelled_sheet, worst_mistakes
 from maehub.train.evaluation.plots import confusion_picture
 from maehub.train.evaluation.scores import Scores, score
-from maehub.train.finetune_recipes import Settings
+from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
+from maehub.train.finetuning.recipes import Settings
 from maehub.weights.model_folder import save
 
 log = logging.getLogger("maehub")

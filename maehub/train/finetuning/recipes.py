@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from maehub.errors import UsageError
 from maehub.train.engine.optim import peak_rate
-from maehub.train.finetune_config import FinetuneConfig, HeadPool
-from maehub.train.finetune_config import Recipe as RecipeName
+from maehub.train.finetuning.config import FinetuneConfig, HeadPool
+from maehub.train.finetuning.config import Recipe as RecipeName
 
 SMALL = 10_000
 """Training pictures below which a recipe is fitted to the data."""

@@ -14,11 +14,11 @@ from maehub.hub.loading import load
 from maehub.hub.locating import Located, locate
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder
-from maehub.train.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.optim import decayed_groups
-from maehub.train.finetune_config import FinetuneConfig
-from maehub.train.finetune_recipes import Facts, Settings, settle
+from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
+from maehub.train.finetuning.config import FinetuneConfig
+from maehub.train.finetuning.recipes import Facts, Settings, settle
 from maehub.train.networks.backbones import Backbone, backbone_of, open_backbone
 from maehub.train.pretraining.network import pair
 
