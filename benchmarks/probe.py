@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.train.evaluation.linear import STRENGTHS, fit_linear
-from maehub.train.probe_config import ProbeConfig
-from maehub.train.probing import probe
+from maehub.train.probing.config import ProbeConfig
+from maehub.train.probing.probing import probe
 
 EPOCHS, WARMUP = 90, 10
 BATCHES = (256, 1024, 4096)

@@ -40,8 +40,8 @@ from maehub.train.evaluation.linear import accuracy
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.loop import finetune
 from maehub.train.networks.backbones import Backbone, open_backbone
-from maehub.train.probe_config import KnnConfig, ProbeConfig
-from maehub.train.probing import Features, fast_probe, nearest_probe
+from maehub.train.probing.config import KnnConfig, ProbeConfig
+from maehub.train.probing.probing import Features, fast_probe, nearest_probe
 
 SETS = ("openclipart", "animals", "digits")
 MOST = {"animals": 250, "digits": 250}  # pictures of a class for the frozen protocols; openclipart has 127 to 494

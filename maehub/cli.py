@@ -60,12 +60,12 @@ COMMANDS = {
         commands.run_finetune,
         "train a classifier on labelled pictures",
     ),
-    "probe": Command("maehub.train.probe_config:ProbeConfig", commands.run_probe, "a linear classifier on features"),
+    "probe": Command("maehub.train.probing.config:ProbeConfig", commands.run_probe, "a linear classifier on features"),
     "knn": Command(
-        "maehub.train.probe_config:KnnConfig", commands.run_knn, "what the nearest features tell of classes"
+        "maehub.train.probing.config:KnnConfig", commands.run_knn, "what the nearest features tell of classes"
     ),
     "compare": Command(
-        "maehub.train.probe_config:CompareConfig", commands.run_compare, "several networks by the same protocols"
+        "maehub.train.probing.config:CompareConfig", commands.run_compare, "several networks by the same protocols"
     ),
     "evaluate": Command(
         "maehub.train.evaluation.config:EvaluateConfig",

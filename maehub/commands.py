@@ -227,7 +227,7 @@ def run_finetune(config: Any, shared: Shared) -> int:
 
 def run_probe(config: Any, shared: Shared) -> int:
     from maehub.train import probe
-    from maehub.train.probing import probe_sweep
+    from maehub.train.probing.probing import probe_sweep
 
     quiet = replace(config, quiet=config.quiet or shared.quiet)
     found = probe_sweep(quiet) if config.sweep else probe(quiet)

@@ -15,11 +15,11 @@ import maehub
 from maehub.errors import DataError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.parsing import parsed
-from maehub.train import probing
-from maehub.train.comparing import compare
 from maehub.train.evaluation.linear import sweep
-from maehub.train.probe_config import CompareConfig, KnnConfig, ProbeConfig
-from maehub.train.probing import extract, fast_probe, inner_parts, knn, open_for, probe, probe_sweep, read_split
+from maehub.train.probing import probing
+from maehub.train.probing.comparing import compare
+from maehub.train.probing.config import CompareConfig, KnnConfig, ProbeConfig
+from maehub.train.probing.probing import extract, fast_probe, inner_parts, knn, open_for, probe, probe_sweep, read_split
 
 TINY, CLASSES = "untrained/vit-tiny", ("dots", "plain", "stripes")
 PLAIN = {"quiet": True, "workers": 0, "device": "cpu"}
@@ -301,7 +301,7 @@ class TestCompare:
         assert cell.interval.low == pytest.approx(np.mean([scores.low for scores in single]))
 
     def test_trained_weights_on_a_given_split_are_computed_once(self, folder, model, monkeypatch):
-        from maehub.train import comparing
+        from maehub.train.probing import comparing
 
         calls = []
         monkeypatch.setattr(comparing, "extract", lambda config, backbone, *rest: calls.append(backbone.name) or extract(config, backbone, *rest))  # fmt: skip  # noqa: E501

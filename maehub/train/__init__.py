@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maehub.train import recipes as recipes
-    from maehub.train.comparing import Comparison as Comparison
-    from maehub.train.comparing import compare as compare
     from maehub.train.evaluation.config import EvaluateConfig as EvaluateConfig
     from maehub.train.evaluation.evaluating import Evaluation as Evaluation
     from maehub.train.evaluation.evaluating import evaluate as evaluate
@@ -19,41 +17,43 @@ if TYPE_CHECKING:
     from maehub.train.pretraining.config import PlanConfig as PlanConfig
     from maehub.train.pretraining.config import PretrainConfig as PretrainConfig
     from maehub.train.pretraining.loop import pretrain as pretrain
-    from maehub.train.probe_config import CompareConfig as CompareConfig
-    from maehub.train.probe_config import KnnConfig as KnnConfig
-    from maehub.train.probe_config import ProbeConfig as ProbeConfig
-    from maehub.train.probe_results import KnnResult as KnnResult
-    from maehub.train.probe_results import ProbeResult as ProbeResult
-    from maehub.train.probe_results import Sweep as Sweep
-    from maehub.train.probing import knn as knn
-    from maehub.train.probing import probe as probe
-    from maehub.train.probing import probe_sweep as probe_sweep
+    from maehub.train.probing.comparing import Comparison as Comparison
+    from maehub.train.probing.comparing import compare as compare
+    from maehub.train.probing.config import CompareConfig as CompareConfig
+    from maehub.train.probing.config import KnnConfig as KnnConfig
+    from maehub.train.probing.config import ProbeConfig as ProbeConfig
+    from maehub.train.probing.probing import knn as knn
+    from maehub.train.probing.probing import probe as probe
+    from maehub.train.probing.probing import probe_sweep as probe_sweep
+    from maehub.train.probing.results import KnnResult as KnnResult
+    from maehub.train.probing.results import ProbeResult as ProbeResult
+    from maehub.train.probing.results import Sweep as Sweep
 
 _HOMES = {
-    "compare": "maehub.train.comparing",
-    "CompareConfig": "maehub.train.probe_config",
-    "Comparison": "maehub.train.comparing",
+    "compare": "maehub.train.probing.comparing",
+    "CompareConfig": "maehub.train.probing.config",
+    "Comparison": "maehub.train.probing.comparing",
     "evaluate": "maehub.train.evaluation.evaluating",
     "EvaluateConfig": "maehub.train.evaluation.config",
     "Evaluation": "maehub.train.evaluation.evaluating",
     "finetune": "maehub.train.finetuning.loop",
     "FinetuneConfig": "maehub.train.finetuning.config",
     "FinetuneResult": "maehub.train.finetuning.loop",
-    "knn": "maehub.train.probing",
-    "KnnConfig": "maehub.train.probe_config",
-    "KnnResult": "maehub.train.probe_results",
+    "knn": "maehub.train.probing.probing",
+    "KnnConfig": "maehub.train.probing.config",
+    "KnnResult": "maehub.train.probing.results",
     "plan": "maehub.train.planning",
     "PlanConfig": "maehub.train.pretraining.config",
     "predict": "maehub.train.evaluation.predicting",
     "Predictions": "maehub.train.evaluation.predicting",
     "pretrain": "maehub.train.pretraining.loop",
     "PretrainConfig": "maehub.train.pretraining.config",
-    "probe": "maehub.train.probing",
-    "probe_sweep": "maehub.train.probing",
-    "ProbeConfig": "maehub.train.probe_config",
-    "ProbeResult": "maehub.train.probe_results",
+    "probe": "maehub.train.probing.probing",
+    "probe_sweep": "maehub.train.probing.probing",
+    "ProbeConfig": "maehub.train.probing.config",
+    "ProbeResult": "maehub.train.probing.results",
     "Scores": "maehub.train.evaluation.scores",
-    "Sweep": "maehub.train.probe_results",
+    "Sweep": "maehub.train.probing.results",
 }
 
 __all__ = [*_HOMES, "recipes"]

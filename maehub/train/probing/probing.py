@@ -29,8 +29,8 @@ from maehub.train.evaluation.neighbours import NEIGHBOURS, NeighbourTrial, choos
 from maehub.train.evaluation.scores import score
 from maehub.train.finetuning.classifier import as_classifier
 from maehub.train.networks.backbones import Backbone, open_backbone
-from maehub.train.probe_config import FrozenConfig, KnnConfig, ProbeConfig
-from maehub.train.probe_results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
+from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
+from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.weights.model_folder import save
 
 MEMBERS = ("probe.json",)
@@ -74,7 +74,7 @@ def probe(config: ProbeConfig) -> ProbeResult:
         CheckpointError: the disk is full; or training was stopped, and can go on.
     """
     if config.sweep:
-        raise UsageError("a sweep has several results: call maehub.train.probing.probe_sweep")
+        raise UsageError("a sweep has several results: call maehub.train.probing.probing.probe_sweep")
     if config.method != "fast":
         return _trained(config)
     if config.out is not None:

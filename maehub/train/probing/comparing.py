@@ -13,8 +13,8 @@ from maehub.files import atomic_write, write_error
 from maehub.folders import check_free
 from maehub.train.evaluation.scores import Interval, Scores
 from maehub.train.evaluation.text_tables import html_table, readable, text_table
-from maehub.train.probe_config import CompareConfig, KnnConfig
-from maehub.train.probing import extract, fast_probe, nearest_probe, open_for, read_split
+from maehub.train.probing.config import CompareConfig, KnnConfig
+from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split
 
 MEMBERS = ("compare.json",)
 """What marks the folder of a comparison."""

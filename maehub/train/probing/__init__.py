@@ -1,0 +1,1 @@
+"""What frozen features know: linear probes, neighbours, comparisons."""
