@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from maehub.models.masking import random_masks
-from maehub.train.planning import plan
+from maehub.train.planning.planning import plan
 from maehub.train.pretraining.config import PlanConfig
 from maehub.train.pretraining.network import build_network, kept_patches, view_of
 
@@ -39,7 +39,7 @@ def resident_peak() -> int:
 
 
 def product_rate(seconds: float = 0.3) -> float:
-    """FLOP a processor second of float32 matrix products, as `maehub.train.devices` measures them."""
+    """FLOP a processor second of float32 matrix products, as `maehub.train.planning.devices` measures them."""
     matrix = torch.ones(1024, 1024)
     count, start = 0, time.process_time()
     while (passed := time.process_time() - start) < seconds:

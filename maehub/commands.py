@@ -287,7 +287,7 @@ def run_predict(config: Any, shared: Shared) -> int:
 
 
 def run_plan(config: Any, shared: Shared) -> int:
-    from maehub.train.planning import plan
+    from maehub.train.planning.planning import plan
 
     found = plan(config)
     report(shared, found.to_dict(), found.describe())

@@ -20,9 +20,9 @@ from maehub.errors import DataError, UsageError
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Block, EncoderConfig
 from maehub.models.masking import kept_count
-from maehub.train.devices import DEVICES, device_row, measured_cpu
 from maehub.train.networks import costs
-from maehub.train.planning import network_of, plan
+from maehub.train.planning.devices import DEVICES, device_row, measured_cpu
+from maehub.train.planning.planning import network_of, plan
 from maehub.train.pretraining.config import PlanConfig, PretrainConfig
 from maehub.train.pretraining.objective import Objective
 

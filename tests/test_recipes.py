@@ -11,7 +11,7 @@ from maehub.models.masking import kept_count
 from maehub.parsing import parsed
 from maehub.train import recipes
 from maehub.train.engine.optim import peak_rate
-from maehub.train.planning import plan
+from maehub.train.planning.planning import plan
 from maehub.train.pretraining.config import PlanConfig, PretrainConfig
 
 SECTIONS = ("Source", "Command", "Hours", "Expected")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from maehub.train.finetuning.config import FinetuneConfig as FinetuneConfig
     from maehub.train.finetuning.loop import FinetuneResult as FinetuneResult
     from maehub.train.finetuning.loop import finetune as finetune
-    from maehub.train.planning import plan as plan
+    from maehub.train.planning.planning import plan as plan
     from maehub.train.pretraining.config import PlanConfig as PlanConfig
     from maehub.train.pretraining.config import PretrainConfig as PretrainConfig
     from maehub.train.pretraining.loop import pretrain as pretrain
@@ -42,7 +42,7 @@ _HOMES = {
     "knn": "maehub.train.probing.probing",
     "KnnConfig": "maehub.train.probing.config",
     "KnnResult": "maehub.train.probing.results",
-    "plan": "maehub.train.planning",
+    "plan": "maehub.train.planning.planning",
     "PlanConfig": "maehub.train.pretraining.config",
     "predict": "maehub.train.evaluation.predicting",
     "Predictions": "maehub.train.evaluation.predicting",

@@ -1,11 +1,11 @@
-"""What `maehub.train.planning` says of a run, as values and as text."""
+"""What `maehub.train.planning.planning` says of a run, as values and as text."""
 
 import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from maehub.train.devices import Device
 from maehub.train.networks.costs import Parameters, Work
+from maehub.train.planning.devices import Device
 
 
 class Reading(NamedTuple):

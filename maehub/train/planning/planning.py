@@ -12,10 +12,10 @@ from maehub.data.sources import Source
 from maehub.errors import DataError, UsageError
 from maehub.hub.catalog import is_model, model_info
 from maehub.models.autoencoder import AutoencoderConfig
-from maehub.train.devices import Device, device_row
 from maehub.train.engine.optim import peak_rate
-from maehub.train.estimate import Plan, Reading, Utilisation, byte_words
 from maehub.train.networks import costs
+from maehub.train.planning.devices import Device, device_row
+from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_words
 from maehub.train.pretraining.config import PlanConfig
 from maehub.train.pretraining.holdout import split_data
 from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of
