@@ -37,7 +37,7 @@ from maehub.features.inference import outputs
 from maehub.figures.plots import Series
 from maehub.images.preprocess import Preprocess, open_image
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.publishing.plots import plot
+from maehub.publishing.curve_picture import plot
 from maehub.train.evaluation.linear import accuracy, best, fit_linear
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.loop import finetune

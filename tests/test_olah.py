@@ -25,7 +25,7 @@ import maehub
 from maehub.errors import HubError, IntegrityError
 from maehub.hub.catalog import model_info
 from maehub.hub.fetching import fetch, fetch_repo, verify
-from maehub.publishing import readback
+from maehub.publishing import round_trip as readback
 from maehub.publishing.committing import LocalFile, look, verify_remote
 from maehub.publishing.committing import commit as publish
 from maehub.publishing.pushing import push

@@ -1,7 +1,7 @@
 """The folder that is published: a model folder, and beside it figures, numbers, the recipe and checksums.
 
     config.json  model.safetensors  timm/model.safetensors  preprocessor_config.json     see `maehub.weights.model_folder`
-    README.md                 the card, see `maehub.publishing.published_card`
+    README.md                 the card, see `maehub.publishing.card`
     figures/                  reconstructions of the photos that come with maehub, and curves
     metrics.json              what was measured on held-out pictures, where something was
     metrics.jsonl             loss and rate, a line a step, where a run wrote them
@@ -32,11 +32,11 @@ from maehub.hub.verification import digest
 from maehub.images.decoding import open_image
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder, Origin
+from maehub.publishing.card import Page, published_card
+from maehub.publishing.curve_picture import plot
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
-from maehub.publishing.plots import plot
 from maehub.publishing.provenance import Provenance
-from maehub.publishing.published_card import Page, published_card
 from maehub.weights.model_folder import write_members
 
 _PHOTOS = tuple(Path(maehub.__file__).parent / "assets" / name for name in ("cat.jpg", "coffee.jpg"))
