@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from rights import as_nobody, let_enter, needs_root
 
-from maehub.cli import main
+from maehub.cli.command_line import main
 from maehub.errors import CheckpointError, HubError, UsageError
 from maehub.hub import cache as caching
 from maehub.hub import catalog, leftovers
@@ -633,7 +633,7 @@ def test_row_20_a_read_only_home(hub, vit_b, start, tmp_path):
 def test_row_20_a_user_without_account_and_home(hub, vit_b, start):
     """As in containers that are run under a number."""
     wrapped = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
-    probe = [*wrapped, sys.executable, "-c", "import maehub.cli, huggingface_hub, torch"]
+    probe = [*wrapped, sys.executable, "-c", "import maehub.cli.command_line, huggingface_hub, torch"]
     if not shutil.which("setpriv") or subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("only root runs this Python")
     code, _, err = homeless(start, "download", "vit-b", home="", wrapped=wrapped)

@@ -23,8 +23,9 @@ from PIL import Image
 from rights import as_nobody, let_enter, needs_root
 
 import maehub
-from maehub import arguments, cli
-from maehub.cli import COMMANDS, main
+from maehub.cli import arguments
+from maehub.cli import command_line as cli
+from maehub.cli.command_line import COMMANDS, main
 from maehub.errors import CheckpointError, DivergedError
 from maehub.hub.catalog import list_models
 

@@ -30,7 +30,7 @@ from torch.torch_version import TorchVersion
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 import maehub
-from maehub.cli import main
+from maehub.cli.command_line import main
 from maehub.conversion.certificate import Difference, difference, fixed_images, largest
 from maehub.conversion.conversion import convert
 from maehub.errors import IntegrityError, UsageError

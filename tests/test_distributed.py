@@ -15,7 +15,7 @@ from processes import Launch, losses, metrics, state, words
 from safetensors.torch import load_file
 
 import maehub
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.errors import DistributedError, UsageError
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train.engine.distributed import Group, joined

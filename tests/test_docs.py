@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import maehub
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.hub import catalog
 from maehub.train.finetuning.classifier import as_classifier
 

@@ -14,8 +14,8 @@ from sklearn import metrics
 from test_predicting import CLASSES, one_by_one, painted, tiny, trained
 
 import maehub
+from maehub.cli.parsing import parsed
 from maehub.errors import DataError, UsageError
-from maehub.parsing import parsed
 from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.evaluating import MEMBERS, evaluate, worst_mistakes
 from maehub.train.evaluation.scores import wilson

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peers import TINY, autoencoder_config, images, make_autoencoder, make_encoder
 
-from maehub.cli import main
+from maehub.cli.command_line import main
 from maehub.conversion import exporting
 from maehub.conversion.conversion import convert
 from maehub.conversion.exporting import AnySize, checked_shapes

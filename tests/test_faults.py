@@ -17,7 +17,7 @@ from PIL import Image
 from processes import Launch, losses, metrics, state, words
 
 import maehub
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.errors import CheckpointError
 from maehub.images.augment import Augmentation
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import maehub
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_finetuning import FULL, TINY, fill
 
 import maehub
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.models.encoder import PRESETS
 
 

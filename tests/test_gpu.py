@@ -10,7 +10,7 @@ from peers import images, make_autoencoder, make_encoder
 from PIL import Image, ImageOps
 
 import maehub
-from maehub.cli import main
+from maehub.cli.command_line import main
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.models.masking import kept_count, make_masks

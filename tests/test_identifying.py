@@ -25,7 +25,7 @@ from peers import TINY, autoencoder_config, make_autoencoder, make_encoder, offi
 from torch import nn
 
 import maehub
-from maehub.cli import main
+from maehub.cli.command_line import main
 from maehub.conversion import identifying as answering
 from maehub.conversion.families import FAMILIES
 from maehub.conversion.identifying import identify

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import maehub
-from maehub.cli import main
+from maehub.cli.command_line import main
 from maehub.data import examination, inspection
 from maehub.data.inspection import BadPicture, check_data, data_statistics
 from maehub.errors import DataError, UsageError

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import maehub
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.errors import DataError, UsageError
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Block, EncoderConfig

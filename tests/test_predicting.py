@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import maehub
+from maehub.cli.parsing import parsed
 from maehub.errors import DataError, UsageError
 from maehub.images.preprocess import read_pixels
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.parsing import parsed
 from maehub.train.evaluation.config import PredictConfig
 from maehub.train.evaluation.predicting import Predictions, predict
 

@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import maehub
+from maehub.cli.parsing import parsed
 from maehub.errors import DataError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
-from maehub.parsing import parsed
 from maehub.train.evaluation.linear import sweep
 from maehub.train.probing import probing
 from maehub.train.probing.comparing import compare

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import maehub
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
 from maehub.models.encoder import Origin
 from maehub.publishing import pushing, repository

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from maehub.cli.parsing import parsed
 from maehub.models.masking import kept_count
-from maehub.parsing import parsed
 from maehub.train import recipes
 from maehub.train.engine.optim import peak_rate
 from maehub.train.planning.planning import plan

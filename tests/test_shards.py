@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import losses, words
 
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.data import storage, tar_index
 from maehub.data.shards import expanded, find_shards
 from maehub.data.sources import find_samples, groups, select

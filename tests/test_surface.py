@@ -14,7 +14,7 @@ import pytest
 
 import maehub
 from maehub import errors
-from maehub.cli import COMMANDS, main
+from maehub.cli.command_line import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "maehub"

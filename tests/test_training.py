@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import maehub
-from maehub import cli, files
+from maehub import files
+from maehub.cli import command_line as cli
 from maehub.data.sources import find_images
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError, UsageError
 from maehub.images.augment import Augmentation, crop

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from maehub import cli
+from maehub.cli import command_line as cli
 from maehub.errors import CheckpointError, DataError
 from maehub.models.encoder import PRESETS, EncoderConfig
 

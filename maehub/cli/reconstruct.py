@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from maehub.arguments import Reconstruct
-from maehub.commands import Shared, report, wanted_size
+from maehub.cli.arguments import Reconstruct
+from maehub.cli.commands import Shared, report, wanted_size
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.files import write_error
 from maehub.hub.locating import locate

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from maehub import __version__, commands, reconstruct_command
-from maehub.commands import Shared
+from maehub import __version__
+from maehub.cli import commands
+from maehub.cli import reconstruct as reconstruct_command
+from maehub.cli.commands import Shared
+from maehub.cli.parsing import parsed
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
-from maehub.parsing import parsed
 
 _SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
 _SHARED_HELP = """\
@@ -36,21 +38,25 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "list": Command("maehub.arguments:List", commands.run_list, "the models of the catalog"),
-    "info": Command("maehub.arguments:Info", commands.run_info, "everything known about one model"),
+    "list": Command("maehub.cli.arguments:List", commands.run_list, "the models of the catalog"),
+    "info": Command("maehub.cli.arguments:Info", commands.run_info, "everything known about one model"),
     "download": Command(
-        "maehub.arguments:Download", commands.run_download, "fetch and verify a model for later use offline"
+        "maehub.cli.arguments:Download", commands.run_download, "fetch and verify a model for later use offline"
     ),
-    "cache": Command("maehub.arguments:Cache", commands.run_cache, "clean: remove what killed downloads left"),
-    "verify": Command("maehub.arguments:Verify", commands.run_verify, "hash a model's files again and compare"),
-    "identify": Command("maehub.arguments:Identify", commands.run_identify, "what a stranger's checkpoint is"),
-    "convert": Command("maehub.arguments:Convert", commands.run_convert, "between libraries; to ONNX and torch.export"),
-    "features": Command("maehub.arguments:Features", commands.run_features, "features of a folder of pictures"),
+    "cache": Command("maehub.cli.arguments:Cache", commands.run_cache, "clean: remove what killed downloads left"),
+    "verify": Command("maehub.cli.arguments:Verify", commands.run_verify, "hash a model's files again and compare"),
+    "identify": Command("maehub.cli.arguments:Identify", commands.run_identify, "what a stranger's checkpoint is"),
+    "convert": Command(
+        "maehub.cli.arguments:Convert", commands.run_convert, "between libraries; to ONNX and torch.export"
+    ),
+    "features": Command("maehub.cli.arguments:Features", commands.run_features, "features of a folder of pictures"),
     "reconstruct": Command(
-        "maehub.arguments:Reconstruct", reconstruct_command.run_reconstruct, "hide part of a picture and draw it anew"
+        "maehub.cli.arguments:Reconstruct",
+        reconstruct_command.run_reconstruct,
+        "hide part of a picture and draw it anew",
     ),
     "data": Command(
-        "maehub.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
+        "maehub.cli.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
     ),
     "pretrain": Command(
         "maehub.train.pretraining.config:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
@@ -75,7 +81,7 @@ COMMANDS = {
     "predict": Command(
         "maehub.train.evaluation.config:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
     ),
-    "push": Command("maehub.arguments:Push", commands.run_push, "publish a model on the Hub"),
+    "push": Command("maehub.cli.arguments:Push", commands.run_push, "publish a model on the Hub"),
     "plan": Command(
         "maehub.train.pretraining.config:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"
     ),
