@@ -28,6 +28,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 
 import maehub
+from maehub.data.loader import Key
 from maehub.images.augment import Augmentation
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import PRESETS, Encoder
@@ -37,7 +38,6 @@ from maehub.train.finetuning.loop import Objective
 from maehub.train.finetuning.mixing import Mixing, seeded_torch
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import Examples, Sight, policy_of
-from maehub.train.pretraining.views import Key
 
 PHOTO = Path(maehub.__file__).parent / "assets" / "cat.jpg"
 CLASSES, RATE = 1000, 1e-5

@@ -40,7 +40,7 @@ from maehub.images import jpeg
 from maehub.images.augment import Augmentation, crop, crop_box
 from maehub.images.decoding import open_part
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from maehub.models.masking import random_uniform, sample_seed
+from maehub.rng import random_uniform, sample_seed
 
 SIZES = {"500×375": (500, 375), "1024×768": (1024, 768), "2048×1536": (2048, 1536)}
 GOALS = {"500×375": 2.0, "1024×768": 3.5, "2048×1536": 6.0}

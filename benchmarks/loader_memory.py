@@ -16,11 +16,12 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from maehub.data.names import Names
+from maehub.data.listing import Names
+from maehub.data.loader import StepKeys, batches_of
 from maehub.data.sources import Samples
 from maehub.images.augment import Augmentation
 from maehub.train.pretraining import views as data
-from maehub.train.pretraining.views import Crops, StepKeys, View, batches_of
+from maehub.train.pretraining.views import Crops, View
 
 VIEW = View((16, 16), 8, 3, Augmentation(), "random", 0.75)
 MILLIONS = 3

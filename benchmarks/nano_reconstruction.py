@@ -24,8 +24,9 @@ from maehub.data.sources import find_images
 from maehub.images.augment import Augmentation, crop
 from maehub.images.preprocess import open_image
 from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.models.masking import make_masks, sample_id, sample_seed
+from maehub.models.masking import make_masks
 from maehub.models.patches import unpatchify
+from maehub.rng import sample_id, sample_seed
 
 
 def linear(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:

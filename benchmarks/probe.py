@@ -4,7 +4,7 @@
     python benchmarks/probe.py --data DIR -m vit-nano       # and pictures: the augmented published probe beside it
 
 The cached features are clusters that overlap, in some of the directions, whose sizes fall as those of a trained network
-do, so that strength matters; 10,000 more are for testing. *fast* is the whole of `maehub.train.evaluation.linear.fit_linear`:
+do, so that strength matters; 10,000 more are for testing. *fast* is the whole of `maehub.train.evaluation.fit_linear`:
 every strength on an inner split, and the fit of the chosen one to all. The published probe (He et al. 2021, table 10)
 is a linear layer on BatchNorm without affine parameters, timm's LARS with momentum 0.9, rate 0.1 · batch / 256, cosine
 after 10 epochs of warm-up, no weight decay, 90 epochs. Its batch of 16,384 is larger than the data: several are tried,

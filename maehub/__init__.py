@@ -13,7 +13,7 @@ Names are imported when they are first used, so that ``import maehub`` is fast a
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from maehub.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from maehub import interop as interop

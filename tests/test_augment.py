@@ -18,7 +18,7 @@ from maehub.errors import DataError, UsageError
 from maehub.images.augment import Augmentation, colour_factors, crop, crop_box, jitter, rotated, scaled
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
-from maehub.models.masking import random_uniform
+from maehub.rng import random_uniform
 from maehub.train.pretraining.config import PretrainConfig
 
 ASSETS = Path(maehub.__file__).parent / "assets"

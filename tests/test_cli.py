@@ -738,7 +738,7 @@ def test_row_87_a_device_that_is_not_there(run, idle, photos, monkeypatch, comma
 
 
 def test_row_87_auto_takes_what_is_there(monkeypatch):
-    from maehub.hub.loading import usable_device
+    from maehub.models.devices import usable_device
 
     assert usable_device("cpu") == torch.device("cpu")
     assert usable_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,7 @@ from processes import Launch, losses, metrics, state, words
 
 import maehub
 from maehub.cli import command_line as cli
+from maehub.data import loader
 from maehub.errors import CheckpointError
 from maehub.images.augment import Augmentation
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
@@ -28,6 +29,7 @@ from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.preemption import Stop
 from maehub.train.networks.costs import activation_bytes, count_parameters, fixed_bytes
+from maehub.train.pretraining import network
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
 
@@ -125,11 +127,11 @@ def test_row_49_too_little_shared_memory_is_said_with_numbers(monkeypatch, caplo
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(64 << 20, 0, 64 << 20))
     view = data.View((224, 224), 16, 3, Augmentation(), "random", 0.75)
-    data.check_shared_memory(view, 256, 8)
+    loader.check_shared_memory(view.batch_bytes(256), 256, 8)
     assert "8 processes that read may need 1.23 GB of /dev/shm, and 0.07 GB are free" in caplog.text
     caplog.clear()
-    data.check_shared_memory(view, 256, 0)
-    data.check_shared_memory(view, 4, 2)
+    loader.check_shared_memory(view.batch_bytes(256), 256, 0)
+    loader.check_shared_memory(view.batch_bytes(4), 4, 2)
     assert not caplog.records
 
 
@@ -233,7 +235,7 @@ def test_a_device_that_runs_out_is_asked_for_less(monkeypatch):
     monkeypatch.setattr(Objective, "forward", small)
     cpu = torch.device("cpu")
     found = [
-        fitting._pass_fits(objective, fitting._blank(view, size, cpu), cpu, contextlib.nullcontext()) for size in (6, 3)
+        fitting.pass_fits(objective, network._blank(view, size, cpu), cpu, contextlib.nullcontext()) for size in (6, 3)
     ]
     assert found == [False, True]
     assert all(parameter.grad is None for parameter in model.parameters())

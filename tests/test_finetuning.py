@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import maehub
 from maehub.cli import command_line as cli
+from maehub.data.loader import Key
 from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune
@@ -23,7 +24,6 @@ from maehub.train.engine import resume as saving
 from maehub.train.finetuning import loop as finetuning
 from maehub.train.finetuning.loop import Objective
 from maehub.train.finetuning.views import Sight, policy_of
-from maehub.train.pretraining.views import Key
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
 CLASSES = ("blobs", "lines", "noise")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.models.masking import sample_seed
+from maehub.rng import sample_seed
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.optim import decayed_groups, learning_rate, set_rates
 from maehub.train.finetuning.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze

@@ -6,19 +6,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from maehub.errors import DataError, UsageError
-from maehub.models.masking import (
-    covering_masks,
-    kept_count,
-    make_masks,
-    mask_from_boxes,
-    mask_from_image,
-    random_bits,
-    random_uniform,
-    sample_id,
-    sample_seed,
-    split_index,
-    visible_count,
-)
+from maehub.figures.masks import mask_from_boxes, mask_from_image
+from maehub.models.masking import covering_masks, kept_count, make_masks, split_index, visible_count
+from maehub.rng import random_bits, random_uniform, sample_id, sample_seed
 
 MASK64 = 2**64 - 1
 

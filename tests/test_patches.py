@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maehub.errors import UsageError
-from maehub.models.patches import as_size, denormalise_patches, grid_size, normalise_patches, patchify, unpatchify
+from maehub.images.sizes import as_size, grid_size
+from maehub.models.patches import denormalise_patches, normalise_patches, patchify, unpatchify
 
 
 def test_values_of_a_patch_run_row_column_channel():

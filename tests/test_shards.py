@@ -25,7 +25,8 @@ from PIL import Image
 from processes import losses, words
 
 from maehub.cli import command_line as cli
-from maehub.data import storage, tar_index
+from maehub.data import shards as tar_index
+from maehub.data import storage
 from maehub.data.shards import expanded, find_shards
 from maehub.data.sources import find_samples, groups, select
 from maehub.errors import DataError, MissingDependencyError, UsageError

@@ -12,7 +12,7 @@ from labelled_files import lay, table, words, write_csv, write_tar
 from sklearn.model_selection import StratifiedGroupKFold
 
 from maehub.data.labels import Labelled
-from maehub.data.names import Names
+from maehub.data.listing import Names
 from maehub.data.sources import Samples
 from maehub.data.splits import folds, inner_split, measured_part, split_labelled
 from maehub.errors import DataError, UsageError

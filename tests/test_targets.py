@@ -303,7 +303,7 @@ def test_what_is_drawn_does_not_depend_on_the_mask_or_the_batch():
     made(pictures(1).expand(400, -1, -1, -1), masked, seeds)
     counts = torch.bincount(wanted[0].flatten(), minlength=16)
     assert (counts - 75).abs().max() < 5 * 8.4
-    from maehub.models.masking import random_bits
+    from maehub.rng import random_bits
 
     ranks = random_bits(seeds, 16).argsort(dim=1).argsort(dim=1).gather(1, wanted[0])  # from 4 to 15 where hidden
     assert abs(ranks.float().mean().item() - 9.5) < 5 * 3.5 / math.sqrt(1200)

@@ -25,11 +25,13 @@ from safetensors.torch import load_file, save_file
 import maehub
 from maehub import files
 from maehub.cli import command_line as cli
+from maehub.data.loader import StepKeys, batches_of, worker_count
 from maehub.data.sources import find_images
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError, UsageError
 from maehub.images.augment import Augmentation, crop
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.models.masking import make_masks, sample_seed
+from maehub.models.masking import make_masks
+from maehub.rng import sample_seed
 from maehub.train import PretrainConfig, pretrain
 from maehub.train.engine import checkpoint
 from maehub.train.engine import resume as saving
@@ -39,7 +41,7 @@ from maehub.train.pretraining import loop as pretraining
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
 from maehub.train.pretraining.validation import Validation
-from maehub.train.pretraining.views import Crops, StepKeys, View, batches_of, validation_batch, worker_count
+from maehub.train.pretraining.views import Crops, View, validation_batch
 
 TINY = EncoderConfig(32, 8, 3, 32, 1, 2)
 STEPS = 7

@@ -9,12 +9,12 @@ import torch
 from peers import noise_for, transformers_autoencoder
 from PIL import Image
 
+from maehub.data.loader import StepKeys
 from maehub.data.sources import find_samples
 from maehub.images.augment import crop
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, pretrain
 from maehub.train.pretraining.network import build_network, view_of
-from maehub.train.pretraining.views import StepKeys
 
 STEPS, BATCH, RATE, DECAY = 50, 8, 2e-3, 0.05
 

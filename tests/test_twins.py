@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from maehub.data.duplicates import _near, _Prints, _read, difference_hashes, find_twins
 from maehub.data.labels import Labelled, read_labelled
-from maehub.data.names import Names
+from maehub.data.listing import Names
 from maehub.data.sources import Samples, find_images
 from maehub.errors import DataError
 

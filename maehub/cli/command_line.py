@@ -14,12 +14,12 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from maehub import __version__
 from maehub.cli import commands
 from maehub.cli import reconstruct as reconstruct_command
 from maehub.cli.commands import Shared
 from maehub.cli.parsing import parsed
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
+from maehub.version import __version__
 
 _SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
 _SHARED_HELP = """\

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from maehub.cli import arguments
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
-from maehub.folders import read_words
+from maehub.files import read_words
 from maehub.hub.locating import locate
 
 

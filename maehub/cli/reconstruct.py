@@ -12,7 +12,7 @@ from maehub.errors import EXIT_DONE, UsageError
 from maehub.files import write_error
 from maehub.hub.locating import locate
 
-_PHOTO = Path(__file__).parent / "assets" / "cat.jpg"
+_PHOTO = Path(__file__).parents[1] / "assets" / "cat.jpg"
 
 
 def run_reconstruct(config: Reconstruct, shared: Shared) -> int:

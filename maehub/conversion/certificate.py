@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.files import sha256_file
-from maehub.folders import write_json
+from maehub.files import sha256_file, write_json
 from maehub.weights.keys import OfficialNames, is_decoder, parts
 
 CERTIFICATE = "certificate.json"

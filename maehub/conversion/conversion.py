@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from maehub import __version__
 from maehub.conversion.certificate import (
     CERTIFICATE,
     Certificate,
@@ -42,8 +41,7 @@ from maehub.conversion.library_folders import (
     write_foreign,
 )
 from maehub.errors import IntegrityError, UsageError
-from maehub.files import sha256_file
-from maehub.folders import check_free, whole_folder
+from maehub.files import check_free, sha256_file, whole_folder
 from maehub.hub.catalog import is_model, model_info, published_as
 from maehub.hub.loading import load, load_autoencoder
 from maehub.hub.locating import locate
@@ -52,6 +50,7 @@ from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
 from maehub.models.patches import patchify
+from maehub.version import __version__
 from maehub.weights.building import build_autoencoder, build_encoder
 from maehub.weights.infer_config import infer_config
 from maehub.weights.keys import OfficialNames, official_names, to_official

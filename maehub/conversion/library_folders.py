@@ -15,12 +15,12 @@ from typing import Literal, TypeGuard, get_args
 import torch
 from huggingface_hub import ModelCardData
 
-from maehub import __version__
 from maehub.conversion.exporting import ExportForm, notes_for, write_exported
 from maehub.errors import UsageError
-from maehub.folders import write_json, write_text
+from maehub.files import write_json, write_text
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
+from maehub.version import __version__
 from maehub.weights import config_json as layouts
 from maehub.weights.keys import from_official, to_official
 from maehub.weights.library_keys import ForeignDialect, is_foreign

@@ -17,9 +17,9 @@ from maehub.conversion.checkpoints import Checkpoint
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.hub.catalog import architecture_heads
 from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import Size
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
-from maehub.models.patches import Size
 from maehub.models.positions import sincos_table
 from maehub.weights.infer_config import infer_config
 from maehub.weights.keys import Dialect, official_names, to_official

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import maehub
 from maehub.images.decoding import open_image
 from maehub.models.autoencoder import MaskedAutoencoder, Target
 from maehub.models.masking import covering_masks
@@ -20,7 +19,7 @@ from maehub.models.patches import normalise_patches, patchify
 PHOTOS = ("cat.jpg", "coffee.jpg")
 """The embedded photos that are looked at."""
 
-_ASSETS = Path(maehub.__file__).parent / "assets"
+_ASSETS = Path(__file__).parents[1] / "assets"
 
 # Margins between what was measured on trained and on random networks; the figures are in docs/identifying.md.
 _LEAST_EXPLAINED = 0.1

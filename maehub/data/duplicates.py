@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from maehub.data.labels import Labelled
+from maehub.data.loader import batches_of, naming, worker_count
 from maehub.data.sources import Source
 from maehub.errors import DataError
 from maehub.files import atomic_write, sha256_file
 from maehub.images.decoding import ImagePath
 from maehub.images.preprocess import Preprocess, read_pixels
-from maehub.train.pretraining.views import batches_of, naming, worker_count
 
 Pair = tuple[int, int]
 """(testing index, training index)"""

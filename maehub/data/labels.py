@@ -9,12 +9,11 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from maehub.data.label_csv import TESTING
-from maehub.data.label_sources import Told, find_told, listed
+from maehub.data.label_sources import TESTING, Told, find_told, listed
 from maehub.data.sources import Source, select
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import printable
-from maehub.models.masking import sample_id
+from maehub.rng import sample_id
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def read_labelled(
 ) -> Labelled:
     """Labelled pictures: a folder of class folders, a CSV, tar shards, Parquet files or a saved dataset.
 
-    *Folder*: DIR/CLASS/…, at any depth. *CSV*: see `maehub.data.label_csv.read_csv`; if any cell holds several labels
+    *Folder*: DIR/CLASS/…, at any depth. *CSV*: see `label_sources.read_csv`; if any cell holds several labels
     with | between them, or none, every picture may have several. *Shards*: the number in the .cls member; classes are
     called by the lines of a file classes.txt beside the shards, the first one 0, or by their numbers. *Table*: the
     column label, labels, class or fine_label, or the only one of datasets' ClassLabel; text, numbers, or lists of them.

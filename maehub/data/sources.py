@@ -13,12 +13,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maehub.data.listing import search
-from maehub.data.names import IMAGE_ENDINGS as IMAGE_ENDINGS
-from maehub.data.names import Names, digest
+from maehub.data.listing import IMAGE_ENDINGS as IMAGE_ENDINGS
+from maehub.data.listing import Names, digest, search
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import ImagePath, printable
-from maehub.models.masking import sample_id
+from maehub.rng import sample_id
 
 Picture = Image.Image | np.ndarray | Tensor
 _logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from maehub.data.names import below_common, digest
+from maehub.data.listing import below_common, digest
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import printable
-from maehub.models.masking import sample_id
+from maehub.rng import sample_id
 
 _BATCH = 1000
 _logger = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maehub import __version__
 from maehub.data.reading import Readers, reader_count
 from maehub.data.sources import Pictures, PictureSource, Samples, as_samples
 from maehub.errors import DataError, UsageError
@@ -35,8 +34,9 @@ from maehub.features.table import (
 )
 from maehub.files import free_space_guard
 from maehub.images.preprocess import Preprocess, TransformName
+from maehub.images.sizes import grid_size
 from maehub.models.encoder import Encoder, FeaturePool
-from maehub.models.patches import grid_size
+from maehub.version import __version__
 
 _Input = np.ndarray | Tensor
 """(H, W, C) uint8 pixels, or (C, H, W) floats that are preprocessed."""

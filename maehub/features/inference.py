@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from maehub.data.loader import batches_of, naming, worker_count
 from maehub.data.sources import Source
 from maehub.errors import DataError
 from maehub.images.preprocess import Preprocess, read_pixels
-from maehub.models.patches import grid_size
-from maehub.train.pretraining.views import batches_of, naming, worker_count
+from maehub.images.sizes import grid_size
 
 _TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}  # in a batch whose size nobody chose
 _PIXELS_PER_WORKER = 2**21  # fewer than these are read sooner here than in processes that must be started

@@ -18,13 +18,12 @@ from PIL import Image
 
 from maehub.errors import UsageError
 from maehub.figures.drawing import Bar, as_rgb, compose, heat, over_patches, save_figure
+from maehub.figures.masks import MaskSource, given_mask
 from maehub.figures.rendering import (
     ImageSource,
-    MaskSource,
     Statistics,
     check_target,
     drawn,
-    given_mask,
     model_name,
     network_input,
     open_picture,
@@ -32,10 +31,11 @@ from maehub.figures.rendering import (
     picture_size,
 )
 from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import grid_size
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder
-from maehub.models.masking import Strategy, covering_masks, make_masks, one_seed
-from maehub.models.patches import grid_size
+from maehub.models.masking import Strategy, covering_masks, make_masks
+from maehub.rng import one_seed
 
 _MASK_GREY = 128
 _MAP_TITLES = ("Original", "Predicted unseen", "Squared error")

@@ -2,8 +2,6 @@
 
 import io
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -17,14 +15,13 @@ from maehub.errors import DataError, HubError, UsageError
 from maehub.figures.patch_statistics import estimate_statistics, true_statistics
 from maehub.images.decoding import plain
 from maehub.images.preprocess import Preprocess, open_image
+from maehub.images.sizes import Size
 from maehub.models.autoencoder import MaskedAutoencoder, squared_error
 from maehub.models.encoder import Encoder
-from maehub.models.masking import mask_from_boxes, mask_from_image
 from maehub.models.mean_colours import mean_colour_of
-from maehub.models.patches import Size, denormalise_patches, patchify, unpatchify
+from maehub.models.patches import denormalise_patches, patchify, unpatchify
 
 ImageSource = str | Path | Image.Image | np.ndarray
-MaskSource = np.ndarray | Tensor | Image.Image | Sequence[Sequence[float]]
 Statistics = Literal["visible", "true"]
 """Where the mean and variance of a hidden patch come from, for a model trained on normalised pixels: estimated from the
 visible patches and the prediction, or the true ones, which leak the answer."""
@@ -59,40 +56,6 @@ def picture_size(picture: Image.Image | np.ndarray) -> Size:
     if isinstance(picture, Image.Image):
         return picture.height, picture.width
     return picture.shape[0], picture.shape[1]
-
-
-def given_mask(mask: MaskSource, picture: Size, preprocess: Preprocess, pixels: Size, grid: Size) -> np.ndarray:
-    """What the caller wants hidden, on the grid.
-
-    Args:
-        mask: see `reconstruct`.
-        picture: (height, width) of the picture before ``preprocess``.
-        preprocess: what the picture goes through.
-        pixels: (height, width) after it.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        (rows, columns) bool. True where the patch is hidden.
-    """
-    if isinstance(mask, Image.Image):
-        if mask.size == picture[::-1] and picture != pixels:
-            # Painted over the whole picture, so it is resized and cropped with it; what padding adds stays visible.
-            black = Image.new("RGBA", mask.size, (0, 0, 0, 255))
-            flat = Image.alpha_composite(black, mask.convert("RGBA")).convert("L")
-            mask = Image.fromarray(replace(preprocess, mean=(0.0,), std=(1.0,)).pixels(flat)[:, :, 0])
-        return mask_from_image(mask, grid)
-    array = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
-    if isinstance(array, np.ndarray):
-        if array.dtype != bool or array.shape != grid:
-            raise UsageError(
-                f"a mask array must be bool of shape {grid} (rows, columns), True where hidden, "
-                f"not {array.dtype} of {array.shape}; a painted mask is given as a PIL image"
-            )
-        return array
-    boxes = isinstance(array, Sequence) and all(isinstance(box, Sequence | np.ndarray) for box in array)
-    if not boxes or isinstance(array, str):
-        raise UsageError(f"a mask is a bool array, a PIL image or a list of boxes, not {type(mask).__name__}")
-    return mask_from_boxes(array, pixels, grid)
 
 
 def check_target(autoencoder: MaskedAutoencoder) -> None:

@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from maehub import __version__
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError
 from maehub.files import atomic_write, is_disk_full
 from maehub.hub.disk_space import NoRoom, Wanted, check_room, disk_trouble, no_login, readable
+from maehub.version import __version__
 
 if TYPE_CHECKING:
     import requests

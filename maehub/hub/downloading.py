@@ -13,20 +13,12 @@ from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.files import cache_folder, expand
 from maehub.hub.cache import LOCK_TIMEOUT, bring, held, repo_folder
 from maehub.hub.catalog import Source
 from maehub.hub.client import Stated, ask_hub, get_from_url, hub_constants
 from maehub.hub.disk_space import Wanted
-from maehub.hub.verification import (
-    Differs,
-    cache_folder,
-    check,
-    discard,
-    expand,
-    expected_bytes,
-    expected_here,
-    stated_hash,
-)
+from maehub.hub.verification import Differs, check, discard, expected_bytes, expected_here, stated_hash
 
 logger = logging.getLogger("maehub")
 
@@ -141,7 +133,7 @@ def _check_pin(source: Source, stated: Stated, wanted: Wanted) -> None:
 def cached_path(source: Source, place: Place) -> Path | None:
     """Where a source's file lies on this machine, None if it does not. Reads the Hub's cache without its client."""
     if source.kind == "package":
-        path = Path(__file__).parent / source.filename
+        path = Path(__file__).parents[1] / source.filename
     elif source.kind == "url":
         path = _url_path(source, place)
     else:

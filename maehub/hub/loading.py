@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from maehub.errors import UsageError
-from maehub.files import atomic_write, write_error
+from maehub.files import atomic_write, cache_folder, write_error
 from maehub.hub.catalog import Want
 from maehub.hub.fetching import PathLike
 from maehub.hub.locating import Located, locate
-from maehub.hub.verification import cache_folder, known_finite, mark_finite
+from maehub.hub.verification import known_finite, mark_finite
+from maehub.images.sizes import Size
 from maehub.models.autoencoder import MaskedAutoencoder, Target
+from maehub.models.devices import usable_device
 from maehub.models.encoder import Encoder, Origin
-from maehub.models.patches import Size
 from maehub.models.positions import ResizeRule
 from maehub.weights import config_json as layouts
 from maehub.weights.building import Wanted, build_autoencoder, build_encoder
@@ -141,23 +142,6 @@ def load_autoencoder(
     )
     found.loaded()
     return autoencoder
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device that a name means; "auto" is a GPU if there is one.
-
-    Raises:
-        UsageError: there is none such here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # some devices can only be named
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UsageError(f"device {name} cannot be used here: {reason}; cpu always can, auto chooses") from error
-    return device
 
 
 @dataclass(frozen=True)

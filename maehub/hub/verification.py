@@ -42,24 +42,6 @@ class Differs(Exception):
     """The bytes of a file are not the expected ones; args: what was expected, what was found."""
 
 
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """maehub's own cache: ``cache_dir``/maehub, or $MAEHUB_CACHE, or maehub in the user's cache folder.
-
-    It holds stamps and the files that are downloaded from addresses; what comes from the Hub lies in the Hub's cache.
-    """
-    if cache_dir is not None:
-        return expand(cache_dir) / "maehub"
-    if own := os.environ.get("MAEHUB_CACHE"):
-        return expand(own)
-    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "maehub"
-
-
-def expand(path: str | os.PathLike[str]) -> Path:
-    """``~`` as the user's home; where nobody knows one, as for a user without an account, it is / as in containers."""
-    text = os.path.expanduser(path)
-    return Path("/", text[2:]) if text.startswith("~/") else Path(text)
-
-
 def digest(path: Path, other: Literal["md5", "git", None] = None) -> Digests:
     """Read a file once and hash it: sha256, and beside it md5, or sha1 as git counts it."""
     state, hashes = file_state(path), [hashlib.sha256()]

@@ -7,7 +7,7 @@ Everything random is a pure function of a seed.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch.nn.functional import interpolate
 
 from maehub.errors import UsageError
 from maehub.images.decoding import Box, ImagePath, open_part, part_of
-from maehub.models.masking import random_bits, random_uniform, sample_seed
-from maehub.models.patches import Size
-from maehub.train.pretraining.config import Augment
+from maehub.images.sizes import Size
+from maehub.rng import random_bits, random_uniform, sample_seed
+
+Augment = Literal["none", "fixed-crop", "random-crop", "colour-jitter"]
 
 _ASPECT = (3 / 4, 4 / 3)  # width to height of a random crop, Szegedy et al. 2015
 _TRIES = 10

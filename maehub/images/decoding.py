@@ -26,7 +26,7 @@ from maehub.errors import DataError, UsageError
 from maehub.images.jpeg import fast_rows, first_rows
 
 if TYPE_CHECKING:
-    from maehub.models.patches import Size
+    from maehub.images.sizes import Size
 
 ImagePath = str | Path | bytes
 _Result = TypeVar("_Result")

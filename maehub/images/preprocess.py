@@ -19,7 +19,7 @@ from maehub.images.decoding import open_image as open_image
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maehub.models.patches import Size
+    from maehub.images.sizes import Size
 
 ResizeMode = Literal["centre-crop", "squash", "pad", "native"]
 """``centre-crop`` scales to cover and crops, ``squash`` ignores the aspect ratio, ``pad`` scales to fit and fills with

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import Size, grid_size
 from maehub.models.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
 from maehub.models.masking import kept_count, random_masks, split_index, visible_count
 from maehub.models.mean_colours import COLOURS
-from maehub.models.patches import Size, grid_size, normalise_patches, patchify
+from maehub.models.patches import normalise_patches, patchify
 from maehub.models.positions import resize_table, sincos_table, with_cls_row
 
 Target = Literal["pixels", "normalised_pixels", "pca", "tokens", "unknown"]
@@ -255,8 +256,8 @@ class MaskedAutoencoder(nn.Module):
             )
         if self.config.target not in _OF_PIXELS:
             raise UsageError(
-                f"the loss of target={self.config.target!r} is a matter of training: maehub.train.pretraining.objective.Objective "
-                "computes it"
+                f"the loss of target={self.config.target!r} is a matter of training: maehub.train.pretraining.Objective"
+                " computes it"
             )
         grid, patches = self._patches(images)
         kept = self._check(masked, patches) if kept is None else kept

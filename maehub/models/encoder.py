@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
-from maehub.models.patches import Size, as_size, grid_size, patchify
+from maehub.images.sizes import Size, as_size, grid_size
+from maehub.models.patches import patchify
 from maehub.models.positions import ResizeRule, resize_table, sincos_table, with_cls_row
 
 

@@ -8,69 +8,22 @@ under compilation. The seed of a training sample is a hash of (run seed, epoch, 
 workers or ranks changes nothing.
 """
 
-import hashlib
 import math
-import struct
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from maehub.errors import DataError, UsageError
-from maehub.models.patches import Size
+from maehub.images.sizes import Size
+from maehub.rng import one_seed, random_bits, random_uniform, sample_seed
 
 Strategy = Literal["random", "block", "grid"]
 """``random`` is the paper's; ``block`` hides rectangles (Bao et al. 2021, BEiT); ``grid`` keeps one of each 2×2."""
 
-# splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit constants
-_STEP, _MIX_A, _MIX_B = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 _BLOCK_ASPECT = (0.3, 1 / 0.3)  # height to width of a rectangle, from BEiT
 _BLOCK_SMALLEST = 16  # patches in a rectangle, from BEiT; fewer where the grid is small
-
-
-def sample_id(name: bytes) -> int:
-    """A stable 63-bit id of a sample, from its path or its shard and member."""
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
-
-
-def sample_seed(seed: int, epoch: int, sample: int, view: int = 0) -> int:
-    """The seed of everything random about one view of one sample in one epoch: an int in [0, 2⁶³)."""
-    key = struct.pack("<QQQQ", *(number % 2**64 for number in (seed, epoch, sample, view)))
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-def one_seed(seed: int) -> Tensor:
-    """A seed as `make_masks` takes them: (1,) int64.
-
-    Raises:
-        UsageError: it does not fit into 64 bits.
-    """
-    if not -(2**63) <= seed < 2**63:
-        raise UsageError(f"a seed must be a number of 64 bits, from -2**63 to 2**63 - 1, not {seed}")
-    return torch.tensor([seed], dtype=torch.int64)
-
-
-def random_bits(seeds: Tensor, count: int) -> Tensor:
-    """Counter-based random numbers: (B,) int64 seeds to (B, count) int64 in [0, 2⁶³), on the device of ``seeds``."""
-    counter = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device)
-    bits = seeds[:, None] + counter * _STEP  # (B, count), wraps around
-    bits = (bits ^ _shift(bits, 30)) * _MIX_A
-    bits = (bits ^ _shift(bits, 27)) * _MIX_B
-    return (bits ^ _shift(bits, 31)) & (2**63 - 1)
-
-
-def _shift(bits: Tensor, places: int) -> Tensor:
-    """Logical shift to the right: int64 has only the arithmetic one."""
-    return (bits >> places) & ((1 << (64 - places)) - 1)
-
-
-def random_uniform(seed: int, count: int) -> np.ndarray:
-    """(count,) float64 in [0, 1), a pure function of the seed: for crops, flips and rectangles."""
-    bits = random_bits(torch.tensor([seed], dtype=torch.int64), count)[0].numpy()
-    return (bits >> 10) * 2.0**-53
 
 
 def kept_count(patches: int, mask_ratio: float) -> int:
@@ -178,44 +131,3 @@ def split_index(masked: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Indices of the visible patches (B, K) and of the hidden ones (B, N − K), each ascending, int64."""
     order = masked.to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, :kept], order[:, kept:]
-
-
-def mask_from_image(image: Image.Image | np.ndarray, grid: Size) -> np.ndarray:
-    """A mask that somebody painted: white hides. A patch is hidden if more than half of its area is white.
-
-    Args:
-        image: any size; brightness is white, a bool array counts True as white, transparency counts as black.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        (rows, columns) bool. True where the patch is hidden.
-    """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == bool else image)
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    shares = image.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
-    return np.asarray(shares) > 127
-
-
-def mask_from_boxes(boxes: Sequence[Sequence[float]], image_size: Size, grid: Size) -> np.ndarray:
-    """Hide every patch that a box touches.
-
-    Args:
-        boxes: each (left, top, right, bottom) in pixels of the image.
-        image_size: (height, width) of the image, pixels.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        (rows, columns) bool. True where the patch is hidden.
-    """
-    masked = np.zeros(grid, dtype=bool)
-    for box in boxes:
-        if len(box) != 4 or not all(math.isfinite(side) for side in box) or box[0] >= box[2] or box[1] >= box[3]:
-            raise UsageError(f"a box is (left, top, right, bottom) with left < right and top < bottom, not {box!r}")
-        left, right = (side * grid[1] / image_size[1] for side in (box[0], box[2]))
-        top, bottom = (side * grid[0] / image_size[0] for side in (box[1], box[3]))
-        rows = slice(max(0, math.floor(top)), max(0, math.ceil(bottom)))
-        masked[rows, max(0, math.floor(left)) : max(0, math.ceil(right))] = True
-    return masked

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from maehub.errors import UsageError
-
-Size = tuple[int, int]
-"""(rows, columns) or (height, width): always vertical first."""
+from maehub.images.sizes import Size, grid_size
 
 
 class NormalisedPatches(NamedTuple):
@@ -22,29 +20,6 @@ class NormalisedPatches(NamedTuple):
     patches: Tensor  # (B, N, P·P·C)
     mean: Tensor  # (B, N, 1)
     variance: Tensor  # (B, N, 1)
-
-
-def as_size(size: int | tuple[int, int] | list[int], name: str = "size") -> Size:
-    """One number for a square, or (height, width), as a tuple of two positive ints."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair):
-        raise UsageError(f"{name} must be a positive int or (height, width), not {size!r}")
-    return pair[0], pair[1]
-
-
-def grid_size(height: int, width: int, patch_size: int) -> Size:
-    """Rows and columns of patches in an image.
-
-    Raises:
-        UsageError: the image is not divisible by the patch; the text names the nearest sizes that are.
-    """
-    if height % patch_size or width % patch_size or not height or not width:
-        near = [max(patch_size, round(side / patch_size) * patch_size) for side in (height, width)]
-        raise UsageError(
-            f"an image of {height}×{width} pixels is not divisible by the patch of {patch_size}; "
-            f"the nearest size that is: {near[0]}×{near[1]}"
-        )
-    return height // patch_size, width // patch_size
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maehub import __version__
 from maehub.errors import IntegrityError
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder
 from maehub.models.masking import make_masks
+from maehub.version import __version__
 from maehub.weights.config_json import why_not_transformers
 from maehub.weights.model_folder import open_autoencoder, open_encoder
 from maehub.weights.tensorfile import read_tensors, write_tensors
@@ -30,7 +30,7 @@ LARGEST_DIFFERENCE = 1e-5
 
 _REPO, _COMMIT = "maehub/gate", "0" * 40
 _SECONDS = 900  # that a library may take to read and compute
-_READBACK = Path(__file__).with_name("readback.py")
+_READBACK = Path(__file__).with_name("round_trip.py")
 
 
 class Verdict(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.folders import read_json
+from maehub.files import read_json
 from maehub.train.engine.settings import RunConfig, option
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.pretraining.config import PretrainConfig

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.files import free_space_guard
-from maehub.folders import read_json
+from maehub.files import free_space_guard, read_json
 from maehub.hub.verification import digest
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig

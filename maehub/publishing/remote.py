@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from maehub import __version__
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError
 from maehub.hub.client import LONGEST_WAIT, PASSING, TRIES, hub_constants, scrub
 from maehub.hub.client import endpoint as hub_address
 from maehub.hub.disk_space import no_login, readable
 from maehub.hub.verification import digest
+from maehub.version import __version__
 
 logger = logging.getLogger("maehub")
 Answer = TypeVar("Answer")

@@ -1,6 +1,6 @@
 """The folder that is published: a model folder, and beside it figures, numbers, the recipe and checksums.
 
-    config.json  model.safetensors  timm/model.safetensors  preprocessor_config.json     see `maehub.weights.model_folder`
+    config.json  model.safetensors  timm/model.safetensors  preprocessor_config.json     see `maehub.weights`
     README.md                 the card, see `maehub.publishing.card`
     figures/                  reconstructions of the photos that come with maehub, and curves
     metrics.json              what was measured on held-out pictures, where something was
@@ -20,13 +20,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import maehub
 from maehub.errors import UsageError
 from maehub.figures.plots import Series, raw_and_smooth
 from maehub.figures.reconstruction import grid as figure_grid
 from maehub.figures.reconstruction import reconstruct
-from maehub.files import atomic_write
-from maehub.folders import read_json, write_json, write_text
+from maehub.files import atomic_write, read_json, write_json, write_text
 from maehub.hub.catalog import model_info
 from maehub.hub.verification import digest
 from maehub.images.decoding import open_image
@@ -39,7 +37,7 @@ from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance
 from maehub.weights.model_folder import write_members
 
-_PHOTOS = tuple(Path(maehub.__file__).parent / "assets" / name for name in ("cat.jpg", "coffee.jpg"))
+_PHOTOS = tuple(Path(__file__).parents[1] / "assets" / name for name in ("cat.jpg", "coffee.jpg"))
 _CHECKSUMS = "checksums.sha256"
 _BASELINES = {"mean_fill": "mean colour", "interpolation": "interpolation"}
 _PICTURES = "pictures"

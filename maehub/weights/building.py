@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from maehub.errors import IntegrityError, UsageError
 from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import Size, as_size, grid_size
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
-from maehub.models.patches import Size, as_size, grid_size
 from maehub.models.positions import ResizeRule, resize_table
 from maehub.weights.infer_config import describe
 from maehub.weights.keys import from_official, is_decoder, to_official

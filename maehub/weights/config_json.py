@@ -1,6 +1,6 @@
 """What ``config.json`` says, in the words of three libraries: transformers, timm and our own block.
 
-Dictionaries in, dictionaries out; files are written and read in `maehub.weights.model_folder`. One ``config.json`` serves all three:
+Dictionaries in, dictionaries out; files are written and read in `model_folder`. One ``config.json`` serves all three:
 transformers and timm ignore top-level keys that they do not know, and our block lies under ``"maehub"``.
 """
 
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from maehub import __version__
 from maehub.errors import IntegrityError, UsageError
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig
 from maehub.models.encoder import EncoderConfig, Origin
+from maehub.version import __version__
 
 FORMAT = 1
 """Version of our block; a reader refuses a newer one."""

@@ -20,13 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from maehub import __version__
 from maehub.errors import UsageError
-from maehub.files import free_space_guard
-from maehub.folders import check_free, read_json, whole_folder, write_json, write_text
+from maehub.files import check_free, free_space_guard, read_json, whole_folder, write_json, write_text
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
+from maehub.version import __version__
 from maehub.weights import config_json as layouts
 from maehub.weights.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
 from maehub.weights.infer_config import infer_config, with_target

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import CheckpointError, DivergedError, IntegrityError
-from maehub.files import free_space_guard, sha256_file, write_error
-from maehub.folders import read_json, whole_folder, write_json
+from maehub.files import free_space_guard, read_json, sha256_file, whole_folder, write_error, write_json
 from maehub.weights.building import check_finite
 from maehub.weights.tensorfile import read_tensors, write_tensors
 

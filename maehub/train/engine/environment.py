@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import maehub
 from maehub.train.engine.distributed import Group
+from maehub.version import __version__
 
 
 def environment(group: Group) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def environment(group: Group) -> dict[str, Any]:
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else _processor()
     hosts = group.all(socket.gethostname(), "the names of the hosts")
     return {
-        "maehub": maehub.__version__,
+        "maehub": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": device,
@@ -35,7 +35,7 @@ def environment(group: Group) -> dict[str, Any]:
 @cache
 def code_digest() -> str:
     """sha256 of maehub's own source, so that a process with another version of it is noticed."""
-    root = Path(maehub.__file__).parent
+    root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

@@ -9,19 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import CheckpointError
-from maehub.models.autoencoder import AutoencoderConfig
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
-from maehub.train.engine.parallel import autocast, computes_bf16
+from maehub.train.engine.parallel import autocast
 from maehub.train.engine.settings import RunConfig
-from maehub.train.networks.costs import activation_bytes, block_parameters, count_parameters, fixed_bytes, work_of
-from maehub.train.pretraining.config import Precision, PretrainConfig
-from maehub.train.pretraining.views import Batch, Key, View
 
 log = logging.getLogger("maehub")
 
 _ADAM = 2  # tensors of the size of the weights that the optimizer will add
-_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
+MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
 
 
 def micro_batch(
@@ -52,28 +48,6 @@ def micro_batch(
     return found
 
 
-def views_fit(
-    config: PretrainConfig, objective: nn.Module, network: AutoencoderConfig, view: View, kept: int, group: Group
-) -> Callable[[int], bool]:
-    """Whether pretraining on so many views at once fits.
-
-    On a GPU forward and backward are tried; on a CPU, where nothing says no, memory is estimated.
-    """
-    device, precise = group.device, autocast(config, group.device)
-    if device.type == "cuda" and not config.fsdp:
-        return lambda size: _pass_fits(objective, _blank(view, size, device), device, precise)
-    precision: Precision = "bf16" if computes_bf16(config, device) else "fp32"
-    free = available_bytes() / group.local_size
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    corrupts = config.corruption[0] < 1
-    work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
-    each = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
-    shards = group.size if config.fsdp else 1
-    free -= fixed_bytes(count_parameters(network), precision, shards=shards, largest_block=block_parameters(network))
-    return lambda size: size * each <= _SHARE * free
-
-
 def pictures_fit(
     config: RunConfig, objective: nn.Module, blank: Callable[[int], Sequence[Tensor]], group: Group
 ) -> Callable[[int], bool]:
@@ -88,14 +62,14 @@ def pictures_fit(
     """
     device, precise = group.device, autocast(config, group.device)
     if device.type == "cuda" and not config.fsdp:
-        return lambda size: _pass_fits(objective, blank(size), device, precise)
+        return lambda size: pass_fits(objective, blank(size), device, precise)
     free = available_bytes() / group.local_size
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
     free -= (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
     each = _kept_bytes(objective, blank(2), precise) / 2
-    return lambda size: size * each <= _SHARE * free
+    return lambda size: size * each <= MEMORY_SHARE * free
 
 
 @contextlib.contextmanager
@@ -117,13 +91,7 @@ def within_memory(views: int, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _blank(view: View, size: int, device: torch.device) -> Sequence[Tensor]:
-    keys = [Key(0, number, number) for number in range(size)]
-    batch: Batch = view.batch(view.empty(size).zero_(), keys).to(device)
-    return batch.pixels, batch.masked, batch.seeds
-
-
-def _pass_fits(objective: nn.Module, arguments: Sequence[Tensor], device: torch.device, precise: Any) -> bool:
+def pass_fits(objective: nn.Module, arguments: Sequence[Tensor], device: torch.device, precise: Any) -> bool:
     """Whether a forward and backward pass fits beside what the optimizer will need."""
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     try:

@@ -12,6 +12,7 @@ import tyro
 from maehub.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
+LossOn = Literal["hidden", "all"]
 
 
 def default(meaning: str, metavar: str | None = None) -> object:

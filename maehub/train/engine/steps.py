@@ -1,9 +1,8 @@
 """What every training loop does around a step: the next batch, its parts, whether the numbers are finite, the end."""
 
 import contextlib
-import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol, Self, TypeVar
 
@@ -11,16 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maehub.data.loader import StepKeys
 from maehub.data.sources import Source
-from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError
+from maehub.errors import CheckpointError, DataError, DivergedError
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.preemption import Stop
 from maehub.train.engine.resume import Saver
 from maehub.train.engine.run_log import RunLog
-from maehub.train.pretraining.views import StepKeys
-from maehub.train.reports.report import write_report
-
-log = logging.getLogger("maehub")
 
 
 class Splittable(Protocol):
@@ -66,7 +62,7 @@ def agreed(loss: Tensor, norm: Tensor, bad: Tensor, group: Group) -> tuple[Tenso
 
 
 @contextlib.contextmanager
-def rescuing(keys: StepKeys, samples: Source, run: RunLog, saver: Saver) -> Iterator[None]:
+def rescuing(keys: StepKeys, samples: Source, run: RunLog, saver: Saver, report: Callable[[], None]) -> Iterator[None]:
     """Where an update was bad, write down its samples, and keep the weights: they are those of the step before."""
     try:
         yield
@@ -83,17 +79,8 @@ def rescuing(keys: StepKeys, samples: Source, run: RunLog, saver: Saver) -> Iter
         names = [samples.where(key.sample) for key in batch]
         run.dump(step, {"reason": str(error), "samples": names, "crop_seeds": [key.crop for key in batch]})
         run.failed(error)
-        report(run)
+        report()
         raise
-
-
-def report(run: RunLog) -> None:
-    """The page of a run; one that cannot be written takes nothing from it."""
-    try:
-        if run.leads:
-            write_report(run.folder)
-    except MaehubError as error:
-        log.warning("report.html: %s", error)
 
 
 def batch_words(batch_size: int, micro: int, group: Group) -> str:

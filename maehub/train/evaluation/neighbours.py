@@ -144,7 +144,7 @@ def _shares(near: Near, ballots: Tensor) -> Tensor:
 
 
 def _accuracy(found: Tensor, labels: np.ndarray) -> float:
-    """Of the most voted classes (n,) their top-1 in percent; of shares (n, C) as `maehub.train.evaluation.linear.accuracy`."""
+    """Of the most voted classes (n,) their top-1 in percent; of shares (n, C) as `linear.accuracy`."""
     return accuracy(found, labels) if found.ndim == 2 else 100 * float((found.cpu().numpy() == labels).mean())
 
 

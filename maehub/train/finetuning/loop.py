@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import maehub
 from maehub.data.duplicates import MOST_LOOKED_AT, find_twins
+from maehub.data.loader import StepKeys, batches_of, worker_count
 from maehub.data.splits import LabelledSplit, split_labelled
 from maehub.errors import EXIT_DONE, DataError, UsageError
 from maehub.hub.locating import Located
@@ -29,7 +30,7 @@ from maehub.train.engine.parallel import accumulating, autocast, deterministic, 
 from maehub.train.engine.preemption import Stop, stop_requests
 from maehub.train.engine.resume import Saver, fixed_settings, resumed
 from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
-from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, report, rescuing
+from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, rescuing
 from maehub.train.evaluation.scores import Scores
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.measuring import Measured, export, logits_of, show, single_network
@@ -37,7 +38,8 @@ from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
 from maehub.train.finetuning.network import Fitted, Trainee, find_weights_of, trainee_of
 from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
 from maehub.train.finetuning.views import LabelledCrops, Sight, policy_of
-from maehub.train.pretraining.views import StepKeys, batches_of, worker_count
+from maehub.train.reports.report import report
+from maehub.version import __version__
 
 log = logging.getLogger("maehub")
 
@@ -141,7 +143,7 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
     start = Progress(0, fixed, _digest(split), group.size)
     group.agree(
         {f"--{name.replace('_', '-')}": value for name, value in fixed.items()}
-        | {"the code of maehub": code_digest(), "maehub": maehub.__version__, "torch": torch.__version__}
+        | {"the code of maehub": code_digest(), "maehub": __version__, "torch": torch.__version__}
         | {"the data": start.data}
     )
     trainee.network.to(group.device).train()
@@ -214,7 +216,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     crops = LabelledCrops(job.split.training, job.sight, config.cache)
     workers = worker_count(config.workers, group.local_size)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
-    with loading as batches, rescuing(keys, samples, run, saver):
+    with loading as batches, rescuing(keys, samples, run, saver, partial(report, run, FinetuneConfig)):
         for step in range(at.step, steps):
             group.step = step + 1
             batch, said = next_batch(batches, group, run, stop)
@@ -253,7 +255,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
                 run.restart_clock()
             if stopping and done < steps:
                 run.finish("preempted", stopping)
-                report(run)
+                report(run, FinetuneConfig)
                 return FinetuneResult(config.out, done, stopping, None)
 
     return _finished(config, group, job, run)
@@ -285,7 +287,7 @@ def _finished(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> F
         if network is not None and measured is not None:
             export(run.folder, config.model, job.settings, network, measured, job.split)
     run.finish("completed", EXIT_DONE)
-    report(run)
+    report(run, FinetuneConfig)
     return FinetuneResult(config.out, steps, EXIT_DONE, measured.scores if measured else None)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maehub.images.preprocess import Preprocess
-from maehub.models.masking import sample_seed
+from maehub.rng import sample_seed
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import Examples, seeded
 

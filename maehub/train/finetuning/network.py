@@ -20,7 +20,7 @@ from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_c
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.recipes import Facts, Settings, settle
 from maehub.train.networks.backbones import Backbone, backbone_of, open_backbone
-from maehub.train.pretraining.network import pair
+from maehub.train.networks.presets import pair
 
 Groups = Callable[[float, float], list[dict[str, Any]]]
 """Weight decay and layer decay to the optimizer's groups of parameters, with the factor ``lr_scale`` of each."""

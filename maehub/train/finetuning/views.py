@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from maehub.data.labels import Labelled
+from maehub.data.loader import Key, naming
 from maehub.errors import DataError, UsageError
 from maehub.images.augment import Augmentation, crop
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
-from maehub.models.masking import sample_seed
-from maehub.train.pretraining.views import Key, naming
+from maehub.rng import sample_seed
 
 _POLICY = 5  # view of `sample_seed`
 _TRANSLATION = 0.45  # of the shorter side, the furthest that timm's policies move a picture

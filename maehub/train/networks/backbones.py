@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.hub.loading import load, usable_device
+from maehub.hub.loading import load
 from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import Size, as_size, grid_size
+from maehub.models.devices import usable_device
 from maehub.models.encoder import PRESETS, Encoder
-from maehub.models.patches import Size, as_size, grid_size
-from maehub.train.pretraining.network import preset as architecture
+from maehub.train.networks.presets import preset as architecture
 from maehub.weights.config_json import crop_fraction
 from maehub.weights.pickles import read_pickle
 from maehub.weights.tensorfile import read_tensors

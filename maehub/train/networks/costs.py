@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.train.pretraining.config import LossOn, Precision
+from maehub.train.engine.settings import LossOn, Precision
 
 BACKWARD = 2
 """FLOPs of a backward pass for one of the forward pass: a product for the input's gradient, one for the weight's."""

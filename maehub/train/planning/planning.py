@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from maehub.data.loader import Key, worker_count
 from maehub.data.sources import Source
 from maehub.errors import DataError, UsageError
 from maehub.hub.catalog import is_model, model_info
@@ -19,7 +20,7 @@ from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_word
 from maehub.train.pretraining.config import PlanConfig
 from maehub.train.pretraining.holdout import split_data
 from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of
-from maehub.train.pretraining.views import Crops, Key, worker_count
+from maehub.train.pretraining.views import Crops
 
 _USABLE_GPU, _USABLE_CPU = 0.9, 0.5
 """Share of the memory that a plan fills; the rest is for the driver and the allocator's gaps, or the readers and the

@@ -14,6 +14,7 @@ from maehub.errors import UsageError
 from maehub.train.engine.settings import (
     POSITIVE,
     SHARE,
+    LossOn,
     Rule,
     RunConfig,
     check,
@@ -27,12 +28,10 @@ from maehub.train.engine.settings import (
     sides,
     whole,
 )
-from maehub.train.engine.settings import Precision as Precision
 
 Strategy = Literal["random", "block", "grid"]
 Target = Literal["pixels", "normalised_pixels", "pca", "tokens"]
 MaskTokens = Literal["decoder", "encoder"]
-LossOn = Literal["hidden", "all"]
 Augment = Literal["none", "fixed-crop", "random-crop", "colour-jitter"]
 
 

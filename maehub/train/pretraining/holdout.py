@@ -7,8 +7,8 @@ import numpy as np
 
 from maehub.data.sources import Source, find_samples, groups, select
 from maehub.errors import DataError, UsageError
-from maehub.hub.verification import cache_folder
-from maehub.models.masking import sample_id
+from maehub.files import cache_folder
+from maehub.rng import sample_id
 
 _SHARE, _MOST = 20, 2000  # one in so many is held out, and no more than this
 

@@ -13,35 +13,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import maehub
+from maehub.data.loader import StepKeys, batches_of, check_shared_memory, worker_count
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.images.augment import jitter
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.train.engine.checkpoint import Progress
 from maehub.train.engine.distributed import Group, joined
 from maehub.train.engine.environment import code_digest, environment
-from maehub.train.engine.micro_batch import micro_batch, views_fit, within_memory
+from maehub.train.engine.micro_batch import micro_batch, within_memory
 from maehub.train.engine.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
 from maehub.train.engine.parallel import accumulating, autocast, deterministic, wrapped
 from maehub.train.engine.preemption import Stop, stop_requests
 from maehub.train.engine.resume import Saver, fixed_settings, resumed
 from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
 from maehub.train.engine.sharded import gathered
-from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, report, rescuing
+from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, rescuing
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.holdout import Split, split_data
-from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of
+from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
 from maehub.train.pretraining.objective import Objective, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
-from maehub.train.pretraining.views import (
-    Crops,
-    StepKeys,
-    View,
-    batches_of,
-    check_shared_memory,
-    validation_batch,
-    worker_count,
-)
+from maehub.train.pretraining.views import Crops, View, validation_batch
+from maehub.train.reports.report import report
+from maehub.version import __version__
 from maehub.weights.model_folder import save
 
 log = logging.getLogger("maehub")
@@ -135,7 +129,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     start = Progress(0, settings, split.training.digest(), group.size)
     group.agree(
         {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-        | {"the code of maehub": code_digest(), "maehub": maehub.__version__, "torch": torch.__version__}
+        | {"the code of maehub": code_digest(), "maehub": __version__, "torch": torch.__version__}
         | {"the data": start.data}
     )
     preprocess = replace(model.preprocess, size=view.size)
@@ -172,8 +166,9 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     micro = at.micro_batch if at.processes == group.size and at.micro_batch and not config.micro_batch else None
     micro = micro or job.start.micro_batch
     workers = worker_count(config.workers, group.local_size)
+    views = config.batch_size // group.size
     with group.together("setting up"):
-        check_shared_memory(job.view, config.batch_size // group.size, workers)
+        check_shared_memory(job.view.batch_bytes(views), views, workers)
     if group.leads:
         _announce(config, group, job, peak, micro)
     facts = asdict(config) | {"steps": steps, "target": job.model.config.target, "environment": environment(group)}
@@ -202,7 +197,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     saver = Saver(config, group, run, stop, job.model, job.optimizer, replace(job.start, micro_batch=micro))
     crops = Crops(job.split.training, job.view, config.cache)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
-    with loading as batches, rescuing(keys, job.split.training, run, saver):
+    with loading as batches, rescuing(keys, job.split.training, run, saver, partial(report, run, PretrainConfig)):
         for step in range(at.step, steps):
             group.step = step + 1
             batch, said = next_batch(batches, group, run, stop)
@@ -240,7 +235,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 run.restart_clock()
             if stopping and done < steps:
                 run.finish("preempted", stopping)
-                report(run)
+                report(run, PretrainConfig)
                 return PretrainResult(config.out, done, stopping)
 
     return _finished(config, group, job, run)
@@ -282,7 +277,7 @@ def _finished(config: PretrainConfig, group: Group, job: _Job, run: RunLog) -> P
         if still is not None:
             save(still.model.eval(), run.folder / "model", overwrite=True)
     run.finish("completed", EXIT_DONE)
-    report(run)
+    report(run, PretrainConfig)
     return PretrainResult(config.out, job.steps, EXIT_DONE)
 
 

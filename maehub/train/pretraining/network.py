@@ -1,30 +1,37 @@
 """Which network a pretraining configuration means, and how it looks at pictures."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
+from maehub.data.loader import Key
 from maehub.errors import IntegrityError, UsageError
 from maehub.hub.catalog import is_model, model_info
 from maehub.hub.loading import load, load_autoencoder
 from maehub.hub.locating import Located, locate
 from maehub.images.augment import Augmentation
-from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import Size
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
+from maehub.models.encoder import Encoder
 from maehub.models.mean_colours import COLOURS
-from maehub.models.patches import Size
+from maehub.train.engine.distributed import Group
+from maehub.train.engine.environment import available_bytes
+from maehub.train.engine.micro_batch import MEMORY_SHARE, pass_fits
+from maehub.train.engine.parallel import autocast, computes_bf16
+from maehub.train.engine.settings import Precision
+from maehub.train.networks.costs import activation_bytes, block_parameters, count_parameters, fixed_bytes, work_of
+from maehub.train.networks.presets import pair, preset
 from maehub.train.pretraining.config import PretrainConfig
-from maehub.train.pretraining.views import View
+from maehub.train.pretraining.views import Batch, View
 
 log = logging.getLogger("maehub")
 
 # decoder (width, depth, heads) of a preset; He et al. 2021 use one for all sizes
 _DECODERS = {"vit-nano": (160, 5, 5)}
 _PAPER_DECODER = (512, 8, 16)
-_WHOLE_PICTURE = {"vit-nano"}  # presets whose evaluation crops nothing off
 
 
 def find_weights(config: PretrainConfig) -> Located | None:
@@ -141,32 +148,29 @@ def _fresh(
     return model
 
 
-class Preset(NamedTuple):
-    """A network without weights, and its transform."""
+def views_fit(
+    config: PretrainConfig, objective: nn.Module, network: AutoencoderConfig, view: View, kept: int, group: Group
+) -> Callable[[int], bool]:
+    """Whether pretraining on so many views at once fits.
 
-    config: EncoderConfig
-    preprocess: Preprocess
-
-
-def preset(name: str, image_size: tuple[int, ...] = (), channels: int | None = None) -> Preset:
-    """An architecture by name, for pictures of another size or other channels where they are given.
-
-    Raises:
-        UsageError: there is no such preset, or a side that is no multiple of its patch.
+    On a GPU forward and backward are tried; on a CPU, where nothing says no, memory is estimated.
     """
-    if name not in PRESETS:
-        raise UsageError(f"--model {name} is not one of {', '.join(PRESETS)}; --from names weights")
-    found = PRESETS[name]
-    size = image_size * 2 if len(image_size) == 1 else image_size or found.size
-    if any(side % found.patch_size for side in size):
-        raise UsageError(f"--image-size must be a multiple of {found.patch_size}, not {' '.join(map(str, size))}")
-    config = replace(found, image_size=(size[0], size[1]), channels=channels or found.channels)
-    preprocess = Preprocess.evaluation(config.size, config.channels, config.patch_size)
-    return Preset(config, replace(preprocess, crop_fraction=1.0) if name in _WHOLE_PICTURE else preprocess)
+    device, precise = group.device, autocast(config, group.device)
+    if device.type == "cuda" and not config.fsdp:
+        return lambda size: pass_fits(objective, _blank(view, size, device), device, precise)
+    precision: Precision = "bf16" if computes_bf16(config, device) else "fp32"
+    free = available_bytes() / group.local_size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    corrupts = config.corruption[0] < 1
+    work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
+    each = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
+    shards = group.size if config.fsdp else 1
+    free -= fixed_bytes(count_parameters(network), precision, shards=shards, largest_block=block_parameters(network))
+    return lambda size: size * each <= MEMORY_SHARE * free
 
 
-def pair(sides: tuple[int, ...]) -> int | Size | None:
-    """``--image-size`` as `load` takes it."""
-    if not sides:
-        return None
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+def _blank(view: View, size: int, device: torch.device) -> Sequence[Tensor]:
+    keys = [Key(0, number, number) for number in range(size)]
+    batch: Batch = view.batch(view.empty(size).zero_(), keys).to(device)
+    return batch.pixels, batch.masked, batch.seeds

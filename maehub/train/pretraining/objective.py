@@ -8,7 +8,7 @@ Everything random is a pure function of the samples' seeds, and nothing here wai
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,16 @@ from torch.nn import functional as F
 
 from maehub.errors import UsageError
 from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import Size, grid_size
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, squared_error
 from maehub.models.encoder import take
-from maehub.models.masking import random_bits, split_index
+from maehub.models.masking import split_index
 from maehub.models.mean_colours import mean_colour_of as mean_colour_of
 from maehub.models.mean_colours import mean_colours as mean_colours
-from maehub.models.patches import Size, grid_size, patchify, unpatchify
+from maehub.models.patches import patchify, unpatchify
+from maehub.rng import random_bits
+from maehub.train.engine.settings import LossOn
 
-LossOn = Literal["hidden", "all"]
 """Which patches the loss is taken on; the paper's is ``hidden`` (section 4)."""
 
 TokenizerFunction = Callable[[Tensor], Tensor]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maehub.data.loader import naming
 from maehub.data.sources import Source, find_samples, groups
 from maehub.errors import DataError
 from maehub.figures.reconstruction import grid as figure_grid
@@ -21,7 +22,7 @@ from maehub.train.evaluation.neighbours import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.objective import Objective
-from maehub.train.pretraining.views import Batch, View, naming, validation_batch
+from maehub.train.pretraining.views import Batch, View, validation_batch
 
 log = logging.getLogger("maehub")
 

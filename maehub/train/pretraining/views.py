@@ -7,40 +7,27 @@ the crop, the flip and the mask of a view follow from (seed, epoch, sample id, v
 number of processes see the same samples.
 """
 
-import contextlib
-import gc
 import logging
-import math
-import os
-import shutil
-import traceback
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from maehub.data.loader import _VALIDATION, Key, naming
 from maehub.data.sources import Source
 from maehub.errors import DataError
 from maehub.images.augment import Augmentation, colour_factors, crop
 from maehub.images.decoding import open_image
-from maehub.models.masking import Strategy, make_masks, random_bits, sample_seed
-from maehub.models.patches import Size, grid_size
+from maehub.images.sizes import Size, grid_size
+from maehub.models.masking import Strategy, make_masks
+from maehub.rng import sample_seed
 
 log = logging.getLogger("maehub")
-
-Read = TypeVar("Read")
-"""What a data set gives for the keys of a batch."""
-
-_SILENCE = 300  # seconds until a reading process that gives nothing counts as hanging
-_PREFETCHED = 4  # batches that a reading process has ready
-_ROUNDS = 6  # of the shuffling network; 4 look random already
-_ORDER, _VALIDATION, _MORE_MASKS = 2, 3, 100  # views of `sample_seed` that are not the first of a picture
-_SHARED_MEMORY = "/dev/shm"
 
 
 class Batch(NamedTuple):
@@ -58,14 +45,6 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Self:
         """On a device, without waiting for it."""
         return type(self)(*(field.to(device, non_blocking=True) for field in self))
-
-
-class Key(NamedTuple):
-    """One view: which picture, and the seeds of its crop and its mask."""
-
-    sample: int
-    crop: int
-    mask: int
 
 
 @dataclass(frozen=True)
@@ -98,6 +77,10 @@ class View:
     def empty(self, count: int) -> Tensor:
         """(count, H, W, C) uint8, to be filled with crops."""
         return torch.empty(count, *self.size, self.channels, dtype=torch.uint8)
+
+    def batch_bytes(self, count: int) -> int:
+        """Of crops and masks."""
+        return count * (self.empty(1).nbytes + self.grid[0] * self.grid[1])
 
 
 class Crops(Dataset[Batch | DataError]):
@@ -140,161 +123,6 @@ class Crops(Dataset[Batch | DataError]):
         return self.__getitems__([key])
 
 
-@contextlib.contextmanager
-def naming(samples: Source, index: int) -> Iterator[None]:
-    """Put the place of a sample into an error that does not name it: bytes out of a shard have no path."""
-    try:
-        yield
-    except DataError as error:
-        where = samples.where(index)
-        if where in str(error):
-            raise
-        raise DataError(f"{where}: {error}") from error
-
-
-@dataclass(frozen=True)
-class StepKeys:
-    """The keys of every step's batch, from ``first_step`` on: of one process its part."""
-
-    samples: Source
-    batch_size: int
-    """Views of a step, over all processes."""
-    seed: int
-    first_step: int
-    steps: int
-    masks: int = 1
-    """Views of each picture."""
-    rank: int = 0
-    size: int = 1
-    """Processes; divides ``batch_size``."""
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        count, part = len(self.samples), self.batch_size // self.size
-        for step in range(self.first_step, self.steps):
-            start = step * self.batch_size + self.rank * part
-            numbers, views = np.divmod(np.arange(start, start + part), self.masks)
-            epochs, places = np.divmod(numbers, count)
-            indices = np.empty(part, dtype=np.int64)
-            for epoch in np.unique(epochs):
-                of_epoch = epochs == epoch
-                indices[of_epoch] = shuffled(places[of_epoch], count, sample_seed(self.seed, int(epoch), 0, _ORDER))
-            keys = []
-            for index, epoch, view in zip(indices.tolist(), epochs.tolist(), views.tolist(), strict=True):
-                sample = self.samples.sample_id(index)
-                seed = sample_seed(self.seed, epoch, sample)
-                mask = sample_seed(self.seed, epoch, sample, _MORE_MASKS + view) if view else seed
-                keys.append(Key(index, seed, mask))
-            yield keys
-
-
-def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Where places of a row of ``count`` go when it is shuffled, without shuffling all of it.
-
-    A permutation of 0 … count − 1 that is computed place by place, so that an epoch of a billion pictures costs no
-    memory: a Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that holds ``count``, walked
-    on until it ends inside (Black and Rogaway 2002).
-
-    Args:
-        places: (n,) int64 in [0, count).
-
-    Returns:
-        (n,) int64 in [0, count).
-    """
-    half = max(1, math.ceil(max(1, (count - 1).bit_length()) / 2))
-    low = (1 << half) - 1
-    keys = random_bits(torch.tensor([seed]), _ROUNDS)[0].tolist()
-
-    def permuted(values: np.ndarray) -> np.ndarray:
-        left, right = values >> half, values & low
-        for key in keys:
-            bits = random_bits(torch.from_numpy(right ^ key), 1)[:, 0].numpy() >> 20  # the high bits are the best
-            left, right = right, left ^ (bits & low)
-        return left << half | right
-
-    found = permuted(np.asarray(places, dtype=np.int64))
-    while (outside := found >= count).any():
-        found[outside] = permuted(found[outside])
-    return found
-
-
-@contextlib.contextmanager
-def batches_of(
-    dataset: Dataset[Read | DataError], keys: Iterable[list[Any]], *, workers: int, pin: bool
-) -> Iterator[Iterator[Read]]:
-    """Batches of a data set, such as `Crops`, in the order of their keys.
-
-    Args:
-        keys: one list a batch, for the data set's ``__getitems__``.
-        workers: processes that read; 0 reads in this one.
-        pin: put batches into page-locked memory, for a GPU.
-
-    Raises:
-        DataError: a picture cannot be read, or a reading process died or hangs, at any point of the block.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=_PREFETCHED if workers else None,
-        timeout=_SILENCE if workers else 0,
-        worker_init_fn=_own_group,
-        multiprocessing_context="fork" if workers else None,
-    )
-    batches = _readable(loader)
-    # A full garbage collection writes into every object there is: in each forked process it would copy what they share.
-    if workers:
-        gc.collect()
-        gc.freeze()
-    try:
-        yield batches
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # what has ended by it holds the processes, which end when let go
-        # torch tells of a dead process wherever the loop happens to be, not only where it asks for a batch.
-        if (told := _of_a_reader(error)) is None:
-            raise
-        raise told from error
-    finally:
-        batches.close()
-        if workers:
-            gc.unfreeze()
-
-
-def check_shared_memory(view: View, views: int, workers: int) -> None:
-    """See whether finished batches fit into the memory that processes share: where it is full they die or hang.
-
-    Warns if not all that may be ready at once do.
-
-    Args:
-        views: of one batch of this process.
-        workers: processes that read.
-
-    Raises:
-        DataError: not even one batch fits.
-    """
-    each = (view.empty(1).nbytes + view.grid[0] * view.grid[1]) * views
-    needed = workers * _PREFETCHED * each
-    try:
-        free = shutil.disk_usage(_SHARED_MEMORY).free
-    except OSError:
-        return
-    if workers and each > free:
-        raise DataError(
-            f"a batch of {views} views needs {each / 1e6:,.1f} MB of {_SHARED_MEMORY}, which processes share, and "
-            f"{free / 1e6:,.1f} MB are free. Give it more (docker: --shm-size), or read in this process by --workers 0."
-        )
-    if workers and needed > free:
-        log.warning(
-            "%d processes that read may need %.2f GB of %s, and %.2f GB are free: if one dies by SIGBUS, use fewer "
-            "--workers, or give it more (docker: --shm-size)",
-            workers,
-            needed / 1e9,
-            _SHARED_MEMORY,
-            free / 1e9,
-        )
-
-
 def validation_batch(samples: Source, view: View, count: int, seed: int) -> Batch:
     """Crops and masks that never change: ``count`` of them, the pictures taken in turn.
 
@@ -313,39 +141,3 @@ def validation_batch(samples: Source, view: View, count: int, seed: int) -> Batc
             keys[row] = Key(index, number, number)
             pixels[row] = torch.from_numpy(crop(picture, view.size, view.channels, view.augmentation, number))
     return view.batch(pixels, keys)
-
-
-def worker_count(workers: int | None, processes: int = 1) -> int:
-    """As many reading processes as asked for, or as there are cores for each training process, one left for it."""
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes - 1)
-
-
-def _readable(loader: Iterable[Read | DataError]) -> Generator[Read]:
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-def _of_a_reader(error: Exception) -> DataError | None:
-    """What to say of an error that came from a reading process; None for all others."""
-    # torch has no class of its own for a worker's death.
-    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
-        return None
-    signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
-    reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
-    return DataError(
-        f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
-        "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
-    )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _own_group(_: int) -> None:
-    os.setpgid(0, 0)  # a signal to the group of the run is for the loop: it finishes its step with our batches

@@ -9,8 +9,7 @@ import numpy as np
 
 from maehub.data.splits import LabelledSplit
 from maehub.errors import CheckpointError
-from maehub.files import atomic_write, write_error
-from maehub.folders import check_free
+from maehub.files import atomic_write, check_free, write_error
 from maehub.train.evaluation.scores import Interval, Scores
 from maehub.train.evaluation.text_tables import html_table, readable, text_table
 from maehub.train.probing.config import CompareConfig, KnnConfig

@@ -20,9 +20,8 @@ from maehub.data.labels import Labelled
 from maehub.data.splits import LabelledSplit, folds, inner_split, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.features.inference import outputs
-from maehub.files import atomic_write
-from maehub.folders import check_free, whole_folder, write_text
-from maehub.hub.loading import usable_device
+from maehub.files import atomic_write, check_free, whole_folder, write_text
+from maehub.models.devices import usable_device
 from maehub.models.encoder import Encoder
 from maehub.train.evaluation.linear import LinearFit, Trial, best, fit_at, sweep
 from maehub.train.evaluation.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote

@@ -1,6 +1,7 @@
 """The report of a run: one HTML page with curves, pictures, settings and hardware, that needs nothing but itself."""
 
 import json
+import logging
 import math
 import re
 import statistics
@@ -12,14 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.errors import UsageError
+from maehub.errors import MaehubError, UsageError
 from maehub.figures.plots import Series, figure, raw_and_smooth
 from maehub.files import atomic_write
 from maehub.models.encoder import PRESETS
-from maehub.train.finetuning.config import FinetuneConfig
-from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.engine.run_log import RunLog
+from maehub.train.engine.settings import RunConfig
 from maehub.train.reports import classifier as report_classifier
 from maehub.train.reports.html import HEAD, STATES, picture, rows, section, settings_table, value_words
+
+log = logging.getLogger("maehub")
 
 _PICTURES = 6  # from the first to the last
 _PICTURE_WIDTH = 1000  # pixels; larger ones are made smaller
@@ -39,11 +42,14 @@ class Metrics(NamedTuple):
     values: np.ndarray
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, kind: type[RunConfig]) -> Path:
     """Write ``report.html`` into a run folder, from what else is in it. The run may be finished, stopped or broken.
 
     The page is one file without scripts and loads nothing. Of the user's data it shows the pictures that the run drew,
     the names of classes and what the configuration says; its text has no names of picture files.
+
+    Args:
+        kind: the configuration's class, whose defaults are not worth a mark.
 
     Returns:
         The page's path.
@@ -63,7 +69,7 @@ def write_report(run: Path) -> Path:
     sentence = report_classifier.sentence(config, done) if finetuned else _sentence(config, done)
     sections = [
         f"<header><h1>{escape(name)}</h1>{_badge(state)}<p>{escape(sentence)}</p>{_ending(state)}</header>",
-        *(_finetuning if finetuned else _pretraining)(run, config, state, metrics),
+        *(_finetuning if finetuned else _pretraining)(run, config, state, metrics, kind),
         section("Hardware and versions", rows(_environment(config))),
         "<footer>Written by maehub. This page is one file: it loads nothing and sends nothing.</footer>",
     ]
@@ -72,6 +78,15 @@ def write_report(run: Path) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def report(run: RunLog, kind: type[RunConfig]) -> None:
+    """The page of a run; one that cannot be written takes nothing from it."""
+    try:
+        if run.leads:
+            write_report(run.folder, kind)
+    except MaehubError as error:
+        log.warning("report.html: %s", error)
 
 
 def read_metrics(path: Path) -> dict[str, Metrics]:
@@ -112,7 +127,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _pretraining(
-    run: Path, config: Mapping[str, Any], state: Mapping[str, Any], metrics: Mapping[str, Metrics]
+    run: Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+    metrics: Mapping[str, Metrics],
+    kind: type[RunConfig],
 ) -> list[str]:
     batch = config.get("batch_size")
     summary = _progress(config.get("steps"), batch, "views", metrics) | _validation(metrics)
@@ -120,12 +139,16 @@ def _pretraining(
         section("Summary", rows(summary | _costs(batch, state, metrics))),
         section("Curves", _curves(metrics)),
         section("Reconstructions, from first to last", _pictures(run / "pictures", "Reconstructions")),
-        section("Settings", _settings(config, PretrainConfig, ("environment",))),
+        section("Settings", _settings(config, kind, ("environment",))),
     ]
 
 
 def _finetuning(
-    run: Path, config: Mapping[str, Any], state: Mapping[str, Any], metrics: Mapping[str, Metrics]
+    run: Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+    metrics: Mapping[str, Metrics],
+    kind: type[RunConfig],
 ) -> list[str]:
     settled = report_classifier.settled(config)
     scored, batch = _json(run / "scores.json"), settled.get("batch_size")
@@ -142,7 +165,7 @@ def _finetuning(
         section("Held-out pictures, from first to last", _pictures(run / "pictures", "Held-out pictures")),
         section("Training", rows(progress | _costs(batch, state, metrics))),
         section("Recipe", report_classifier.recipe(config)),
-        section("Settings", _settings(config, FinetuneConfig, apart)),
+        section("Settings", _settings(config, kind, apart)),
     ]
 
 
@@ -313,9 +336,7 @@ def _pictures(folder: Path, what: str) -> str:
     return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
 
 
-def _settings(
-    config: Mapping[str, Any], kind: type[PretrainConfig] | type[FinetuneConfig], apart: Collection[str]
-) -> str:
+def _settings(config: Mapping[str, Any], kind: type[RunConfig], apart: Collection[str]) -> str:
     """Every setting but those ``apart``, those that are not the default marked."""
     defaults = {field.name: field.default for field in fields(kind)}
     names = [*defaults, *(name for name in config if name not in defaults)]

@@ -1,0 +1,42 @@
+"""Architectures by name."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from maehub.errors import UsageError
+from maehub.images.preprocess import Preprocess
+from maehub.images.sizes import Size
+from maehub.models.encoder import PRESETS, EncoderConfig
+
+_WHOLE_PICTURE = {"vit-nano"}  # presets whose evaluation crops nothing off
+
+
+class Preset(NamedTuple):
+    """A network without weights, and its transform."""
+
+    config: EncoderConfig
+    preprocess: Preprocess
+
+
+def preset(name: str, image_size: tuple[int, ...] = (), channels: int | None = None) -> Preset:
+    """An architecture by name, for pictures of another size or other channels where they are given.
+
+    Raises:
+        UsageError: there is no such preset, or a side that is no multiple of its patch.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"--model {name} is not one of {', '.join(PRESETS)}; --from names weights")
+    found = PRESETS[name]
+    size = image_size * 2 if len(image_size) == 1 else image_size or found.size
+    if any(side % found.patch_size for side in size):
+        raise UsageError(f"--image-size must be a multiple of {found.patch_size}, not {' '.join(map(str, size))}")
+    config = replace(found, image_size=(size[0], size[1]), channels=channels or found.channels)
+    preprocess = Preprocess.evaluation(config.size, config.channels, config.patch_size)
+    return Preset(config, replace(preprocess, crop_fraction=1.0) if name in _WHOLE_PICTURE else preprocess)
+
+
+def pair(sides: tuple[int, ...]) -> int | Size | None:
+    """``--image-size`` as `load` takes it."""
+    if not sides:
+        return None
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
