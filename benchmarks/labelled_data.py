@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError
-from maehub.images.preprocess import open_image
+from maehub.images.decoding import open_image
 
 LARGEST = 256  # longer side of a picture that is written, pixels
 LARGEST_READ = 40_000_000  # pixels; 14 of the drawings are posters of more, slow to decode

@@ -22,7 +22,7 @@ from skimage.restoration import inpaint_biharmonic
 from maehub import load_autoencoder
 from maehub.data.sources import find_images
 from maehub.images.augment import Augmentation, crop
-from maehub.images.preprocess import open_image
+from maehub.images.decoding import open_image
 from maehub.models.autoencoder import MaskedAutoencoder
 from maehub.models.masking import make_masks
 from maehub.models.patches import unpatchify

@@ -35,7 +35,8 @@ from maehub.data.sources import Source, find_images
 from maehub.data.splits import folds, split_labelled
 from maehub.features.inference import outputs
 from maehub.figures.plots import Series
-from maehub.images.preprocess import Preprocess, open_image
+from maehub.images.decoding import open_image
+from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.curve_picture import plot
 from maehub.train.evaluation.linear import accuracy, best, fit_linear

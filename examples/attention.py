@@ -13,7 +13,7 @@ import torch
 import maehub
 from maehub.figures.drawing import compose, save_figure
 from maehub.figures.reconstruction import attention_overlay
-from maehub.images.preprocess import open_image
+from maehub.images.decoding import open_image
 
 
 def main(photo: str, folder: Path) -> None:

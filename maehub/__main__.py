@@ -6,7 +6,7 @@ import sys
 def main() -> int:
     """Run the command line; Ctrl-C ends it quietly even while it is being imported."""
     try:
-        from maehub.cli import command_line as cli
+        from maehub import cli
 
         return cli.main()
     except KeyboardInterrupt:

@@ -23,7 +23,8 @@ from maehub.errors import CheckpointError, DataError, IntegrityError, MissingDep
 from maehub.features import extraction as features_module
 from maehub.features.extraction import extract_features
 from maehub.features.table import FeatureTable, read_provenance
-from maehub.images.preprocess import Preprocess, open_image, read_pixels
+from maehub.images.decoding import open_image
+from maehub.images.preprocess import Preprocess, read_pixels
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig, Origin
 

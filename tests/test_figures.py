@@ -20,9 +20,9 @@ from maehub.figures.patch_statistics import estimate_statistics, harmonic, true_
 from maehub.figures.reconstruction import attention_overlay, error_map, grid, reconstruct
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.colours import mean_colours
 from maehub.models.encoder import EncoderConfig, Origin
 from maehub.models.masking import covering_masks, make_masks
-from maehub.models.mean_colours import mean_colours
 from maehub.models.patches import denormalise_patches, normalise_patches, patchify, unpatchify
 from maehub.train.pretraining.objective import fit_components, store_components
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from maehub.errors import DataError, IntegrityError, UsageError
-from maehub.images.decoding import MAX_PIXELS, printable
-from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, open_image, read_pixels
+from maehub.images.decoding import MAX_PIXELS, open_image, printable
+from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, read_pixels
 
 
 def photo(width, height, seed=0):

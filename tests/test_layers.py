@@ -1,4 +1,4 @@
-"""Imports go downwards only."""
+"""The rooms of the house: one ordered list. A room imports only rooms above it in the list, through their doors."""
 
 import ast
 from pathlib import Path
@@ -7,140 +7,177 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "maehub"
 
-LAYERS = [
-    {"errors"},
-    {"patches", "masking", "positions", "images", "opening", "jpeg", "colours", "files", "folders"},
-    {"encoder", "autoencoder"},
-    {
-        "keys",
-        "tensorfile",
-        "layouts",
-        "building",
-        "shapes",
-        "weights",
-        "packing",
-        "catalog",
-        "room",
-        "caching",
-        "leftovers",
-        "delivery",
-        "fetching",
-        "transport",
-        "verification",
-        "locating",
-        "pickles",
-        "foreign_keys",
-        "foreign_folders",
-        "exporting",
-        "certificate",
-        "conversion",
-        "card",
-        "hub",
-    },
-    {
-        "sources",
-        "names",
-        "searching",
-        "storage",
-        "tar_index",
-        "shards",
-        "tables",
-        "reading",
-        "examination",
-        "inspection",
-    }
-    | {"features", "feature_files", "feature_store", "figures", "pictures", "drawing", "statistics"},
-    {"train"},
-    {"interop", "identifying", "publishing"},
-    {"arguments", "parsing", "commands", "reconstruct_command", "cli", "__main__"},
+# From the ground up; a room of train/ is one of its own.
+ROOMS = [
+    *("version", "errors", "files", "rng"),
+    *("images", "models", "weights", "data", "features", "figures", "hub", "conversion", "interop"),
+    *("train.engine", "train.networks", "train.evaluation", "train.reports", "train.pretraining", "train.finetuning"),
+    *("train.probing", "train.planning", "train"),
+    *("publishing", "cli", "__main__", ""),
 ]
-TORCH_FREE = {
-    "errors",
-    "catalog",
-    "room",
-    "caching",
-    "leftovers",
-    "delivery",
-    "fetching",
-    "transport",
-    "verification",
-    "locating",
-    "publishing/remote",
-    "publishing/conditions",
-    "publishing/committing",
-    "commands",
-    "reconstruct_command",
-    "arguments",
-    "parsing",
-    "cli",
-    "__main__",
-    "__init__",
-    "train/settings",
-    "train/config",
-    "train/finetune_config",
-    "train/probe_config",
-    "train/evaluate_config",
+MOST_MODULES = 12
+MOST_LINES = 400
+# What answers at once: importing it imports nothing heavy, in no room that it enters.
+LIGHT = {
+    *(
+        "errors",
+        "version",
+        "files",
+        "cli.command_line",
+        "cli.arguments",
+        "cli.parsing",
+        "cli.commands",
+        "cli.reconstruct",
+    ),
+    *("hub.catalog", "hub.disk_space", "hub.cache", "hub.leftovers", "hub.downloading", "hub.fetching", "hub.client"),
+    *("hub.verification", "hub.locating", "publishing.remote", "publishing.conditions", "publishing.committing"),
+    *("train.engine.settings", "train.pretraining.config", "train.finetuning.config"),
+    *("train.probing.config", "train.evaluation.config", "__main__", ""),
 }
+HEAVY = {"torch", "timm", "torchvision", "PIL", "numpy", "transformers", "huggingface_hub", "requests"}
 
 
-def modules():
-    return {str(path.relative_to(PACKAGE).with_suffix("")): path for path in PACKAGE.rglob("*.py")}
+def name_of(path):
+    """``train.engine.steps``; of a package's ``__init__`` the package; "" of maehub itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer(module):
-    top = module.split("/")[0]
-    return next((number for number, names in enumerate(LAYERS) if top in names), None)
+TREES = {name_of(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+DOORS = {name_of(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("__init__.pyi")}
+
+
+def room_of(module):
+    """The longest room that holds a module."""
+    return next((room for room in sorted(ROOMS, key=len, reverse=True) if f"{module}.".startswith(f"{room}.")), None)
+
+
+def imports(nodes):
+    """(module, name) of every import of maehub; name is None for ``import maehub``."""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "maehub":
+            for alias in node.names:
+                yield node.module.removeprefix("maehub").removeprefix("."), alias.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "maehub":
+                    yield alias.name.removeprefix("maehub").removeprefix("."), None
 
 
 def at_import(tree):
-    """Import statements that run when the module is imported: not those inside functions or for type checkers."""
+    """Statements that run when the module is imported: not those inside functions or for type checkers."""
     waiting = list(tree.body)
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
 
 
-def imported(node):
-    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+def behind(door, name):
+    """The module from which a room gives a name."""
+    for node in DOORS[door].body:
+        if name in [alias.name for alias in node.names]:
+            return f"{door}.{node.module}".strip(".") if node.module else f"{door}.{name}".strip(".")
+    return None
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_imports_go_downwards(module):
-    if module == "__init__":
-        return
-    own = layer(module)
-    assert own is not None, f"{module} stands in no layer: add it to LAYERS"
-    tree = ast.parse(modules()[module].read_text())
-    for node in ast.walk(tree):  # an import inside a function is upward too
-        if not isinstance(node, ast.Import | ast.ImportFrom):
-            continue
-        for name in imported(node):
-            if not name.startswith("maehub."):
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_a_room_imports_rooms_below_it_through_their_doors(module):
+    own = room_of(module)
+    assert own is not None, f"{module} stands in no room: add it to ROOMS"
+    for target, name in imports(ast.walk(TREES[module])):
+        if target == "":  # from maehub import cli
+            assert name in ROOMS, f"{module} imports {name} of maehub itself"
+            target, name = name, None
+        room = room_of(target)
+        assert room is not None, f"{module} imports {target}, which stands in no room"
+        assert ROOMS.index(room) <= ROOMS.index(own), f"{module} imports {target}, which is above it"
+        if room != own:
+            assert target == room, f"{module} imports {target} past the door of {room}"
+            assert name is None or room not in DOORS or behind(room, name), f"{room} does not show {name}"
+
+
+@pytest.mark.parametrize("door", sorted(DOORS))
+def test_what_a_door_shows_is_there_and_wanted(door):
+    submodules = {module.rpartition(".")[2] for module in TREES if module.rpartition(".")[0] == door}
+    for node in DOORS[door].body:
+        assert isinstance(node, ast.ImportFrom)
+        assert node.level == 1
+        for alias in node.names:
+            assert alias.asname == alias.name, "or a type checker does not see it"
+            module = behind(door, alias.name)
+            if node.module is None:
+                assert module in TREES
                 continue
-            target = name.removeprefix("maehub.").replace(".", "/")
-            assert layer(target) <= own, f"{module} (layer {own}) imports {target} (layer {layer(target)})"
+            if module in DOORS:  # a room of train, or a room of maehub itself
+                assert behind(module, alias.name)
+                continue
+            assert alias.name not in submodules, f"{door}.{alias.name} is a module already"
+            made = {name for one in TREES[module].body for name in bound(one)}
+            assert alias.name in made, f"{module} makes no {alias.name}"
 
 
-@pytest.mark.parametrize("module", sorted(TORCH_FREE))
-def test_what_answers_at_once_imports_no_torch(module):
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    for node in at_import(tree):
-        for name in imported(node):
-            assert name.split(".")[0] not in {"torch", "timm", "torchvision", "PIL", "transformers", "huggingface_hub"}
+def bound(node):
+    """The names that a statement of a module makes."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.ImportFrom):
+        return [alias.name for alias in node.names if alias.asname == alias.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def test_a_room_is_no_hall():
+    packages = {path.parent for path in PACKAGE.rglob("*.py")}
+    for package in packages:
+        modules = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES, f"{package}: {len(modules)} modules"
+    assert len([path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]) <= 12
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
+
+
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_a_module_fits_on_a_few_screens(module):
+    path = PACKAGE / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("module", sorted(LIGHT))
+def test_what_answers_at_once_imports_nothing_heavy(module):
+    waiting, seen = [module], set()
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        nodes = list(at_import(TREES[one]))
+        for node in nodes:
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            )
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not {(name or "").split(".")[0] for name in names} & HEAVY, f"{module} imports {one}: {names}"
+        for target, name in imports(nodes):
+            target = (behind(target, name) if target in DOORS and name else None) or target
+            while target in DOORS and name and (further := behind(target, name)):
+                target = further
+            waiting.append(target if target in TREES else name)
 
 
 def test_timm_is_imported_only_in_training_and_interop():
-    for module, path in modules().items():
-        if module.startswith(("train/", "interop/")) or module == "publishing/readback":  # runs on its own
+    for module, tree in TREES.items():
+        if module.startswith(("train.", "interop.")) or module == "publishing.round_trip":  # runs on its own
             continue
-        names = [n for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom) for n in imported(node)]  # fmt: skip  # noqa: E501
-        assert not any(name.split(".")[0] in {"timm", "torchvision"} for name in names), module
+        for node in ast.walk(tree):
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            )
+            assert not {str(name).split(".")[0] for name in names} & {"timm", "torchvision"}, module
 
 
 def test_no_module_is_a_drawer():
-    assert not {Path(m).name for m in modules()} & {"utils", "util", "common", "misc", "helpers"}
+    assert not {module.rpartition(".")[2] for module in TREES} & {"utils", "util", "common", "misc", "helpers"}

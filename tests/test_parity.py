@@ -28,7 +28,7 @@ from peers import (
 from transformers import ViTMAEForPreTraining
 
 from maehub.weights.building import build_autoencoder, build_encoder
-from maehub.weights.infer_config import infer_config
+from maehub.weights.config_inference import infer_config
 from maehub.weights.keys import to_official
 
 

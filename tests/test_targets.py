@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maehub.errors import UsageError
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.colours import mean_colour_of, mean_colours
 from maehub.models.encoder import EncoderConfig
 from maehub.models.masking import make_masks, split_index
-from maehub.models.mean_colours import mean_colour_of, mean_colours
 from maehub.models.patches import patchify
 from maehub.train.pretraining.baselines import baselines, interpolated
 from maehub.train.pretraining.objective import Objective, chosen, corrupted, fit_components, store_components

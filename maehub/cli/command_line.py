@@ -59,31 +59,29 @@ COMMANDS = {
         "maehub.cli.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
     ),
     "pretrain": Command(
-        "maehub.train.pretraining.config:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
+        "maehub.train.pretraining:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
     ),
     "finetune": Command(
-        "maehub.train.finetuning.config:FinetuneConfig",
+        "maehub.train.finetuning:FinetuneConfig",
         commands.run_finetune,
         "train a classifier on labelled pictures",
     ),
-    "probe": Command("maehub.train.probing.config:ProbeConfig", commands.run_probe, "a linear classifier on features"),
-    "knn": Command(
-        "maehub.train.probing.config:KnnConfig", commands.run_knn, "what the nearest features tell of classes"
-    ),
+    "probe": Command("maehub.train.probing:ProbeConfig", commands.run_probe, "a linear classifier on features"),
+    "knn": Command("maehub.train.probing:KnnConfig", commands.run_knn, "what the nearest features tell of classes"),
     "compare": Command(
-        "maehub.train.probing.config:CompareConfig", commands.run_compare, "several networks by the same protocols"
+        "maehub.train.probing:CompareConfig", commands.run_compare, "several networks by the same protocols"
     ),
     "evaluate": Command(
-        "maehub.train.evaluation.config:EvaluateConfig",
+        "maehub.train.evaluation:EvaluateConfig",
         commands.run_evaluate,
         "measure a classifier on labelled pictures",
     ),
     "predict": Command(
-        "maehub.train.evaluation.config:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
+        "maehub.train.evaluation:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
     ),
     "push": Command("maehub.cli.arguments:Push", commands.run_push, "publish a model on the Hub"),
     "plan": Command(
-        "maehub.train.pretraining.config:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"
+        "maehub.train.pretraining:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"
     ),
 }
 

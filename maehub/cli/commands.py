@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from maehub.cli import arguments
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 from maehub.files import read_words
-from maehub.hub.locating import locate
+from maehub.hub import locate
 
 
 class Shared(NamedTuple):
@@ -25,7 +25,7 @@ class Shared(NamedTuple):
 
 
 def run_list(config: arguments.List, shared: Shared) -> int:
-    from maehub.hub.catalog import list_models, model_info
+    from maehub.hub import list_models, model_info
 
     rows = [model_info(name) for name in list_models(config.pattern)]
     if not rows:
@@ -45,7 +45,7 @@ def run_list(config: arguments.List, shared: Shared) -> int:
 
 
 def run_info(config: arguments.Info, shared: Shared) -> int:
-    from maehub.hub.catalog import model_info
+    from maehub.hub import model_info
 
     info = model_info(config.name)
     if shared.json:
@@ -56,7 +56,7 @@ def run_info(config: arguments.Info, shared: Shared) -> int:
 
 
 def run_download(config: arguments.Download, shared: Shared) -> int:
-    from maehub.hub.fetching import download
+    from maehub.hub import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
     report(shared, {"path": str(path)}, f"{config.name} is at {path}")
@@ -64,7 +64,7 @@ def run_download(config: arguments.Download, shared: Shared) -> int:
 
 
 def run_cache(config: arguments.Cache, shared: Shared) -> int:
-    from maehub.hub.leftovers import clean_cache
+    from maehub.hub import clean_cache
 
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
     report(shared, cleaned.to_dict(), cleaned.describe())
@@ -72,7 +72,7 @@ def run_cache(config: arguments.Cache, shared: Shared) -> int:
 
 
 def run_verify(config: arguments.Verify, shared: Shared) -> int:
-    from maehub.hub.fetching import verify
+    from maehub.hub import verify
 
     checked = verify(config.source)
     lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
@@ -81,7 +81,7 @@ def run_verify(config: arguments.Verify, shared: Shared) -> int:
 
 
 def run_identify(config: arguments.Identify, shared: Shared) -> int:
-    from maehub.conversion.identifying import identify
+    from maehub.conversion import identify
 
     found = identify(
         config.file, heads=config.heads, decoder_heads=config.decoder_heads, decide_target=config.decide_target or None
@@ -91,7 +91,7 @@ def run_identify(config: arguments.Identify, shared: Shared) -> int:
 
 
 def run_convert(config: arguments.Convert, shared: Shared) -> int:
-    from maehub.conversion.conversion import convert
+    from maehub.conversion import convert
 
     result = convert(
         config.source,
@@ -123,7 +123,7 @@ def run_push(config: arguments.Push, shared: Shared) -> int:
     if not (config.dry_run or config.yes or can_ask):
         raise UsageError("nobody can be asked here: look at the plan by --dry-run, then say --yes; nothing was sent")
     about = read_words(config.about) if config.about else ""
-    from maehub.publishing.pushing import Plan, push
+    from maehub.publishing import Plan, push
 
     def confirm(plan: Plan) -> bool:
         if not shared.json:
@@ -153,8 +153,8 @@ def run_push(config: arguments.Push, shared: Shared) -> int:
 def run_features(config: arguments.Features, shared: Shared) -> int:
     size = wanted_size(config.image_size)
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
-    from maehub.features.extraction import extract_features
-    from maehub.hub.loading import load
+    from maehub.features import extract_features
+    from maehub.hub import load
 
     encoder = load(found, image_size=size, device=config.device)
     table = extract_features(
@@ -184,17 +184,15 @@ def run_features(config: arguments.Features, shared: Shared) -> int:
 def run_data(config: arguments.Data, shared: Shared) -> int:
     if config.out is not None and config.out.exists() and not config.overwrite:
         raise UsageError(f"{config.out} exists; choose another --out, or replace it with --overwrite")
-    from maehub.data import inspection
+    from maehub.data import SAMPLE, check_data, data_statistics, tell
 
     if config.what == "stats":
-        sample = inspection.SAMPLE if config.sample is None else config.sample
-        found = inspection.data_statistics(
-            config.data, sample=sample, workers=config.workers, progress=not shared.quiet
-        )
+        sample = SAMPLE if config.sample is None else config.sample
+        found = data_statistics(config.data, sample=sample, workers=config.workers, progress=not shared.quiet)
         report(shared, found.to_dict(), found.describe())
         return EXIT_DONE
-    told = None if shared.json or shared.quiet else inspection.tell
-    checked = inspection.check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
+    told = None if shared.json or shared.quiet else tell
+    checked = check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
     if config.out is not None:
         checked.save(config.out)
     report(shared, checked.to_dict(), checked.describe())
@@ -227,7 +225,7 @@ def run_finetune(config: Any, shared: Shared) -> int:
 
 def run_probe(config: Any, shared: Shared) -> int:
     from maehub.train import probe
-    from maehub.train.probing.probing import probe_sweep
+    from maehub.train.probing import probe_sweep
 
     quiet = replace(config, quiet=config.quiet or shared.quiet)
     found = probe_sweep(quiet) if config.sweep else probe(quiet)
@@ -262,8 +260,8 @@ def run_evaluate(config: Any, shared: Shared) -> int:
 def run_predict(config: Any, shared: Shared) -> int:
     size = wanted_size(config.image_size)
     located = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
-    from maehub.data.sources import find_images
-    from maehub.hub.loading import load
+    from maehub.data import find_images
+    from maehub.hub import load
     from maehub.train import predict
 
     paths = dict.fromkeys(path for source in config.pictures for path in find_images(source).paths())
@@ -287,7 +285,7 @@ def run_predict(config: Any, shared: Shared) -> int:
 
 
 def run_plan(config: Any, shared: Shared) -> int:
-    from maehub.train.planning.planning import plan
+    from maehub.train.planning import plan
 
     found = plan(config)
     report(shared, found.to_dict(), found.describe())

@@ -10,7 +10,7 @@ from maehub.cli.arguments import Reconstruct
 from maehub.cli.commands import Shared, report, wanted_size
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.files import write_error
-from maehub.hub.locating import locate
+from maehub.hub import locate
 
 _PHOTO = Path(__file__).parents[1] / "assets" / "cat.jpg"
 
@@ -31,10 +31,9 @@ def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
     if one_each:
         _make_folder(config.out)
 
-    from maehub.figures.drawing import check_figure, save_figure
-    from maehub.figures.reconstruction import error_map, grid, reconstruct
-    from maehub.hub.loading import load_autoencoder
-    from maehub.images.decoding import open_image
+    from maehub.figures import check_figure, error_map, grid, reconstruct, save_figure
+    from maehub.hub import load_autoencoder
+    from maehub.images import open_image
 
     check_figure(outs[0])
     model = load_autoencoder(found, image_size=size, device=config.device)
@@ -67,7 +66,7 @@ def _pictures(source: str) -> list[str]:
     """The pictures that one argument names: an address, a file, or all of a folder."""
     if source.startswith(("http://", "https://")) or os.path.isfile(source):
         return [source]
-    from maehub.data.sources import find_images
+    from maehub.data import find_images
 
     return [os.fsdecode(path) for path in find_images(source).paths()]
 

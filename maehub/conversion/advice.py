@@ -6,9 +6,8 @@ from pathlib import Path
 
 from maehub.conversion.identification import Network, Role
 from maehub.conversion.plain_vit import Plain
-from maehub.hub.catalog import ModelInfo
-from maehub.models.autoencoder import Target
-from maehub.models.encoder import PRESETS
+from maehub.hub import ModelInfo
+from maehub.models import PRESETS, Target
 
 
 def next_lines(

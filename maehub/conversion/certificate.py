@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maehub.files import sha256_file, write_json
-from maehub.weights.keys import OfficialNames, is_decoder, parts
+from maehub.weights import OfficialNames, is_decoder, parts
 
 CERTIFICATE = "certificate.json"
 

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.hub.catalog import is_model
-from maehub.weights.model_folder import find_model_folder
-from maehub.weights.pickles import read_pickle
-from maehub.weights.tensorfile import read_header, read_tensors
+from maehub.hub import is_model
+from maehub.weights import find_model_folder, read_header, read_pickle, read_tensors
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 """Of the files that a folder is searched for."""

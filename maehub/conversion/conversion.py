@@ -42,31 +42,32 @@ from maehub.conversion.library_folders import (
 )
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import check_free, sha256_file, whole_folder
-from maehub.hub.catalog import is_model, model_info, published_as
-from maehub.hub.loading import load, load_autoencoder
-from maehub.hub.locating import locate
-from maehub.hub.verification import digest
-from maehub.images.preprocess import Preprocess
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
-from maehub.models.encoder import Encoder, EncoderConfig, Origin
-from maehub.models.patches import patchify
+from maehub.hub import digest, is_model, load, load_autoencoder, locate, model_info, published_as
+from maehub.images import Preprocess
+from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target, patchify
 from maehub.version import __version__
-from maehub.weights.building import build_autoencoder, build_encoder
-from maehub.weights.infer_config import infer_config
-from maehub.weights.keys import OfficialNames, official_names, to_official
-from maehub.weights.library_keys import LIGHTLY_MASK_TOKEN
-from maehub.weights.model_folder import (
+from maehub.weights import (
+    LIGHTLY_MASK_TOKEN,
     MEMBERS,
     Layout,
+    OfficialNames,
+    build_autoencoder,
+    build_encoder,
     find_model_folder,
+    infer_config,
+    is_pickle,
+    official_names,
     open_autoencoder,
     open_encoder,
+    packed_block,
+    pickles_in,
     read_config,
+    read_header,
+    read_pickle,
+    read_tensors,
+    to_official,
     write_members,
 )
-from maehub.weights.pickles import is_pickle, pickles_in, read_pickle
-from maehub.weights.single_file import packed_block
-from maehub.weights.tensorfile import read_header, read_tensors
 
 log = logging.getLogger("maehub")
 

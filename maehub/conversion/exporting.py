@@ -24,8 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from maehub.errors import MissingDependencyError, UsageError
-from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.models.positions import sincos_table
+from maehub.models import Encoder, EncoderConfig, sincos_table
 
 ExportForm = Literal["onnx", "torch-export"]
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from maehub.conversion.target_detection import Judgement
 from maehub.errors import EXIT_DONE, IntegrityError
-from maehub.models.autoencoder import Target
+from maehub.models import Target
 
 Role = Literal["encoder", "autoencoder", "classifier"]
 

@@ -19,13 +19,9 @@ from maehub.conversion.identification import DecoderShape, Identification, Netwo
 from maehub.conversion.plain_vit import Plain, read_plain, share_of_known_names
 from maehub.conversion.target_detection import Judgement, can_judge, judge
 from maehub.errors import MaehubError
-from maehub.hub.catalog import ModelInfo, published_as
-from maehub.hub.verification import digest
-from maehub.models.autoencoder import AutoencoderConfig, Target
-from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.weights.building import build_autoencoder
-from maehub.weights.infer_config import with_target
-from maehub.weights.keys import strip_wrappers, to_official
+from maehub.hub import ModelInfo, digest, published_as
+from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
+from maehub.weights import build_autoencoder, strip_wrappers, to_official, with_target
 
 log = logging.getLogger("maehub")
 

@@ -18,14 +18,17 @@ from huggingface_hub import ModelCardData
 from maehub.conversion.exporting import ExportForm, notes_for, write_exported
 from maehub.errors import UsageError
 from maehub.files import write_json, write_text
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.models.encoder import Encoder, EncoderConfig
+from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder
 from maehub.version import __version__
-from maehub.weights import config_json as layouts
-from maehub.weights.keys import from_official, to_official
-from maehub.weights.library_keys import ForeignDialect, is_foreign
-from maehub.weights.pickles import write_pickle
-from maehub.weights.tensorfile import write_tensors
+from maehub.weights import (
+    ForeignDialect,
+    from_official,
+    is_foreign,
+    our_block,
+    to_official,
+    write_pickle,
+    write_tensors,
+)
 
 ForeignForm = ForeignDialect | ExportForm
 """What is written here."""
@@ -94,7 +97,7 @@ def write_foreign(staging: Path, name: str, model: Encoder | MaskedAutoencoder, 
         hashes[TENSORS] = write_tensors(staging / TENSORS, tensors, metadata, torch.float32)
         if form in _INSIDE:
             write_pickle(staging / PICKLE, tensors, _INSIDE[form])
-    block = layouts.our_block(model.config, model.preprocess, encoder.origin, torch.float32, hashes)
+    block = our_block(model.config, model.preprocess, encoder.origin, torch.float32, hashes)
     write_json(staging / "config.json", {"maehub": block | {"verified": {}}})
     write_text(staging / "README.md", _page(name, model, form))
 

@@ -15,16 +15,10 @@ from torch import Tensor
 
 from maehub.conversion.checkpoints import Checkpoint
 from maehub.errors import IntegrityError, MaehubError, UsageError
-from maehub.hub.catalog import architecture_heads
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
-from maehub.models.positions import sincos_table
-from maehub.weights.infer_config import infer_config
-from maehub.weights.keys import Dialect, official_names, to_official
-from maehub.weights.model_folder import read_config
-from maehub.weights.single_file import packed_block
+from maehub.hub import architecture_heads
+from maehub.images import Preprocess, Size
+from maehub.models import PRESETS, AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, sincos_table
+from maehub.weights import Dialect, infer_config, official_names, packed_block, read_config, to_official
 
 Config = EncoderConfig | AutoencoderConfig
 

@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maehub.images.decoding import open_image
-from maehub.models.autoencoder import MaskedAutoencoder, Target
-from maehub.models.masking import covering_masks
-from maehub.models.patches import normalise_patches, patchify
+from maehub.images import open_image
+from maehub.models import MaskedAutoencoder, Target, covering_masks, normalise_patches, patchify
 
 PHOTOS = ("cat.jpg", "coffee.jpg")
 """The embedded photos that are looked at."""

@@ -21,8 +21,7 @@ from maehub.data.loader import batches_of, naming, worker_count
 from maehub.data.sources import Source
 from maehub.errors import DataError
 from maehub.files import atomic_write, sha256_file
-from maehub.images.decoding import ImagePath
-from maehub.images.preprocess import Preprocess, read_pixels
+from maehub.images import ImagePath, Preprocess, read_pixels
 
 Pair = tuple[int, int]
 """(testing index, training index)"""

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, UsageError
-from maehub.images.decoding import MAX_PIXELS, ImagePath, decode, decoder_of
+from maehub.images import MAX_PIXELS, ImagePath, decode, decoder_of
 
 _WAITING = 4  # pictures a process that are fetched beside it: those behind an address take their time
 _SILENCE = 300.0  # seconds until a process that gives nothing counts as hanging

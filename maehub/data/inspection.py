@@ -17,7 +17,7 @@ from maehub.data.reading import reader_count
 from maehub.data.sources import Source, find_samples
 from maehub.errors import DataError, UsageError
 from maehub.files import atomic_write
-from maehub.images.decoding import ImagePath
+from maehub.images import ImagePath
 
 SAMPLE = 2000
 """Pictures that `data_statistics` looks at unless told otherwise."""

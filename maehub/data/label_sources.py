@@ -15,7 +15,7 @@ from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
 from maehub.data.tables import Table
 from maehub.errors import DataError, UsageError
-from maehub.images.decoding import printable
+from maehub.images import printable
 
 log = logging.getLogger("maehub")
 

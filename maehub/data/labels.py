@@ -12,7 +12,7 @@ import numpy as np
 from maehub.data.label_sources import TESTING, Told, find_told, listed
 from maehub.data.sources import Source, select
 from maehub.errors import DataError, UsageError
-from maehub.images.decoding import printable
+from maehub.images import printable
 from maehub.rng import sample_id
 
 

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from maehub.errors import DataError
-from maehub.images.decoding import printable
+from maehub.images import printable
 
 IMAGE_ENDINGS = frozenset(b".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
 """What folders and shards are searched for, in lower case. A file that is named itself may have any ending."""

@@ -26,7 +26,7 @@ Read = TypeVar("Read")
 _SILENCE = 300  # seconds until a reading process that gives nothing counts as hanging
 _PREFETCHED = 4  # batches that a reading process has ready
 _ROUNDS = 6  # of the shuffling network; 4 look random already
-_ORDER, _VALIDATION, _MORE_MASKS = 2, 3, 100  # views of `sample_seed` that are not the first of a picture
+_ORDER, VALIDATION_VIEW, _MORE_MASKS = 2, 3, 100  # views of `sample_seed` that are not the first of a picture
 _SHARED_MEMORY = "/dev/shm"
 
 

@@ -22,8 +22,7 @@ from typing import Self, cast
 import numpy as np
 
 from maehub.errors import DataError, UsageError
-from maehub.images.decoding import printable
-from maehub.images.preprocess import Preprocess, read_pixels
+from maehub.images import Preprocess, printable, read_pixels
 
 Reading = np.ndarray | DataError
 """Pixels (H, W, C) uint8, or why there are none."""

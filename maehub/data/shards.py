@@ -24,7 +24,7 @@ from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, digest
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.errors import DataError, MaehubError, UsageError
 from maehub.files import atomic_write
-from maehub.images.decoding import printable
+from maehub.images import printable
 from maehub.rng import sample_id
 
 _MOST_SHARDS = 1_000_000

@@ -16,7 +16,7 @@ from torch import Tensor
 from maehub.data.listing import IMAGE_ENDINGS as IMAGE_ENDINGS
 from maehub.data.listing import Names, digest, search
 from maehub.errors import DataError, UsageError
-from maehub.images.decoding import ImagePath, printable
+from maehub.images import ImagePath, printable
 from maehub.rng import sample_id
 
 Picture = Image.Image | np.ndarray | Tensor

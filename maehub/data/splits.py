@@ -13,7 +13,7 @@ from maehub.data.labels import Found, Labelled, Sides, find_labelled, given_fold
 from maehub.data.shards import Shards
 from maehub.errors import DataError, UsageError
 from maehub.files import cache_folder
-from maehub.images.decoding import printable
+from maehub.images import printable
 from maehub.rng import sample_seed
 
 log = logging.getLogger("maehub")

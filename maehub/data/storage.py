@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError
-from maehub.images.decoding import printable
+from maehub.images import printable
 
 _OPEN_FILES = 64  # kept open by a process: opening is what a network filesystem is slow at
 _REQUESTS = 16  # under way at once

@@ -17,7 +17,7 @@ import numpy as np
 
 from maehub.data.listing import below_common, digest
 from maehub.errors import DataError, MissingDependencyError, UsageError
-from maehub.images.decoding import printable
+from maehub.images import printable
 from maehub.rng import sample_id
 
 _BATCH = 1000

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maehub.data.reading import Readers, reader_count
-from maehub.data.sources import Pictures, PictureSource, Samples, as_samples
+from maehub.data import Pictures, PictureSource, Readers, Samples, as_samples, reader_count
 from maehub.errors import DataError, UsageError
 from maehub.features.store import FeatureStore
 from maehub.features.table import (
@@ -33,9 +32,8 @@ from maehub.features.table import (
     write_features,
 )
 from maehub.files import free_space_guard
-from maehub.images.preprocess import Preprocess, TransformName
-from maehub.images.sizes import grid_size
-from maehub.models.encoder import Encoder, FeaturePool
+from maehub.images import Preprocess, TransformName, grid_size
+from maehub.models import Encoder, FeaturePool
 from maehub.version import __version__
 
 _Input = np.ndarray | Tensor

@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from maehub.data.loader import batches_of, naming, worker_count
-from maehub.data.sources import Source
+from maehub.data import Source, batches_of, naming, worker_count
 from maehub.errors import DataError
-from maehub.images.preprocess import Preprocess, read_pixels
-from maehub.images.sizes import grid_size
+from maehub.images import Preprocess, grid_size, read_pixels
 
 _TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}  # in a batch whose size nobody chose
 _PIXELS_PER_WORKER = 2**21  # fewer than these are read sooner here than in processes that must be started

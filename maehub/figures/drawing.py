@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import UsageError
 from maehub.files import atomic_write, write_error
-from maehub.images.sizes import Size
+from maehub.images import Size
 
 _PANEL = 256  # pixels that a panel should have across: small pictures are scaled up to about this
 _INK, _GREY, _RED, _PAPER = (20, 20, 20), (95, 95, 95), (178, 24, 24), (255, 255, 255)

@@ -9,8 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size
+from maehub.images import Preprocess, Size
 
 
 def mask_from_image(image: Image.Image | np.ndarray, grid: Size) -> np.ndarray:

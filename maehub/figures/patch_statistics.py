@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.images.sizes import Size
-from maehub.models.patches import normalise_patches
+from maehub.images import Size
+from maehub.models import normalise_patches
 
 _EPS = 1e-6  # of `normalise_patches`
 _SPREAD_PULL = 3.0  # weight of the interpolated spread against the jumps of one border; flat between 1 and 10

@@ -30,11 +30,8 @@ from maehub.figures.rendering import (
     patch_errors,
     picture_size,
 )
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import grid_size
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.models.encoder import Encoder
-from maehub.models.masking import Strategy, covering_masks, make_masks
+from maehub.images import Preprocess, grid_size
+from maehub.models import Encoder, MaskedAutoencoder, Strategy, covering_masks, make_masks
 from maehub.rng import one_seed
 
 _MASK_GREY = 128

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from maehub.errors import DataError, HubError, UsageError
 from maehub.figures.patch_statistics import estimate_statistics, true_statistics
-from maehub.images.decoding import plain
-from maehub.images.preprocess import Preprocess, open_image
-from maehub.images.sizes import Size
-from maehub.models.autoencoder import MaskedAutoencoder, squared_error
-from maehub.models.encoder import Encoder
-from maehub.models.mean_colours import mean_colour_of
-from maehub.models.patches import denormalise_patches, patchify, unpatchify
+from maehub.images import Preprocess, Size, open_image, plain
+from maehub.models import (
+    Encoder,
+    MaskedAutoencoder,
+    denormalise_patches,
+    mean_colour_of,
+    patchify,
+    squared_error,
+    unpatchify,
+)
 
 ImageSource = str | Path | Image.Image | np.ndarray
 Statistics = Literal["visible", "true"]

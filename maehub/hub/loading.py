@@ -12,18 +12,22 @@ from maehub.hub.catalog import Want
 from maehub.hub.fetching import PathLike
 from maehub.hub.locating import Located, locate
 from maehub.hub.verification import known_finite, mark_finite
-from maehub.images.sizes import Size
-from maehub.models.autoencoder import MaskedAutoencoder, Target
-from maehub.models.devices import usable_device
-from maehub.models.encoder import Encoder, Origin
-from maehub.models.positions import ResizeRule
-from maehub.weights import config_json as layouts
-from maehub.weights.building import Wanted, build_autoencoder, build_encoder
-from maehub.weights.keys import to_official
-from maehub.weights.model_folder import open_autoencoder, open_encoder
-from maehub.weights.pickles import read_pickle
-from maehub.weights.single_file import packed_block
-from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
+from maehub.images import Size
+from maehub.models import Encoder, MaskedAutoencoder, Origin, ResizeRule, Target, usable_device
+from maehub.weights import (
+    Block,
+    Wanted,
+    build_autoencoder,
+    build_encoder,
+    open_autoencoder,
+    open_encoder,
+    packed_block,
+    read_header,
+    read_pickle,
+    read_tensors,
+    to_official,
+    write_tensors,
+)
 
 log = logging.getLogger("maehub")
 
@@ -156,7 +160,7 @@ class _Found:
     heads: int | None = None
     target: Target | None = None
     image_size: Size | None = None  # where it is not that of the file
-    block: layouts.Block | None = None
+    block: Block | None = None
     stamps: Path | None = None  # maehub's cache, where the file was downloaded
 
     @property

@@ -1,1 +1,5 @@
 """Pictures: opened safely, decoded, cropped, turned into what a network takes."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from maehub.errors import DataError, IntegrityError, UsageError
 from maehub.images.decoding import MAX_PIXELS, Decoded, ImagePath, decode, plain, printable, to_channels
-from maehub.images.decoding import open_image as open_image
 
 if TYPE_CHECKING:
     from torch import Tensor

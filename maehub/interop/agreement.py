@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from maehub.conversion.certificate import difference, fixed_images, largest
+from maehub.conversion import difference, fixed_images, largest
 from maehub.errors import MissingDependencyError, UsageError
-from maehub.models.encoder import EncoderConfig
-from maehub.weights.keys import to_official
+from maehub.models import EncoderConfig
+from maehub.weights import to_official
 
 LARGEST_DIFFERENCE = 1e-5
 """Largest difference, relative to the largest output, between two networks that are said to be the same."""

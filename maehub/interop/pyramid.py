@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from maehub.errors import UsageError
-from maehub.models.encoder import Encoder
+from maehub.models import Encoder
 
 STRIDES = (4, 8, 16, 32)
 

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
+from maehub.images import Preprocess
 from maehub.interop.agreement import check_same, exact_dtype, exact_state, finish, images_for, judged
-from maehub.models.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
-from maehub.weights import config_json as layouts
-from maehub.weights.building import Wanted, build_encoder
-from maehub.weights.infer_config import infer_config
+from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
+from maehub.weights import Wanted, build_encoder, crop_fraction, infer_config, timm_config
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -48,7 +46,7 @@ def to_timm(encoder: Encoder) -> "VisionTransformer":
         hint = "; timm has no decoder: to_timm(autoencoder.encoder)" if hasattr(encoder, "encoder") else ""
         raise UsageError(f"to_timm takes an Encoder, not a {type(encoder).__name__}{hint}")
     config, state = encoder.config, exact_state(encoder)
-    described = layouts.timm_config(config, encoder.preprocess, encoder.origin, "model.safetensors")
+    described = timm_config(config, encoder.preprocess, encoder.origin, "model.safetensors")
     settings = described["pretrained_cfg"]
     if config.class_names:
         settings["label_names"] = config.class_names
@@ -234,5 +232,5 @@ def _preprocess(settings: Mapping[str, Any], size: tuple[int, int], channels: in
             f"{name}: timm's transform (interpolation={interpolation!r}, crop_mode={mode!r}, crop_pct={share:g}) is "
             "none that maehub has; say preprocess="
         )
-    fraction = layouts.crop_fraction(share, min(size))
+    fraction = crop_fraction(share, min(size))
     return Preprocess(size, patch, _RESIZES[mode], fraction, interpolation, tuple(mean), tuple(std))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
+from maehub.images import Preprocess
 from maehub.interop.agreement import (
     check_same,
     exact_dtype,
@@ -18,12 +18,17 @@ from maehub.interop.agreement import (
     library,
     names_there,
 )
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.models.encoder import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
-from maehub.weights import config_json as layouts
-from maehub.weights.building import Wanted, build_autoencoder, build_encoder
-from maehub.weights.infer_config import infer_config
-from maehub.weights.keys import to_official
+from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, MaskedAutoencoder, Origin
+from maehub.weights import (
+    Wanted,
+    build_autoencoder,
+    build_encoder,
+    infer_config,
+    to_official,
+    transformers_config,
+    transformers_hints,
+    why_not_transformers,
+)
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
@@ -62,7 +67,7 @@ def to_transformers(
     _check_possible(model)
     transformers = library("transformers")
     state = to_official(exact_state(model)).state
-    described = layouts.transformers_config(model.config, exact_dtype(model))
+    described = transformers_config(model.config, exact_dtype(model))
     (name,) = described.pop("architectures")
     described = {key: value for key, value in described.items() if key not in _OF_A_FILE}
     kind = getattr(transformers, name)
@@ -109,7 +114,7 @@ def from_transformers(
         raise UsageError(f"from_transformers takes {', '.join(_TAKEN)}, not a {name}")
     where = f"transformers' {name}"
     settings = {key: _plain(value) for key, value in model.config.to_dict().items()}
-    hints = layouts.transformers_hints(settings, where)
+    hints = transformers_hints(settings, where)
     state = to_official(exact_state(model)).state
     config = infer_config(
         state,
@@ -130,7 +135,7 @@ def from_transformers(
 
 def _check_possible(model: MaskedAutoencoder | Encoder) -> None:
     if isinstance(model, MaskedAutoencoder):
-        if reason := layouts.why_not_transformers(model.config):
+        if reason := why_not_transformers(model.config):
             raise UsageError(
                 f"transformers would not compute the same, since {reason}; "
                 "to_transformers(autoencoder.encoder) gives the encoder alone"

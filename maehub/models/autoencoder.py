@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size, grid_size
+from maehub.images import Preprocess, Size, grid_size
+from maehub.models.colours import COLOURS
 from maehub.models.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
 from maehub.models.masking import kept_count, random_masks, split_index, visible_count
-from maehub.models.mean_colours import COLOURS
 from maehub.models.patches import normalise_patches, patchify
 from maehub.models.positions import resize_table, sincos_table, with_cls_row
 
@@ -29,7 +28,7 @@ Target = Literal["pixels", "normalised_pixels", "pca", "tokens", "unknown"]
 """
 
 Tokenizer = Literal["", "mean-colour"]
-"""Whose tokens: those of a tokenizer of the caller's, or `maehub.models.mean_colours`."""
+"""Whose tokens: those of a tokenizer of the caller's, or `maehub.models.colours`."""
 
 _OF_PIXELS = ("pixels", "normalised_pixels")
 

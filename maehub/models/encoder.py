@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size, as_size, grid_size
+from maehub.images import Preprocess, Size, as_size, grid_size
 from maehub.models.patches import patchify
 from maehub.models.positions import ResizeRule, resize_table, sincos_table, with_cls_row
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maehub.errors import DataError, UsageError
-from maehub.images.sizes import Size
+from maehub.images import Size
 from maehub.rng import one_seed, random_bits, random_uniform, sample_seed
 
 Strategy = Literal["random", "block", "grid"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maehub.errors import UsageError
-from maehub.images.sizes import Size, grid_size
+from maehub.images import Size, grid_size
 
 
 class NormalisedPatches(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images.sizes import Size
+from maehub.images import Size
 
 ResizeRule = Literal["bicubic", "antialias", "sincos"]
 """How a table meets a grid that it was not made for.

@@ -5,3 +5,7 @@ repository  published_card  plots    the folder that is published
 gate  readback  leaks         what it must pass
 remote  conditions  committing    the Hub: what is there, one commit, what arrived
 """
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -6,12 +6,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from maehub.images.preprocess import Preprocess
-from maehub.models.autoencoder import AutoencoderConfig
-from maehub.models.encoder import EncoderConfig, Origin
+from maehub.images import Preprocess
+from maehub.models import AutoencoderConfig, EncoderConfig, Origin
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance, in_words
-from maehub.weights.model_card import details, summary
+from maehub.weights import details, summary
 
 _MOST_CLASSES = 30  # rows of the table of classes
 _NAMES = {"timm": "timm", "transformers": "transformers"}

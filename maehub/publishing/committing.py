@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.hub.client import LONGEST_WAIT, PASSING, TRIES, scrub
+from maehub.hub import LONGEST_WAIT, PASSING, TRIES, scrub
 from maehub.publishing.conditions import check_conditions, moved
 from maehub.publishing.remote import (
     UNTOUCHED,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from maehub.figures.plots import Series, decimated, tick_words, ticks
+from maehub.figures import Series, decimated, tick_words, ticks
 
 _SIZE = (900, 380)  # width, height in pixels
 _FINE = 3  # drawn so many times larger and shrunk, so that lines are smooth

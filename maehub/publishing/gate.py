@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from maehub.errors import IntegrityError
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.models.encoder import Encoder
-from maehub.models.masking import make_masks
+from maehub.models import Encoder, MaskedAutoencoder, make_masks
 from maehub.version import __version__
-from maehub.weights.config_json import why_not_transformers
-from maehub.weights.model_folder import open_autoencoder, open_encoder
-from maehub.weights.tensorfile import read_tensors, write_tensors
+from maehub.weights import open_autoencoder, open_encoder, read_tensors, why_not_transformers, write_tensors
 
 LARGEST_DIFFERENCE = 1e-5
 """Relative to the largest output; what another library may differ by."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from maehub.errors import MaehubError, UsageError
-from maehub.weights.tensorfile import read_header
+from maehub.weights import read_header
 
 _TEXTS = {".json", ".jsonl", ".md", ".txt", ".csv", ".sha256", ""}
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from maehub.errors import UsageError
-from maehub.models.encoder import Origin
+from maehub.models import Origin
 
 # Licences that let a descendant carry another one; that they ask for the author's name is kept by the card.
 _OPEN = re.compile(r"apache-2\.0|mit|bsd(-[23]-clause(-clear)?)?|isc|zlib|unlicense|cc0-1\.0|pddl|cc-by-\d\.\d")

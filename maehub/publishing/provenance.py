@@ -11,9 +11,9 @@ from typing import Any
 
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import read_json
-from maehub.train.engine.settings import RunConfig, option
-from maehub.train.finetuning.config import FinetuneConfig
-from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.engine import RunConfig, option
+from maehub.train.finetuning import FinetuneConfig
+from maehub.train.pretraining import PretrainConfig
 
 # Settings that say where and how a run was carried out, or name something of the user's.
 _NOT_TOLD = {field.name for field in fields(RunConfig)} - {"precision", "seed"} | {"knn", "quiet"}
@@ -147,8 +147,8 @@ def _command(kind: str, config: Mapping[str, Any]) -> str:
 
 def _public_name(name: str) -> str:
     """The name of weights if it is one that anybody knows, else MODEL."""
-    from maehub.hub.catalog import model_info
-    from maehub.models.encoder import PRESETS
+    from maehub.hub import model_info
+    from maehub.models import PRESETS
 
     kind, _, rest = name.partition("/")
     if kind in ("untrained", "timm") and "@" not in rest:

@@ -18,9 +18,8 @@ import torch
 
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.files import free_space_guard, read_json
-from maehub.hub.verification import digest
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.models.encoder import Encoder, EncoderConfig
+from maehub.hub import digest
+from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.conditions import check_conditions
 from maehub.publishing.leaks import find_leaks, refuse_leaks
@@ -28,9 +27,7 @@ from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, read_run
 from maehub.publishing.remote import Hub, LocalFile, Remote, check_name, look, same, verify_remote
 from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
-from maehub.weights import config_json as layouts
-from maehub.weights.building import check_finite
-from maehub.weights.model_folder import find_model_folder, open_autoencoder, open_encoder
+from maehub.weights import check_finite, find_model_folder, open_autoencoder, open_encoder, read_block
 
 log = logging.getLogger("maehub")
 
@@ -229,7 +226,7 @@ def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | M
             f"{home} is no model folder of maehub: `maehub convert {home} -o FOLDER` makes one of what can be read; "
             "networks that maehub does not have are published by the library that made them"
         )
-    block = layouts.read_block(values["maehub"], str(home / "config.json"))
+    block = read_block(values["maehub"], str(home / "config.json"))
     for name, recorded in block.sha256.items():
         path = home / name
         if not path.is_file():

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError
-from maehub.hub.client import LONGEST_WAIT, PASSING, TRIES, hub_constants, scrub
-from maehub.hub.client import endpoint as hub_address
-from maehub.hub.disk_space import no_login, readable
-from maehub.hub.verification import digest
+from maehub.hub import LONGEST_WAIT, PASSING, TRIES, digest, hub_constants, no_login, readable, scrub
+from maehub.hub import endpoint as hub_address
 from maehub.version import __version__
 
 logger = logging.getLogger("maehub")

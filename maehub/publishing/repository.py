@@ -21,21 +21,18 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import UsageError
-from maehub.figures.plots import Series, raw_and_smooth
-from maehub.figures.reconstruction import grid as figure_grid
-from maehub.figures.reconstruction import reconstruct
+from maehub.figures import Series, raw_and_smooth, reconstruct
+from maehub.figures import grid as figure_grid
 from maehub.files import atomic_write, read_json, write_json, write_text
-from maehub.hub.catalog import model_info
-from maehub.hub.verification import digest
-from maehub.images.decoding import open_image
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.models.encoder import Encoder, Origin
+from maehub.hub import digest, model_info
+from maehub.images import open_image
+from maehub.models import Encoder, MaskedAutoencoder, Origin
 from maehub.publishing.card import Page, published_card
 from maehub.publishing.curve_picture import plot
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance
-from maehub.weights.model_folder import write_members
+from maehub.weights import write_members
 
 _PHOTOS = tuple(Path(__file__).parents[1] / "assets" / name for name in ("cat.jpg", "coffee.jpg"))
 _CHECKSUMS = "checksums.sha256"

@@ -12,7 +12,7 @@ probe" are top-1 accuracies on ImageNet-1k at 224 pixels, in percent.
 from pathlib import Path
 from typing import Literal
 
-from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.pretraining import PretrainConfig
 
 _WARMUP_EPOCHS = 40  # He et al. 2021, table 8, whatever the length
 

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size, as_size, grid_size
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.models.encoder import Encoder, EncoderConfig, Origin
-from maehub.models.positions import ResizeRule, resize_table
-from maehub.weights.infer_config import describe
+from maehub.images import Preprocess, Size, as_size, grid_size
+from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, ResizeRule, resize_table
+from maehub.weights.config_inference import describe
 from maehub.weights.keys import from_official, is_decoder, to_official
 
 log = logging.getLogger("maehub")

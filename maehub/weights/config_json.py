@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import torch
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.models.autoencoder import AutoencoderConfig
-from maehub.models.encoder import EncoderConfig, Origin
+from maehub.images import Preprocess
+from maehub.models import AutoencoderConfig, EncoderConfig, Origin
 from maehub.version import __version__
 
 FORMAT = 1

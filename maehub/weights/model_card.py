@@ -2,9 +2,8 @@
 
 from huggingface_hub import ModelCardData
 
-from maehub.images.preprocess import Preprocess
-from maehub.models.autoencoder import AutoencoderConfig
-from maehub.models.encoder import EncoderConfig, Origin
+from maehub.images import Preprocess
+from maehub.models import AutoencoderConfig, EncoderConfig, Origin
 from maehub.weights.config_json import why_not_transformers
 
 _TARGETS = {

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from maehub.errors import UsageError
 from maehub.files import check_free, free_space_guard, read_json, whole_folder, write_json, write_text
-from maehub.images.preprocess import Preprocess
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, Target
-from maehub.models.encoder import Encoder, EncoderConfig, Origin
+from maehub.images import Preprocess
+from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target
 from maehub.version import __version__
 from maehub.weights import config_json as layouts
 from maehub.weights.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
-from maehub.weights.infer_config import infer_config, with_target
+from maehub.weights.config_inference import infer_config, with_target
 from maehub.weights.keys import from_official, to_official
 from maehub.weights.model_card import model_card
 from maehub.weights.tensorfile import read_tensors, write_tensors

@@ -8,7 +8,7 @@ import torch
 
 from maehub.errors import IntegrityError
 from maehub.files import atomic_write
-from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models import MaskedAutoencoder
 from maehub.weights import config_json as layouts
 from maehub.weights.keys import to_official
 from maehub.weights.tensorfile import write_tensors

@@ -1,1 +1,5 @@
 """What every training loop stands on: processes, precision, optimizer, checkpoints, logs."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from maehub.errors import CheckpointError, DivergedError, IntegrityError
 from maehub.files import free_space_guard, read_json, sha256_file, whole_folder, write_error, write_json
-from maehub.weights.building import check_finite
-from maehub.weights.tensorfile import read_tensors, write_tensors
+from maehub.weights import check_finite, read_tensors, write_tensors
 
 log = logging.getLogger("maehub")
 

@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from maehub import errors
 from maehub.errors import DistributedError, MaehubError, UsageError
-from maehub.models.devices import usable_device
+from maehub.models import usable_device
 
 Value = TypeVar("Value")
 

@@ -15,7 +15,7 @@ from maehub.train.engine.distributed import Group
 from maehub.version import __version__
 
 
-def environment(group: Group) -> dict[str, Any]:
+def describe_environment(group: Group) -> dict[str, Any]:
     """Versions, device and host counts; every process must call it."""
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else _processor()
     hosts = group.all(socket.gethostname(), "the names of the hosts")

@@ -20,7 +20,7 @@ _ADAM = 2  # tensors of the size of the weights that the optimizer will add
 MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
 
 
-def micro_batch(
+def find_micro_batch(
     config: RunConfig, part: int, group: Group, fits: Callable[[int], bool], size: str, multiple: int = 1
 ) -> int:
     """The largest divisor of this process's part of the batch that fits, the same in every process.

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from maehub.models.encoder import Block
+from maehub.models import Block
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.settings import RunConfig
 

@@ -39,7 +39,7 @@ from maehub.train.engine.checkpoint import (
     write_manifest,
 )
 from maehub.train.engine.distributed import Group
-from maehub.weights.tensorfile import read_tensors
+from maehub.weights import read_tensors
 
 
 def save_shards(

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maehub.data.loader import StepKeys
-from maehub.data.sources import Source
+from maehub.data import Source, StepKeys
 from maehub.errors import CheckpointError, DataError, DivergedError
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.preemption import Stop

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from maehub.errors import UsageError
-from maehub.train.engine.settings import Flag, Rule, check, default, is_size, sides, whole
+from maehub.train.engine import Flag, Rule, check, default, is_size, sides, whole
 
 PREDICTION_ENDINGS = (".csv", ".json")
 

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maehub.data.labels import Labelled, given_folders
-from maehub.data.loader import naming
-from maehub.data.splits import measured_part, split_labelled
+from maehub.data import Labelled, given_folders, measured_part, naming, split_labelled
 from maehub.errors import DataError, UsageError
-from maehub.features.inference import outputs
+from maehub.features import outputs
 from maehub.files import check_free, whole_folder, write_text
-from maehub.hub.loading import load
-from maehub.images.decoding import open_image
-from maehub.models.devices import usable_device
-from maehub.models.encoder import Encoder
+from maehub.hub import load
+from maehub.images import open_image
+from maehub.models import Encoder, usable_device
 from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score

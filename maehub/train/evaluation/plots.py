@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import UsageError
-from maehub.figures.drawing import heat
+from maehub.figures import heat
 from maehub.train.evaluation.scores import Scores
 from maehub.train.evaluation.text_tables import readable
 

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from maehub.data.sources import PictureSource
+from maehub.data import PictureSource
 from maehub.errors import UsageError
-from maehub.features.extraction import extract_features
-from maehub.features.table import Skipped, write_bad_files
+from maehub.features import Skipped, extract_features, write_bad_files
 from maehub.files import atomic_write
-from maehub.models.encoder import Encoder
+from maehub.models import Encoder
 from maehub.train.evaluation.config import check_target
 from maehub.train.evaluation.scores import probabilities
 from maehub.train.evaluation.text_tables import html_table, readable, text_table

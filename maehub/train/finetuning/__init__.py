@@ -1,1 +1,5 @@
 """Training a classifier from a pretrained encoder."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maehub.errors import UsageError
-from maehub.models.encoder import Block, Encoder, Pool
-from maehub.train.engine.distributed import Group
-from maehub.train.networks.backbones import Backbone
-from maehub.weights.building import HEAD_STD
+from maehub.models import Block, Encoder, Pool
+from maehub.train.engine import Group
+from maehub.train.networks import Backbone
+from maehub.weights import HEAD_STD
 
 _PROBE_STD = 0.01  # of a linear probe's fresh weights, as published
 _BATCH_NORM_EPS = 1e-6

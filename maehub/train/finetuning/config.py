@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from maehub.errors import UsageError
-from maehub.train.engine.settings import (
+from maehub.train.engine import (
     POSITIVE,
     SHARE,
     Flag,

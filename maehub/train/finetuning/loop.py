@@ -15,30 +15,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maehub.data.duplicates import MOST_LOOKED_AT, find_twins
-from maehub.data.loader import StepKeys, batches_of, worker_count
-from maehub.data.splits import LabelledSplit, split_labelled
+from maehub.data import MOST_LOOKED_AT, LabelledSplit, StepKeys, batches_of, find_twins, split_labelled, worker_count
 from maehub.errors import EXIT_DONE, DataError, UsageError
-from maehub.hub.locating import Located
-from maehub.images.augment import Augmentation
-from maehub.train.engine.checkpoint import Progress
-from maehub.train.engine.distributed import Group, joined
-from maehub.train.engine.environment import code_digest, environment
-from maehub.train.engine.micro_batch import micro_batch, pictures_fit, within_memory
-from maehub.train.engine.optim import gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
-from maehub.train.engine.parallel import accumulating, autocast, deterministic, wrapped
-from maehub.train.engine.preemption import Stop, stop_requests
-from maehub.train.engine.resume import Saver, fixed_settings, resumed
-from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
-from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, rescuing
-from maehub.train.evaluation.scores import Scores
+from maehub.hub import Located
+from maehub.images import Augmentation
+from maehub.train.engine import (
+    Group,
+    Progress,
+    RunLog,
+    Saver,
+    Stop,
+    accumulating,
+    agreed,
+    autocast,
+    batch_words,
+    check_run_folder,
+    code_digest,
+    describe_environment,
+    deterministic,
+    find_micro_batch,
+    fixed_settings,
+    gradient_norm,
+    guarded_step,
+    joined,
+    learning_rate,
+    next_batch,
+    parts,
+    peak_rate,
+    pictures_fit,
+    rescuing,
+    resumed,
+    run_state,
+    set_rates,
+    stop_requests,
+    within_memory,
+    wrapped,
+)
+from maehub.train.evaluation import Scores
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.measuring import Measured, export, logits_of, show, single_network
 from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
 from maehub.train.finetuning.network import Fitted, Trainee, find_weights_of, trainee_of
 from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
 from maehub.train.finetuning.views import LabelledCrops, Sight, policy_of
-from maehub.train.reports.report import report
+from maehub.train.reports import update_report
 from maehub.version import __version__
 
 log = logging.getLogger("maehub")
@@ -195,7 +215,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     if group.leads:
         _announce(config, group, job, micro)
     facts = asdict(config) | {"kind": "finetune", "settings": asdict(settings)}
-    facts |= {"classes": list(job.split.training.classes), "environment": environment(group)}
+    facts |= {"classes": list(job.split.training.classes), "environment": describe_environment(group)}
     run.begin(
         facts,
         first_step=at.step,
@@ -216,7 +236,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     crops = LabelledCrops(job.split.training, job.sight, config.cache)
     workers = worker_count(config.workers, group.local_size)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
-    with loading as batches, rescuing(keys, samples, run, saver, partial(report, run, FinetuneConfig)):
+    with loading as batches, rescuing(keys, samples, run, saver, partial(update_report, run, FinetuneConfig)):
         for step in range(at.step, steps):
             group.step = step + 1
             batch, said = next_batch(batches, group, run, stop)
@@ -255,7 +275,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
                 run.restart_clock()
             if stopping and done < steps:
                 run.finish("preempted", stopping)
-                report(run, FinetuneConfig)
+                update_report(run, FinetuneConfig)
                 return FinetuneResult(config.out, done, stopping, None)
 
     return _finished(config, group, job, run)
@@ -287,7 +307,7 @@ def _finished(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> F
         if network is not None and measured is not None:
             export(run.folder, config.model, job.settings, network, measured, job.split)
     run.finish("completed", EXIT_DONE)
-    report(run, FinetuneConfig)
+    update_report(run, FinetuneConfig)
     return FinetuneResult(config.out, steps, EXIT_DONE, measured.scores if measured else None)
 
 
@@ -358,7 +378,7 @@ def _micro_batch(
     with seeded_torch(0, group.device):
         fits = pictures_fit(config, objective, blank, group)
         part = settings.batch_size // group.size
-        return micro_batch(config, part, group, fits, f"{height}×{width}", even)
+        return find_micro_batch(config, part, group, fits, f"{height}×{width}", even)
 
 
 def _look_for_twins(config: FinetuneConfig, split: LabelledSplit, run: RunLog) -> None:

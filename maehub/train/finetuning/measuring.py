@@ -12,21 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from maehub.data.labels import Labelled
-from maehub.data.sources import Source, select
-from maehub.data.splits import LabelledSplit
-from maehub.features.inference import outputs
+from maehub.data import Labelled, LabelledSplit, Source, select
+from maehub.features import outputs
 from maehub.files import atomic_write
-from maehub.images.preprocess import Preprocess
-from maehub.models.encoder import Encoder
-from maehub.train.engine.distributed import Group
-from maehub.train.engine.sharded import gathered
-from maehub.train.evaluation.evaluating import labelled_sheet, worst_mistakes
-from maehub.train.evaluation.plots import confusion_picture
-from maehub.train.evaluation.scores import Scores, score
+from maehub.images import Preprocess
+from maehub.models import Encoder
+from maehub.train.engine import Group, gathered
+from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, score, worst_mistakes
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
-from maehub.weights.model_folder import save
+from maehub.weights import save
 
 log = logging.getLogger("maehub")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.images.preprocess import Preprocess
+from maehub.images import Preprocess
 from maehub.rng import sample_seed
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import Examples, seeded

@@ -8,19 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from maehub.data.labels import Labelled
+from maehub.data import Labelled
 from maehub.errors import UsageError
-from maehub.hub.loading import load
-from maehub.hub.locating import Located, locate
-from maehub.images.preprocess import Preprocess
-from maehub.models.encoder import Encoder
-from maehub.train.engine.distributed import Group
-from maehub.train.engine.optim import decayed_groups
+from maehub.hub import Located, load, locate
+from maehub.images import Preprocess
+from maehub.models import Encoder
+from maehub.train.engine import Group, decayed_groups
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.recipes import Facts, Settings, settle
-from maehub.train.networks.backbones import Backbone, backbone_of, open_backbone
-from maehub.train.networks.presets import pair
+from maehub.train.networks import Backbone, backbone_of, open_backbone, pair
 
 Groups = Callable[[float, float], list[dict[str, Any]]]
 """Weight decay and layer decay to the optimizer's groups of parameters, with the factor ``lr_scale`` of each."""

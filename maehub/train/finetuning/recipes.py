@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from maehub.errors import UsageError
-from maehub.train.engine.optim import peak_rate
+from maehub.train.engine import peak_rate
 from maehub.train.finetuning.config import FinetuneConfig, HeadPool
 from maehub.train.finetuning.config import Recipe as RecipeName
 

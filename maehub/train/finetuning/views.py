@@ -16,12 +16,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maehub.data.labels import Labelled
-from maehub.data.loader import Key, naming
+from maehub.data import Key, Labelled, naming
 from maehub.errors import DataError, UsageError
-from maehub.images.augment import Augmentation, crop
-from maehub.images.decoding import open_image
-from maehub.images.preprocess import Preprocess
+from maehub.images import Augmentation, Preprocess, crop, open_image
 from maehub.rng import sample_seed
 
 _POLICY = 5  # view of `sample_seed`

@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.hub.loading import load
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size, as_size, grid_size
-from maehub.models.devices import usable_device
-from maehub.models.encoder import PRESETS, Encoder
+from maehub.hub import load
+from maehub.images import Preprocess, Size, as_size, grid_size
+from maehub.models import PRESETS, Encoder, usable_device
 from maehub.train.networks.presets import preset as architecture
-from maehub.weights.config_json import crop_fraction
-from maehub.weights.pickles import read_pickle
-from maehub.weights.tensorfile import read_tensors
+from maehub.weights import crop_fraction, read_pickle, read_tensors
 
 _LARGEST_PATCH = 16
 _PIXELS_SIDE, _COLOURS_SIDE, _BINS = 32, 96, 8

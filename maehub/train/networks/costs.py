@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.train.engine.settings import LossOn, Precision
+from maehub.models import AutoencoderConfig, MaskedAutoencoder
+from maehub.train.engine import LossOn, Precision
 
 BACKWARD = 2
 """FLOPs of a backward pass for one of the forward pass: a product for the input's gradient, one for the weight's."""

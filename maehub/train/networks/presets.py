@@ -4,9 +4,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size
-from maehub.models.encoder import PRESETS, EncoderConfig
+from maehub.images import Preprocess, Size
+from maehub.models import PRESETS, EncoderConfig
 
 _WHOLE_PICTURE = {"vit-nano"}  # presets whose evaluation crops nothing off
 

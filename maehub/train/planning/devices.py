@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from maehub.errors import UsageError
-from maehub.train.engine.environment import available_bytes
+from maehub.train.engine import available_bytes
 
 _MEASURED_SECONDS = 0.25
 _SIDE = 1024  # of the matrices that are multiplied

@@ -4,7 +4,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from maehub.train.networks.costs import Parameters, Work
+from maehub.train.networks import Parameters, Work
 from maehub.train.planning.devices import Device
 
 

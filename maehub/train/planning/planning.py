@@ -8,19 +8,25 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from maehub.data.loader import Key, worker_count
-from maehub.data.sources import Source
+from maehub.data import Key, Source, worker_count
 from maehub.errors import DataError, UsageError
-from maehub.hub.catalog import is_model, model_info
-from maehub.models.autoencoder import AutoencoderConfig
-from maehub.train.engine.optim import peak_rate
-from maehub.train.networks import costs
+from maehub.hub import is_model, model_info
+from maehub.models import AutoencoderConfig
+from maehub.train.engine import peak_rate
+from maehub.train.networks import (
+    BACKWARD,
+    activation_bytes,
+    block_parameters,
+    checkpoint_bytes,
+    count_parameters,
+    decoder_flops,
+    fixed_bytes,
+    forward_flops,
+    work_of,
+)
 from maehub.train.planning.devices import Device, device_row
 from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_words
-from maehub.train.pretraining.config import PlanConfig
-from maehub.train.pretraining.holdout import split_data
-from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of
-from maehub.train.pretraining.views import Crops
+from maehub.train.pretraining import Crops, PlanConfig, build_network, find_weights, kept_patches, split_data, view_of
 
 _USABLE_GPU, _USABLE_CPU = 0.9, 0.5
 """Share of the memory that a plan fills; the rest is for the driver and the allocator's gaps, or the readers and the
@@ -54,15 +60,15 @@ def plan(config: PlanConfig) -> Plan:
     per_step = config.batch_size / config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * found.training / per_step)
 
-    parameters = costs.count_parameters(network)
+    parameters = count_parameters(network)
     kept = kept_patches(view_of(config, network))
     corrupts = config.corruption[0] < 1
-    work = costs.work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
-    forward = costs.forward_flops(network, work)
-    training = forward * (1 + costs.BACKWARD + config.checkpoint_activations)
-    view_bytes = costs.activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
+    work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
+    forward = forward_flops(network, work)
+    training = forward * (1 + BACKWARD + config.checkpoint_activations)
+    view_bytes = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
     shards = config.processes if config.fsdp else 1
-    fixed = costs.fixed_bytes(parameters, precision, shards=shards, largest_block=costs.block_parameters(network))
+    fixed = fixed_bytes(parameters, precision, shards=shards, largest_block=block_parameters(network))
 
     share = math.ceil(config.batch_size / config.processes)
     room = max(0, math.floor((_usable(device) - fixed) / view_bytes))
@@ -72,7 +78,7 @@ def plan(config: PlanConfig) -> Plan:
     seconds += _ADAMW_TRAFFIC * parameters.trained / shards / (device.bandwidth * 1e9)
     speed = config.batch_size / seconds
 
-    checkpoint = costs.checkpoint_bytes(parameters)
+    checkpoint = checkpoint_bytes(parameters)
     exported = 4 * (2 * parameters.encoder + parameters.decoder + parameters.fixed)
     result = Plan(
         network=config.from_ or config.model,
@@ -81,7 +87,7 @@ def plan(config: PlanConfig) -> Plan:
         work=work,
         forward_flops=forward,
         training_flops=training,
-        decoder_share=costs.decoder_flops(network, work) / forward,
+        decoder_share=decoder_flops(network, work) / forward,
         device=device,
         precision=precision,
         utilisation=utilisation,
@@ -210,7 +216,7 @@ def _advice(config: PlanConfig, network: AutoencoderConfig, found: Plan, room: i
         advice.append("--compile: 1.37 times the images/s for ViT-B on an H100 (docs/performance.md).")
     if found.decoder_share > 0.4 and network.decoder_depth > 1:
         shallow = replace(network, decoder_depth=1)
-        ratio = found.forward_flops / costs.forward_flops(shallow, found.work)
+        ratio = found.forward_flops / forward_flops(shallow, found.work)
         advice.append(
             f"The decoder takes {found.decoder_share:.0%} of the FLOPs: --decoder-depth 1 makes a step {ratio:.1f} "
             "times cheaper. For ViT-L the paper lost 0.1 points fine-tuned and 8.0 of the linear probe (table 1a)."
@@ -242,7 +248,7 @@ def _memory_advice(config: PlanConfig, network: AutoencoderConfig, found: Plan, 
     elif config.micro_batch and config.micro_batch > room:
         advice.append(f"--micro-batch {config.micro_batch} does not fit: {room:,} views do. Leave it out.")
     elif share > room:
-        small = costs.activation_bytes(network, found.work.kept, found.precision, work=found.work, checkpoint=True)
+        small = activation_bytes(network, found.work.kept, found.precision, work=found.work, checkpoint=True)
         larger = (_usable(found.device) - found.fixed_bytes) // small
         other = (
             ""

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from maehub.errors import UsageError
-from maehub.images.sizes import Size, grid_size
-from maehub.models.autoencoder import squared_error
-from maehub.models.patches import patchify
+from maehub.images import Size, grid_size
+from maehub.models import patchify, squared_error
 from maehub.train.pretraining.objective import Objective
 
 _AT_ONCE = 16  # pictures that are in memory together

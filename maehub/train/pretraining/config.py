@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from maehub.errors import UsageError
-from maehub.train.engine.settings import (
+from maehub.train.engine import (
     POSITIVE,
     SHARE,
     LossOn,

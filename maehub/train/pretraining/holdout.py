@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.sources import Source, find_samples, groups, select
+from maehub.data import Source, find_samples, groups, select
 from maehub.errors import DataError, UsageError
 from maehub.files import cache_folder
 from maehub.rng import sample_id

@@ -13,30 +13,52 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maehub.data.loader import StepKeys, batches_of, check_shared_memory, worker_count
+from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
 from maehub.errors import EXIT_DONE, UsageError
-from maehub.images.augment import jitter
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.train.engine.checkpoint import Progress
-from maehub.train.engine.distributed import Group, joined
-from maehub.train.engine.environment import code_digest, environment
-from maehub.train.engine.micro_batch import micro_batch, within_memory
-from maehub.train.engine.optim import adamw, gradient_norm, guarded_step, learning_rate, peak_rate, set_rates
-from maehub.train.engine.parallel import accumulating, autocast, deterministic, wrapped
-from maehub.train.engine.preemption import Stop, stop_requests
-from maehub.train.engine.resume import Saver, fixed_settings, resumed
-from maehub.train.engine.run_log import RunLog, check_run_folder, run_state
-from maehub.train.engine.sharded import gathered
-from maehub.train.engine.steps import agreed, batch_words, next_batch, parts, rescuing
+from maehub.images import jitter
+from maehub.models import MaskedAutoencoder
+from maehub.train.engine import (
+    Group,
+    Progress,
+    RunLog,
+    Saver,
+    Stop,
+    accumulating,
+    adamw,
+    agreed,
+    autocast,
+    batch_words,
+    check_run_folder,
+    code_digest,
+    describe_environment,
+    deterministic,
+    find_micro_batch,
+    fixed_settings,
+    gathered,
+    gradient_norm,
+    guarded_step,
+    joined,
+    learning_rate,
+    next_batch,
+    parts,
+    peak_rate,
+    rescuing,
+    resumed,
+    run_state,
+    set_rates,
+    stop_requests,
+    within_memory,
+    wrapped,
+)
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.holdout import Split, split_data
 from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
 from maehub.train.pretraining.objective import Objective, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
 from maehub.train.pretraining.views import Crops, View, validation_batch
-from maehub.train.reports.report import report
+from maehub.train.reports import update_report
 from maehub.version import __version__
-from maehub.weights.model_folder import save
+from maehub.weights import save
 
 log = logging.getLogger("maehub")
 
@@ -149,7 +171,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
         validation = Validation(config, objective, view, split.heldout or split.training, split.heldout)
     precision = autocast(config, device)
     fits = views_fit(config, objective, model.config, view, kept, group)
-    micro = micro_batch(config, config.batch_size // group.size, group, fits, f"{view.size[0]}×{view.size[1]}")
+    micro = find_micro_batch(config, config.batch_size // group.size, group, fits, f"{view.size[0]}×{view.size[1]}")
     module = wrapped(objective, config, group)
     optimizer = adamw(model, config.weight_decay)
     start = replace(start, micro_batch=micro)
@@ -171,7 +193,11 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
         check_shared_memory(job.view.batch_bytes(views), views, workers)
     if group.leads:
         _announce(config, group, job, peak, micro)
-    facts = asdict(config) | {"steps": steps, "target": job.model.config.target, "environment": environment(group)}
+    facts = asdict(config) | {
+        "steps": steps,
+        "target": job.model.config.target,
+        "environment": describe_environment(group),
+    }
     run.begin(
         facts,
         first_step=at.step,
@@ -197,7 +223,10 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     saver = Saver(config, group, run, stop, job.model, job.optimizer, replace(job.start, micro_batch=micro))
     crops = Crops(job.split.training, job.view, config.cache)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
-    with loading as batches, rescuing(keys, job.split.training, run, saver, partial(report, run, PretrainConfig)):
+    with (
+        loading as batches,
+        rescuing(keys, job.split.training, run, saver, partial(update_report, run, PretrainConfig)),
+    ):
         for step in range(at.step, steps):
             group.step = step + 1
             batch, said = next_batch(batches, group, run, stop)
@@ -235,7 +264,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 run.restart_clock()
             if stopping and done < steps:
                 run.finish("preempted", stopping)
-                report(run, PretrainConfig)
+                update_report(run, PretrainConfig)
                 return PretrainResult(config.out, done, stopping)
 
     return _finished(config, group, job, run)
@@ -277,7 +306,7 @@ def _finished(config: PretrainConfig, group: Group, job: _Job, run: RunLog) -> P
         if still is not None:
             save(still.model.eval(), run.folder / "model", overwrite=True)
     run.finish("completed", EXIT_DONE)
-    report(run, PretrainConfig)
+    update_report(run, PretrainConfig)
     return PretrainResult(config.out, job.steps, EXIT_DONE)
 
 

@@ -7,23 +7,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from maehub.data.loader import Key
+from maehub.data import Key
 from maehub.errors import IntegrityError, UsageError
-from maehub.hub.catalog import is_model, model_info
-from maehub.hub.loading import load, load_autoencoder
-from maehub.hub.locating import Located, locate
-from maehub.images.augment import Augmentation
-from maehub.images.sizes import Size
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.models.encoder import Encoder
-from maehub.models.mean_colours import COLOURS
-from maehub.train.engine.distributed import Group
-from maehub.train.engine.environment import available_bytes
-from maehub.train.engine.micro_batch import MEMORY_SHARE, pass_fits
-from maehub.train.engine.parallel import autocast, computes_bf16
-from maehub.train.engine.settings import Precision
-from maehub.train.networks.costs import activation_bytes, block_parameters, count_parameters, fixed_bytes, work_of
-from maehub.train.networks.presets import pair, preset
+from maehub.hub import Located, is_model, load, load_autoencoder, locate, model_info
+from maehub.images import Augmentation, Size
+from maehub.models import COLOURS, AutoencoderConfig, Encoder, MaskedAutoencoder
+from maehub.train.engine import MEMORY_SHARE, Group, Precision, autocast, available_bytes, computes_bf16, pass_fits
+from maehub.train.networks import (
+    activation_bytes,
+    block_parameters,
+    count_parameters,
+    fixed_bytes,
+    pair,
+    preset,
+    work_of,
+)
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.views import Batch, View
 

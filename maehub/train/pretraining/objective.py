@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images.preprocess import Preprocess
-from maehub.images.sizes import Size, grid_size
-from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder, squared_error
-from maehub.models.encoder import take
-from maehub.models.masking import split_index
-from maehub.models.mean_colours import mean_colour_of as mean_colour_of
-from maehub.models.mean_colours import mean_colours as mean_colours
-from maehub.models.patches import patchify, unpatchify
+from maehub.images import Preprocess, Size, grid_size
+from maehub.models import AutoencoderConfig, MaskedAutoencoder, patchify, split_index, squared_error, take, unpatchify
+from maehub.models import mean_colour_of as mean_colour_of
+from maehub.models import mean_colours as mean_colours
 from maehub.rng import random_bits
-from maehub.train.engine.settings import LossOn
+from maehub.train.engine import LossOn
 
 """Which patches the loss is taken on; the paper's is ``hidden`` (section 4)."""
 

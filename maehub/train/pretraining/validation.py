@@ -9,16 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maehub.data.loader import naming
-from maehub.data.sources import Source, find_samples, groups
+from maehub.data import Source, find_samples, groups, naming
 from maehub.errors import DataError
-from maehub.figures.reconstruction import grid as figure_grid
-from maehub.figures.reconstruction import reconstruct
+from maehub.figures import grid as figure_grid
+from maehub.figures import reconstruct
 from maehub.files import atomic_write
-from maehub.images.decoding import open_image
-from maehub.images.preprocess import Preprocess
-from maehub.models.autoencoder import MaskedAutoencoder
-from maehub.train.evaluation.neighbours import effective_rank, leave_one_out
+from maehub.images import Preprocess, open_image
+from maehub.models import MaskedAutoencoder
+from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.objective import Objective

@@ -18,13 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from maehub.data.loader import _VALIDATION, Key, naming
-from maehub.data.sources import Source
+from maehub.data import VALIDATION_VIEW, Key, Source, naming
 from maehub.errors import DataError
-from maehub.images.augment import Augmentation, colour_factors, crop
-from maehub.images.decoding import open_image
-from maehub.images.sizes import Size, grid_size
-from maehub.models.masking import Strategy, make_masks
+from maehub.images import Augmentation, Size, colour_factors, crop, grid_size, open_image
+from maehub.models import Strategy, make_masks
 from maehub.rng import sample_seed
 
 log = logging.getLogger("maehub")
@@ -137,7 +134,7 @@ def validation_batch(samples: Source, view: View, count: int, seed: int) -> Batc
         with naming(samples, index):
             picture = open_image(samples.source(index), channels=view.channels)
         for row in range(place, count, len(chosen)):
-            number = sample_seed(seed, row // len(chosen), samples.sample_id(index), _VALIDATION)
+            number = sample_seed(seed, row // len(chosen), samples.sample_id(index), VALIDATION_VIEW)
             keys[row] = Key(index, number, number)
             pixels[row] = torch.from_numpy(crop(picture, view.size, view.channels, view.augmentation, number))
     return view.batch(pixels, keys)

@@ -1,1 +1,5 @@
 """What frozen features know: linear probes, neighbours, comparisons."""
+
+from lazy_loader import attach_stub
+
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

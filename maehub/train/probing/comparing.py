@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.data.splits import LabelledSplit
+from maehub.data import LabelledSplit
 from maehub.errors import CheckpointError
 from maehub.files import atomic_write, check_free, write_error
-from maehub.train.evaluation.scores import Interval, Scores
-from maehub.train.evaluation.text_tables import html_table, readable, text_table
+from maehub.train.evaluation import Interval, Scores, html_table, readable, text_table
 from maehub.train.probing.config import CompareConfig, KnnConfig
 from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split
 
@@ -185,8 +184,7 @@ def _frozen_runs(config: CompareConfig, name: str, splits: dict[int, LabelledSpl
 
 
 def _finetuned(config: CompareConfig, name: str, seed: int) -> Run:
-    from maehub.train.finetuning.config import FinetuneConfig
-    from maehub.train.finetuning.loop import finetune
+    from maehub.train.finetuning import FinetuneConfig, finetune
 
     assert config.out is not None
     folder = config.out / f"finetune-{config.model.index(name) + 1}-seed-{seed}"

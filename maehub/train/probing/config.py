@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from maehub.errors import UsageError
-from maehub.train.engine.settings import POSITIVE, Flag, Rule, check, default, is_size, number, one_of, sides, whole
+from maehub.train.engine import POSITIVE, Flag, Rule, check, default, is_size, number, one_of, sides, whole
 
 Method = Literal["fast", "lars", "attentive"]
 Protocol = Literal["probe", "knn", "finetune"]

@@ -15,22 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maehub.data.duplicates import MOST_LOOKED_AT, find_twins
-from maehub.data.labels import Labelled
-from maehub.data.splits import LabelledSplit, folds, inner_split, split_labelled
+from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, find_twins, folds, inner_split, split_labelled
 from maehub.errors import CheckpointError, UsageError
-from maehub.features.inference import outputs
+from maehub.features import outputs
 from maehub.files import atomic_write, check_free, whole_folder, write_text
-from maehub.models.devices import usable_device
-from maehub.models.encoder import Encoder
-from maehub.train.evaluation.linear import LinearFit, Trial, best, fit_at, sweep
-from maehub.train.evaluation.neighbours import NEIGHBOURS, NeighbourTrial, choose_neighbours, vote
-from maehub.train.evaluation.scores import score
-from maehub.train.finetuning.classifier import as_classifier
-from maehub.train.networks.backbones import Backbone, open_backbone
+from maehub.models import Encoder, usable_device
+from maehub.train.evaluation import (
+    NEIGHBOURS,
+    LinearFit,
+    NeighbourTrial,
+    Trial,
+    best,
+    choose_neighbours,
+    fit_at,
+    score,
+    sweep,
+    vote,
+)
+from maehub.train.finetuning import as_classifier
+from maehub.train.networks import Backbone, open_backbone
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
-from maehub.weights.model_folder import save
+from maehub.weights import save
 
 MEMBERS = ("probe.json",)
 """What marks the folder of a probe."""
@@ -306,8 +312,7 @@ def _write(
 
 def _trained(config: ProbeConfig) -> ProbeResult:
     """The probes that are trained: the loop of fine-tuning on a frozen network."""
-    from maehub.train.finetuning.config import FinetuneConfig
-    from maehub.train.finetuning.loop import finetune
+    from maehub.train.finetuning import FinetuneConfig, finetune
 
     assert config.out is not None
     if config.pool not in (None, "cls", "mean"):

@@ -4,10 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.train.evaluation.linear import Trial, best
-from maehub.train.evaluation.neighbours import NeighbourTrial
-from maehub.train.evaluation.scores import Scores
-from maehub.train.evaluation.text_tables import html_table, percent, readable, text_table
+from maehub.train.evaluation import NeighbourTrial, Scores, Trial, best, html_table, percent, readable, text_table
 
 _NAME = 60  # characters of a model's name in a table
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from maehub.figures.plots import Series, figure
-from maehub.train.engine.optim import peak_rate
-from maehub.train.evaluation.scores import Bin, ClassScore, Scores
-from maehub.train.evaluation.text_tables import percent, readable
+from maehub.figures import Series, figure
+from maehub.train.engine import peak_rate
+from maehub.train.evaluation import Bin, ClassScore, Scores, percent, readable
 from maehub.train.reports.html import picture, rows, section, settings_table
 
 _MOST_CLASSES = 30  # in the table

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from maehub.errors import DataError
-from maehub.images.decoding import open_image
+from maehub.images import open_image
 
 _JPEG_QUALITY = 88
 

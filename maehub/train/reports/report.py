@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maehub.errors import MaehubError, UsageError
-from maehub.figures.plots import Series, figure, raw_and_smooth
+from maehub.figures import Series, figure, raw_and_smooth
 from maehub.files import atomic_write
-from maehub.models.encoder import PRESETS
-from maehub.train.engine.run_log import RunLog
-from maehub.train.engine.settings import RunConfig
+from maehub.models import PRESETS
+from maehub.train.engine import RunConfig, RunLog
 from maehub.train.reports import classifier as report_classifier
 from maehub.train.reports.html import HEAD, STATES, picture, rows, section, settings_table, value_words
 
@@ -80,7 +79,7 @@ def write_report(run: Path, kind: type[RunConfig]) -> Path:
     return path
 
 
-def report(run: RunLog, kind: type[RunConfig]) -> None:
+def update_report(run: RunLog, kind: type[RunConfig]) -> None:
     """The page of a run; one that cannot be written takes nothing from it."""
     try:
         if run.leads:

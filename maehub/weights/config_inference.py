@@ -7,9 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.images.sizes import Size
-from maehub.models.autoencoder import AutoencoderConfig, Target
-from maehub.models.encoder import PRESETS, EncoderConfig
+from maehub.images import Size
+from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
 from maehub.weights.keys import ENCODER_MASK_TOKEN, is_decoder
 
 

@@ -1,0 +1,5 @@
+from .certificate import difference as difference
+from .certificate import fixed_images as fixed_images
+from .certificate import largest as largest
+from .conversion import convert as convert
+from .identifying import identify as identify

@@ -1,0 +1,5 @@
+from .extraction import extract_features as extract_features
+from .inference import outputs as outputs
+from .table import FeatureTable as FeatureTable
+from .table import Skipped as Skipped
+from .table import write_bad_files as write_bad_files

@@ -1,0 +1,17 @@
+from .drawing import check_figure as check_figure
+from .drawing import compose as compose
+from .drawing import heat as heat
+from .drawing import save_figure as save_figure
+from .plots import Series as Series
+from .plots import decimated as decimated
+from .plots import figure as figure
+from .plots import raw_and_smooth as raw_and_smooth
+from .plots import tick_words as tick_words
+from .plots import ticks as ticks
+from .reconstruction import AttentionMap as AttentionMap
+from .reconstruction import ErrorMap as ErrorMap
+from .reconstruction import Panels as Panels
+from .reconstruction import attention_overlay as attention_overlay
+from .reconstruction import error_map as error_map
+from .reconstruction import grid as grid
+from .reconstruction import reconstruct as reconstruct

@@ -1,0 +1,17 @@
+from .augment import Augmentation as Augmentation
+from .augment import colour_factors as colour_factors
+from .augment import crop as crop
+from .augment import jitter as jitter
+from .decoding import MAX_PIXELS as MAX_PIXELS
+from .decoding import ImagePath as ImagePath
+from .decoding import decode as decode
+from .decoding import decoder_of as decoder_of
+from .decoding import open_image as open_image
+from .decoding import plain as plain
+from .decoding import printable as printable
+from .preprocess import Preprocess as Preprocess
+from .preprocess import TransformName as TransformName
+from .preprocess import read_pixels as read_pixels
+from .sizes import Size as Size
+from .sizes import as_size as as_size
+from .sizes import grid_size as grid_size

@@ -1,0 +1,2 @@
+from .pushing import Plan as Plan
+from .pushing import push as push

@@ -1,0 +1,11 @@
+from .comparing import Comparison as Comparison
+from .comparing import compare as compare
+from .config import CompareConfig as CompareConfig
+from .config import KnnConfig as KnnConfig
+from .config import ProbeConfig as ProbeConfig
+from .probing import knn as knn
+from .probing import probe as probe
+from .probing import probe_sweep as probe_sweep
+from .results import KnnResult as KnnResult
+from .results import ProbeResult as ProbeResult
+from .results import Sweep as Sweep

@@ -1,0 +1,1 @@
+from .report import update_report as update_report
