@@ -12,11 +12,18 @@ The names are listed in ``__init__.pyi`` and imported when they are first used, 
 imports no torch. Every room below does the same: its ``__init__.pyi`` lists what others may use of it.
 """
 
+import sys
 from typing import Any
 
 from maehub.version import __version__ as __version__
 
 _ROOMS = ("interop", "train")
+_MOVED = {  # imports that the documentation of 0.1 showed; they go in 0.3
+    "maehub.drawing": "maehub.figures",
+    "maehub.packing": "maehub.weights",
+    "maehub.train.augment": "maehub.images",
+    "maehub.train.baselines": "maehub.train.pretraining.baselines",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +33,23 @@ def __getattr__(name: str) -> Any:
     if name == "__all__":
         return sorted({*names} - {"__version__", *_ROOMS}, key=str.lower)
     return attribute(name)
+
+
+class _Moved(type(sys)):
+    """A module under its name of 0.1."""
+
+    def __getattr__(self, name: str) -> Any:
+        from importlib import import_module
+        from warnings import warn
+
+        if name.startswith("__"):
+            raise AttributeError(name)
+        now = _MOVED[self.__name__]
+        warn(f"{self.__name__} is {now} since 0.2; the old name goes in 0.3", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(now), name)
+
+
+sys.modules.update({name: _Moved(name) for name in _MOVED if name not in sys.modules})
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """The public names, signatures, commands, flags and exit codes: what scripts rely on. Importing has no effects."""
 
+import importlib
 import inspect
 import json
 import os
@@ -207,10 +208,22 @@ def test_exported_names():
 
 
 def test_names_for_type_checkers_are_the_names_at_run_time():
-    source = (PACKAGE / "__init__.py").read_text()
+    source = (PACKAGE / "__init__.pyi").read_text()
     for name in maehub.__all__:
-        home = getattr(maehub, name).__module__
-        assert f"    from {home} import {name} as {name}\n" in source or f"import {name} as {name}\n" in source
+        room = getattr(maehub, name).__module__.split(".")[1]
+        assert f"from .{room} import {name} as {name}\n" in source
+
+
+@pytest.mark.parametrize(("old", "name"), [
+    ("maehub.drawing", "compose"), ("maehub.drawing", "save_figure"), ("maehub.packing", "pack"),
+    ("maehub.train.augment", "crop"), ("maehub.train.baselines", "baselines"),
+])  # fmt: skip
+def test_imports_of_0_1_that_were_documented_work_until_0_3(old, name):
+    module = importlib.import_module(old)
+    with pytest.warns(DeprecationWarning, match=r"goes in 0\.3"):
+        assert getattr(module, name).__module__.startswith("maehub.")
+    with pytest.raises(AttributeError), pytest.warns(DeprecationWarning):
+        _ = module.nonsense
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
@@ -435,7 +448,7 @@ def test_wheel_holds_what_is_no_python(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    assert names >= {"maehub/py.typed", "maehub/catalog.toml", "maehub/assets/vit-nano.safetensors"}
+    assert names >= {"maehub/py.typed", "maehub/hub/catalog.toml", "maehub/assets/vit-nano.safetensors"}
     assert names >= {f"maehub/assets/{photo}.jpg" for photo in ("cat", "coffee")}
     modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     assert modules <= names
