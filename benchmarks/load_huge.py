@@ -118,9 +118,9 @@ print(json.dumps([time.perf_counter() - imported, imported - start, peak() - bef
 
 MAKE = """
 import sys
-from maehub.autoencoder import AutoencoderConfig, MaskedAutoencoder
-from maehub.encoder import PRESETS
-from maehub.weights import save
+from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
+from maehub.models.encoder import PRESETS
+from maehub.weights.model_folder import save
 save(MaskedAutoencoder(AutoencoderConfig(PRESETS["vit-h"])), sys.argv[1])
 """
 

@@ -37,11 +37,11 @@ LOCKS = Path("/proc/locks")
 CHILD = """
 import fcntl, os, shutil, sys, time
 from huggingface_hub import constants
-from maehub import catalog
+from maehub.hub import catalog
 constants.DOWNLOAD_CHUNK_SIZE = 65_536
 catalog.FAIR_BASE = os.environ["HF_ENDPOINT"] + "/"
 {patch}
-from maehub.cli import main
+from maehub.cli.command_line import main
 code = main(sys.argv[1:])
 {after}
 sys.exit(code)
@@ -472,7 +472,7 @@ print("free", os.statvfs(os.environ["DISK"]).f_bavail * os.statvfs(os.environ["D
 MUCH_ROOM = "shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=10**12)"
 # Room enough when it is asked for, and then another process takes it.
 RACE = """
-from maehub import caching, transport
+from maehub.hub import cache as caching, client as transport
 def took_it(*_, check=caching.check_room):
     check(*_)
     with open(os.path.join(os.environ["DISK"], "other"), "wb") as other:
@@ -513,7 +513,7 @@ def test_row_19_a_size_that_nobody_knows_is_found_out_midway(hub, vit_b, start, 
     disk = tmp_path / "disk"
     disk.mkdir()
     environment = {"MAEHUB_CACHE": str(disk / "maehub"), "DISK": str(disk)}
-    patch = MUCH_ROOM + "\nfrom maehub import transport\ntransport.check_room = lambda *_: None"
+    patch = MUCH_ROOM + "\nfrom maehub.hub import client as transport\ntransport.check_room = lambda *_: None"
     process = start(
         "download",
         "vit-b-normpix-full",

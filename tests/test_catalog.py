@@ -235,7 +235,7 @@ def test_row_21_an_unknown_name_fails_at_once_without_a_network(monkeypatch):
     code = """
 import sys, time
 start = time.process_time()
-from maehub.catalog import resolve
+from maehub.hub.catalog import resolve
 try:
     resolve("vit-bb", "encoder")
 except ValueError as error:

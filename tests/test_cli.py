@@ -800,7 +800,7 @@ def test_row_88_a_download_sends_nothing_about_its_user(hub, photos, tmp_path, m
 
 OFFLINE = """
 import sys, time
-from maehub.cli import main
+from maehub.cli.command_line import main
 begin = time.monotonic()
 code = main(sys.argv[1:])
 print(code, "torch" in sys.modules, time.monotonic() - begin < 1)

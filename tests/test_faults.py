@@ -35,8 +35,8 @@ from maehub.train.pretraining.objective import Objective
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
 PRESET = """
-from maehub import cli
-from maehub.encoder import PRESETS, EncoderConfig
+from maehub.cli import command_line as cli
+from maehub.models.encoder import PRESETS, EncoderConfig
 PRESETS["vit-tiny"] = EncoderConfig(32, 8, 3, 32, 2, 2)
 """
 

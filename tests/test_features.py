@@ -479,8 +479,8 @@ def test_bad_pictures_in_memory_are_numbered(encoder):
 
 SCRIPT = """
 import sys, torch
-from maehub import features
-from maehub.encoder import Encoder, EncoderConfig
+from maehub.features import extraction as features
+from maehub.models.encoder import Encoder, EncoderConfig
 torch.manual_seed(0)
 encoder = Encoder(EncoderConfig(32, 8, 3, 32, 1, 2)).eval()
 features._CHUNK_BATCHES = 1
@@ -708,8 +708,8 @@ def test_memory_does_not_grow_with_the_source(encoder, tmp_path):
     """Rows of 2 MB each: 120 of them would be 240 MB in memory."""
     code = """
 import resource, sys, torch, numpy as np
-from maehub import features
-from maehub.encoder import Encoder, EncoderConfig
+from maehub.features import extraction as features
+from maehub.models.encoder import Encoder, EncoderConfig
 encoder = Encoder(EncoderConfig(256, 8, 3, 512, 0, 2)).eval()
 picture = np.zeros((256, 256, 3), np.uint8)
 run = lambda count, out: features.extract_features(encoder, [picture] * count, pool="tokens", batch_size=4, out=out)

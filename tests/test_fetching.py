@@ -191,7 +191,7 @@ def test_a_source_in_trouble_is_not_a_source_that_is_gone(hub, vit_b, naps):
 
 
 def test_the_embedded_file_needs_no_network_and_is_pinned(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(delivery, "__file__", str(tmp_path / "delivery.py"))
+    monkeypatch.setattr(delivery, "__file__", str(tmp_path / "hub" / "downloading.py"))
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "nano.safetensors").write_bytes(BYTES)
     source = Source("package", "assets/nano.safetensors", "safetensors", sha256=SHA256)
@@ -386,9 +386,9 @@ def test_row_9_offline_with_a_cache(hub, vit_b, how, monkeypatch):
 
 OFFLINE = """
 import sys, time
-from maehub.catalog import resolve
+from maehub.hub.catalog import resolve
 from maehub.errors import HubError
-from maehub.fetching import fetch, fetch_repo
+from maehub.hub.fetching import fetch, fetch_repo
 try:
     fetch(resolve("vit-h-448", "encoder"), offline=OFFLINE) if not REPO else fetch_repo("user/repo", offline=OFFLINE)
 except HubError as error:
@@ -735,7 +735,7 @@ def test_importing_sets_nothing(hub):
     code = """
 import os, sys
 before = dict(os.environ)
-import maehub.catalog, maehub.fetching
+import maehub.hub.catalog, maehub.hub.fetching
 assert "huggingface_hub" not in sys.modules and "requests" not in sys.modules and "torch" not in sys.modules
 maehub.hub.fetching.place_of(None, False, False)
 assert dict(os.environ) == before

@@ -735,7 +735,7 @@ def test_row_22_a_large_file_takes_little_memory(tmp_path):
     sparse(tmp_path / "h.safetensors", {key: tuple(value.shape) for key, value in state.items()})
     code = f"""
 import resource
-from maehub.identifying.answering import identify
+from maehub.conversion.identifying import identify
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert identify({str(tmp_path / "h.safetensors")!r}).network.name == "ViT-H/14"
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

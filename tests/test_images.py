@@ -484,7 +484,7 @@ def test_row_41_other_formats_never_reach_a_decoder(tmp_path, data):
     path = tmp_path / "innocent.jpg"
     path.write_bytes(data)
     code = (
-        "import sys; from maehub.images.preprocess import open_image; from maehub.errors import DataError\n"
+        "import sys; from maehub.images.decoding import open_image; from maehub.errors import DataError\n"
         "def hook(event, arguments):\n"
         "    if event in ('subprocess.Popen', 'os.system', 'os.posix_spawn', 'os.fork'): print('STARTED', event)\n"
         "sys.addaudithook(hook)\n"

@@ -20,7 +20,7 @@ from sklearn import metrics
 from maehub.errors import CheckpointError, DivergedError, UsageError
 from maehub.figures.plots import Series, chart, decimated, smoothed, tick_words
 from maehub.models.encoder import PRESETS, EncoderConfig
-from maehub.train import FinetuneConfig, finetune
+from maehub.train import FinetuneConfig, PretrainConfig, finetune
 from maehub.train.evaluation.scores import score
 from maehub.train.finetuning import loop as finetuning
 from maehub.train.reports.report import read_metrics, write_report
@@ -102,8 +102,16 @@ def write_run(folder, *, config=CONFIG, steps=40, validations=(0, 20, 40), state
     return folder
 
 
+def kind_of(folder):
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        return PretrainConfig
+    return FinetuneConfig if isinstance(config, dict) and config.get("kind") == "finetune" else PretrainConfig
+
+
 def page_of(folder):
-    path = write_report(folder)
+    path = write_report(folder, kind_of(folder))
     assert path == folder / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -239,7 +247,7 @@ def test_what_is_no_number_is_left_out(tmp_path):
 
 
 def test_settings_that_are_not_the_default_are_marked(tmp_path):
-    write_report(write_run(tmp_path / "run"))
+    write_report(write_run(tmp_path / "run"), PretrainConfig)
     text = (tmp_path / "run" / "report.html").read_text()
     assert marked(text) == ["data", "out", "target", "steps", "batch-size", "seed"]
     assert "<tr><th>crop-scale</th><td>0.2 1</td>" in text
@@ -254,7 +262,7 @@ def test_a_hundred_thousand_steps_are_fast_and_small(tmp_path):
             facts = {"step": step, "loss": 0.5 + noise, "lr": 1e-3, "images_per_second": 1000.0, "data_wait": 0.0}
             file.write(json.dumps(facts) + "\n")
     start = time.perf_counter()
-    path = write_report(run)
+    path = write_report(run, PretrainConfig)
     assert time.perf_counter() - start < 10
     assert path.stat().st_size < 200_000
     assert "100,000 steps of 16 views" in Page(path.read_text()).text
@@ -308,18 +316,18 @@ def test_tick_words():
 
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match="no run folder"):
-        write_report(tmp_path)
+        write_report(tmp_path, PretrainConfig)
     assert not list(tmp_path.iterdir())
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UsageError, match="no run folder"):
-        write_report(tmp_path)
+        write_report(tmp_path, PretrainConfig)
 
 
 def test_a_report_that_cannot_be_written(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "report.html").mkdir()
     with pytest.raises(CheckpointError, match=r"report\.html"):
-        write_report(run)
+        write_report(run, PretrainConfig)
 
 
 # --- runs of fine-tuning ----------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import maehub
 from maehub import files
 from maehub.cli import command_line as cli
+from maehub.data import loader
 from maehub.data.loader import StepKeys, batches_of, worker_count
 from maehub.data.sources import find_images
 from maehub.errors import CheckpointError, DataError, DivergedError, MaehubError, UsageError
@@ -277,8 +278,9 @@ SCRIPT = """
 import sys
 import time
 from pathlib import Path
-from maehub.encoder import PRESETS, EncoderConfig
-from maehub.train import PretrainConfig, pretrain, pretraining
+from maehub.models.encoder import PRESETS, EncoderConfig
+from maehub.train import PretrainConfig, pretrain
+from maehub.train.pretraining import loop as pretraining
 if __name__ == "__main__":
     PRESETS["vit-tiny"] = EncoderConfig(32, 8, 3, 32, 1, 2)
     real = pretraining.learning_rate
@@ -679,7 +681,7 @@ def test_row_48_a_reading_process_that_fails_is_one_clear_error(pictures, tmp_pa
         return real(*arguments)
 
     monkeypatch.setattr(data, "crop", failing)
-    monkeypatch.setattr(data, "_SILENCE", 1)
+    monkeypatch.setattr(loader, "_SILENCE", 1)
     with pytest.raises(DataError, match=r"process that reads pictures failed: .*--workers") as caught:
         pretrain(settings_of(pictures, tmp_path / "run", workers=1))
     assert caught.value.exit_code == 5
@@ -1051,14 +1053,14 @@ def test_workers_fit_the_machine():
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=60, deadline=None)
 def test_shuffling_place_by_place_is_a_permutation(count, seed):
-    found = data.shuffled(np.arange(count), count, seed)
+    found = loader.shuffled(np.arange(count), count, seed)
     assert sorted(found.tolist()) == list(range(count))
     some = np.arange(0, count, 7)
-    assert np.array_equal(data.shuffled(some, count, seed), found[some])
+    assert np.array_equal(loader.shuffled(some, count, seed), found[some])
 
 
 def test_shuffling_looks_random_and_needs_no_memory_for_a_billion():
-    orders = np.stack([data.shuffled(np.arange(100), 100, sample_seed(seed, 0, 0)) for seed in range(3000)])
+    orders = np.stack([loader.shuffled(np.arange(100), 100, sample_seed(seed, 0, 0)) for seed in range(3000)])
     counts = np.zeros((100, 100))
     for order in orders:
         counts[np.arange(100), order] += 1
@@ -1067,7 +1069,7 @@ def test_shuffling_looks_random_and_needs_no_memory_for_a_billion():
     follows = np.mean(orders[:, 1:] == orders[:, :-1] + 1)  # neighbours stay neighbours by chance alone
     assert abs(follows - 1 / 100) < 0.002
     places = np.arange(10**9 - 1000, 10**9)
-    found = data.shuffled(places, 10**9, 5)
+    found = loader.shuffled(places, 10**9, 5)
     assert len(set(found.tolist())) == 1000
     assert 0 <= found.min() < found.max() < 10**9
     assert abs(found.mean() / 10**9 - 0.5) < 0.05
