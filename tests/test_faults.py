@@ -194,7 +194,7 @@ def test_row_60_memory_that_runs_out_says_what_helps(pictures, tmp_path, monkeyp
 def test_row_60_a_real_limit_on_memory(pictures, tmp_path):
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
     grow = (
-        "from maehub.train import pretraining\nimport torch\n"
+        "from maehub.train.pretraining import loop as pretraining\nimport torch\n"
         "pretraining.gradient_norm = lambda parameters: torch.ones(1 << 32).norm()\n"  # 16 GiB
     )
     done = script(pictures, tmp_path / "run", before=limit + grow)
@@ -208,14 +208,14 @@ def test_a_batch_that_does_not_fit_is_accumulated(pictures, tmp_path, monkeypatc
     network = AutoencoderConfig(TINY, 32, 1, 2, "pixels")
     fixed = fixed_bytes(count_parameters(network), "fp32")
     room = fixed + 2 * 5 * activation_bytes(network, 4, "fp32")  # half of what is left is for five views
-    monkeypatch.setattr(fitting, "available_bytes", lambda: room)
+    monkeypatch.setattr("maehub.train.pretraining.network.available_bytes", lambda: room)
     with caplog.at_level("INFO", "maehub"):
         pretrain(config_of(pictures, tmp_path / "parts", batch_size=12))
     assert "12 views do not fit at once: gradients are accumulated over 3 × 4" in caplog.text
     np.testing.assert_allclose(
         list(losses(tmp_path / "parts").values()), list(losses(tmp_path / "whole").values()), rtol=1e-5
     )
-    monkeypatch.setattr(fitting, "available_bytes", lambda: fixed)
+    monkeypatch.setattr("maehub.train.pretraining.network.available_bytes", lambda: fixed)
     with pytest.raises(CheckpointError, match=r"not even one view of 32×32 fits"):
         pretrain(config_of(pictures, tmp_path / "none", batch_size=12))
     assert not (tmp_path / "none").exists()

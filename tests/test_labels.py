@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from labelled_files import lay, png, table, words, write_csv, write_tar
 
+from maehub import rng
 from maehub.data.labels import find_labelled, read_labelled
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import open_image
-from maehub.models import masking
 
 # --- class folders ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ def test_a_csv(pictures):
         assert open_image(labelled.samples.source(2)).size == (8, 6)
     assert read_labelled(path).groups is None
     assert read_labelled(path, label="patient").classes == ("p1", "p2")
-    assert labelled.samples.sample_id(0) == masking.sample_id(b"in/a.png")
+    assert labelled.samples.sample_id(0) == rng.sample_id(b"in/a.png")
 
 
 def test_a_csv_with_several_labels(pictures, caplog):

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import losses, words
 
+from maehub import rng
 from maehub.cli import command_line as cli
 from maehub.data import shards as tar_index
 from maehub.data import storage
@@ -31,7 +32,6 @@ from maehub.data.shards import expanded, find_shards
 from maehub.data.sources import find_samples, groups, select
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import open_image
-from maehub.models import masking
 from maehub.models.encoder import PRESETS, EncoderConfig
 
 WEED = os.environ.get("MAEHUB_WEED") or shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -77,7 +77,7 @@ def test_names_bytes_and_messages(folder):
     assert len(samples) == 6
     names = [samples.name(index) for index in range(6)]
     assert names == [b"s-%03d.tar/k/%04d.jpg" % (number // 3, number) for number in range(6)]
-    assert samples.sample_id(4) == masking.sample_id(b"s-001.tar/k/0004.jpg")
+    assert samples.sample_id(4) == rng.sample_id(b"s-001.tar/k/0004.jpg")
     assert [samples.source(index).getvalue() for index in range(6)] == [jpeg(number) for number in range(6)]
     assert samples.size(2) == len(jpeg(2))
     assert samples.where(4) == f"{folder}/s-001.tar, member k/0004.jpg"

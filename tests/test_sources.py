@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from rights import as_nobody, let_enter, needs_root
 
+from maehub import rng
 from maehub.data.listing import search
 from maehub.data.sources import Pictures, as_samples, find_images, find_samples, groups, select
 from maehub.errors import DataError, UsageError
-from maehub.models import masking
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_folder_is_searched_to_the_bottom_and_sorted_by_bytes(tree):
 
 def test_ids_follow_from_the_name_below_the_folder(tree, tmp_path):
     samples = find_images(tree)
-    assert samples.sample_id(2) == masking.sample_id(b"a/2.PNG")
+    assert samples.sample_id(2) == rng.sample_id(b"a/2.PNG")
     moved = tmp_path / "elsewhere"
     tree.rename(moved)
     again = find_images(str(moved))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maehub import rng
 from maehub.data import tables
 from maehub.data.sources import find_samples, groups, select
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images.decoding import open_image
-from maehub.models import masking
 
 datasets = pytest.importorskip("datasets")
 arrow = pytest.importorskip("pyarrow")
@@ -60,7 +60,7 @@ def test_parquet_files(folder, tmp_path):
     check_all(samples)
     assert samples.name(8) == b"a-1.parquet/1"
     assert samples.where(8) == f"{folder}/a-1.parquet, row 1"
-    assert samples.sample_id(6) == masking.sample_id(b"a-0.parquet/6")
+    assert samples.sample_id(6) == rng.sample_id(b"a-0.parquet/6")
     assert groups(samples, 1).tolist() == [0] * 7 + [1] * 2
     assert select(samples, np.array([8])).source(0).getvalue() == png(8)
     assert any((tmp_path / "index").rglob("*.arrow"))
