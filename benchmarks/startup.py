@@ -1,6 +1,7 @@
 """How long ``import maehub`` and the commands that need no torch take, as whole processes.
 
 python benchmarks/startup.py
+python benchmarks/startup.py --before ../base      # and another checkout, in turn with this one
 """
 
 import argparse
@@ -9,7 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+HERE = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "bare python": ["-c", "pass"],
     "import maehub": ["-c", "import maehub"],
@@ -25,13 +28,17 @@ COMMANDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--before", type=Path, help="another checkout, to time beside this one")
     options = parser.parse_args()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "MAEHUB_CACHE": "/nonexistent"}
-    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "MAEHUB_CACHE": "/nonexistent"}
+    sides = {"": HERE} | ({"before: ": options.before.resolve()} if options.before else {})
+    rows = {side + name: (command, folder) for name, command in COMMANDS.items() for side, folder in sides.items()}
+    times: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(options.rounds + 1):
-        for name, command in COMMANDS.items():
+        for name, (command, folder) in rows.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, *command], env=environment, capture_output=True, check=False)
+            environment = settings | {"PYTHONPATH": str(folder)}
+            subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, check=False)
             if number:  # the first round fills caches
                 times[name].append(time.perf_counter() - start)
     bare = statistics.median(times["bare python"])

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from snapshots.write import HERE, SNAPSHOTS, as_text
 
 import maehub
 from maehub import errors
@@ -249,6 +250,12 @@ def test_output_of_the_autoencoder():
     from maehub.models.autoencoder import Output
 
     assert Output._fields == ("loss", "prediction", "masked")
+
+
+@pytest.mark.parametrize("name", sorted(SNAPSHOTS))
+def test_what_others_rely_on_is_as_it_was(name):
+    """Names, commands, imports and file formats. After a change on purpose: `python tests/snapshots/write.py`."""
+    assert json.loads((HERE / f"{name}.json").read_text()) == json.loads(as_text(SNAPSHOTS[name]()))
 
 
 def test_exit_codes():

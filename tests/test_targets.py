@@ -152,7 +152,7 @@ def test_views_weigh_the_same_in_any_batch():
     pixels, masked, seeds = pictures(4), masks(4), torch.arange(4) + 7
     whole = made(pixels, masked, seeds)
     parts = [made(*(part[i : i + 1] for part in (pixels, masked, seeds))) for i in range(4)]
-    assert torch.allclose(whole, torch.stack(parts).mean(), rtol=1e-6)
+    assert torch.allclose(whole, torch.stack(parts).mean(), rtol=1e-5)  # batches of another size round another way
 
 
 def test_float_pixels_are_those_of_bytes_and_are_clipped():
