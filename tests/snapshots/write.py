@@ -26,12 +26,11 @@ from snapshots.formats import formats
 
 HERE = Path(__file__).parent
 DOCUMENTED = {  # by README, docs and examples, outside of __all__
-    "maehub.drawing": "compose save_figure",
     "maehub.errors": "CheckpointError DataError DistributedError DivergedError HubError IntegrityError "
     "MissingDependencyError UsageError",
-    "maehub.figures": "AttentionMap ErrorMap attention_overlay error_map grid",
+    "maehub.figures": "AttentionMap ErrorMap attention_overlay compose error_map grid save_figure",
     "maehub.images": "open_image",
-    "maehub.packing": "pack",
+    "maehub.weights": "pack",
     "maehub.train.recipes": "beit_like domain_continuation paper small_data tiny vit_masked_patch_prediction",
 }
 
