@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries: told apart, converted, certified."""
+"""Checkpoints of other libraries: identified, converted into each other, certified."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""Folders, shards and tables of pictures, with and without labels."""
+"""Whatever holds pictures: folders, lists, tar shards, tables; their labels and splits; processes that read them."""
 
 from lazy_loader import attach_stub
 

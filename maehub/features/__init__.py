@@ -1,4 +1,4 @@
-"""Features of many pictures, in memory and in files."""
+"""Features of many pictures, in memory and in files that survive an interruption."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""Reconstructions, error maps and attention as pictures."""
+"""What a person looks at: reconstructions, error maps, attention, curves."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""Names of models, the Hub and its cache: from a name to a network."""
+"""From a name to a network: the catalog, the Hub, its cache, verification, `load`."""
 
 from lazy_loader import attach_stub
 

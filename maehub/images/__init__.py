@@ -1,4 +1,4 @@
-"""Pictures: opened safely, decoded, cropped, turned into what a network takes."""
+"""Picture files to pixels: opened safely, decoded, cropped, transformed."""
 
 from lazy_loader import attach_stub
 

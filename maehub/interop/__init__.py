@@ -1,4 +1,4 @@
-"""Networks of other libraries, in memory: timm's and transformers' from ours and back, and a pyramid for detection."""
+"""Networks of other libraries in memory: timm's, transformers', and a pyramid for detection."""
 
 from lazy_loader import attach_stub
 

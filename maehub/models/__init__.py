@@ -1,4 +1,4 @@
-"""The networks, their masks and their positions: plain torch that knows no files."""
+"""The networks of the paper, their patches, masks and positions: plain torch that knows no files and no names."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""Tensors to and from files, in every dialect and layout."""
+"""Tensors in files: every dialect of names, model folders, single files, model cards."""
 
 from lazy_loader import attach_stub
 

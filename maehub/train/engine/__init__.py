@@ -1,4 +1,4 @@
-"""What every training loop stands on: processes, precision, optimizer, checkpoints, logs."""
+"""What every training loop stands on: processes, precision, optimizer and schedule, checkpoints, logs."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""How good a network is: scores, probes by hand of features, evaluation, prediction."""
+"""How good a network is: scores, linear and nearest-neighbour classifiers, `evaluate`, `predict`."""
 
 from lazy_loader import attach_stub
 

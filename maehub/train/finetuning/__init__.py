@@ -1,4 +1,4 @@
-"""Training a classifier from a pretrained encoder."""
+"""The loop that fine-tunes an encoder as a classifier; begin with ``loop``."""
 
 from lazy_loader import attach_stub
 

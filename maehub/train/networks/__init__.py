@@ -1,4 +1,4 @@
-"""Which architectures there are, and what they cost."""
+"""Architectures by name, frozen backbones of any library, and what a network costs."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""What a run will cost before it is started."""
+"""What a run will cost, before it is started."""
 
 from lazy_loader import attach_stub
 

@@ -1,4 +1,4 @@
-"""Masked autoencoding of pictures without labels."""
+"""The loop that pretrains an autoencoder; begin with ``loop``."""
 
 from lazy_loader import attach_stub
 

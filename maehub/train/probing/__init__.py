@@ -1,4 +1,4 @@
-"""What frozen features know: linear probes, neighbours, comparisons."""
+"""What frozen features know: `probe`, `knn`, `compare`."""
 
 from lazy_loader import attach_stub
 
