@@ -236,7 +236,7 @@ def _read_file(
     """One file of tensors, and the configuration that belongs to it."""
     block = None
     if is_pickle(file):
-        tensors, beside = read_pickle(file)
+        tensors, beside, _ = read_pickle(file)
     else:
         tensors, beside = read_tensors(file).tensors, ()
         block = packed_block(read_header(file).metadata, str(file))
