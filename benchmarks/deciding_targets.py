@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import maehub
-from maehub.conversion.target_detection import Judgement, can_judge, judge
+from maehub.conversion.target_detection import Judgement, can_detect, detect_target
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import EncoderConfig
 from maehub.train import PretrainConfig, pretrain
@@ -69,10 +69,10 @@ def main(photos: str, *models: str) -> None:
     print(f"| network | trained on | decided | {' | '.join(FIGURES)} |\n|{'---|' * (len(FIGURES) + 3)}")
 
     def row(name: str, truth: str, autoencoder: MaskedAutoencoder) -> None:
-        if not can_judge(autoencoder):
+        if not can_detect(autoencoder):
             print(f"| {name} | {truth} | – |{' |' * len(FIGURES)}")
             return
-        found = judge(autoencoder)
+        found = detect_target(autoencoder)
         figures = " | ".join(f"{getattr(found, name):.3f}" for name in FIGURES)
         print(f"| {name} | {truth} | {found.target} | {figures} |", flush=True)
 

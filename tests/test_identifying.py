@@ -26,11 +26,11 @@ from torch import nn
 
 import maehub
 from maehub.cli.command_line import main
-from maehub.conversion import identifying as answering
-from maehub.conversion.families import FAMILIES
+from maehub.conversion import identifying
+from maehub.conversion.families import families
 from maehub.conversion.identifying import identify
 from maehub.conversion.plain_vit import grid_of_table
-from maehub.conversion.target_detection import _judged
+from maehub.conversion.target_detection import _measured
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.hub.verification import Digests
 from maehub.images.decoding import open_image
@@ -129,7 +129,7 @@ def test_published_sizes_from_a_header_alone(name, tmp_path, monkeypatch):
         state = maehub.Encoder(preset).state_dict()
     path = tmp_path / "a.safetensors"
     sparse(path, {key: tuple(value.shape) for key, value in state.items()})
-    monkeypatch.setattr(answering, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
+    monkeypatch.setattr(identifying, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = identify(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
@@ -157,7 +157,7 @@ def test_heads_of_the_catalog_are_known(tmp_path, monkeypatch):
     with torch.device("meta"):
         state = maehub.Encoder(EncoderConfig(224, 14, 3, 1536, 40, 24)).state_dict()
     sparse(tmp_path / "web.safetensors", {key: tuple(value.shape) for key, value in state.items()})
-    monkeypatch.setattr(answering, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
+    monkeypatch.setattr(identifying, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
     found = identify(tmp_path / "web.safetensors")
     assert found.network.heads == 24
     assert "heads=24" in found.advice[0]
@@ -166,9 +166,9 @@ def test_heads_of_the_catalog_are_known(tmp_path, monkeypatch):
 def test_a_grid_is_read_off_a_sine_cosine_table(tmp_path):
     for grid in [(1, 1), (4, 4), (2, 8), (8, 2), (1, 16), (16, 1), (3, 5), (64, 8)]:
         table = with_cls_row(sincos_table(32, grid))
-        assert grid_of_table(table) == (grid, True) or grid == (1, 1)
+        assert grid_of_table(table) == grid or grid == (1, 1)
         assert grid_of_table(table.half()) == grid_of_table(table.bfloat16()) == grid_of_table(table)
-        assert grid_of_table(table + 0.02) == (None, False)
+        assert grid_of_table(table + 0.02) is None
     encoder = make_encoder(replace(TINY, image_size=(16, 48), channels=1))
     write_tensors(tmp_path / "a.safetensors", official(encoder))
     network = identify(tmp_path / "a.safetensors", heads=4).network
@@ -493,7 +493,7 @@ def test_networks_whose_code_is_not_installed(mae, tmp_path):
 
 def test_every_family_is_tested():
     tested = {family for family, _ in (*TIMM.values(), *MODELS.values())}
-    assert {family.name for family in FAMILIES} | {"vit", "unknown", "pixio"} == tested | {"crossmae", "satmae", "prithvi", "video", "vitdet"}  # fmt: skip  # noqa: E501
+    assert {family.name for family in families()} | {"vit", "unknown", "pixio"} == tested | {"crossmae", "satmae", "prithvi", "video", "vitdet"}  # fmt: skip  # noqa: E501
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,14 +564,14 @@ def test_the_decision_by_means_and_variances(kind, target):
         "faint": 0.1 * true,  # follows the picture and explains a fifth of it, and no trained network is so timid
         "mean": true.mean(dim=1, keepdim=True).expand_as(true) * 1e-3,
     }[kind]
-    assert _judged(predicted, true).target == target
+    assert _measured(predicted, true).target == target
 
 
 def test_when_the_decoder_is_run(tmp_path, monkeypatch):
     path = nano_without_words(tmp_path)
     assert "--decoder-heads" in identify(path).target_from  # the decoder is 160 wide, and nothing tells its heads
     assert identify(path, decoder_heads=5, decide_target=False).judgement is None
-    monkeypatch.setattr(answering, "LARGEST_JUDGED", 1000)
+    monkeypatch.setattr(identifying, "LARGEST_RUN", 1000)
     found = identify(path, decoder_heads=5)
     assert (found.target, found.judgement) == ("unknown", None)
     assert "--decide" in found.target_from
@@ -801,6 +801,12 @@ PARTS = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv
 )
 def test_any_names_and_shapes(tmp_path, shapes):
     sparse(tmp_path / "a.safetensors", shapes)
+    never_a_traceback(tmp_path / "a.safetensors")
+
+
+def test_a_head_that_is_one_number(tmp_path):
+    shapes = {"cls_token": [1, 1, 8], "pos_embed": [1, 5, 8], "patch_embed.proj.weight": [8, 3, 4, 4]}
+    sparse(tmp_path / "a.safetensors", shapes | {"head.weight": [], "decoder_pos_embed": [1, 5, 8]})
     never_a_traceback(tmp_path / "a.safetensors")
 
 

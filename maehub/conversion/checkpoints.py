@@ -4,20 +4,18 @@ Of a safetensors file the header is read and nothing else; of a pickle the tenso
 that. No code of a file is run.
 """
 
-import io
 import os
-import pickletools
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, UsageError, first_names
 from maehub.hub import is_model
 from maehub.weights import find_model_folder, read_header, read_pickle, read_tensors
 
@@ -27,7 +25,6 @@ ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _USUAL = ("model.safetensors", "pytorch_model.bin")
 _MOST_TENSORS = 20_000  # the largest published network has two thousand
 _LARGEST_PICKLE = 50_000_000  # bytes of the structure of a PyTorch file; real ones have some hundred thousand
-_LEGACY_START = 1 << 20  # bytes of an old PyTorch file in which its outer dictionary is looked for
 
 _MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
 _NAMED_ELSEWHERE = re.compile(rb"version https://git-lfs|\x1f\x8b|\x28\xb5\x2f\xfd|\x89HDF|\s*\{|.{8}\{|$", re.DOTALL)
@@ -75,8 +72,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(
             file, config, "safetensors", shapes, lambda: read_tensors(file).tensors, header.metadata, "", ()
         )
-    entry = _pickle_entry(file, start)
-    tensors, beside = read_pickle(file)
+    if start.startswith(b"PK"):
+        _check_archive(file)
+    tensors, beside, entry = read_pickle(file)
     _check_sizes(file, _few(file, tensors))
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
     return Checkpoint(file, config, "pickle", shapes, lambda: tensors, {}, entry, beside)
@@ -110,11 +108,11 @@ def _only_one(folder: Path) -> Path:
             return folder / name
     if any(folder.glob("*.index.json")):
         raise UsageError(f"{folder} has its weights in several files; name one of them, or join them")
-    found = sorted(entry for entry in folder.iterdir() if entry.suffix in ENDINGS and entry.is_file())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UsageError(f"{folder} has {len(found)} files of weights: {_some(found)}; name one of them")
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix in ENDINGS and entry.is_file())
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UsageError(f"{folder} has {len(files)} files of weights: {_some(files)}; name one of them")
     others = _some(folder.iterdir()) or "nothing"
     raise UsageError(f"{folder} has no file of weights ({', '.join(ENDINGS)}) but {others}")
 
@@ -133,11 +131,8 @@ def _check_start(file: Path, start: bytes) -> None:
         )
 
 
-def _pickle_entry(file: Path, start: bytes) -> str:
-    """The entry that a pickle has its tensors in; refuses archives that PyTorch did not write. Nothing is executed."""
-    if not start.startswith(b"PK"):
-        with open(file, "rb") as opened:
-            return _outer_entry(io.BytesIO(opened.read(_LEGACY_START)))
+def _check_archive(file: Path) -> None:
+    """Refuse zip archives that PyTorch did not write, before anything of them is unpacked."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -156,32 +151,11 @@ def _pickle_entry(file: Path, start: bytes) -> str:
             if packed or structure.file_size > _LARGEST_PICKLE:
                 what = f"{packed[0]} is compressed" if packed else f"data.pkl has {structure.file_size:,} bytes"
                 raise IntegrityError(f"{file} was not written by PyTorch: {what}. Nothing of it was unpacked")
-            return _outer_entry(io.BytesIO(archive.read(structure)))
+            archive.read(structure)  # compares its checksum
     except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError) as error:
         if isinstance(error, IntegrityError):
             raise
         raise IntegrityError(f"{file} is a damaged zip archive ({error}); download or copy it again") from error
-
-
-def _outer_entry(stream: BinaryIO) -> str:
-    """The first of the usual entries that holds a dictionary, by the pickle's operations; empty if there is none."""
-    waiting = ""
-    for operation, argument in _operations(stream):
-        if waiting and (operation == "EMPTY_DICT" or "OrderedDict" in str(argument)):
-            return waiting
-        if operation not in ("BINPUT", "LONG_BINPUT", "MEMOIZE", "FRAME"):
-            waiting = argument if argument in ("model", "state_dict", "model_state_dict") else ""
-    return ""
-
-
-def _operations(stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """Every operation of the pickles that follow each other in a stream, as far as it is well-formed."""
-    while True:
-        try:
-            for operation, argument, _ in pickletools.genops(stream):
-                yield operation.name, argument
-        except Exception:  # it raises nearly every type there is
-            return
 
 
 def _few(file: Path, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +174,5 @@ def _check_sizes(file: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _some(paths: Any, most: int = 5) -> str:
-    names = sorted(path.name for path in paths)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(paths: Iterable[Path]) -> str:
+    return first_names(sorted(path.name for path in paths), 5)

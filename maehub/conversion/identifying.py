@@ -4,32 +4,117 @@ No code of a file is run. Of safetensors only the header and the position table 
 for their hash; the decoder is run on two photos where that decides its target and the file is small, or if asked.
 """
 
+import json
 import logging
+import shlex
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from torch import Tensor
-
-from maehub.conversion.advice import next_lines
 from maehub.conversion.checkpoints import Checkpoint, open_checkpoint
-from maehub.conversion.families import Family, generalised, recognise, without_numbers
-from maehub.conversion.identification import DecoderShape, Identification, Network, Role, Tuning
-from maehub.conversion.plain_vit import Plain, read_plain, share_of_known_names
-from maehub.conversion.target_detection import Judgement, can_judge, judge
-from maehub.errors import MaehubError
-from maehub.hub import ModelInfo, digest, published_as
-from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
-from maehub.weights import build_autoencoder, strip_wrappers, to_official, with_target
+from maehub.conversion.families import generalised, recognise
+from maehub.conversion.plain_vit import Network, PlainVit, read_plain
+from maehub.conversion.target_detection import Judgement, can_detect, detect_target
+from maehub.errors import EXIT_DONE, IntegrityError, MaehubError, first_names
+from maehub.hub import ModelInfo, Role, digest, published_as
+from maehub.models import AutoencoderConfig, Target
+from maehub.weights import (
+    DECODER_HEAD_WIDTH,
+    HEAD_WIDTH,
+    build_autoencoder,
+    published_decoder_heads,
+    published_heads,
+    strip_wrappers,
+    to_official,
+    with_target,
+)
 
 log = logging.getLogger("maehub")
 
-LARGEST_JUDGED = 500_000_000
+LARGEST_RUN = 500_000_000
 """Bytes of a file up to which its decoder is run unasked: ViT-B's autoencoder takes seconds and 450 MB."""
 
 _MOST_LISTED = 5
-_ENOUGH_KNOWN = 0.6  # share of known names from which tensors count as parts of a plain ViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identification:
+    """What `identify` found out about one file."""
+
+    file: str
+    format: Literal["safetensors", "pickle"]
+    bytes: int
+    sha256: str
+    family: str = "unknown"
+    """``"vit"`` for what maehub computes, a name of ``families.toml`` for others, ``"unknown"``."""
+    title: str = ""
+    loadable: bool = False
+    """Whether maehub reads it, at once or after `maehub.convert`."""
+    role: Role | None = None
+    dialect: str | None = None
+    """How the tensors are named; None where no dialect fits."""
+    entry: str
+    """The dictionary entry of a pickle that holds the tensors; empty if none."""
+    prefix: str
+    """What stands before every name, such as ``module.``."""
+    beside: tuple[str, ...]
+    """What else a pickle holds: ``optimizer``, ``args`` …"""
+    tensors: int
+    parameters: int
+    """Values in the tensors."""
+    dtype: str
+    network: Network | None = None
+    target: Target | None = None
+    """What the decoder was trained to predict; None without a decoder."""
+    target_from: str = ""
+    judgement: Judgement | None = None
+    """The figures behind a target that was decided by predictions."""
+    published: str
+    """The catalog row whose file this is; empty if none."""
+    licence: str
+    seen: tuple[str, ...] = ()
+    """Names and shapes, of what is not known."""
+    problems: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 0 if it is known and whole, else that of `IntegrityError`."""
+        return EXIT_DONE if self.family != "unknown" and not self.problems else IntegrityError.exit_code
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """All of it as a short table for a person."""
+        network, decoder = self.network, self.network.decoder if self.network else None
+        rows = {
+            "what": self.title,
+            "format": f"{self._format_words()}, {self.bytes / 1e6:,.1f} MB",
+            "names": self.dialect or "of no dialect that maehub reads",
+            "network": network.describe() if network else "",
+            "size": network.describe_size() if network else "",
+            "decoder": decoder.describe() if decoder else "",
+            "target": f"{self.target.replace('_', ' ')} ({self.target_from})" if self.target else "",
+            "head": network.describe_head() if network else "",
+            "weights": f"{self.parameters:,} values in {self.tensors:,} tensors, {self.dtype}",
+            "sha256": self.sha256,
+            "published": f"{self.published}, licence {self.licence}" if self.published else "",
+            "figures": self.judgement.describe() if self.judgement else "",
+        }
+        lists = {"seen": self.seen, "problem": self.problems, "next": self.advice}
+        lines = [(key, text) for key, text in rows.items() if text]
+        lines += [(key, text) for key, texts in lists.items() for text in texts]
+        return "\n".join([self.file, *(f"  {key:<10}{text}" for key, text in lines)])
+
+    def _format_words(self) -> str:
+        parts = [f"inside {self.entry!r}"] if self.entry else []
+        parts += [f"names begin with {self.prefix}"] if self.prefix else []
+        parts += [f"beside it {', '.join(self.beside[:6])}"] if self.beside else []
+        kind = "safetensors" if self.format == "safetensors" else "PyTorch pickle, read without running code"
+        return ", ".join([kind, *parts])
 
 
 def identify(
@@ -63,202 +148,117 @@ def identify(
     log.debug("hashing %s", checkpoint.file)
     hashes = digest(checkpoint.file, "md5")
     info = published_as(hashes.sha256, hashes.other)
-    found = _blank(checkpoint, names, hashes.sha256, info)
-    if plain and not family and _is_plain(plain, checkpoint.shapes):
-        return _plain(found, file, checkpoint, plain, refused, info, decide_target)
-    if family:
-        return replace(found, family=family.name, title=family.title, advice=(_foreign_advice(family),))
-    title = "a Vision Transformer with parts that are not known here" if plain else "not known here"
-    if plain and _lacks_class_token(plain):
-        title = "a Vision Transformer without a class token, as I-JEPA's are"
-    unknown = plain.unexpected + plain.misshaped if plain else ()
-    return replace(
-        found,
-        title=title,
-        dialect=plain.dialect if plain else None,
-        seen=_each_once(unknown) if unknown else generalised(shapes),
-        problems=(refused,) if refused and not plain else (),
-        advice=("ask whoever made it which library loads it; the names above are what to search for",),
-    )
-
-
-def _is_plain(plain: Plain, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the tensors of a plain ViT, or part of them and nothing else."""
-    if _lacks_class_token(plain):
-        return False
-    return plain.whole or (not plain.unexpected and share_of_known_names(tensors) >= _ENOUGH_KNOWN)
-
-
-def _lacks_class_token(plain: Plain) -> bool:
-    """Whether the token is all that is missing, so that it was never there."""
-    return plain.missing == ("cls_token",) and not plain.unexpected
-
-
-def _blank(checkpoint: Checkpoint, names: Mapping[str, str], sha256: str, info: ModelInfo | None) -> Identification:
-    """What is known of any file."""
-    kinds = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.shapes.values())
-    dtype = max(kinds, key=lambda kind: kinds[kind])
+    dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.shapes.values())
+    dtype = max(dtypes, key=lambda kind: dtypes[kind])
     first, bare = next(iter(names.items()))
-    return Identification(
+    known = Identification(
         file=str(checkpoint.file),
         format=checkpoint.format,
         bytes=checkpoint.file.stat().st_size,
-        sha256=sha256,
-        family="unknown",
-        title="",
-        loadable=False,
-        role=None,
-        dialect=None,
+        sha256=hashes.sha256,
         entry=checkpoint.entry,
         prefix=first.removesuffix(bare),
         beside=checkpoint.beside,
         tensors=len(checkpoint.shapes),
         parameters=sum(value.numel() for value in checkpoint.shapes.values()),
-        dtype=dtype + (f" and {', '.join(sorted(set(kinds) - {dtype}))}" if len(kinds) > 1 else ""),
-        network=None,
-        target=None,
-        target_from="",
-        judgement=None,
+        dtype=dtype + (f" and {', '.join(sorted(set(dtypes) - {dtype}))}" if len(dtypes) > 1 else ""),
         published=info.name if info else "",
         licence=info.licence if info else "",
-        seen=(),
-        problems=(),
-        advice=(),
+    )
+    if plain and not family and not plain.lacks_class_token and not plain.misfit.unexpected:
+        known = _as_plain(known, checkpoint, plain, info, decide_target)
+        advice = known.advice or _next_lines(str(file), known, plain.configured)
+        unused = (f"its config.json was not used: {refused}",) if refused and plain.whole else ()
+        return replace(known, advice=(*advice, *unused))
+    if family:
+        advice = (f"it is not one of maehub's networks: {family.advice}",)
+        return replace(known, family=family.name, title=family.title, advice=advice)
+    title = "a Vision Transformer with parts that are not known here" if plain else "not known here"
+    if plain and plain.lacks_class_token:
+        title = "a Vision Transformer without a class token, as I-JEPA's are"
+    seen = [generalised(name, 120) for name in plain.misfit.unexpected + plain.misfit.misshaped] if plain else []
+    most = 10 if seen else 8
+    seen = seen or [f"{generalised(n, 80)} {'×'.join(map(str, shape)) or 'number'}" for n, shape in shapes.items()]
+    return replace(
+        known,
+        title=title,
+        dialect=plain.dialect if plain else None,
+        seen=tuple(dict.fromkeys(seen))[:most],
+        problems=(refused,) if refused and not plain else (),
+        advice=("ask whoever made it which library loads it; the names above are what to search for",),
     )
 
 
-def _plain(
-    found: Identification,
-    file: str | Path,
-    checkpoint: Checkpoint,
-    plain: Plain,
-    refused: str,
-    info: ModelInfo | None,
-    decide_target: bool | None,
+def _as_plain(
+    known: Identification, checkpoint: Checkpoint, plain: PlainVit, info: ModelInfo | None, decide_target: bool | None
 ) -> Identification:
     """A plain ViT or masked autoencoder, whole or not."""
-    network, config = _network(plain), plain.config
-    role: Role = "encoder"
-    if isinstance(config, AutoencoderConfig):
-        role = "autoencoder"
-    elif network and network.classes:
-        role = "classifier"
-    problems = _problems(plain)
-    target, target_from, judgement = _target(checkpoint, plain, network, bool(problems), decide_target)
+    lists = zip(("missing", "too many", "of another shape"), plain.misfit, strict=True)
+    problems = tuple(
+        f"{what}, {len(names)}: {first_names([name[:120] for name in names], _MOST_LISTED)}"
+        for what, names in lists
+        if names
+    )
+    target, target_from, judgement = _target(checkpoint, plain, bool(problems), decide_target)
     if judgement and target not in ("unknown", judgement.target):
         problems += (f"its configuration says {target}, but its predictions look like those of {judgement.target}",)
-    advice = (
-        next_lines(str(file), found.format, plain, network, role, target, info) if not problems else _mending(plain)
-    )
-    if refused and plain.whole:
-        advice += (f"its config.json was not used: {refused}",)
+    advice = "maehub does not load it as it is"
+    if plain.misfit.missing and not plain.misfit.misshaped:
+        advice = "the file is incomplete; download or save it again. Nothing in maehub fills in what is missing"
+    role = plain.network.role if plain.network else "encoder"
     return replace(
-        found,
+        known,
         family="vit",
-        title=_title(network, role, plain, info),
+        title=f"{info.title} ({role})" if info else _title(plain, role),
         loadable=plain.whole and not problems,
         role=role,
         dialect=plain.dialect,
-        network=network,
+        network=plain.network,
         target=target,
         target_from=target_from,
         judgement=judgement,
         problems=problems,
-        advice=advice,
+        advice=(advice,) if problems else (),
     )
 
 
-def _network(plain: Plain) -> Network | None:
-    if plain.config is None:
-        return None
-    config = plain.config
-    encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
-    decoder = None
-    if isinstance(config, AutoencoderConfig):
-        width = config.decoder_width if config.decoder_depth else encoder.width
-        decoder = DecoderShape(width, config.decoder_depth, plain.decoder_heads)
-    tuning: Tuning = "none"
-    if plain.probe_head:
-        tuning = "linear probe"
-    elif encoder.classes:
-        tuning = "head" if plain.sincos and encoder.pool == "cls" else "fine-tuned"
-    return Network(
-        name=_size_name(encoder),
-        width=encoder.width,
-        depth=encoder.depth,
-        heads=plain.heads,
-        patch_size=encoder.patch_size,
-        channels=encoder.channels,
-        image_size=encoder.size if plain.size_from else None,
-        size_from=plain.size_from,
-        positions="sine-cosine" if plain.sincos else "learned",
-        pool=encoder.pool,
-        classes=encoder.classes,
-        tuning=tuning,
-        decoder=decoder,
-    )
-
-
-def _size_name(encoder: EncoderConfig) -> str:
-    same = [name for name, one in PRESETS.items() if (one.width, one.depth) == (encoder.width, encoder.depth)]
-    if not same:
-        return f"ViT of width {encoder.width}, depth {encoder.depth}, patch {encoder.patch_size}"
-    size = same[0].removeprefix("vit-")
-    return f"ViT-{size.upper() if len(size) == 1 else size.capitalize()}/{encoder.patch_size}"
-
-
-def _title(network: Network | None, role: Role, plain: Plain, info: ModelInfo | None) -> str:
-    name = network.name if network else "ViT"
-    if info:
-        return f"{info.title} ({role})"
+def _title(plain: PlainVit, role: Role) -> str:
+    name = plain.network.name if plain.network else "ViT"
     if not plain.whole:
         return f"part of the tensors of a plain {name} {'autoencoder' if role == 'autoencoder' else ''}".rstrip()
     if role == "autoencoder":
         return f"a masked autoencoder, {name}"
     if role == "classifier":
         return f"a classifier, plain {name}"
-    if plain.sincos:
+    if plain.network and plain.network.positions == "sine-cosine":
         return f"the encoder of a masked autoencoder, {name}; MoCo v3 has the same tensors and fixed positions"
     return f"a plain {name} with learned positions: tensors do not tell DINO's, a supervised or a tuned MAE's apart"
 
 
-def _problems(plain: Plain) -> tuple[str, ...]:
-    lists = (("missing", plain.missing), ("too many", plain.unexpected), ("of another shape", plain.misshaped))
-    return tuple(f"{what}, {len(names)}: {_some(names)}" for what, names in lists if names)
-
-
-def _mending(plain: Plain) -> tuple[str, ...]:
-    if plain.missing and not plain.misshaped:
-        return ("the file is incomplete; download or save it again. Nothing in maehub fills in what is missing",)
-    return ("maehub does not load it as it is",)
-
-
 def _target(
-    checkpoint: Checkpoint, plain: Plain, network: Network | None, broken: bool, asked: bool | None
+    checkpoint: Checkpoint, plain: PlainVit, broken: bool, asked: bool | None
 ) -> tuple[Target | None, str, Judgement | None]:
     """What the decoder predicts, how that is known, and the figures if the decoder was run."""
-    config = plain.config
-    if not isinstance(config, AutoencoderConfig) or network is None or network.decoder is None:
+    config, network = plain.config, plain.network
+    if not isinstance(config, AutoencoderConfig) or network is None:
         return None, "", None
     known: Target = config.target if plain.configured or config.target == "pca" else "unknown"
     how = "as its configuration says" if plain.configured else "by its components"
-    if known != "unknown" and not asked:
+    other_width = not plain.configured and config.prediction_width != config.patch_values
+    if known != "unknown" and (other_width or not asked):
         return known, how, None
-    if not plain.configured and config.prediction_width != config.patch_values:
-        if known == "unknown":
-            return (
-                known,
-                f"it predicts {config.prediction_width} values a patch, not its {config.patch_values} of pixels",
-                None,
-            )
-        return known, how, None
-    if broken:
-        return known, "the network is not whole", None
-    if unsaid := _unsaid(network):
-        return known, f"undecided: say {unsaid}, and its predictions are looked at", None
-    if asked is False or (asked is None and checkpoint.file.stat().st_size > LARGEST_JUDGED):
-        return known, "undecided: --decide runs the decoder on two photos", None
-    judgement, why = _judge(checkpoint, plain, config, network)
+    why = ""
+    if other_width:
+        why = f"it predicts {config.prediction_width} values a patch, not its {config.patch_values} of pixels"
+    elif broken:
+        why = "the network is not whole"
+    elif unsaid := _unsaid(network):
+        why = f"undecided: say {unsaid}, and its predictions are looked at"
+    elif asked is False or (asked is None and checkpoint.file.stat().st_size > LARGEST_RUN):
+        why = "undecided: --decide runs the decoder on two photos"
+    if why:
+        return known, why, None
+    judgement, why = _detect(checkpoint, plain, config, network)
     if known != "unknown":
         return known, how, judgement
     return (judgement.target, "by its predictions on two photos", judgement) if judgement else (known, why, None)
@@ -272,8 +272,8 @@ def _unsaid(network: Network) -> str:
     return " and ".join(flags) if flags or network.image_size else "its image size in a config.json"
 
 
-def _judge(
-    checkpoint: Checkpoint, plain: Plain, config: AutoencoderConfig, network: Network
+def _detect(
+    checkpoint: Checkpoint, plain: PlainVit, config: AutoencoderConfig, network: Network
 ) -> tuple[Judgement | None, str]:
     """Run the decoder; None and why not where that cannot be."""
     encoder = replace(config.encoder, heads=network.heads or 1)
@@ -284,22 +284,57 @@ def _judge(
             full = with_target(full, "pixels")
         state = to_official(checkpoint.values()).state
         autoencoder = build_autoencoder(state, full, plain.preprocess, where=str(checkpoint.file))
-        if not can_judge(autoencoder):
+        if not can_detect(autoencoder):
             return None, f"photos have 1 or 3 channels, and it takes {config.encoder.channels}"
-        return judge(autoencoder), ""
+        return detect_target(autoencoder), ""
     except MaehubError as error:
         return None, str(error).split("\n")[0]
 
 
-def _foreign_advice(family: Family) -> str:
-    return f"it is not one of maehub's networks: {family.advice}"
+def _next_lines(file: str, known: Identification, configured: bool) -> tuple[str, ...]:
+    """What to type to load or convert it, with every argument that neither shapes nor a configuration tell."""
+    network = known.network
+    if network is None:
+        return ()
+    arguments = {} if configured else _arguments(network, known.target)
+    lines: list[str] = []
+    if known.published:
+        lines.append(f"maehub.load{'_autoencoder' if network.decoder else ''}({known.published!r})")
+    heads = {"heads": network.heads, "decoder_heads": network.decoder.heads if network.decoder else None}
+    guessed = [name for name in heads if name in arguments and not heads[name]]
+    size = network.image_size
+    if not configured and (size is None or size[0] != size[1]):  # no argument says a size that is no square
+        settings: dict[str, Any] = {"img_size": size or ["HEIGHT", "WIDTH"]}
+        if "heads" in arguments:
+            settings["num_heads"] = arguments.pop("heads")
+        words = json.dumps({"architecture": "vit_base_patch16_224", "model_args": settings})
+        words = words.replace('"HEIGHT", "WIDTH"', "HEIGHT, WIDTH")
+        name = " as model.safetensors" if known.format == "safetensors" else ""
+        lines.append(f"put it into a FOLDER of its own{name}, with a config.json that says its size: {words}")
+        file = "FOLDER"
+    if known.format == "pickle":
+        flags = [f"--{name.replace('_', '-')} {value}" for name, value in arguments.items()]
+        folder = shlex.quote(Path(file).stem or "converted") if file != "FOLDER" else "OUT"
+        lines.append(" ".join(["maehub convert", shlex.quote(file), "-o", folder, *flags]))
+    else:
+        keywords = {name: f", {name}={value!r}" for name, value in arguments.items()}
+        if network.decoder:
+            lines.append(f"maehub.load_autoencoder({file!r}{''.join(keywords.values())})")
+        if not network.decoder or file != "FOLDER":  # beside a configuration the decoder's heads are needed too
+            lines.append(f"maehub.load({file!r}{keywords.get('heads', '')})")
+    if guessed:
+        lines.append(f"{' and '.join(guessed)} in it is a guess: who made the file knows")
+    return tuple(lines)
 
 
-def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The first names, each once whatever the number of its block."""
-    return tuple(dict.fromkeys(without_numbers(name)[:120] for name in names))[: 2 * _MOST_LISTED]
-
-
-def _some(names: tuple[str, ...]) -> str:
-    rest = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(name[:120] for name in names[:_MOST_LISTED]) + rest
+def _arguments(network: Network, target: Target | None) -> dict[str, int | str]:
+    """What must be said to load it, since neither shapes nor a configuration tell it."""
+    arguments: dict[str, int | str] = {}
+    if published_heads(network.width, network.depth, network.patch_size) is None:
+        arguments["heads"] = network.heads or max(1, network.width // HEAD_WIDTH)
+    decoder = network.decoder
+    if decoder and decoder.depth and published_decoder_heads(decoder.width) is None:
+        arguments["decoder_heads"] = decoder.heads or max(1, decoder.width // DECODER_HEAD_WIDTH)
+    if target in ("pixels", "normalised_pixels"):
+        arguments["target"] = target
+    return arguments

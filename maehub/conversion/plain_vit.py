@@ -15,12 +15,41 @@ from torch import Tensor
 
 from maehub.conversion.checkpoints import Checkpoint
 from maehub.errors import IntegrityError, MaehubError, UsageError
-from maehub.hub import architecture_heads
+from maehub.hub import Role, architecture_heads
 from maehub.images import Preprocess, Size
-from maehub.models import PRESETS, AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, sincos_table
-from maehub.weights import Dialect, infer_config, official_names, packed_block, read_config, to_official
+from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, sincos_table
+from maehub.weights import (
+    Dialect,
+    Misfit,
+    infer_config,
+    misfit,
+    official_names,
+    packed_block,
+    published_decoder_heads,
+    published_heads,
+    read_config,
+    size_name,
+    to_official,
+)
 
 Config = EncoderConfig | AutoencoderConfig
+
+SizeFrom = Literal["configuration", "positions", "square", ""]
+"""How an image size is known; "square" is assumed, since learned positions do not tell; "" is not known."""
+
+Tuning = Literal["none", "head", "linear probe", "fine-tuned"]
+"""What was trained after pre-training: ``head`` is a head that may be a probe's or tuned with part of the network."""
+
+_SIZE_WORDS: dict[SizeFrom, str] = {
+    "configuration": "as its configuration says",
+    "positions": "by the values of its position table",
+    "square": "if its pictures are square, which learned positions do not tell",
+}
+_TUNING_WORDS: dict[Tuning, str] = {
+    "fine-tuned": "fine-tuned",
+    "linear probe": "a linear probe: BatchNorm and a linear layer, which together are one",
+    "head": "a linear probe, or fine-tuned in part: its positions are those of pre-training",
+}
 
 _VOCABULARY = re.compile(
     r"cls_token|pos_embed|mask_token|encoder_mask_token|decoder_(pos_embed|centre|components)"
@@ -33,32 +62,91 @@ _LARGEST_TABLE = 16_000_000  # values of a position table; ViT-H on a grid of 64
 
 
 @dataclass(frozen=True)
-class Plain:
+class DecoderShape:
+    """The decoder of an autoencoder; ``heads`` is None where nothing tells it."""
+
+    width: int
+    depth: int
+    heads: int | None
+
+    def describe(self) -> str:
+        """A line of the table for a person."""
+        return f"{self.depth} blocks of width {self.width}, {_heads_words(self.heads)}"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A plain Vision Transformer. None is what nothing tells."""
+
+    name: str  # "ViT-B/16", or width, depth and patch
+    width: int
+    depth: int
+    heads: int | None
+    patch_size: int
+    channels: int
+    image_size: tuple[int, int] | None  # (height, width), pixels
+    size_from: SizeFrom
+    positions: Literal["sine-cosine", "learned"]
+    pool: Literal["cls", "mean"]
+    classes: int
+    tuning: Tuning
+    decoder: DecoderShape | None
+
+    @property
+    def role(self) -> Role:
+        """What a file of it holds."""
+        return "autoencoder" if self.decoder else "classifier" if self.classes else "encoder"
+
+    def describe(self) -> str:
+        """A line of the table for a person."""
+        size = f"{self.depth} blocks of width {self.width}, {_heads_words(self.heads)}"
+        return f"{size}, patch {self.patch_size}, {self.positions} positions"
+
+    def describe_size(self) -> str:
+        """Likewise: of its pictures."""
+        channels = f"{self.channels} channel{'s' if self.channels > 1 else ''}"
+        if self.image_size is None:
+            return f"not told by a position table that is no square; {channels}"
+        return f"{self.image_size[0]}×{self.image_size[1]} pixels ({_SIZE_WORDS[self.size_from]}), {channels}"
+
+    def describe_head(self) -> str:
+        """Likewise: of its head, and of a missing one."""
+        if self.tuning == "none":
+            averages = "none; tokens are averaged, then fc_norm: it was or is to be fine-tuned"
+            return "" if self.pool == "cls" else averages
+        pool = "mean of the patch tokens" if self.pool == "mean" else "class token"
+        return f"{self.classes} classes from the {pool} ({_TUNING_WORDS[self.tuning]})"
+
+
+@dataclass(frozen=True)
+class PlainVit:
     """What the tensors are, as far as a network here has them."""
 
     dialect: Dialect
-    dropped: tuple[str, ...]  # left out on purpose
-    config: Config | None  # None where even the stem and the position table do not tell a network
+    config: Config | None  # None where even the stem and the position table do not tell a network; heads may be 1 in it
     preprocess: Preprocess | None
-    heads: int | None  # None where nothing tells; ``config`` then has a placeholder
-    decoder_heads: int | None
-    size_from: Literal["configuration", "positions", "square", ""]  # how the image size is known; "" is not
-    sincos: bool  # the position table is MAE's sine-cosine one
+    network: Network | None  # the same in words, with what nothing tells as None
     configured: bool  # a configuration says what shapes do not
-    missing: tuple[str, ...]  # official names
-    unexpected: tuple[str, ...]
-    misshaped: tuple[str, ...]
-    probe_head: bool  # the head was a BatchNorm and a linear layer, as published for linear probes
+    misfit: Misfit
 
     @property
     def whole(self) -> bool:
         """Whether every tensor fits, so that maehub computes the network."""
-        return self.config is not None and not (self.missing or self.unexpected or self.misshaped)
+        return self.config is not None and not any(self.misfit)
+
+    @property
+    def lacks_class_token(self) -> bool:
+        """Whether the token is all that is missing, so that it was never there."""
+        return self.misfit.missing == ["cls_token"] and not self.misfit.unexpected
+
+
+def _heads_words(heads: int | None) -> str:
+    return f"{heads} heads" if heads else "a number of heads that tensors do not tell"
 
 
 def read_plain(
     checkpoint: Checkpoint, heads: int | None = None, decoder_heads: int | None = None
-) -> tuple[Plain | None, str]:
+) -> tuple[PlainVit | None, str]:
     """Read a checkpoint as a plain ViT or masked autoencoder.
 
     Args:
@@ -77,41 +165,63 @@ def read_plain(
     except (IntegrityError, RuntimeError):  # torch's own where tensors cannot be fused
         return None, ""
     state = official.state
-    # Of a whole one nothing of it is left in the state.
-    probe_head = "head.0.running_mean" in official_names(checkpoint.shapes).names.values() and (
-        "head.0.running_mean" not in state
-    )
-    grid, sincos = _grid(checkpoint, state)
+    names = official_names(checkpoint.shapes).names
+    grid = _sincos_grid(checkpoint, state, names)
     config, preprocess, refused = _configured(checkpoint, state, heads, decoder_heads)
     configured = config is not None
-    size_from: Literal["configuration", "positions", "square", ""] = "configuration"
+    size_from: SizeFrom = "configuration"
     if config is None:
         config, size_from = _inferred(state, heads, decoder_heads, grid)
-    encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
-    plain = Plain(
-        official.dialect,
-        tuple(official.dropped),
-        config,
-        preprocess,
-        encoder.heads if configured and encoder else heads or (_published_heads(encoder) if encoder else None),
-        _decoder_heads(config, configured, decoder_heads),
-        size_from,
-        sincos,
-        configured,
-        *_differences(state, config),
-        probe_head,
+    network = None
+    if config:
+        encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
+        if not configured:
+            key = (encoder.width, encoder.depth, encoder.patch_size)
+            heads = heads or published_heads(*key) or architecture_heads(*key)
+        decoder = _decoder(config, configured, decoder_heads)
+        # Of a whole linear probe the BatchNorm is no more in the state.
+        probe = "head.0.running_mean" in names.values() and "head.0.running_mean" not in state
+        network = _network(encoder, decoder, encoder.heads if configured else heads, size_from, bool(grid), probe)
+    return PlainVit(official.dialect, config, preprocess, network, configured, _misfit(state, config)), refused
+
+
+def _network(
+    encoder: EncoderConfig,
+    decoder: DecoderShape | None,
+    heads: int | None,
+    size_from: SizeFrom,
+    is_sincos: bool,
+    is_probe: bool,
+) -> Network:
+    tuning: Tuning = "none"
+    if is_probe:
+        tuning = "linear probe"
+    elif encoder.classes:
+        tuning = "head" if is_sincos and encoder.pool == "cls" else "fine-tuned"
+    return Network(
+        name=size_name(encoder.width, encoder.depth, encoder.patch_size),
+        width=encoder.width,
+        depth=encoder.depth,
+        heads=heads,
+        patch_size=encoder.patch_size,
+        channels=encoder.channels,
+        image_size=encoder.size if size_from else None,
+        size_from=size_from,
+        positions="sine-cosine" if is_sincos else "learned",
+        pool=encoder.pool,
+        classes=encoder.classes,
+        tuning=tuning,
+        decoder=decoder,
     )
-    return plain, refused
 
 
-def share_of_known_names(names: Mapping[str, Tensor]) -> float:
-    """How many of the tensors have names that a plain ViT or masked autoencoder has."""
-    try:
-        official = official_names(names).names.values()
-    except MaehubError:
-        return 0.0
-    bare = [re.sub(r"\.attn\.(query|key|value)\.", ".attn.qkv.", name) for name in official]
-    return sum(bool(_VOCABULARY.fullmatch(name)) for name in bare) / max(1, len(bare))
+def _decoder(config: Config, configured: bool, heads: int | None) -> DecoderShape | None:
+    if not isinstance(config, AutoencoderConfig):
+        return None
+    if not config.decoder_depth:
+        return DecoderShape(config.encoder.width, 0, None)
+    known = config.decoder_heads if configured else heads or published_decoder_heads(config.decoder_width)
+    return DecoderShape(config.decoder_width, config.decoder_depth, known)
 
 
 def _configured(
@@ -122,10 +232,10 @@ def _configured(
         if block := packed_block(checkpoint.metadata, str(checkpoint.file)):
             return block.config, block.preprocess, ""
         if checkpoint.config:
-            said = read_config(
+            stored = read_config(
                 checkpoint.config, checkpoint.file, heads=heads, decoder_heads=decoder_heads, state=dict(state)
             )
-            return said.config, said.preprocess, ""
+            return stored.config, stored.preprocess, ""
     except (MaehubError, ValueError) as error:
         return None, None, str(error).split("\n")[0]
     return None, None, ""
@@ -133,7 +243,7 @@ def _configured(
 
 def _inferred(
     state: Mapping[str, Tensor], heads: int | None, decoder_heads: int | None, grid: Size | None
-) -> tuple[Config | None, Literal["positions", "square", ""]]:
+) -> tuple[Config | None, SizeFrom]:
     """The network by its shapes; heads that nothing tells are 1 in it, and a size that nothing tells is one row."""
     kernel, table, head = (
         tuple(state[name].shape) if name in state else ()
@@ -141,92 +251,65 @@ def _inferred(
     )
     if len(kernel) != 4 or len(table) != 3 or table[1] < 2 or not kernel[2]:
         return None, ""
-    pixels = kernel[1] * kernel[2] ** 2
-    tokens = len(head) == 2 and head[0] != pixels and "decoder_components" not in state
-    common = {"heads": heads or 1, "decoder_heads": decoder_heads or 1, "target": "tokens" if tokens else None}
-    how: Literal["positions", "square", ""] = "positions" if grid else "square"
-    for size in ((grid[0] * kernel[2], grid[1] * kernel[2]) if grid else None, (kernel[2], (table[1] - 1) * kernel[2])):
+    patch = kernel[2]
+    tokens = len(head) == 2 and head[0] != kernel[1] * patch**2 and "decoder_components" not in state
+    sizes: dict[SizeFrom, Size | None] = {
+        "positions" if grid else "square": (grid[0] * patch, grid[1] * patch) if grid else None,
+        "": (patch, (table[1] - 1) * patch),
+    }
+    for size_from, size in sizes.items():
         try:
-            config = infer_config(state, image_size=size, **common)  # type: ignore[arg-type]
+            config = infer_config(
+                state,
+                heads=heads or 1,
+                decoder_heads=decoder_heads or 1,
+                target="tokens" if tokens else None,
+                image_size=size,
+            )
         except (UsageError, IntegrityError):
-            how = ""
-        else:
-            return config, how
+            continue
+        return config, size_from
     return None, ""
 
 
-def _published_heads(encoder: EncoderConfig) -> int | None:
-    """Of the published network with the same width, depth and patch."""
-    key = (encoder.width, encoder.depth, encoder.patch_size)
-    same = (preset.heads for preset in PRESETS.values() if (preset.width, preset.depth, preset.patch_size) == key)
-    return next(same, None) or architecture_heads(*key)
-
-
-def _decoder_heads(config: Config | None, configured: bool, said: int | None) -> int | None:
-    if not isinstance(config, AutoencoderConfig) or not config.decoder_depth:
-        return None
-    return config.decoder_heads if configured else said or (16 if config.decoder_width == 512 else None)
-
-
-def _differences(
-    state: Mapping[str, Tensor], config: Config | None
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Official names that are missing, too many, and of another shape than the network has."""
+def _misfit(state: Mapping[str, Tensor], config: Config | None) -> Misfit:
+    """What of the tensors does not fit; where no network is told, by the names that networks here have."""
+    unknown = [name for name in state if not _VOCABULARY.fullmatch(name)]
     if config is None:
-        needed = [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state]
-        return tuple(needed), tuple(name for name in state if not _VOCABULARY.fullmatch(name)), ()
-    if not _is_bounded(state, config):
-        return (), (), ("the tensors are too few or too small for the network that their names tell",)
-    with torch.device("meta"):
-        network = MaskedAutoencoder(config) if isinstance(config, AutoencoderConfig) else Encoder(config)
-    expected = to_official(network.state_dict()).state
-    misshaped = (
-        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    )
-    return (
-        tuple(name for name in expected if name not in state),
-        tuple(name for name in state if name not in expected),
-        tuple(misshaped),
-    )
-
-
-def _is_bounded(state: Mapping[str, Tensor], config: Config) -> bool:
-    """Whether a network of this configuration is about as large as its tensors, so that building it is cheap."""
+        return Misfit([name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state], unknown, [])
     encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
     depth, widths = encoder.depth, [encoder.width]
     if isinstance(config, AutoencoderConfig):
         depth += config.decoder_depth
         widths += [config.decoder_width] if config.decoder_depth else []
-    tables = encoder.grid[0] * encoder.grid[1] * max(widths)
-    return depth <= len(state) and tables <= _LARGEST_TABLE
+    if depth > len(state) or encoder.grid[0] * encoder.grid[1] * max(widths) > _LARGEST_TABLE:  # dear to build
+        return Misfit([], unknown, ["the tensors are too few or too small for the network that their names tell"])
+    with torch.device("meta"):
+        network = MaskedAutoencoder(config) if isinstance(config, AutoencoderConfig) else Encoder(config)
+    return misfit(state, to_official(network.state_dict()).state)
 
 
-def _grid(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> tuple[Size | None, bool]:
-    """The (rows, columns) whose sine-cosine table is the stored one, and whether there is any."""
+def _sincos_grid(checkpoint: Checkpoint, state: Mapping[str, Tensor], names: Mapping[str, str]) -> Size | None:
+    """The (rows, columns) whose sine-cosine table is the stored one; None if it is another."""
     table = state.get("pos_embed")
     if table is None or table.ndim != 3 or not table.is_floating_point() or not 0 < table.numel() <= _LARGEST_TABLE:
-        return None, False
-    name = next(key for key, official in official_names(checkpoint.shapes).names.items() if official == "pos_embed")
+        return None
+    name = next(key for key, official in names.items() if official == "pos_embed")
     return grid_of_table(checkpoint.values()[name])
 
 
-def grid_of_table(table: Tensor) -> tuple[Size | None, bool]:
-    """Find the grid that a sine-cosine table was made for; learned tables have none.
+def grid_of_table(table: Tensor) -> Size | None:
+    """Find the grid (rows, columns) that a sine-cosine table was made for; None of a learned table.
 
     Args:
         table: (1, N + 1, D), class token first.
-
-    Returns:
-        (rows, columns), and True; None and False where the table is no sine-cosine one.
     """
     count, width = table.shape[1] - 1, table.shape[2]
     if count < 1 or width % 4:
-        return None, False
+        return None
     values = table[0].float()
     if not values[0].abs().max() <= _EQUAL:  # the class token's row is zero
-        return None, False
+        return None
     for columns in (number for number in range(1, count + 1) if not count % number):
         # The whole table is compared only where its first row fits.
         row = sincos_table(width, (1, columns))
@@ -234,5 +317,5 @@ def grid_of_table(table: Tensor) -> tuple[Size | None, bool]:
             continue
         whole = sincos_table(width, (count // columns, columns))
         if (values[1:] - whole).abs().max() <= _EQUAL:
-            return (count // columns, columns), True
-    return None, False
+            return count // columns, columns
+    return None

@@ -52,34 +52,35 @@ class Judgement:
         )
 
 
-def can_judge(autoencoder: MaskedAutoencoder) -> bool:
+def can_detect(autoencoder: MaskedAutoencoder) -> bool:
     """Whether the photos fit: the head predicts as many values as a patch has, of 1 or 3 channels."""
     config = autoencoder.config
     return config.prediction_width == config.patch_values and config.encoder.channels in (1, 3)
 
 
 @torch.inference_mode()
-def judge(autoencoder: MaskedAutoencoder) -> Judgement:
+def detect_target(autoencoder: MaskedAutoencoder) -> Judgement:
     """Decide between pixels, normalised pixels and neither of them.
 
     Every patch of two photos is hidden three times. Deterministic; one picture is computed at a time.
 
     Args:
-        autoencoder: its own target is not looked at; `can_judge` must hold.
+        autoencoder: its own target is not looked at; `can_detect` must hold.
     """
     config = autoencoder.config.encoder
+    dtype = next(autoencoder.parameters()).dtype
     predicted, true = [], []
     for name in PHOTOS:
         image = autoencoder.preprocess(open_image(_ASSETS / name, channels=config.channels))
         patches = patchify(image[None], config.patch_size)[0]  # (N, P·P·C)
         for masked in covering_masks(0, len(patches)):
-            prediction = autoencoder(image[None].to(_dtype(autoencoder)), masked[None]).prediction[0]
+            prediction = autoencoder(image[None].to(dtype), masked[None]).prediction[0]
             predicted.append(prediction[masked].float())
             true.append(patches[masked])
-    return _judged(torch.cat(predicted), torch.cat(true))
+    return _measured(torch.cat(predicted), torch.cat(true))
 
 
-def _judged(predicted: Tensor, true: Tensor) -> Judgement:
+def _measured(predicted: Tensor, true: Tensor) -> Judgement:
     """The decision from hidden patches: both (M, P·P·C)."""
     normalised = normalise_patches(true[None]).patches[0]
     means, variances = predicted.mean(dim=1), predicted.var(dim=1)
@@ -118,7 +119,3 @@ def _explained(predicted: Tensor, true: Tensor) -> float:
 
 def _log(variances: Tensor) -> Tensor:
     return variances.clamp_min(_FLAT).log()
-
-
-def _dtype(autoencoder: MaskedAutoencoder) -> torch.dtype:
-    return next(autoencoder.parameters()).dtype

@@ -1,4 +1,5 @@
 from .catalog import ModelInfo as ModelInfo
+from .catalog import Role as Role
 from .catalog import architecture_heads as architecture_heads
 from .catalog import is_model as is_model
 from .catalog import list_models as list_models

@@ -1,9 +1,16 @@
 from .building import HEAD_STD as HEAD_STD
+from .building import Misfit as Misfit
 from .building import Wanted as Wanted
 from .building import build_autoencoder as build_autoencoder
 from .building import build_encoder as build_encoder
 from .building import check_finite as check_finite
+from .building import misfit as misfit
+from .config_inference import DECODER_HEAD_WIDTH as DECODER_HEAD_WIDTH
+from .config_inference import HEAD_WIDTH as HEAD_WIDTH
 from .config_inference import infer_config as infer_config
+from .config_inference import published_decoder_heads as published_decoder_heads
+from .config_inference import published_heads as published_heads
+from .config_inference import size_name as size_name
 from .config_inference import with_target as with_target
 from .config_json import Block as Block
 from .config_json import crop_fraction as crop_fraction

@@ -9,12 +9,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, UsageError, first_names
 from maehub.images import Preprocess, Size, as_size, grid_size
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, ResizeRule, resize_table
 from maehub.weights.config_inference import describe
@@ -138,6 +138,27 @@ def build_autoencoder(
     return model
 
 
+class Misfit(NamedTuple):
+    """Official names whose tensors do not fit a network."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshaped: list[str]  # with both shapes
+
+
+def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Misfit:
+    """What of the tensors does not fit those of a network, in the order of the one or the other; official names."""
+    return Misfit(
+        [name for name in expected if name not in state],
+        [name for name in state if name not in expected],
+        [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in expected.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    )
+
+
 def check_finite(state: Mapping[str, Tensor], where: str = "these weights") -> None:
     """Refuse NaN and infinity.
 
@@ -152,9 +173,8 @@ def check_finite(state: Mapping[str, Tensor], where: str = "these weights") -> N
         if not math.isfinite(exact.sum(dtype=torch.float32).item()) and not exact.isfinite().all():
             bad.append(name)
     if bad:
-        raise IntegrityError(
-            f"{where}: NaN or infinity in {_listed(bad)}; the weights were damaged or training diverged"
-        )
+        some = first_names(bad, _MOST_LISTED)
+        raise IntegrityError(f"{where}: NaN or infinity in {some}; the weights were damaged or training diverged")
 
 
 def _empty(kind: type[Network], config: EncoderConfig | AutoencoderConfig, preprocess: Preprocess | None) -> Network:
@@ -181,24 +201,21 @@ def _check_size(state: Mapping[str, Tensor], config: EncoderConfig | Autoencoder
 def _check(state: Mapping[str, Tensor], model: Encoder | MaskedAutoencoder, where: str, looks: str) -> None:
     """Every tensor is there, none is too many, each has its shape and is floating."""
     expected = to_official(model.state_dict()).state
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    both = [name for name in expected if name in state]
-    misshaped = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in both
-        if state[name].shape != expected[name].shape
-    ]
-    unusable = [f"{name} {state[name].dtype}" for name in both if not state[name].is_floating_point()]
-    problems = (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("of another shape", misshaped),
-        ("not floating", unusable),
-    )
-    if not any(names for _, names in problems):
+    misfits = misfit(state, expected)
+    unusable = [f"{n} {state[n].dtype}" for n in expected if n in state and not state[n].is_floating_point()]
+    problems = {
+        "missing": sorted(misfits.missing),
+        "unexpected": sorted(misfits.unexpected),
+        "of another shape": misfits.misshaped,
+        "not floating": unusable,
+    }
+    if not any(problems.values()):
         return
-    lines = [f"{what}, {len(names)} of {len(expected)}: {_listed(names)}" for what, names in problems if names]
+    lines = [
+        f"{what}, {len(names)} of {len(expected)}: {first_names(names, _MOST_LISTED)}"
+        for what, names in problems.items()
+        if names
+    ]
     first = f"{where}: the tensors do not fit the network that was asked for; nothing was loaded"
     raise IntegrityError("\n".join([f"{first}. It looks like: {looks}", *lines]))
 
@@ -273,8 +290,3 @@ def _filled(model: Network, state: Mapping[str, Tensor], wanted: Wanted, where: 
     dialect = from_official(tensors, "module") if isinstance(model, MaskedAutoencoder) else tensors
     model.load_state_dict(dialect, strict=True, assign=True)
     return model.eval()
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(names[:_MOST_LISTED]) + rest

@@ -11,6 +11,28 @@ from maehub.images import Size
 from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
 from maehub.weights.keys import ENCODER_MASK_TOKEN, is_decoder
 
+HEAD_WIDTH, DECODER_HEAD_WIDTH = 64, 32
+"""Of one attention head, in nearly all networks."""
+
+
+def published_heads(width: int, depth: int, patch_size: int) -> int | None:
+    """Attention heads of the published network of these numbers; None if there is none."""
+    key = (width, depth, patch_size)
+    return next((net.heads for net in PRESETS.values() if (net.width, net.depth, net.patch_size) == key), None)
+
+
+def published_decoder_heads(width: int) -> int | None:
+    """Attention heads of the published decoder of this width; None if there is none."""
+    return 16 if width == 512 else None
+
+
+def size_name(width: int, depth: int, patch_size: int) -> str:
+    """``ViT-B/16``, or width, depth and patch of a network that has no such name."""
+    same = [name for name, preset in PRESETS.items() if (preset.width, preset.depth) == (width, depth)]
+    if not same:
+        return f"ViT of width {width}, depth {depth}, patch {patch_size}"
+    return f"ViT-{same[0].removeprefix('vit-').title()}/{patch_size}"
+
 
 def infer_config(
     state: Mapping[str, Tensor],
@@ -57,15 +79,12 @@ def infer_config(
         )
     width, channels, patch, _ = kernel
     depth = _depth(shape, "blocks.")
+    heads = published_heads(width, depth, patch) if heads is None else heads
     if heads is None:
-        heads = next(
-            (p.heads for p in PRESETS.values() if (p.width, p.depth, p.patch_size) == (width, depth, patch)), None
+        raise UsageError(
+            f"{where}: no published network has width {width}, depth {depth} and patch {patch}, and tensors do not "
+            f"tell the number of attention heads; say it: heads={max(1, width // HEAD_WIDTH)}, for example"
         )
-        if heads is None:
-            raise UsageError(
-                f"{where}: no published network has width {width}, depth {depth} and patch {patch}, and "
-                f"tensors do not tell the number of attention heads; say it: heads={max(1, width // 64)}, for example"
-            )
     if image_size is None:
         side = math.isqrt(table[1] - 1)
         if side * side != table[1] - 1:
@@ -116,13 +135,12 @@ def _with_decoder(
     embed = tuple(state["decoder_embed.weight"].shape) if "decoder_embed.weight" in state else ()
     if len(embed) != 2:
         raise IntegrityError(f"{where}: tensors of a decoder but no decoder_embed.weight: {describe(state)}")
+    heads = published_decoder_heads(embed[0]) if heads is None else heads
     if heads is None:
-        if embed[0] != 512:
-            raise UsageError(
-                f"{where}: a decoder of width {embed[0]}, and tensors do not tell its number of attention heads; "
-                f"say it: decoder_heads={max(1, embed[0] // 32)}, for example"
-            )
-        heads = 16
+        raise UsageError(
+            f"{where}: a decoder of width {embed[0]}, and tensors do not tell its number of attention heads; "
+            f"say it: decoder_heads={max(1, embed[0] // DECODER_HEAD_WIDTH)}, for example"
+        )
     depth = _depth(state, "decoder_blocks.")
     return replace(config, decoder_width=embed[0], decoder_depth=depth, decoder_heads=heads)
 
@@ -131,11 +149,11 @@ def _with_outputs(
     config: AutoencoderConfig, shape: Mapping[str, tuple[int, ...]], target: Target | None, where: str
 ) -> AutoencoderConfig:
     """The configuration with what is predicted, as far as the caller and the shapes tell."""
-    found = shape.get("decoder_components", ())
-    if len(found) == 2:
+    components = shape.get("decoder_components", ())
+    if len(components) == 2:
         if target not in (None, "unknown", "pca"):
             raise UsageError(f"{where} has the components of a PCA, so its target is pca, not {target}")
-        return replace(config, target="pca", outputs=found[0])
+        return replace(config, target="pca", outputs=components[0])
     head = shape.get("decoder_pred.weight", ())
     width = head[0] if len(head) == 2 else config.patch_values
     if target == "tokens":
@@ -162,18 +180,12 @@ def describe(state: Mapping[str, Tensor]) -> str:
     kernel = shape.get("patch_embed.proj.weight", ())
     if len(kernel) != 4:
         return "not a Vision Transformer (it has no patch_embed.proj.weight)"
-    width, depth, patch = kernel[0], _depth(shape, "blocks."), kernel[2]
-    same = [name for name, preset in PRESETS.items() if (preset.width, preset.depth) == (width, depth)]
-    size = (
-        f"ViT-{same[0].removeprefix('vit-').title()}/{patch}"
-        if same
-        else f"ViT of width {width}, depth {depth}, patch {patch}"
-    )
+    size = size_name(kernel[0], _depth(shape, "blocks."), kernel[2])
     if _is_linear_head(shape):
         return f"an autoencoder {size} with a linear head"
     if "decoder_embed.weight" in shape:
         return f"an autoencoder {size} with {_depth(shape, 'decoder_blocks.')} decoder blocks"
-    if "head.weight" in shape:
+    if shape.get("head.weight"):
         return f"a classifier {size} with {shape['head.weight'][0]} classes"
     return f"an encoder-only {size}"
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, UsageError, first_names
 from maehub.weights.library_keys import (
     ForeignDialect,
     check_foreign,
@@ -156,8 +156,9 @@ def detect(keys: Iterable[str]) -> Dialect:
         return "module"
     if has("cls_token", "pos_embed", "patch_embed.", "blocks.", "decoder_embed."):
         return "official"
+    some = first_names(names, 5) or "none"
     raise IntegrityError(
-        f"these tensors are not of a Vision Transformer or masked autoencoder that is known here: {_some(names)}; "
+        f"these tensors are not of a Vision Transformer or masked autoencoder that is known here: {some}; "
         "known are the names of the official code, timm, transformers, lightly, mmpretrain and detectron2's ViTDet"
     )
 
@@ -352,9 +353,3 @@ def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             stem, dot, leaf = name, "", ""
         renamed[parts[stem] + dot + leaf] = value
     return renamed
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return (
-        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
-    )

@@ -40,6 +40,7 @@ class Pickled(NamedTuple):
 
     tensors: dict[str, Tensor]  # under the names of the file
     beside: tuple[str, ...]  # names of what else there is: ``optimizer``, ``args`` …
+    entry: str  # the dictionary entry that the tensors are in; empty if in none
 
 
 def read_pickle(path: str | Path) -> Pickled:
@@ -100,12 +101,13 @@ def pickles_in(folder: Path) -> list[Path]:
 
 def _unwrapped(content: Any, path: str | Path) -> Pickled:
     beside: list[str] = []
+    entry = ""
     while isinstance(content, dict):
         inner = next((key for key in _WRAPPED_IN if isinstance(content.get(key), dict)), None)
         if inner is None:
             break
         beside += [str(key) for key in content if key != inner]
-        content = content[inner]
+        content, entry = content[inner], entry or inner
     if not isinstance(content, dict) or not content:
         raise IntegrityError(f"{path} holds no dictionary of tensors but a {type(content).__name__}")
     others = [
@@ -115,4 +117,4 @@ def _unwrapped(content: Any, path: str | Path) -> Pickled:
         raise IntegrityError(f"{path} holds other things than plain tensors: {', '.join(others[:5])}")
     if not all(isinstance(name, str) for name in content):
         raise IntegrityError(f"{path} holds tensors under keys that are no text")
-    return Pickled(content, tuple(beside))
+    return Pickled(content, tuple(beside), entry)
