@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from maehub.data.examination import Examiners, Finding
-from maehub.data.reading import reader_count
 from maehub.data.sources import Source, find_samples
+from maehub.data.workers import Examiners, Finding, reader_count
 from maehub.errors import DataError, UsageError
 from maehub.files import atomic_write
 from maehub.images import ImagePath

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maehub.data.sources import Source
+from maehub.data.workers import core_count
 from maehub.errors import DataError
 from maehub.rng import random_bits, sample_seed
 
@@ -197,8 +198,7 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
     """As many reading processes as asked for, or as there are cores for each training process, one left for it."""
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes - 1)
+    return max(1, core_count() // processes - 1)
 
 
 def _readable(loader: Iterable[Read | DataError]) -> Generator[Read]:
