@@ -21,6 +21,7 @@ from maehub.data import workers
 from maehub.data.workers import Readers, reader_count
 from maehub.errors import CheckpointError, DataError, IntegrityError, MissingDependencyError, UsageError
 from maehub.features import extraction as features_module
+from maehub.features import inference
 from maehub.features.extraction import extract_features
 from maehub.features.table import FeatureTable, read_provenance
 from maehub.images.decoding import open_image
@@ -143,7 +144,7 @@ def test_native_pictures_that_wait_are_bounded(encoder, photos, monkeypatch):
     expected = extract_features(encoder, photos, preprocess=native)
     batches = []
     compute = features_module._Job.features
-    monkeypatch.setattr(features_module, "_WAITING_BYTES", 60_000)
+    monkeypatch.setattr(inference, "_WAITING_BYTES", 60_000)
     monkeypatch.setattr(
         features_module._Job, "features", lambda job, pixels: batches.append(len(pixels)) or compute(job, pixels)
     )
