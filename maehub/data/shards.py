@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, digest
+from maehub.data.listing import IMAGE_ENDINGS, Names, below_common
+from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.errors import DataError, MaehubError, UsageError
 from maehub.files import atomic_write
 from maehub.images import printable
-from maehub.rng import sample_id
 
 _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -54,7 +54,7 @@ class TarIndex(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(Source):
     """Pictures in tar shards: shard after shard, each in the order of its members."""
 
     files: tuple[StoredFile, ...] = field(repr=False)
@@ -72,10 +72,6 @@ class Shards:
     def name(self, index: int) -> bytes:
         """The shard's path below their common folder, then the member's: ``b"000.tar/key.jpg"``."""
         return self.prefixes[self._shard(index)] + b"/" + self.index.names[index]
-
-    def sample_id(self, index: int) -> int:
-        """A 63-bit id that follows from the name."""
-        return sample_id(self.name(index))
 
     def size(self, index: int) -> int:
         """Bytes of the picture file."""
@@ -118,11 +114,6 @@ class Shards:
             return int(text)
         except ValueError as error:
             raise DataError(f"{self.where(index)}: its .cls member holds {text[:20]!r}, not a whole number") from error
-
-    def digest(self, first: int = 0, last: int | None = None) -> str:
-        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
-        chosen = range(first, len(self) if last is None else last)
-        return digest((self.name(index), self.size(index)) for index in chosen)
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from maehub.data.listing import below_common, digest
+from maehub.data.listing import below_common
+from maehub.data.sources import Source
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images import printable
-from maehub.rng import sample_id
 
 _BATCH = 1000
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Source):
     """Pictures in a column of a table, in the order of its rows."""
 
     rows: Any = field(repr=False)
@@ -50,10 +50,6 @@ class Table:
         part, row = self._place(index)
         return self.prefixes[part] + b"%d" % row
 
-    def sample_id(self, index: int) -> int:
-        """A 63-bit id that follows from the name."""
-        return sample_id(self.name(index))
-
     def size(self, index: int) -> int:
         """Bytes of the picture file."""
         return int(self.sizes[index])
@@ -62,9 +58,6 @@ class Table:
         """File and row, for messages."""
         part, row = self._place(index)
         return f"{printable(self.parts[part])}, row {row}"
-
-    def prefetch(self, indices: Sequence[int]) -> None:
-        """Nothing: rows are on this machine."""
 
     def source(self, index: int) -> io.BytesIO:
         """The bytes of the picture file.
@@ -91,11 +84,6 @@ class Table:
             raise UsageError(f"{printable(self.parts[0])} has no column {column!r} beside the pictures; it has: {have}")
         batches = self.others.select_columns([column]).with_format("arrow").iter(_BATCH)
         return [value for batch in batches for value in batch.column(column).to_pylist()]
-
-    def digest(self, first: int = 0, last: int | None = None) -> str:
-        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
-        chosen = range(first, len(self) if last is None else last)
-        return digest((self.name(index), self.size(index)) for index in chosen)
 
     def _place(self, index: int) -> tuple[int, int]:
         """(file, row in it)."""
