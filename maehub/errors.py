@@ -15,6 +15,8 @@ kept in ``__cause__``. Exit codes that are no errors: 0 done, 9 finished with sk
 130 interrupted by Ctrl-C.
 """
 
+from collections.abc import Sequence
+
 EXIT_DONE = 0
 EXIT_SKIPPED = 9
 EXIT_PREEMPTED = 75
@@ -73,3 +75,9 @@ class DistributedError(MaehubError, RuntimeError):
     """A rank failed, does not answer, or disagrees with the others."""
 
     exit_code = 8
+
+
+def first_names(names: Sequence[str], most: int) -> str:
+    """The first of some names for the text of an error, and how many more there are; empty where there are none."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

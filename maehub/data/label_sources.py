@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +14,13 @@ from maehub.data.shards import Shards
 from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
 from maehub.data.tables import Table
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
 
 log = logging.getLogger("maehub")
 
 _LAYOUT = "A labelled folder holds one folder a class, with its pictures at any depth: DIR/CLASS/….jpg"
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
-_NAMED = 3  # in a message, before "and so many more"
 
 
 TRAINING, TESTING = ("train", "training"), ("val", "validation", "valid", "test", "testing")
@@ -73,12 +72,6 @@ def find_told(data: str, group: str | None, label: str | None, index_dir: Path |
     return _folders(samples, data, group, known=known)
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def _csv(path: str, group: str | None, label: str | None) -> Told:
     rows = read_csv(path, label=label, group=group)
     samples = Samples(os.fsencode(os.path.dirname(path)), Names.of(os.fsencode(row.path) for row in rows))
@@ -118,7 +111,8 @@ def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
     with os.scandir(os.fsencode(data)) as entries:
         folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(b".")}
     if empty := sorted(folders - full):
-        text = f"{printable(data)} has class folders without a picture: {listed([printable(name) for name in empty])}"
+        names = first_names([printable(name) for name in empty], 3)
+        text = f"{printable(data)} has class folders without a picture: {names}"
         if not known:
             raise DataError(f"{text}. Put pictures of the class into them, or remove them")
         log.warning("%s", text)

@@ -9,9 +9,9 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from maehub.data.label_sources import TESTING, Told, find_told, listed
+from maehub.data.label_sources import TESTING, Told, find_told
 from maehub.data.sources import Source, select
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
 from maehub.rng import sample_id
 
@@ -167,10 +167,10 @@ def mapped(labelled: Labelled, classes: tuple[str, ...], data: str) -> Labelled:
     times = Counter(classes)
     counts = dict(zip(labelled.classes, labelled.counts.tolist(), strict=True))
     if unseen := [name for name in labelled.classes if name not in times]:
-        names = listed([f"{name} (pictures: {counts[name]})" for name in unseen])
+        names = first_names([f"{name} (pictures: {counts[name]})" for name in unseen], 3)
         raise DataError(
             f"{printable(data)} has classes that are not among the {len(classes)} known ones: {names}. Known are "
-            f"{listed(classes)}. Leave those pictures out, or train with them"
+            f"{first_names(classes, 3)}. Leave those pictures out, or train with them"
         )
     if doubled := [name for name in labelled.classes if times[name] > 1]:
         raise DataError(

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.label_sources import TESTING, TRAINING, listed
+from maehub.data.label_sources import TESTING, TRAINING
 from maehub.data.labels import Found, Labelled, Sides, find_labelled, given_folders, mapped, one_class
 from maehub.data.shards import Shards
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, first_names
 from maehub.files import cache_folder
 from maehub.images import printable
 from maehub.rng import sample_seed
@@ -247,7 +247,7 @@ def _rows_of(data: str, sides: list[str]) -> tuple[np.ndarray, np.ndarray]:
     if not has & set(TRAINING) or measured is None:
         missing = "to measure on" if measured is None else "to train on"
         raise DataError(
-            f"{printable(data)} has a column split, and no row in it is {missing}, only {listed(sorted(has))}"
+            f"{printable(data)} has a column split, and no row in it is {missing}, only {first_names(sorted(has), 3)}"
         )
     if passed := sorted(has - set(TRAINING) - {measured}):
         log.warning("%s: measured on its rows of %s; those of %s are not read", printable(data), measured, passed[0])
@@ -284,7 +284,7 @@ def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> Non
 
 def _warn_untested(data: str, split: LabelledSplit) -> None:
     if untested := [split.testing.classes[number] for number in np.flatnonzero(split.testing.counts == 0)]:
-        log.warning("%s: no picture to measure on of the classes %s", printable(data), listed(untested))
+        log.warning("%s: no picture to measure on of the classes %s", printable(data), first_names(untested, 3))
 
 
 def _warn_of_folds(labelled: Labelled, units: Units, homes: np.ndarray) -> None:
@@ -292,12 +292,12 @@ def _warn_of_folds(labelled: Labelled, units: Units, homes: np.ndarray) -> None:
     alone = [name for place, name in enumerate(labelled.classes) if units.spread[place] == 1]
     if alone:
         what = "picture" if labelled.groups is None else "group"
-        log.warning("always fitted on, since they are in one %s: the classes %s", what, listed(alone))
+        log.warning("always fitted on, since they are in one %s: the classes %s", what, first_names(alone, 3))
     for fold in range(homes.max() + 1):
         has = labelled.take(np.flatnonzero(homes != fold)).counts
         if emptied := [labelled.classes[number] for number in np.flatnonzero((has == 0) & (labelled.counts > 0))]:
             text = "fold %d is fitted on no picture of the classes %s, since groups stay whole"
-            log.warning(text, fold + 1, listed(emptied))
+            log.warning(text, fold + 1, first_names(emptied, 3))
 
 
 def held_out(units: Units, share: float) -> np.ndarray:
