@@ -38,7 +38,7 @@ class Row(NamedTuple):
     line: int
 
 
-class Told(NamedTuple):
+class NamedLabels(NamedTuple):
     """Pictures and what is said of each."""
 
     samples: Source
@@ -48,7 +48,9 @@ class Told(NamedTuple):
     sides: list[str] | None = None  # n cells of the column split of a CSV, where there is one
 
 
-def find_told(data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool) -> Told:
+def read_label_source(
+    data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool
+) -> NamedLabels:
     """Labels and groups of pictures; see `maehub.data.labels.read_labelled`.
 
     Args:
@@ -72,7 +74,7 @@ def find_told(data: str, group: str | None, label: str | None, index_dir: Path |
     return _folders(samples, data, group, known=known)
 
 
-def _csv(path: str, group: str | None, label: str | None) -> Told:
+def _csv(path: str, group: str | None, label: str | None) -> NamedLabels:
     rows = read_csv(path, label=label, group=group)
     samples = Samples(os.fsencode(os.path.dirname(path)), Names.of(os.fsencode(row.path) for row in rows))
     labels: list[str] | list[list[str]] = [row.label for row in rows]
@@ -83,10 +85,10 @@ def _csv(path: str, group: str | None, label: str | None) -> Told:
         log.warning(text, printable(path), len(rows), len(odd), has, odd[0].line)
         labels = [[name for part in row.label.split("|") if (name := part.strip())] for row in rows]
     groups = [row.group for row in rows] if group is not None else None
-    return Told(samples, labels, None, groups, [row.split for row in rows] if rows[0].split else None)
+    return NamedLabels(samples, labels, None, groups, [row.split for row in rows] if rows[0].split else None)
 
 
-def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> Told:
+def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> NamedLabels:
     paths = [samples.name(index).split(b"/") for index in range(len(samples))]
     loose = [parts[0] for parts in paths if len(parts) == 1]
     if loose:
@@ -103,7 +105,7 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> T
         if level == 1:
             raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
         groups = _folder_groups(samples, paths, level)
-    return Told(samples, [parts[0].decode() for parts in paths], None, groups)
+    return NamedLabels(samples, [parts[0].decode() for parts in paths], None, groups)
 
 
 def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
@@ -123,7 +125,7 @@ def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
             raise DataError(f"{printable(data)}: the name of the class {printable(name)} is not UTF-8") from error
 
 
-def _shards(samples: Shards, group: str | None) -> Told:
+def _shards(samples: Shards, group: str | None) -> NamedLabels:
     count = len(samples)
     remote = any(is_remote(file.path) for file in samples.files)
     numbers: list[int] = []
@@ -150,7 +152,7 @@ def _shards(samples: Shards, group: str | None) -> Told:
         level = _level(group, "of shards: a group is a shard, or a folder in the names of members, from 1")
         members = [samples.index.names[index].removeprefix(b"./").split(b"/") for index in range(count)]
         groups = _folder_groups(samples, members, level)
-    return Told(samples, [called[number] for number in numbers], list(called.values()), groups)
+    return NamedLabels(samples, [called[number] for number in numbers], list(called.values()), groups)
 
 
 def _class_file(samples: Shards) -> list[str]:
@@ -169,7 +171,7 @@ def _class_file(samples: Shards) -> list[str]:
     return names
 
 
-def _table(samples: Table, group: str | None, label: str | None) -> Told:
+def _table(samples: Table, group: str | None, label: str | None) -> NamedLabels:
     column = label or _label_column(samples)
     values = samples.values(column)
     several = any(isinstance(value, list) for value in values)
@@ -193,7 +195,7 @@ def _table(samples: Table, group: str | None, label: str | None) -> Told:
         if None in members:
             raise DataError(f"{samples.where(members.index(None))}: its column {group!r} holds nothing")
         groups = [str(member) for member in members]
-    return Told(samples, labels, order, groups)
+    return NamedLabels(samples, labels, order, groups)
 
 
 def _label_column(samples: Table) -> str:
