@@ -64,14 +64,16 @@ def infer(
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Indices of each batch, and what ``compute`` gives for it: (B, …) float32 on the CPU."""
     waiting: list[tuple[Sequence[int], Tensor]] = []
+    held = 0
     for indices, pixels in batches:
         with torch.inference_mode():
-            waiting.append((indices, compute(pixels).float()))
+            rows = compute(pixels).float()
+        waiting.append((indices, rows))
+        held += rows.nbytes
         bar.update(len(indices))
-        # Not each by itself: until then a GPU is never waited for.
-        if sum(rows.nbytes for _, rows in waiting) > _HELD_BYTES:
+        if held > _HELD_BYTES:  # not each by itself: until then a GPU is never waited for
             yield from ((some, rows.cpu()) for some, rows in waiting)
-            waiting = []
+            waiting, held = [], 0
     yield from ((some, rows.cpu()) for some, rows in waiting)
 
 
