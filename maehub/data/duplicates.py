@@ -171,12 +171,12 @@ def _prints(samples: Source, workers: int | None, progress: bool) -> _Prints:
         workers = 0
     keys = [list(range(start, min(start + _AT_ONCE, count))) for start in range(0, count, _AT_ONCE)]
     bar = tqdm(total=count, unit=" pictures", disable=None if progress else True, file=sys.stderr, leave=False)
-    found: list[_Prints] = []
+    prints: list[_Prints] = []
     with batches_of(_Small(samples), keys, workers=worker_count(workers), pin=False) as batches, bar:
         for batch in batches:
-            found.append(batch)
+            prints.append(batch)
             bar.update(len(batch.files))
-    files, hashes, thumbnails = zip(*found, strict=True)
+    files, hashes, thumbnails = zip(*prints, strict=True)
     return _Prints([file for some in files for file in some], np.concatenate(hashes), np.concatenate(thumbnails))
 
 

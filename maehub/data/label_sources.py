@@ -254,7 +254,7 @@ def read_csv(path: str, *, label: str | None = None, group: str | None = None) -
 
 
 def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[Row]:
-    root, found = os.path.dirname(path), dict[str, Row]()
+    root, rows = os.path.dirname(path), dict[str, Row]()
     header: list[str] = []
     columns: dict[str, str | None] = {}  # fields of a row to columns
     again = 0
@@ -278,17 +278,17 @@ def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[
             row = row._replace(split=row.split.casefold())
             if row.split not in TRAINING + TESTING:
                 raise DataError(f"{where}: the split {row.split!r} is not one of {', '.join(TRAINING + TESTING)}")
-        before = found.setdefault(os.path.normpath(row.path), row)
+        before = rows.setdefault(os.path.normpath(row.path), row)
         if before is not row:
             _check_same(where, before, row, columns)
             again += 1
         elif not _is_file(os.path.join(root, row.path)):
             raise DataError(f"{where}: there is no file {printable(os.path.join(root, row.path))}")
-    if not found:
+    if not rows:
         raise DataError(f"0 images in {printable(path)}: it has no line below the one that names the columns")
     if again:
         log.warning("%s: %d lines name a picture again, and each is taken once", printable(path), again)
-    return list(found.values())
+    return list(rows.values())
 
 
 def _lines(path: str, reader: Any) -> Iterator[tuple[int, list[str]]]:

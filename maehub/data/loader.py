@@ -110,10 +110,10 @@ def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
             left, right = right, left ^ (bits & low)
         return left << half | right
 
-    found = permuted(np.asarray(places, dtype=np.int64))
-    while (outside := found >= count).any():
-        found[outside] = permuted(found[outside])
-    return found
+    shuffled_places = permuted(np.asarray(places, dtype=np.int64))
+    while (outside := shuffled_places >= count).any():
+        shuffled_places[outside] = permuted(shuffled_places[outside])
+    return shuffled_places
 
 
 @contextlib.contextmanager

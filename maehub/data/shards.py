@@ -83,10 +83,10 @@ class Shards(Source):
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Fetch what is behind addresses, all at once; `source` gives it out. What fails is tried again there."""
-        wanted = [index for index in dict.fromkeys(indices) if is_remote(self.files[self._shard(index)].path)]
+        remote = [index for index in dict.fromkeys(indices) if is_remote(self.files[self._shard(index)].path)]
         self._fetched.clear()
-        if len(wanted) > 1:
-            for index, data in zip(wanted, at_once(self._tried, wanted), strict=True):
+        if len(remote) > 1:
+            for index, data in zip(remote, at_once(self._tried, remote), strict=True):
                 if data is not None:
                     self._fetched[index] = data
 
@@ -160,14 +160,14 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
         file = stored_file(path)
         return file, tar_index(file, index_dir)
 
-    found = list(at_once(indexed, paths) if any(map(is_remote, paths)) else map(indexed, paths))
-    indexes = [index for _, index in found]
+    shards = list(at_once(indexed, paths) if any(map(is_remote, paths)) else map(indexed, paths))
+    indexes = [index for _, index in shards]
     starts = np.cumsum([0, *(len(index.names) for index in indexes)], dtype=np.int64)
     if not starts[-1]:
         raise DataError(f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}")
     columns = [np.concatenate(column) for column in list(zip(*indexes, strict=True))[1:]]
     joined = TarIndex(Names.joined(index.names for index in indexes), *columns)
-    return Shards(tuple(file for file, _ in found), tuple(below_common(paths)), starts, joined)
+    return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined)
 
 
 def shard_paths(pattern: str) -> list[str]:
@@ -180,14 +180,14 @@ def shard_paths(pattern: str) -> list[str]:
     paths = list(itertools.islice(expanded(pattern), _MOST_SHARDS + 1))
     if len(paths) > _MOST_SHARDS:
         raise UsageError(f"{printable(pattern)} names more than {_MOST_SHARDS:,} shards")
-    found: list[str] = []
+    files: list[str] = []
     for path in paths:
         wild = any(sign in path for sign in "*?") and not os.path.exists(path)
         matches = matching(path) if wild else [path]
         if not matches:
             raise DataError(f"{printable(path)} matches no file")
-        found += matches
-    return found
+        files += matches
+    return files
 
 
 def expanded(pattern: str) -> Iterator[str]:

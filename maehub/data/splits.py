@@ -60,14 +60,14 @@ class SplitGroups(NamedTuple):
         pairs, counts = np.unique(members[pictures] * classes + numbers, return_counts=True)
         groups, of_class = np.divmod(pairs, classes)
         return cls(
-            members,
-            np.argsort(hashes, kind="stable").tolist(),
-            np.bincount(members, minlength=len(names)).tolist(),
-            np.searchsorted(groups, np.arange(len(names) + 1)).tolist(),
-            of_class.tolist(),
-            counts.tolist(),
-            np.bincount(of_class, counts, minlength=classes).astype(int).tolist(),
-            np.bincount(of_class, minlength=classes).tolist(),
+            members=members,
+            order=np.argsort(hashes, kind="stable").tolist(),
+            sizes=np.bincount(members, minlength=len(names)).tolist(),
+            starts=np.searchsorted(groups, np.arange(len(names) + 1)).tolist(),
+            classes=of_class.tolist(),
+            counts=counts.tolist(),
+            totals=np.bincount(of_class, counts, minlength=classes).astype(int).tolist(),
+            spread=np.bincount(of_class, minlength=classes).tolist(),
         )
 
     def parts(self, group: int) -> Iterator[tuple[int, int]]:

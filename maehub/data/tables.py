@@ -145,31 +145,31 @@ def find_saved(folder: str, column: str | None = None) -> Table:
     return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
 
 
-def image_column(features: Any, wanted: str | None, where: str) -> str:
+def image_column(features: Any, column: str | None, where: str) -> str:
     """The column that holds pictures: the one whose feature is an image; else the one of bytes with a path; else the
     one of bytes.
 
     Args:
         features: of the datasets library: names to kinds.
-        wanted: a name that is taken in place of a search.
+        column: a name that is taken in place of a search.
 
     Raises:
         DataError: there is none.
-        UsageError: there are several, or none of the wanted name.
+        UsageError: there are several, or none of that name.
     """
-    if wanted is not None and wanted not in features:
-        raise UsageError(f"{where} has no column {wanted!r}; its columns: {', '.join(features)}")
-    if wanted is not None:
-        return wanted
+    if column is not None and column not in features:
+        raise UsageError(f"{where} has no column {column!r}; its columns: {', '.join(features)}")
+    if column is not None:
+        return column
     ranks = {name: _rank(kind) for name, kind in features.items()}
     best = min(ranks.values(), default=_NO_PICTURE)
-    found = [name for name, rank in ranks.items() if rank == best]
+    best_columns = [name for name, rank in ranks.items() if rank == best]
     if best == _NO_PICTURE:
         raise DataError(f"{where} has no column of pictures; its columns: {', '.join(features)}")
-    if len(found) > 1:
-        names = ", ".join(found)
+    if len(best_columns) > 1:
+        names = ", ".join(best_columns)
         raise UsageError(f"{where} has several columns of pictures: {names}. Keep one of them, or give column=")
-    return found[0]
+    return best_columns[0]
 
 
 _NO_PICTURE = 3

@@ -309,8 +309,8 @@ def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTa
         raise UsageError(f"{target} exists and is no table of features; name another file, or overwrite (--overwrite)")
     skipped = known.pop("skipped", [])
     known.pop("shape", None)
-    wanted = json.loads(json.dumps(provenance))
-    differing = [key for key in sorted(wanted.keys() | known.keys()) if wanted.get(key) != known.get(key)]
+    asked = json.loads(json.dumps(provenance))
+    differing = [key for key in sorted(asked.keys() | known.keys()) if asked.get(key) != known.get(key)]
     if differing:
         raise UsageError(
             f"{target} exists and was made with another {', '.join(differing)}; "
