@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from maehub import load
-from maehub.data.reading import Readers
+from maehub.data.workers import Readers
 from maehub.features.extraction import extract_features
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import Encoder

@@ -17,10 +17,11 @@ from PIL import Image
 from rights import as_nobody, let_enter, needs_root
 from safetensors.torch import load_file
 
-from maehub.data import reading
-from maehub.data.reading import Readers, reader_count
+from maehub.data import workers
+from maehub.data.workers import Readers, reader_count
 from maehub.errors import CheckpointError, DataError, IntegrityError, MissingDependencyError, UsageError
 from maehub.features import extraction as features_module
+from maehub.features import inference
 from maehub.features.extraction import extract_features
 from maehub.features.table import FeatureTable, read_provenance
 from maehub.images.decoding import open_image
@@ -143,7 +144,7 @@ def test_native_pictures_that_wait_are_bounded(encoder, photos, monkeypatch):
     expected = extract_features(encoder, photos, preprocess=native)
     batches = []
     compute = features_module._Job.features
-    monkeypatch.setattr(features_module, "_WAITING_BYTES", 60_000)
+    monkeypatch.setattr(inference, "_WAITING_BYTES", 60_000)
     monkeypatch.setattr(
         features_module._Job, "features", lambda job, pixels: batches.append(len(pixels)) or compute(job, pixels)
     )
@@ -342,7 +343,7 @@ def test_row_87_numbers_that_cannot_be(encoder, photos):
 
 
 def test_row_87_automatic_workers_fit_the_machine(monkeypatch):
-    monkeypatch.setattr(reading.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     assert reader_count(None, 10**6) == 6
     assert reader_count(None, 70) == 2
     assert reader_count(None, 5) == 0
@@ -354,7 +355,7 @@ def test_row_87_more_processes_than_the_machine_allows(monkeypatch):
     def refuse(*_, **__):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(reading.subprocess, "Popen", refuse)
+    monkeypatch.setattr(workers.subprocess, "Popen", refuse)
     with pytest.raises(UsageError, match=r"reading process 1 of 9.*fewer workers"), Readers(9, Preprocess()):
         pass
 
@@ -452,14 +453,14 @@ def test_row_39_when_everything_is_bad(encoder, tmp_path):
 
 def test_row_46_a_file_that_vanishes_is_a_bad_file(encoder, tmp_path, monkeypatch):
     folder = make_photos(tmp_path / "p", 12)
-    read = reading.read_pixels
+    read = workers.read_pixels
 
     def vanishing(path, *arguments, **options):
         if path.endswith(b"005.jpg"):
             os.unlink(path)
         return read(path, *arguments, **options)
 
-    monkeypatch.setattr(reading, "read_pixels", vanishing)
+    monkeypatch.setattr(workers, "read_pixels", vanishing)
     table = extract_features(encoder, folder, skip_bad=True, workers=0)
     assert [item.reason.split(": ")[-1] for item in table.skipped] == ["No such file or directory"]
     assert len(table) == 11
@@ -518,7 +519,7 @@ def readers_of(pid):
                 line = Path(f"/proc/{entry}/cmdline").read_bytes()
             except OSError:
                 continue
-            if b"maehub.data.reading" in line and fields[0] != "Z" and (pid is None or int(fields[1]) == pid):
+            if b"maehub.data.workers" in line and fields[0] != "Z" and (pid is None or int(fields[1]) == pid):
                 found.append(int(entry))
     return found
 
@@ -638,7 +639,7 @@ def test_row_84_ctrl_c_ends_within_two_seconds_without_orphans(photos, tmp_path)
 
 
 def test_row_48_killed_processes_are_one_clear_error(encoder, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_AT_ONCE", 1)
+    monkeypatch.setattr(workers, "_AT_ONCE", 1)
     compute = features_module._Job.features
 
     def killing(job, pixels):
@@ -666,7 +667,7 @@ def test_row_48_a_process_that_dies_at_a_picture_names_it(photos):
 
 
 def test_row_48_a_process_that_hangs_is_given_up(photos, monkeypatch):
-    monkeypatch.setattr(reading, "_SILENCE", 0.3)
+    monkeypatch.setattr(workers, "_SILENCE", 0.3)
     with Readers(1, Preprocess.evaluation(32)) as readers:
         os.kill(readers._processes[0].pid, signal.SIGSTOP)
         with pytest.raises(DataError, match="no picture was read"):

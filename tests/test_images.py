@@ -554,7 +554,7 @@ def test_scaled_decoding_changes_little(tmp_path, size, resize, side):
 
 
 def test_importing_images_imports_no_torch():
-    code = "import sys, maehub.images.preprocess, maehub.data.reading\n"
+    code = "import sys, maehub.images.preprocess, maehub.data.workers\n"
     code += "print('torch' in sys.modules, 'torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

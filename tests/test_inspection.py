@@ -17,7 +17,8 @@ from PIL import Image
 
 import maehub
 from maehub.cli.command_line import main
-from maehub.data import examination, inspection
+from maehub.data import inspection
+from maehub.data import workers as processes
 from maehub.data.inspection import BadPicture, check_data, data_statistics
 from maehub.errors import DataError, UsageError
 
@@ -138,15 +139,15 @@ def test_row_47_shards_are_checked_member_by_member(tmp_path):
 
 
 def test_row_48_a_decoder_that_crashes_takes_one_picture_along(photos, monkeypatch):
-    start = examination._START.replace("serve()", "").rstrip("; ")
+    start = processes._START.replace("serve()", "").rstrip("; ")
     crashing = (
-        "import os, maehub.data.examination as module; plain = module.examine\n"
+        "import os, maehub.data.workers as module; plain = module.examine\n"
         "def examine(picture, statistics):\n"
         "    if isinstance(picture, bytes) and picture.endswith(b'07.png'): os.kill(os.getpid(), 9)\n"
         "    return plain(picture, statistics)\n"
         "module.examine = examine; module.serve()"
     )
-    monkeypatch.setattr(examination, "_START", start + "\n" + crashing)
+    monkeypatch.setattr(processes, "_START", start + "\n" + crashing)
     for workers in (1, 2):
         found = check_data(photos, workers=workers)
         assert BadPicture(str(photos / "07.png"), "the process that decoded it died by signal 9") in found.bad
@@ -155,8 +156,8 @@ def test_row_48_a_decoder_that_crashes_takes_one_picture_along(photos, monkeypat
 
 
 def test_row_48_a_process_that_hangs(photos, monkeypatch):
-    monkeypatch.setattr(examination, "_START", "import time; time.sleep(60)")
-    monkeypatch.setattr(examination, "_SILENCE", 0.5)
+    monkeypatch.setattr(processes, "_START", "import time; time.sleep(60)")
+    monkeypatch.setattr(processes, "_SILENCE", 0.5)
     with pytest.raises(DataError, match="no picture was decoded for"):
         check_data(photos, workers=1)
 

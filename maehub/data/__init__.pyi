@@ -13,8 +13,6 @@ from .loader import batches_of as batches_of
 from .loader import check_shared_memory as check_shared_memory
 from .loader import naming as naming
 from .loader import worker_count as worker_count
-from .reading import Readers as Readers
-from .reading import reader_count as reader_count
 from .sources import Pictures as Pictures
 from .sources import PictureSource as PictureSource
 from .sources import Samples as Samples
@@ -29,3 +27,5 @@ from .splits import folds as folds
 from .splits import inner_split as inner_split
 from .splits import measured_part as measured_part
 from .splits import split_labelled as split_labelled
+from .workers import Readers as Readers
+from .workers import reader_count as reader_count

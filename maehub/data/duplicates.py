@@ -27,7 +27,7 @@ Pair = tuple[int, int]
 """(testing index, training index)"""
 
 MOST_LOOKED_AT = 20_000
-"""Pictures of both sides together up to which a run looks for twins by itself."""
+"""Pictures of both sides together up to which a run looks for duplicates by itself."""
 
 _SMALL = Preprocess(size=(32, 36), resize="squash", interpolation="bilinear")
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R BT.601
@@ -39,7 +39,7 @@ _PICTURES_PER_WORKER = 256  # fewer than these are read sooner here than in proc
 
 
 @dataclass(frozen=True)
-class Twins:
+class Duplicates:
     """Testing pictures that are in training too, each once, with the training picture that is most like it."""
 
     exact: list[Pair]
@@ -80,7 +80,9 @@ class Twins:
         return bool(np.any(self.testing.labels[pair[0]] != self.training.labels[pair[1]]))
 
 
-def find_twins(training: Labelled, testing: Labelled, *, workers: int | None = None, progress: bool = True) -> Twins:
+def find_twins(
+    training: Labelled, testing: Labelled, *, workers: int | None = None, progress: bool = True
+) -> Duplicates:
     """Look for testing pictures in training.
 
     *Exact* are files with the same sha256: it costs nothing beside decoding and is never wrong, while equal small
@@ -105,7 +107,7 @@ def find_twins(training: Labelled, testing: Labelled, *, workers: int | None = N
     exact = [(place, known[file]) for place, file in enumerate(here.files) if file in known]
     same = {place for place, _ in exact}
     near = [pair for pair in _near(here, there) if pair[0] not in same]
-    return Twins(exact, near, training, testing)
+    return Duplicates(exact, near, training, testing)
 
 
 class _Prints(NamedTuple):
@@ -169,12 +171,12 @@ def _prints(samples: Source, workers: int | None, progress: bool) -> _Prints:
         workers = 0
     keys = [list(range(start, min(start + _AT_ONCE, count))) for start in range(0, count, _AT_ONCE)]
     bar = tqdm(total=count, unit=" pictures", disable=None if progress else True, file=sys.stderr, leave=False)
-    found: list[_Prints] = []
+    prints: list[_Prints] = []
     with batches_of(_Small(samples), keys, workers=worker_count(workers), pin=False) as batches, bar:
         for batch in batches:
-            found.append(batch)
+            prints.append(batch)
             bar.update(len(batch.files))
-    files, hashes, thumbnails = zip(*found, strict=True)
+    files, hashes, thumbnails = zip(*prints, strict=True)
     return _Prints([file for some in files for file in some], np.concatenate(hashes), np.concatenate(thumbnails))
 
 

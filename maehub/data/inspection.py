@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from maehub.data.examination import Examiners, Finding
-from maehub.data.reading import reader_count
 from maehub.data.sources import Source, find_samples
+from maehub.data.workers import Examiners, Finding, reader_count
 from maehub.errors import DataError, UsageError
 from maehub.files import atomic_write
 from maehub.images import ImagePath
@@ -171,7 +170,7 @@ def check_data(
     Raises:
         DataError: there are no pictures, or a process hangs.
     """
-    samples = find_samples(_text(folder))
+    samples = find_samples(os.fsdecode(folder))
     formats: Counter[str] = Counter()
     bad: list[BadPicture] = []
     for index, finding in _findings(samples, range(len(samples)), workers, progress, statistics=False):
@@ -201,21 +200,21 @@ def data_statistics(
     """
     if sample < 0:
         raise UsageError(f"sample must be 0 or more, not {sample}; 0 looks at all pictures")
-    samples = find_samples(_text(folder))
+    samples = find_samples(os.fsdecode(folder))
     chosen: Sequence[int] = range(len(samples))
     if 0 < sample < len(samples):
         chosen = sorted(heapq.nsmallest(sample, chosen, key=samples.sample_id))
-    found = list(_findings(samples, chosen, workers, progress, statistics=True))
-    good = [(samples.size(index), finding) for index, finding in found if not finding.reason]
+    examined = list(_findings(samples, chosen, workers, progress, statistics=True))
+    good = [(samples.size(index), finding) for index, finding in examined if not finding.reason]
     if not good:
-        index, finding = found[0]
-        raise DataError(f"none of {_pictures(len(found))} can be read; {samples.where(index)}: {finding.reason}")
+        index, finding = examined[0]
+        raise DataError(f"none of {_pictures(len(examined))} can be read; {samples.where(index)}: {finding.reason}")
     findings = [finding for _, finding in good]
     mean, std = _channel_statistics(findings)
     return DataStatistics(
         images=len(samples),
         looked_at=len(good),
-        unreadable=len(found) - len(good),
+        unreadable=len(examined) - len(good),
         formats=dict(Counter(finding.format for finding in findings).most_common()),
         modes=dict(Counter(f"{finding.mode} ({_bits(finding.bits)})" for finding in findings).most_common()),
         bytes=_spread(size for size, _ in good),
@@ -260,10 +259,6 @@ def _channel_statistics(findings: list[Finding]) -> tuple[tuple[float, ...], tup
 def _spread(numbers: Iterable[float]) -> Spread:
     values = np.fromiter(numbers, np.float64)
     return Spread(float(values.min()), float(np.median(values)), float(values.max()))
-
-
-def _text(folder: ImagePath) -> str:
-    return os.fsdecode(folder)
 
 
 def _pictures(count: int) -> str:

@@ -3,7 +3,7 @@
 import csv
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +14,13 @@ from maehub.data.shards import Shards
 from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
 from maehub.data.tables import Table
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
 
 log = logging.getLogger("maehub")
 
 _LAYOUT = "A labelled folder holds one folder a class, with its pictures at any depth: DIR/CLASS/….jpg"
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
-_NAMED = 3  # in a message, before "and so many more"
 
 
 TRAINING, TESTING = ("train", "training"), ("val", "validation", "valid", "test", "testing")
@@ -39,7 +38,7 @@ class Row(NamedTuple):
     line: int
 
 
-class Told(NamedTuple):
+class NamedLabels(NamedTuple):
     """Pictures and what is said of each."""
 
     samples: Source
@@ -49,7 +48,9 @@ class Told(NamedTuple):
     sides: list[str] | None = None  # n cells of the column split of a CSV, where there is one
 
 
-def find_told(data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool) -> Told:
+def read_label_source(
+    data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool
+) -> NamedLabels:
     """Labels and groups of pictures; see `maehub.data.labels.read_labelled`.
 
     Args:
@@ -73,13 +74,7 @@ def find_told(data: str, group: str | None, label: str | None, index_dir: Path |
     return _folders(samples, data, group, known=known)
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _csv(path: str, group: str | None, label: str | None) -> Told:
+def _csv(path: str, group: str | None, label: str | None) -> NamedLabels:
     rows = read_csv(path, label=label, group=group)
     samples = Samples(os.fsencode(os.path.dirname(path)), Names.of(os.fsencode(row.path) for row in rows))
     labels: list[str] | list[list[str]] = [row.label for row in rows]
@@ -90,10 +85,10 @@ def _csv(path: str, group: str | None, label: str | None) -> Told:
         log.warning(text, printable(path), len(rows), len(odd), has, odd[0].line)
         labels = [[name for part in row.label.split("|") if (name := part.strip())] for row in rows]
     groups = [row.group for row in rows] if group is not None else None
-    return Told(samples, labels, None, groups, [row.split for row in rows] if rows[0].split else None)
+    return NamedLabels(samples, labels, None, groups, [row.split for row in rows] if rows[0].split else None)
 
 
-def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> Told:
+def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> NamedLabels:
     paths = [samples.name(index).split(b"/") for index in range(len(samples))]
     loose = [parts[0] for parts in paths if len(parts) == 1]
     if loose:
@@ -110,7 +105,7 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> T
         if level == 1:
             raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
         groups = _folder_groups(samples, paths, level)
-    return Told(samples, [parts[0].decode() for parts in paths], None, groups)
+    return NamedLabels(samples, [parts[0].decode() for parts in paths], None, groups)
 
 
 def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
@@ -118,7 +113,8 @@ def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
     with os.scandir(os.fsencode(data)) as entries:
         folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(b".")}
     if empty := sorted(folders - full):
-        text = f"{printable(data)} has class folders without a picture: {listed([printable(name) for name in empty])}"
+        names = first_names([printable(name) for name in empty], 3)
+        text = f"{printable(data)} has class folders without a picture: {names}"
         if not known:
             raise DataError(f"{text}. Put pictures of the class into them, or remove them")
         log.warning("%s", text)
@@ -129,7 +125,7 @@ def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
             raise DataError(f"{printable(data)}: the name of the class {printable(name)} is not UTF-8") from error
 
 
-def _shards(samples: Shards, group: str | None) -> Told:
+def _shards(samples: Shards, group: str | None) -> NamedLabels:
     count = len(samples)
     remote = any(is_remote(file.path) for file in samples.files)
     numbers: list[int] = []
@@ -156,7 +152,7 @@ def _shards(samples: Shards, group: str | None) -> Told:
         level = _level(group, "of shards: a group is a shard, or a folder in the names of members, from 1")
         members = [samples.index.names[index].removeprefix(b"./").split(b"/") for index in range(count)]
         groups = _folder_groups(samples, members, level)
-    return Told(samples, [called[number] for number in numbers], list(called.values()), groups)
+    return NamedLabels(samples, [called[number] for number in numbers], list(called.values()), groups)
 
 
 def _class_file(samples: Shards) -> list[str]:
@@ -175,7 +171,7 @@ def _class_file(samples: Shards) -> list[str]:
     return names
 
 
-def _table(samples: Table, group: str | None, label: str | None) -> Told:
+def _table(samples: Table, group: str | None, label: str | None) -> NamedLabels:
     column = label or _label_column(samples)
     values = samples.values(column)
     several = any(isinstance(value, list) for value in values)
@@ -199,7 +195,7 @@ def _table(samples: Table, group: str | None, label: str | None) -> Told:
         if None in members:
             raise DataError(f"{samples.where(members.index(None))}: its column {group!r} holds nothing")
         groups = [str(member) for member in members]
-    return Told(samples, labels, order, groups)
+    return NamedLabels(samples, labels, order, groups)
 
 
 def _label_column(samples: Table) -> str:
@@ -258,7 +254,7 @@ def read_csv(path: str, *, label: str | None = None, group: str | None = None) -
 
 
 def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[Row]:
-    root, found = os.path.dirname(path), dict[str, Row]()
+    root, rows = os.path.dirname(path), dict[str, Row]()
     header: list[str] = []
     columns: dict[str, str | None] = {}  # fields of a row to columns
     again = 0
@@ -282,17 +278,17 @@ def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[
             row = row._replace(split=row.split.casefold())
             if row.split not in TRAINING + TESTING:
                 raise DataError(f"{where}: the split {row.split!r} is not one of {', '.join(TRAINING + TESTING)}")
-        before = found.setdefault(os.path.normpath(row.path), row)
+        before = rows.setdefault(os.path.normpath(row.path), row)
         if before is not row:
             _check_same(where, before, row, columns)
             again += 1
         elif not _is_file(os.path.join(root, row.path)):
             raise DataError(f"{where}: there is no file {printable(os.path.join(root, row.path))}")
-    if not found:
+    if not rows:
         raise DataError(f"0 images in {printable(path)}: it has no line below the one that names the columns")
     if again:
         log.warning("%s: %d lines name a picture again, and each is taken once", printable(path), again)
-    return list(found.values())
+    return list(rows.values())
 
 
 def _lines(path: str, reader: Any) -> Iterator[tuple[int, list[str]]]:

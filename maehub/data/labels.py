@@ -9,9 +9,9 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from maehub.data.label_sources import TESTING, Told, find_told, listed
+from maehub.data.label_sources import TESTING, NamedLabels, read_label_source
 from maehub.data.sources import Source, select
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
 from maehub.rng import sample_id
 
@@ -58,7 +58,7 @@ class Labelled:
         return replace(self, labels=labels, classes=classes)
 
 
-class Found(NamedTuple):
+class LoadedLabels(NamedTuple):
     """Labelled pictures with what else is known of them."""
 
     labelled: Labelled
@@ -113,19 +113,19 @@ def find_labelled(
     label: str | None = None,
     classes: Sequence[str] | None = None,
     index_dir: Path | None = None,
-) -> Found:
+) -> LoadedLabels:
     """What `read_labelled` gives, with the names of groups and the sides that a CSV puts its pictures on."""
     text = os.fsdecode(data)
     if sides := given_folders(text):
         raise UsageError(f"{printable(text)} holds the two sides of a split: name one, such as {sides.testing}")
-    told = find_told(text, group, label, index_dir, known=classes is not None)
-    numbers = {name: _number(name) for name in set(told.groups or ())}
-    labelled = _numbered(told, numbers)
+    named = read_label_source(text, group, label, index_dir, known=classes is not None)
+    numbers = {name: _number(name) for name in set(named.groups or ())}
+    labelled = _numbered(named, numbers)
     if classes is not None:
         labelled = mapped(labelled, tuple(classes), text)
     elif len(labelled.classes) < 2 and not (labelled.multi_label and not labelled.labels.all()):
         raise one_class(text, labelled.classes[0])
-    return Found(labelled, {number: name for name, number in numbers.items()}, told.sides)
+    return LoadedLabels(labelled, {number: name for name, number in numbers.items()}, named.sides)
 
 
 def given_folders(data: str) -> Sides | None:
@@ -139,14 +139,14 @@ def _number(group: str) -> int:
     return sample_id(b"group " + group.encode("utf-8", "surrogateescape"))
 
 
-def _numbered(told: Told, numbers: dict[str, int]) -> Labelled:
+def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:
     """Names to places in the row of the classes that have a picture."""
-    several = isinstance(told.labels[0], list)
-    cells = cast(list[list[str]], told.labels if several else [[name] for name in told.labels])
+    several = isinstance(named.labels[0], list)
+    cells = cast(list[list[str]], named.labels if several else [[name] for name in named.labels])
     seen = {name for cell in cells for name in cell}
-    classes = tuple(name for name in told.order or sorted(seen) if name in seen)
+    classes = tuple(name for name in named.order or sorted(seen) if name in seen)
     if not classes:
-        raise DataError(f"none of {len(cells)} pictures has a label, the first {told.samples.where(0)}")
+        raise DataError(f"none of {len(cells)} pictures has a label, the first {named.samples.where(0)}")
     places = {name: place for place, name in enumerate(classes)}
     if several:
         labels = np.zeros((len(cells), len(classes)), bool)
@@ -154,8 +154,8 @@ def _numbered(told: Told, numbers: dict[str, int]) -> Labelled:
             row[[places[name] for name in cell]] = True
     else:
         labels = np.array([places[cell[0]] for cell in cells], np.int64)
-    groups = None if told.groups is None else np.array([numbers[name] for name in told.groups], np.int64)
-    return Labelled(told.samples, labels, classes, groups)
+    groups = None if named.groups is None else np.array([numbers[name] for name in named.groups], np.int64)
+    return Labelled(named.samples, labels, classes, groups)
 
 
 def mapped(labelled: Labelled, classes: tuple[str, ...], data: str) -> Labelled:
@@ -167,10 +167,10 @@ def mapped(labelled: Labelled, classes: tuple[str, ...], data: str) -> Labelled:
     times = Counter(classes)
     counts = dict(zip(labelled.classes, labelled.counts.tolist(), strict=True))
     if unseen := [name for name in labelled.classes if name not in times]:
-        names = listed([f"{name} (pictures: {counts[name]})" for name in unseen])
+        names = first_names([f"{name} (pictures: {counts[name]})" for name in unseen], 3)
         raise DataError(
             f"{printable(data)} has classes that are not among the {len(classes)} known ones: {names}. Known are "
-            f"{listed(classes)}. Leave those pictures out, or train with them"
+            f"{first_names(classes, 3)}. Leave those pictures out, or train with them"
         )
     if doubled := [name for name in labelled.classes if times[name] > 1]:
         raise DataError(

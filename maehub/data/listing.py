@@ -1,8 +1,6 @@
 """Files below a folder, in an order that is the same everywhere."""
 
-import hashlib
 import os
-import struct
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,14 +109,6 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
-
-
-def digest(samples: Iterable[tuple[bytes, int]]) -> str:
-    """sha256 of names and sizes in bytes."""
-    hasher = hashlib.sha256()
-    for name, size in samples:
-        hasher.update(struct.pack("<qq", len(name), size) + name)
-    return hasher.hexdigest()
 
 
 def below_common(paths: Sequence[str]) -> list[bytes]:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maehub.data.sources import Source
+from maehub.data.workers import core_count
 from maehub.errors import DataError
 from maehub.rng import random_bits, sample_seed
 
@@ -109,10 +110,10 @@ def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
             left, right = right, left ^ (bits & low)
         return left << half | right
 
-    found = permuted(np.asarray(places, dtype=np.int64))
-    while (outside := found >= count).any():
-        found[outside] = permuted(found[outside])
-    return found
+    shuffled_places = permuted(np.asarray(places, dtype=np.int64))
+    while (outside := shuffled_places >= count).any():
+        shuffled_places[outside] = permuted(shuffled_places[outside])
+    return shuffled_places
 
 
 @contextlib.contextmanager
@@ -197,8 +198,7 @@ def worker_count(workers: int | None, processes: int = 1) -> int:
     """As many reading processes as asked for, or as there are cores for each training process, one left for it."""
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes - 1)
+    return max(1, core_count() // processes - 1)
 
 
 def _readable(loader: Iterable[Read | DataError]) -> Generator[Read]:

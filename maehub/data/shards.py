@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, digest
+from maehub.data.listing import IMAGE_ENDINGS, Names, below_common
+from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.errors import DataError, MaehubError, UsageError
 from maehub.files import atomic_write
 from maehub.images import printable
-from maehub.rng import sample_id
 
 _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -54,7 +54,7 @@ class TarIndex(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(Source):
     """Pictures in tar shards: shard after shard, each in the order of its members."""
 
     files: tuple[StoredFile, ...] = field(repr=False)
@@ -73,10 +73,6 @@ class Shards:
         """The shard's path below their common folder, then the member's: ``b"000.tar/key.jpg"``."""
         return self.prefixes[self._shard(index)] + b"/" + self.index.names[index]
 
-    def sample_id(self, index: int) -> int:
-        """A 63-bit id that follows from the name."""
-        return sample_id(self.name(index))
-
     def size(self, index: int) -> int:
         """Bytes of the picture file."""
         return int(self.index.sizes[index])
@@ -87,10 +83,10 @@ class Shards:
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Fetch what is behind addresses, all at once; `source` gives it out. What fails is tried again there."""
-        wanted = [index for index in dict.fromkeys(indices) if is_remote(self.files[self._shard(index)].path)]
+        remote = [index for index in dict.fromkeys(indices) if is_remote(self.files[self._shard(index)].path)]
         self._fetched.clear()
-        if len(wanted) > 1:
-            for index, data in zip(wanted, at_once(self._tried, wanted), strict=True):
+        if len(remote) > 1:
+            for index, data in zip(remote, at_once(self._tried, remote), strict=True):
                 if data is not None:
                     self._fetched[index] = data
 
@@ -118,11 +114,6 @@ class Shards:
             return int(text)
         except ValueError as error:
             raise DataError(f"{self.where(index)}: its .cls member holds {text[:20]!r}, not a whole number") from error
-
-    def digest(self, first: int = 0, last: int | None = None) -> str:
-        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
-        chosen = range(first, len(self) if last is None else last)
-        return digest((self.name(index), self.size(index)) for index in chosen)
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -169,14 +160,14 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
         file = stored_file(path)
         return file, tar_index(file, index_dir)
 
-    found = list(at_once(indexed, paths) if any(map(is_remote, paths)) else map(indexed, paths))
-    indexes = [index for _, index in found]
+    shards = list(at_once(indexed, paths) if any(map(is_remote, paths)) else map(indexed, paths))
+    indexes = [index for _, index in shards]
     starts = np.cumsum([0, *(len(index.names) for index in indexes)], dtype=np.int64)
     if not starts[-1]:
         raise DataError(f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}")
     columns = [np.concatenate(column) for column in list(zip(*indexes, strict=True))[1:]]
     joined = TarIndex(Names.joined(index.names for index in indexes), *columns)
-    return Shards(tuple(file for file, _ in found), tuple(below_common(paths)), starts, joined)
+    return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined)
 
 
 def shard_paths(pattern: str) -> list[str]:
@@ -189,14 +180,14 @@ def shard_paths(pattern: str) -> list[str]:
     paths = list(itertools.islice(expanded(pattern), _MOST_SHARDS + 1))
     if len(paths) > _MOST_SHARDS:
         raise UsageError(f"{printable(pattern)} names more than {_MOST_SHARDS:,} shards")
-    found: list[str] = []
+    files: list[str] = []
     for path in paths:
         wild = any(sign in path for sign in "*?") and not os.path.exists(path)
         matches = matching(path) if wild else [path]
         if not matches:
             raise DataError(f"{printable(path)} matches no file")
-        found += matches
-    return found
+        files += matches
+    return files
 
 
 def expanded(pattern: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.data.listing import IMAGE_ENDINGS as IMAGE_ENDINGS
-from maehub.data.listing import Names, digest, search
+from maehub.data.listing import Names, search
 from maehub.errors import DataError, UsageError
 from maehub.images import ImagePath, printable
 from maehub.rng import sample_id
@@ -31,17 +32,11 @@ class Source(Protocol):
     def name(self, index: int) -> bytes:
         """A name that stays when the data are moved: the path below the folder, shard and member, or file and row."""
 
-    def sample_id(self, index: int) -> int:
-        """A 63-bit id that follows from the name."""
-
     def size(self, index: int) -> int:
         """Bytes of the picture file; −1 if it is not there."""
 
     def where(self, index: int) -> str:
         """Path, shard and member, or file and row: for messages."""
-
-    def prefetch(self, indices: Sequence[int]) -> None:
-        """Says which samples `source` will be asked for next; those far away are fetched at once."""
 
     def source(self, index: int) -> ImagePath | BinaryIO:
         """What `maehub.images.decoding.open_image` takes.
@@ -50,12 +45,25 @@ class Source(Protocol):
             DataError: it cannot be read.
         """
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Says which samples `source` will be asked for next; those far away are fetched at once."""
+        return
+
+    def sample_id(self, index: int) -> int:
+        """A 63-bit id that follows from the name: the same wherever the data lie."""
+        return sample_id(self.name(index))
+
     def digest(self, first: int = 0, last: int | None = None) -> str:
         """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
+        hasher = hashlib.sha256()
+        for index in range(first, len(self) if last is None else last):
+            name = self.name(index)
+            hasher.update(struct.pack("<qq", len(name), self.size(index)) + name)
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Source):
     """Picture files in a fixed order."""
 
     root: bytes
@@ -77,10 +85,6 @@ class Samples:
         """All paths, in order."""
         return (self.path(index) for index in range(len(self)))
 
-    def sample_id(self, index: int) -> int:
-        """A 63-bit id that follows from the name: the same wherever the folder lies."""
-        return sample_id(self.names[index])
-
     def size(self, index: int) -> int:
         """Bytes of the file; −1 if it is not there."""
         try:
@@ -92,21 +96,13 @@ class Samples:
         """The path, for messages."""
         return printable(self.path(index))
 
-    def prefetch(self, indices: Sequence[int]) -> None:
-        """Nothing: files are read where they are decoded."""
-
     def source(self, index: int) -> bytes:
         """The path: files are opened by who reads them."""
         return self.path(index)
 
-    def digest(self, first: int = 0, last: int | None = None) -> str:
-        """sha256 of names and file sizes of samples ``first`` to before ``last``: tells another list from this one."""
-        chosen = range(first, len(self) if last is None else last)
-        return digest((self.name(index), self.size(index)) for index in chosen)
-
 
 @dataclass(frozen=True)
-class Subset:
+class Subset(Source):
     """Some samples of a source, under the names and ids that they have there."""
 
     whole: Source
@@ -119,10 +115,6 @@ class Subset:
     def name(self, index: int) -> bytes:
         """As in ``whole``."""
         return self.whole.name(int(self.indices[index]))
-
-    def sample_id(self, index: int) -> int:
-        """As in ``whole``."""
-        return self.whole.sample_id(int(self.indices[index]))
 
     def size(self, index: int) -> int:
         """As in ``whole``."""
@@ -139,11 +131,6 @@ class Subset:
     def source(self, index: int) -> ImagePath | BinaryIO:
         """As in ``whole``."""
         return self.whole.source(int(self.indices[index]))
-
-    def digest(self, first: int = 0, last: int | None = None) -> str:
-        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
-        chosen = range(first, len(self) if last is None else last)
-        return digest((self.name(index), self.size(index)) for index in chosen)
 
 
 def select(samples: Source, indices: np.ndarray) -> Source:
@@ -198,17 +185,25 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
         DataError: there is nothing at the path, no picture in it, or a folder that may not be read.
     """
     if not isinstance(source, str | bytes | Path):
-        return _samples(b"", map(os.fsencode, source))
+        names = Names.of(map(os.fsencode, source))
+        if not len(names):
+            raise DataError("the list of pictures is empty")
+        return Samples(b"", names)
     path = os.fsencode(source)
     if os.path.isfile(path):
-        return _samples(b"", [path])
+        return Samples(b"", Names.of([path]))
     if not os.path.isdir(path):
         raise DataError(f"{printable(path)} is neither a file nor a folder; look for a mistyped name")
-    others: Counter[bytes] = Counter()
-    names = Names.of(search(path, IMAGE_ENDINGS, others))
-    if not len(names):
+    samples, others = _searched(path)
+    if not len(samples):
         raise _nothing(path, others)
-    return Samples(path, names)
+    return samples
+
+
+def _searched(folder: bytes) -> tuple[Samples, Counter[bytes]]:
+    """The pictures below a folder, if any, and how many other files there are of each ending."""
+    others: Counter[bytes] = Counter()
+    return Samples(folder, Names.of(search(folder, IMAGE_ENDINGS, others))), others
 
 
 def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str | None = None) -> Source:
@@ -255,12 +250,11 @@ def _folder(folder: str, index_dir: Path | None, column: str | None) -> Source:
 
         return find_saved(folder, column)
     path = os.fsencode(folder)
-    others: Counter[bytes] = Counter()
-    names = Names.of(search(path, IMAGE_ENDINGS, others))
-    if len(names):
+    samples, others = _searched(path)
+    if len(samples):
         if passed := [f"{others[ending]} {ending.decode()}" for ending in (b".tar", b".parquet") if others[ending]]:
             _logger.warning("%s holds pictures; its %s files are not read", printable(path), " and ".join(passed))
-        return Samples(path, names)
+        return samples
     if others[b".tar"]:
         from maehub.data.shards import find_shards
 
@@ -304,13 +298,6 @@ def read_list(path: str) -> Samples:
     if not len(names):
         raise DataError(f"0 images in {printable(path)}: it names no file")
     return Samples(root, names)
-
-
-def _samples(root: bytes, names: Iterable[bytes]) -> Samples:
-    found = Names.of(names)
-    if not len(found):
-        raise DataError("the list of pictures is empty")
-    return Samples(root, found)
 
 
 def _nothing(folder: bytes, others: Counter[bytes]) -> DataError:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.label_sources import TESTING, TRAINING, listed
-from maehub.data.labels import Found, Labelled, Sides, find_labelled, given_folders, mapped, one_class
+from maehub.data.label_sources import TESTING, TRAINING
+from maehub.data.labels import Labelled, LoadedLabels, Sides, find_labelled, given_folders, mapped, one_class
 from maehub.data.shards import Shards
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, first_names
 from maehub.files import cache_folder
 from maehub.images import printable
 from maehub.rng import sample_seed
@@ -22,27 +22,27 @@ _SPLIT, _INNER, _FOLDS = 11, 12, 13  # streams of hashes: an inner split does no
 _ALONE = "every picture has a class that no other picture has, or no other group"
 
 
-_ROUNDS = 10  # over all units; two or three settle it
+_ROUNDS = 10  # over all groups; two or three settle it
 _NOTHING = 1e-9  # what rounding may seem to gain
 
 
-class Units(NamedTuple):
-    """What is moved as a whole: pictures or groups, and how many pictures of which class each has.
+class SplitGroups(NamedTuple):
+    """What is moved as a whole: groups, or single pictures where there are none, with their classes.
 
     Where a picture may have several labels, having none counts as one more class.
     """
 
-    members: np.ndarray  # (n,) int64, the unit of each picture
-    order: list[int]  # of units, by their hashes
-    sizes: list[int]  # pictures of each unit
-    starts: list[int]  # (units + 1), where its classes begin in the two that follow
+    members: np.ndarray  # (n,) int64, the group of each picture
+    order: list[int]  # of groups, by their hashes
+    sizes: list[int]  # pictures of each group
+    starts: list[int]  # (groups + 1), where its classes begin in the two that follow
     classes: list[int]
     counts: list[int]
     totals: list[int]  # pictures of each class
-    spread: list[int]  # units of each class
+    spread: list[int]  # groups of each class
 
     @classmethod
-    def of(cls, labelled: Labelled, seed: int, stream: int) -> "Units":
+    def of(cls, labelled: Labelled, seed: int, stream: int) -> "SplitGroups":
         """Those of labelled pictures."""
         if labelled.groups is None:
             members = np.arange(len(labelled))
@@ -58,21 +58,21 @@ class Units(NamedTuple):
         else:
             pictures, numbers, classes = np.arange(len(labelled)), labelled.labels, len(labelled.classes)
         pairs, counts = np.unique(members[pictures] * classes + numbers, return_counts=True)
-        units, of_class = np.divmod(pairs, classes)
+        groups, of_class = np.divmod(pairs, classes)
         return cls(
-            members,
-            np.argsort(hashes, kind="stable").tolist(),
-            np.bincount(members, minlength=len(names)).tolist(),
-            np.searchsorted(units, np.arange(len(names) + 1)).tolist(),
-            of_class.tolist(),
-            counts.tolist(),
-            np.bincount(of_class, counts, minlength=classes).astype(int).tolist(),
-            np.bincount(of_class, minlength=classes).tolist(),
+            members=members,
+            order=np.argsort(hashes, kind="stable").tolist(),
+            sizes=np.bincount(members, minlength=len(names)).tolist(),
+            starts=np.searchsorted(groups, np.arange(len(names) + 1)).tolist(),
+            classes=of_class.tolist(),
+            counts=counts.tolist(),
+            totals=np.bincount(of_class, counts, minlength=classes).astype(int).tolist(),
+            spread=np.bincount(of_class, minlength=classes).tolist(),
         )
 
-    def parts(self, unit: int) -> Iterator[tuple[int, int]]:
-        """Classes of a unit, each with its number of pictures."""
-        part = slice(self.starts[unit], self.starts[unit + 1])
+    def parts(self, group: int) -> Iterator[tuple[int, int]]:
+        """Classes of a group, each with its number of pictures."""
+        part = slice(self.starts[group], self.starts[group + 1])
         return zip(self.classes[part], self.counts[part], strict=True)
 
 
@@ -123,14 +123,14 @@ def split_labelled(
     if sides := given_folders(text):
         return _of_folders(text, sides, group, label, index_dir)
     text = _training_alone(text)
-    found = find_labelled(text, group=group, label=label, index_dir=index_dir)
-    if found.sides:
-        return _of_column(text, found)
-    labelled = found.labelled
-    units = Units.of(labelled, seed, _SPLIT)
+    loaded = find_labelled(text, group=group, label=label, index_dir=index_dir)
+    if loaded.sides:
+        return _of_column(text, loaded)
+    labelled = loaded.labelled
+    groups = SplitGroups.of(labelled, seed, _SPLIT)
     if not labelled.multi_label:
-        _check_can_be_split(found, units)
-    chosen = held_out(units, share)
+        _check_can_be_split(loaded, groups)
+    chosen = held_out(groups, share)
     if not chosen.any():
         raise DataError(f"{printable(text)} cannot be split: {_ALONE}")
     split = LabelledSplit(labelled.take(np.flatnonzero(~chosen)), labelled.take(np.flatnonzero(chosen)), True)
@@ -152,8 +152,8 @@ def measured_part(
     """
     sides = given_folders(os.fsdecode(data))
     place, index_dir = sides.testing if sides else data, cache_folder() / "shards"
-    found = find_labelled(place, group=group, label=label, classes=classes, index_dir=index_dir)
-    return found.labelled.take(_rows_of(os.fsdecode(place), found.sides)[1]) if found.sides else found.labelled
+    loaded = find_labelled(place, group=group, label=label, classes=classes, index_dir=index_dir)
+    return loaded.labelled.take(_rows_of(os.fsdecode(place), loaded.sides)[1]) if loaded.sides else loaded.labelled
 
 
 def inner_split(labelled: Labelled, *, share: float = 0.2, seed: int = 0) -> Inner:
@@ -164,7 +164,7 @@ def inner_split(labelled: Labelled, *, share: float = 0.2, seed: int = 0) -> Inn
     Raises:
         DataError: nothing can be held out.
     """
-    chosen = held_out(Units.of(labelled, seed, _INNER), share)
+    chosen = held_out(SplitGroups.of(labelled, seed, _INNER), share)
     if not chosen.any():
         raise DataError(f"{len(labelled)} training pictures cannot be split once more, to choose by: {_ALONE}")
     return Inner(np.flatnonzero(~chosen), np.flatnonzero(chosen))
@@ -173,37 +173,37 @@ def inner_split(labelled: Labelled, *, share: float = 0.2, seed: int = 0) -> Inn
 def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
     """Cross-validation of a training part: a pure function of names, labels and seed.
 
-    Held parts are disjoint, and together they are all pictures but those of units with a class that no other unit has:
+    Held parts are disjoint, and together they are all pictures but those of a group with a class that no other has:
     these are always fitted on. A class differs by at most one picture from fold to fold, unless there are groups or
-    several labels. There are fewer folds than ``count`` where there are fewer units to hold out.
+    several labels. There are fewer folds than ``count`` where there are fewer groups to hold out.
 
     Raises:
-        DataError: fewer than two units can be held out.
+        DataError: fewer than two groups can be held out.
         UsageError: ``count`` is below 2.
     """
     if count < 2:
         raise UsageError(f"cross-validation needs 2 folds or more, not {count}")
-    units = Units.of(labelled, seed, _FOLDS)
-    homes = folds_of(units, count)
+    groups = SplitGroups.of(labelled, seed, _FOLDS)
+    homes = folds_of(groups, count)
     if homes is None:
         raise DataError(f"{len(labelled)} training pictures cannot be cross-validated: {_ALONE}")
-    _warn_of_folds(labelled, units, homes)
+    _warn_of_folds(labelled, groups, homes)
     return [Inner(np.flatnonzero(homes != fold), np.flatnonzero(homes == fold)) for fold in range(homes.max() + 1)]
 
 
-def _check_can_be_split(found: Found, units: Units) -> None:
+def _check_can_be_split(loaded: LoadedLabels, groups: SplitGroups) -> None:
     """See that each class can be on both sides."""
-    labelled = found.labelled
+    labelled = loaded.labelled
     for number, name in enumerate(labelled.classes):
-        if units.spread[number] > 1:
+        if groups.spread[number] > 1:
             continue
-        count = units.totals[number]
+        count = groups.totals[number]
         if count == 1:
             where = labelled.samples.where(int(np.flatnonzero(labelled.labels == number)[0]))
             why = f"it has one picture, {where}. Give more pictures of it, or leave it out"
         else:
             assert labelled.groups is not None
-            group = found.group_names[int(labelled.groups[np.argmax(labelled.labels == number)])]
+            group = loaded.group_names[int(labelled.groups[np.argmax(labelled.labels == number)])]
             why = f"all {count} pictures of it are in one group, {group}. Give some from another, or leave it out"
         raise DataError(f"a split would leave class {name} out of one side: {why}")
 
@@ -226,16 +226,16 @@ def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, i
     return split
 
 
-def _of_column(data: str, found: Found) -> LabelledSplit:
+def _of_column(data: str, loaded: LoadedLabels) -> LabelledSplit:
     """The sides that stand in a CSV."""
-    assert found.sides is not None
-    rows = _rows_of(data, found.sides)
-    training = found.labelled.take(rows[0]).without_empty_classes()
+    assert loaded.sides is not None
+    rows = _rows_of(data, loaded.sides)
+    training = loaded.labelled.take(rows[0]).without_empty_classes()
     if len(training.classes) < 2 and not training.multi_label:
         raise one_class(f"{data}, for training", training.classes[0])
-    testing = mapped(found.labelled.take(rows[1]).without_empty_classes(), training.classes, data)
+    testing = mapped(loaded.labelled.take(rows[1]).without_empty_classes(), training.classes, data)
     split = LabelledSplit(training, testing, False)
-    _check_groups(data, split, found.group_names)
+    _check_groups(data, split, loaded.group_names)
     _warn_untested(data, split)
     return split
 
@@ -247,7 +247,7 @@ def _rows_of(data: str, sides: list[str]) -> tuple[np.ndarray, np.ndarray]:
     if not has & set(TRAINING) or measured is None:
         missing = "to measure on" if measured is None else "to train on"
         raise DataError(
-            f"{printable(data)} has a column split, and no row in it is {missing}, only {listed(sorted(has))}"
+            f"{printable(data)} has a column split, and no row in it is {missing}, only {first_names(sorted(has), 3)}"
         )
     if passed := sorted(has - set(TRAINING) - {measured}):
         log.warning("%s: measured on its rows of %s; those of %s are not read", printable(data), measured, passed[0])
@@ -284,88 +284,88 @@ def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> Non
 
 def _warn_untested(data: str, split: LabelledSplit) -> None:
     if untested := [split.testing.classes[number] for number in np.flatnonzero(split.testing.counts == 0)]:
-        log.warning("%s: no picture to measure on of the classes %s", printable(data), listed(untested))
+        log.warning("%s: no picture to measure on of the classes %s", printable(data), first_names(untested, 3))
 
 
-def _warn_of_folds(labelled: Labelled, units: Units, homes: np.ndarray) -> None:
+def _warn_of_folds(labelled: Labelled, groups: SplitGroups, homes: np.ndarray) -> None:
     """Say which classes the folds cannot choose by."""
-    alone = [name for place, name in enumerate(labelled.classes) if units.spread[place] == 1]
+    alone = [name for place, name in enumerate(labelled.classes) if groups.spread[place] == 1]
     if alone:
         what = "picture" if labelled.groups is None else "group"
-        log.warning("always fitted on, since they are in one %s: the classes %s", what, listed(alone))
+        log.warning("always fitted on, since they are in one %s: the classes %s", what, first_names(alone, 3))
     for fold in range(homes.max() + 1):
         has = labelled.take(np.flatnonzero(homes != fold)).counts
         if emptied := [labelled.classes[number] for number in np.flatnonzero((has == 0) & (labelled.counts > 0))]:
             text = "fold %d is fitted on no picture of the classes %s, since groups stay whole"
-            log.warning(text, fold + 1, listed(emptied))
+            log.warning(text, fold + 1, first_names(emptied, 3))
 
 
-def held_out(units: Units, share: float) -> np.ndarray:
+def held_out(groups: SplitGroups, share: float) -> np.ndarray:
     """Which pictures are held out when about ``share`` of each class is: (n,) bool.
 
-    A unit is moved, here or back again, if that brings the classes nearer to their shares, in the sum of squares, and
+    A group is moved, here or back again, if that brings the classes nearer to their shares, in the sum of squares, and
     leaves no class out of a side. For single pictures of one class each, those with the lowest hashes are held out. A
-    class of which nothing is held out then gets the unit that disturbs least.
+    class of which nothing is held out then gets the group that disturbs least.
     """
-    targets = [min(max(1.0, share * total), max(1, total - 1)) for total in units.totals]
-    taken, away = [0] * len(targets), [0] * len(targets)  # of each class: pictures and units that are held out
-    found = np.zeros(len(units.sizes), bool)
+    targets = [min(max(1.0, share * total), max(1, total - 1)) for total in groups.totals]
+    taken, away = [0] * len(targets), [0] * len(targets)  # of each class: pictures and groups that are held out
+    held = np.zeros(len(groups.sizes), bool)
 
-    def gain(unit: int) -> float:
-        """How much nearer the shares are with the unit on the other side; −∞ where that would leave a class out."""
-        sign, total = -1 if found[unit] else 1, 0.0
-        for number, size in units.parts(unit):
-            if not 0 < away[number] + sign < units.spread[number]:
+    def gain(group: int) -> float:
+        """How much nearer the shares are with the group on the other side; −∞ where that would leave a class out."""
+        sign, total = -1 if held[group] else 1, 0.0
+        for number, size in groups.parts(group):
+            if not 0 < away[number] + sign < groups.spread[number]:
                 return -np.inf
             before, after = taken[number] - targets[number], taken[number] + sign * size - targets[number]
-            total += (before**2 - after**2) / units.totals[number] ** 2
+            total += (before**2 - after**2) / groups.totals[number] ** 2
         return total
 
-    def move(unit: int) -> None:
-        sign = -1 if found[unit] else 1
-        found[unit] = not found[unit]
-        for number, size in units.parts(unit):
+    def move(group: int) -> None:
+        sign = -1 if held[group] else 1
+        held[group] = not held[group]
+        for number, size in groups.parts(group):
             taken[number] += sign * size
             away[number] += sign
 
     for _ in range(_ROUNDS):
         moved = False
-        for unit in units.order:
-            if gain(unit) > _NOTHING:
-                move(unit)
+        for group in groups.order:
+            if gain(group) > _NOTHING:
+                move(group)
                 moved = True
         if not moved:
             break
-    for number in sorted(range(len(targets)), key=units.spread.__getitem__):
-        if away[number] or units.spread[number] < 2:
+    for number in sorted(range(len(targets)), key=groups.spread.__getitem__):
+        if away[number] or groups.spread[number] < 2:
             continue
-        best = max((unit for unit in units.order if number in dict(units.parts(unit))), key=gain)
+        best = max((group for group in groups.order if number in dict(groups.parts(group))), key=gain)
         if gain(best) > -np.inf:
             move(best)
-    return found[units.members]
+    return held[groups.members]
 
 
-def folds_of(units: Units, count: int) -> np.ndarray | None:
-    """The fold in which each picture is held out: (n,) int64, −1 for those of a unit with a class that no other has.
+def folds_of(groups: SplitGroups, count: int) -> np.ndarray | None:
+    """The fold in which each picture is held out: (n,) int64, −1 for those of a group with a class that no other has.
 
-    Large units come first, each to the fold that has least of its classes, if it can be so that no fold holds all units
-    of a class. There are fewer folds than ``count`` where there are fewer units; None where there are not even two.
+    Large groups come first, each to the fold that has least of its classes, if it can be so that no fold holds all of a
+    class. There are fewer folds than ``count`` where there are fewer groups; None where there are not even two.
     """
-    large_first = sorted(units.order, key=units.sizes.__getitem__, reverse=True)
-    free = [unit for unit in large_first if all(units.spread[number] > 1 for number, _ in units.parts(unit))]
+    large_first = sorted(groups.order, key=groups.sizes.__getitem__, reverse=True)
+    free = [group for group in large_first if all(groups.spread[number] > 1 for number, _ in groups.parts(group))]
     if len(free) < 2:
         return None
     count = min(count, len(free))
-    homes = np.full(len(units.sizes), -1)
-    pictures, members = np.zeros((2, count, len(units.totals)), int)  # of a class in a fold: pictures, units
+    homes = np.full(len(groups.sizes), -1)
+    pictures, members = np.zeros((2, count, len(groups.totals)), int)  # of a class in a fold: pictures, groups
     filled = [0] * count
-    totals, spread = np.array(units.totals), np.array(units.spread)
-    for unit in free:
-        numbers, sizes = map(list, zip(*units.parts(unit), strict=True))
+    totals, spread = np.array(groups.totals), np.array(groups.spread)
+    for group in free:
+        numbers, sizes = map(list, zip(*groups.parts(group), strict=True))
         emptied = (members[:, numbers] + 1 == spread[numbers]).sum(axis=1).tolist()
         crowd = (pictures[:, numbers] * (sizes / totals[numbers])).sum(axis=1).tolist()
-        home = homes[unit] = min(range(count), key=list(zip(emptied, crowd, filled, strict=True)).__getitem__)
-        filled[home] += units.sizes[unit]
+        home = homes[group] = min(range(count), key=list(zip(emptied, crowd, filled, strict=True)).__getitem__)
+        filled[home] += groups.sizes[group]
         pictures[home, numbers] += sizes
         members[home, numbers] += 1
-    return homes[units.members]
+    return homes[groups.members]

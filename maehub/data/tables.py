@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from maehub.data.listing import below_common, digest
+from maehub.data.listing import below_common
+from maehub.data.sources import Source
 from maehub.errors import DataError, MissingDependencyError, UsageError
 from maehub.images import printable
-from maehub.rng import sample_id
 
 _BATCH = 1000
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Source):
     """Pictures in a column of a table, in the order of its rows."""
 
     rows: Any = field(repr=False)
@@ -50,10 +50,6 @@ class Table:
         part, row = self._place(index)
         return self.prefixes[part] + b"%d" % row
 
-    def sample_id(self, index: int) -> int:
-        """A 63-bit id that follows from the name."""
-        return sample_id(self.name(index))
-
     def size(self, index: int) -> int:
         """Bytes of the picture file."""
         return int(self.sizes[index])
@@ -62,9 +58,6 @@ class Table:
         """File and row, for messages."""
         part, row = self._place(index)
         return f"{printable(self.parts[part])}, row {row}"
-
-    def prefetch(self, indices: Sequence[int]) -> None:
-        """Nothing: rows are on this machine."""
 
     def source(self, index: int) -> io.BytesIO:
         """The bytes of the picture file.
@@ -91,11 +84,6 @@ class Table:
             raise UsageError(f"{printable(self.parts[0])} has no column {column!r} beside the pictures; it has: {have}")
         batches = self.others.select_columns([column]).with_format("arrow").iter(_BATCH)
         return [value for batch in batches for value in batch.column(column).to_pylist()]
-
-    def digest(self, first: int = 0, last: int | None = None) -> str:
-        """sha256 of names and sizes of samples ``first`` to before ``last``: tells another list from this one."""
-        chosen = range(first, len(self) if last is None else last)
-        return digest((self.name(index), self.size(index)) for index in chosen)
 
     def _place(self, index: int) -> tuple[int, int]:
         """(file, row in it)."""
@@ -157,31 +145,31 @@ def find_saved(folder: str, column: str | None = None) -> Table:
     return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
 
 
-def image_column(features: Any, wanted: str | None, where: str) -> str:
+def image_column(features: Any, column: str | None, where: str) -> str:
     """The column that holds pictures: the one whose feature is an image; else the one of bytes with a path; else the
     one of bytes.
 
     Args:
         features: of the datasets library: names to kinds.
-        wanted: a name that is taken in place of a search.
+        column: a name that is taken in place of a search.
 
     Raises:
         DataError: there is none.
-        UsageError: there are several, or none of the wanted name.
+        UsageError: there are several, or none of that name.
     """
-    if wanted is not None and wanted not in features:
-        raise UsageError(f"{where} has no column {wanted!r}; its columns: {', '.join(features)}")
-    if wanted is not None:
-        return wanted
+    if column is not None and column not in features:
+        raise UsageError(f"{where} has no column {column!r}; its columns: {', '.join(features)}")
+    if column is not None:
+        return column
     ranks = {name: _rank(kind) for name, kind in features.items()}
     best = min(ranks.values(), default=_NO_PICTURE)
-    found = [name for name, rank in ranks.items() if rank == best]
+    best_columns = [name for name, rank in ranks.items() if rank == best]
     if best == _NO_PICTURE:
         raise DataError(f"{where} has no column of pictures; its columns: {', '.join(features)}")
-    if len(found) > 1:
-        names = ", ".join(found)
+    if len(best_columns) > 1:
+        names = ", ".join(best_columns)
         raise UsageError(f"{where} has several columns of pictures: {names}. Keep one of them, or give column=")
-    return found[0]
+    return best_columns[0]
 
 
 _NO_PICTURE = 3

@@ -6,11 +6,10 @@ import logging
 import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn, get_args
+from typing import NoReturn, get_args
 
 import numpy as np
 import PIL
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from maehub.data import Pictures, PictureSource, Readers, Samples, as_samples, reader_count
 from maehub.errors import DataError, UsageError
+from maehub.features.inference import Input, batch_size_for, batches_of_one_size, infer
 from maehub.features.store import FeatureStore
 from maehub.features.table import (
     FeatureTable,
@@ -36,15 +36,11 @@ from maehub.images import Preprocess, TransformName, grid_size
 from maehub.models import Encoder, FeaturePool
 from maehub.version import __version__
 
-_Input = np.ndarray | Tensor
-"""(H, W, C) uint8 pixels, or (C, H, W) floats that are preprocessed."""
-
 log = logging.getLogger("maehub")
 
 _CHUNK_BATCHES = 8  # batches between two commits
 _CHUNK_BYTES = 2**25  # of rows in a chunk, unless one batch has more
-_WAITING_BYTES = 2**28  # of pixels that wait for others of their size
-_TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**15}  # in a batch whose size nobody chose
+_GPU_TOKENS = 2**15  # in a batch whose size nobody chose
 
 
 def extract_features(
@@ -144,17 +140,14 @@ class _Job:
         batch_bytes = self.batch_size * 4 * math.prod(self.row_shape)
         return self.batch_size * max(1, min(_CHUNK_BATCHES, _CHUNK_BYTES // batch_bytes))
 
-    def features(self, pictures: list[_Input]) -> Tensor:
-        """(H, W, C) uint8 pixels, or (C, H, W) floats that are preprocessed: (B, …) float32, on the device."""
-        if isinstance(pictures[0], Tensor):
-            images = torch.stack([picture for picture in pictures if isinstance(picture, Tensor)]).to(self.device)
-        else:
-            # By numpy: the many threads of torch would only wait for the cores that decode.
-            pixels = torch.from_numpy(np.stack([picture for picture in pictures if isinstance(picture, np.ndarray)]))
-            images = self.preprocess.normalise(pixels.to(self.device))
+    def features(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, C) uint8 pixels, or (B, C, H, W) floats that are preprocessed: (B, …), on the device."""
+        images = pictures.to(self.device)
+        if not pictures.is_floating_point():
+            images = self.preprocess.normalise(images)
         images = images.to(self.encoder.cls_token.dtype)
         try:
-            return self.encoder.features(images, pool=self.pool, layers=self.layers).float()
+            return self.encoder.features(images, pool=self.pool, layers=self.layers)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise UsageError(
@@ -192,8 +185,7 @@ def _checked_job(
         raise UsageError(f"layers={list(layers)} must name blocks from {-config.depth} to {config.depth - 1}")
     if batch_size is None:
         tokens = math.prod(math.ceil(side / config.patch_size) for side in preprocess.size)
-        budget = _TOKENS_AT_ONCE["cpu" if encoder.cls_token.device.type == "cpu" else "cuda"]
-        batch_size = 2 ** int(math.log2(max(1, budget // tokens)))
+        batch_size = batch_size_for(tokens, encoder.cls_token.device, _GPU_TOKENS)
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, not {batch_size}")
     return _Job(encoder, chosen, None if layers is None else tuple(layers), preprocess, batch_size)
@@ -210,99 +202,70 @@ class _Work:
     skip_bad: bool
     store: FeatureStore | None = None
 
-    def paths(self) -> list[str]:
-        return [os.fsdecode(self.pictures.path(index)) for index in range(len(self.pictures))]
-
     def chunks(self, first: int) -> Iterator[range]:
-        """The places of the pictures of each chunk, from chunk ``first`` on."""
+        """The indices of the pictures of each chunk, from chunk ``first`` on."""
         size, count = self.job.chunk_size, len(self.pictures)
         return (range(start, min(start + size, count)) for start in range(first * size, count, size))
 
-    def results(self, first: int) -> Iterator["_Chunk"]:
-        """Every chunk from ``first`` on, computed."""
+    def results(self, first: int) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+        """Of every chunk from ``first`` on: (k, …) float32 rows in order, and why pictures are left out."""
         readings = self._readings(first * self.job.chunk_size)
-        with torch.inference_mode():
-            for places in self.chunks(first):
-                yield self._computed(zip(places, readings, strict=False))
+        for chunk in self.chunks(first):
+            skipped: dict[int, str] = {}
+            readable = self._readable(zip(chunk, readings, strict=False), skipped)
+            batches = batches_of_one_size(readable, self.job.batch_size)
+            results = list(infer(batches, self.job.features, self.bar))
+            order = np.argsort([index for indices, _ in results for index in indices])
+            none = np.empty((0, *self.job.row_shape), np.float32)
+            yield np.concatenate([none, *(rows.numpy() for _, rows in results)])[order], skipped
 
-    def _readings(self, first: int) -> Iterator[_Input | DataError]:
-        places = range(first, len(self.pictures))
+    def _readings(self, first: int) -> Iterator[Input | DataError]:
+        indices = range(first, len(self.pictures))
         if isinstance(self.pictures, Samples):
-            yield from self.readers.read(self.pictures.path(place) for place in places)
+            yield from self.readers.read(self.pictures.path(index) for index in indices)
             return
-        for place in places:
-            picture = self.pictures.items[place]
+        for index in indices:
+            picture = self.pictures.items[index]
             try:
                 yield picture if isinstance(picture, Tensor) else self.job.preprocess.pixels(picture)
             except DataError as error:
-                yield DataError(f"picture {place}: {error}")
+                yield DataError(f"picture {index}: {error}")
 
-    def _computed(self, readings: Iterator[tuple[int, _Input | DataError]]) -> "_Chunk":
-        """Features of one chunk. Pictures of one size make a batch; the rows are put back in order."""
-        waiting: defaultdict[tuple[int, ...], list[tuple[int, _Input]]] = defaultdict(list)
-        waiting_bytes = 0
-        results: list[tuple[list[int], Tensor]] = []
-        skipped: list[tuple[int, str]] = []
-
-        def compute(group: list[tuple[int, _Input]]) -> None:
-            results.append(([place for place, _ in group], self.job.features([pixels for _, pixels in group])))
-            self.bar.update(len(group))
-
-        for place, reading in readings:
-            if isinstance(reading, DataError):
-                self._bad(reading)
-                skipped.append((place, str(reading)))
-                self.bar.update()
+    def _readable(
+        self, readings: Iterator[tuple[int, Input | DataError]], skipped: dict[int, str]
+    ) -> Iterator[tuple[int, Input]]:
+        """Those that can be read; the others go to ``skipped``, or the first of them stops everything."""
+        for index, reading in readings:
+            if not isinstance(reading, DataError):
+                yield index, reading
                 continue
-            group = waiting[tuple(reading.shape)]
-            group.append((place, reading))
-            waiting_bytes += reading.nbytes
-            if len(group) == self.job.batch_size:
-                waiting_bytes -= len(group) * reading.nbytes
-                compute(waiting.pop(tuple(reading.shape)))
-            elif waiting_bytes > _WAITING_BYTES:
-                waiting_bytes = 0
-                for remaining in (waiting.pop(shape) for shape in list(waiting)):
-                    compute(remaining)
-        for remaining in waiting.values():
-            compute(remaining)
-        # Only now: until here a GPU was never waited for.
-        order = {place: row for row, place in enumerate(sorted(place for places, _ in results for place in places))}
-        rows = np.empty((len(order), *self.job.row_shape), np.float32)
-        for places, features in results:
-            rows[[order[place] for place in places]] = features.cpu().numpy()
-        return _Chunk(rows, skipped)
-
-    def _bad(self, error: DataError) -> None:
-        if not self.skip_bad:
-            kept = ""
-            if self.store:
-                kept = f"{self.store.rows} of {len(self.pictures)} rows are kept in {self.store.folder}. "
-            raise DataError(
-                f"{error}. {kept}Mend or remove it and run again, or leave such pictures out: skip_bad (--skip-bad)"
-            ) from error
-
-
-class _Chunk(NamedTuple):
-    rows: np.ndarray  # (k, …) float32, in the order of the source
-    skipped: list[tuple[int, str]]
+            if not self.skip_bad:
+                kept = ""
+                if self.store:
+                    kept = f"{self.store.rows} of {len(self.pictures)} rows are kept in {self.store.folder}. "
+                raise DataError(
+                    f"{reading}. {kept}Mend or remove it and run again, or leave such pictures out: "
+                    "skip_bad (--skip-bad)"
+                ) from reading
+            skipped[index] = str(reading)
+            self.bar.update()
 
 
 def _in_memory(work: _Work, provenance: Provenance) -> FeatureTable:
     rows = np.empty((len(work.pictures), *work.job.row_shape), np.float32)
     count = 0
     skipped: dict[int, str] = {}
-    for chunk in work.results(0):
-        rows[count : count + len(chunk.rows)] = chunk.rows
-        count += len(chunk.rows)
-        skipped |= dict(chunk.skipped)
-    paths, left_out = _split(work, skipped)
-    return FeatureTable(paths, torch.from_numpy(rows[:count]), provenance, left_out)
+    for chunk, left_out in work.results(0):
+        rows[count : count + len(chunk)] = chunk
+        count += len(chunk)
+        skipped |= left_out
+    paths, bad = _split(work, skipped)
+    return FeatureTable(paths, torch.from_numpy(rows[:count]), provenance, bad)
 
 
 def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> FeatureTable:
     work.store = store
-    keys = (work.pictures.digest(places.start, places.stop) for places in work.chunks(0))
+    keys = (work.pictures.digest(chunk.start, chunk.stop) for chunk in work.chunks(0))
     first = store.resume(keys, work.skip_bad)
     if first:
         log.info("%s: %d pictures are there already", store.folder, store.rows)
@@ -310,8 +273,8 @@ def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> Featur
     # Each row once more in the file that is made of them.
     missing = 2 * len(work.pictures) - store.rows
     free_space_guard(store.out, missing * 4 * math.prod(store.row_shape))
-    for places, chunk in zip(work.chunks(first), work.results(first), strict=True):
-        store.append(work.pictures.digest(places.start, places.stop), chunk.rows, chunk.skipped)
+    for chunk, (rows, left_out) in zip(work.chunks(first), work.results(first), strict=True):
+        store.append(work.pictures.digest(chunk.start, chunk.stop), rows, left_out)
     paths, skipped = _split(work, store.skipped)
     facts = provenance | {"skipped": [list(item) for item in skipped]}
     shape = (store.rows, *store.row_shape)
@@ -324,11 +287,11 @@ def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> Featur
 
 def _split(work: _Work, skipped: dict[int, str]) -> tuple[list[str], list[Skipped]]:
     """Paths with a row, and those without."""
-    paths = work.paths()
-    good = [path for place, path in enumerate(paths) if place not in skipped]
+    paths = [os.fsdecode(work.pictures.path(index)) for index in range(len(work.pictures))]
+    good = [path for index, path in enumerate(paths) if index not in skipped]
     if not good:
         raise DataError(f"none of {len(paths)} pictures can be read; the first: {min(skipped.items())[1]}")
-    return good, [Skipped(paths[place], reason) for place, reason in sorted(skipped.items())]
+    return good, [Skipped(paths[index], reason) for index, reason in sorted(skipped.items())]
 
 
 def _check_target(target: Path, pool: str) -> None:
@@ -346,8 +309,8 @@ def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTa
         raise UsageError(f"{target} exists and is no table of features; name another file, or overwrite (--overwrite)")
     skipped = known.pop("skipped", [])
     known.pop("shape", None)
-    wanted = json.loads(json.dumps(provenance))
-    differing = [key for key in sorted(wanted.keys() | known.keys()) if wanted.get(key) != known.get(key)]
+    asked = json.loads(json.dumps(provenance))
+    differing = [key for key in sorted(asked.keys() | known.keys()) if asked.get(key) != known.get(key)]
     if differing:
         raise UsageError(
             f"{target} exists and was made with another {', '.join(differing)}; "

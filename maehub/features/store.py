@@ -8,30 +8,27 @@ their sizes included, are still the same.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from maehub.errors import UsageError
+from maehub.errors import MaehubError, UsageError
 from maehub.features.table import piece_rows
 from maehub.files import atomic_write, write_error
 
 
-@dataclass(frozen=True)
-class Commit:
+class _Commit(NamedTuple):
     """A finished chunk."""
 
     chunk: int
-    key: str
-    """A digest of its samples."""
+    key: str  # a digest of its samples
     rows: int
-    skipped: list[tuple[int, str]]
-    """Index of each sample that could not be read, and why."""
+    skipped: list[tuple[int, str]]  # index of each sample that could not be read, and why
 
 
 class FeatureStore:
@@ -54,35 +51,41 @@ class FeatureStore:
         self.run = run
         self.row_shape = row_shape
         self.overwrite = overwrite
-        self.commits: list[Commit] = []
-        self._row_bytes = 4 * int(np.prod(row_shape, dtype=np.int64))
+        self._commits: list[_Commit] = []
+        self._row_bytes = 4 * math.prod(row_shape)
+        self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        try:
+        with contextlib.ExitStack() as files, self._errors():
             self.folder.mkdir(exist_ok=True)
-            self._lock = open(self.folder / "lock", "w")
-        except OSError as error:
-            raise write_error(self.out, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise UsageError(f"another process is writing {self.out}; wait for it, or name another file") from error
-        except OSError:
-            pass  # a filesystem without locks
-        try:
-            self._open()
-        except BaseException:
-            self._lock.close()
-            raise
+            lock = files.enter_context(open(self.folder / "lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"another process is writing {self.out}; wait for it, or name another file") from error
+            except OSError:
+                pass  # a filesystem without locks
+            self._check_run()
+            self._features = files.enter_context(open(self.folder / "features.bin", "a+b"))
+            self._journal = files.enter_context(open(self.folder / "commits.jsonl", "a+b"))
+            self._files = files.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._features, self._journal, self._lock):
-            with contextlib.suppress(OSError):
-                file.close()
+        with contextlib.suppress(OSError):
+            self._files.close()
 
-    def _open(self) -> None:
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, MaehubError):
+                raise
+            raise write_error(self.out, error) from error
+
+    def _check_run(self) -> None:
+        """Refuse rows of another run, or throw them away."""
         description = self.folder / "run.json"
         text = json.dumps(self.run, sort_keys=True, indent=1)
         known = description.read_text() if description.exists() else None
@@ -96,11 +99,6 @@ class FeatureStore:
                 (self.folder / name).unlink(missing_ok=True)
             with atomic_write(description) as temporary:
                 temporary.write_text(text)
-        try:
-            self._features = open(self.folder / "features.bin", "a+b")  # noqa: SIM115
-            self._journal = open(self.folder / "commits.jsonl", "a+b")  # noqa: SIM115
-        except OSError as error:
-            raise write_error(self.out, error) from error
 
     def resume(self, keys: Iterator[str], skip_bad: bool) -> int:
         """Keep the committed chunks from the first on whose keys are these; drop what follows.
@@ -111,48 +109,44 @@ class FeatureStore:
             How many chunks are kept.
         """
         self._journal.seek(0)
-        kept = journal_bytes = row_bytes = 0
-        room = os.fstat(self._features.fileno()).st_size
+        rows = journal_bytes = 0
+        stored_bytes = os.fstat(self._features.fileno()).st_size
         for line, key in zip(self._journal, keys, strict=False):
             try:
-                commit = Commit(**json.loads(line))
+                commit = _Commit(**json.loads(line))
             except (ValueError, TypeError):
                 break  # half a line
-            row_bytes += commit.rows * self._row_bytes
-            fits = commit.chunk == kept and commit.key == key and row_bytes <= room
-            if not fits or (commit.skipped and not skip_bad):
-                row_bytes -= commit.rows * self._row_bytes
+            fits = (rows + commit.rows) * self._row_bytes <= stored_bytes
+            same = commit.chunk == len(self._commits) and commit.key == key
+            if not (fits and same) or (commit.skipped and not skip_bad):
                 break
-            self.commits.append(commit)
-            kept += 1
+            self._commits.append(commit)
+            rows += commit.rows
             journal_bytes += len(line)
-        self._features.truncate(row_bytes)
+        self._features.truncate(rows * self._row_bytes)
         self._journal.truncate(journal_bytes)
-        return kept
+        return len(self._commits)
 
-    def append(self, key: str, rows: np.ndarray, skipped: list[tuple[int, str]]) -> None:
+    def append(self, key: str, rows: np.ndarray, skipped: dict[int, str]) -> None:
         """Commit the next chunk: the rows are on the disk before the line that says so."""
-        commit = Commit(len(self.commits), key, len(rows), skipped)
-        try:
-            self._features.write(np.ascontiguousarray(rows, "<f4").data)
-            self._features.flush()
-            os.fsync(self._features.fileno())
-            self._journal.write(json.dumps(vars(commit)).encode() + b"\n")
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
-        except OSError as error:
-            raise write_error(self.out, error) from error
-        self.commits.append(commit)
+        commit = _Commit(len(self._commits), key, len(rows), list(skipped.items()))
+        line = json.dumps(commit._asdict()).encode() + b"\n"
+        with self._errors():
+            for file, data in ((self._features, np.ascontiguousarray(rows, "<f4").data), (self._journal, line)):
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        self._commits.append(commit)
 
     @property
     def rows(self) -> int:
         """How many rows there are."""
-        return sum(commit.rows for commit in self.commits)
+        return sum(commit.rows for commit in self._commits)
 
     @property
     def skipped(self) -> dict[int, str]:
         """Why each sample that is left out could not be read."""
-        return {index: reason for commit in self.commits for index, reason in commit.skipped}
+        return {index: reason for commit in self._commits for index, reason in commit.skipped}
 
     def pieces(self) -> Iterator[np.ndarray]:
         """All rows, piece by piece, for `write_features`."""

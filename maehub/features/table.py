@@ -8,9 +8,8 @@ import csv
 import itertools
 import json
 import os
-import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from maehub.errors import DataError, IntegrityError, MissingDependencyError, UsageError
 from maehub.files import atomic_write
+from maehub.weights import header_bytes
 
 Provenance = dict[str, Any]
 
@@ -86,7 +86,8 @@ class FeatureTable:
         if not target.is_file():
             raise UsageError(f"{target} does not exist")
         try:
-            paths, features, facts = kind.reader(target)
+            facts = kind.provenance(target)
+            paths, features = kind.reader(target, facts["shape"])
         except _NOT_A_TABLE as error:
             raise IntegrityError(f"{target} is not a file of features: {error}") from error
         skipped = [Skipped(*item) for item in facts.pop("skipped", [])]
@@ -162,34 +163,31 @@ def _names(buffer: bytes, offsets: np.ndarray) -> list[bytes]:
     return [buffer[start:stop] for start, stop in itertools.pairwise(offsets.tolist())]
 
 
+def _width(shape: Sequence[int]) -> int:
+    return int(np.prod(shape[1:], dtype=np.int64))
+
+
 def _write_safetensors(
     file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
 ) -> None:
-    # By hand, since the library takes whole tensors. The 8-byte integers stand first so that all are aligned.
     offsets, names = _offsets(paths), b"".join(paths)
-    size = 4 * int(np.prod(shape, dtype=np.int64))
-    ends = [0, offsets.nbytes, offsets.nbytes + size, offsets.nbytes + size + len(names)]
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", _KEY: facts},
-        "path_offsets": {"dtype": "I64", "shape": list(offsets.shape), "data_offsets": ends[0:2]},
-        "features": {"dtype": "F32", "shape": list(shape), "data_offsets": ends[1:3]},
-        "paths": {"dtype": "U8", "shape": [len(names)], "data_offsets": ends[2:4]},
+    tensors = {  # the 8-byte integers stand first so that all are aligned
+        "path_offsets": (torch.int64, offsets.shape),
+        "features": (torch.float32, shape),
+        "paths": (torch.uint8, (len(names),)),
     }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with open(file_path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header_bytes(tensors, {"format": "pt", _KEY: facts}))
         file.write(offsets.data)
         for piece in pieces:
             file.write(np.ascontiguousarray(piece, "<f4").data)
         file.write(names)
 
 
-def _read_safetensors(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
+def _read_safetensors(path: Path, _: Sequence[int]) -> tuple[list[bytes], Tensor]:
     with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()[_KEY])
         names = _names(file.get_tensor("paths").numpy().tobytes(), file.get_tensor("path_offsets").numpy())
-        return names, file.get_tensor("features"), facts
+        return names, file.get_tensor("features")
 
 
 def _safetensors_provenance(path: Path) -> Provenance:
@@ -217,10 +215,9 @@ def _write_npz(
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _read_npz(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
+def _read_npz(path: Path, _: Sequence[int]) -> tuple[list[bytes], Tensor]:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        names = _names(arrays["paths"].tobytes(), arrays["path_offsets"])
-        return names, torch.from_numpy(arrays["features"]), json.loads(arrays[_KEY].tobytes())
+        return _names(arrays["paths"].tobytes(), arrays["path_offsets"]), torch.from_numpy(arrays["features"])
 
 
 def _npz_provenance(path: Path) -> Provenance:
@@ -234,33 +231,29 @@ def _write_parquet(
     import pyarrow
     from pyarrow import parquet
 
-    width = int(np.prod(shape[1:], dtype=np.int64))
-    # Text where it can be, since that is what people look for; bytes as soon as one name is not UTF-8.
-    text = pyarrow.string() if all(_is_utf8(path) for path in paths) else pyarrow.binary()
-    schema = pyarrow.schema(
-        [("path", text), ("features", pyarrow.list_(pyarrow.float32(), width))], metadata={_KEY: facts}
-    )
-    remaining = iter(paths)
+    kind, names = pyarrow.string(), list[Any]()
+    try:
+        names = [path.decode() for path in paths]
+    except UnicodeDecodeError:  # text where it can be, since that is what people look for
+        kind, names = pyarrow.binary(), paths
+    features = pyarrow.list_(pyarrow.float32(), _width(shape))
+    schema = pyarrow.schema([("path", kind), ("features", features)], metadata={_KEY: facts})
+    remaining = iter(names)
     with parquet.ParquetWriter(file_path, schema, use_dictionary=False) as writer:
         for piece in pieces:
+            column = pyarrow.array(list(itertools.islice(remaining, len(piece))), kind)
             values = pyarrow.array(piece.reshape(-1), pyarrow.float32())
-            names = list(itertools.islice(remaining, len(piece)))
-            if text == pyarrow.string():
-                column = pyarrow.array([name.decode() for name in names], text)
-            else:
-                column = pyarrow.array(names, text)
-            rows = pyarrow.FixedSizeListArray.from_arrays(values, width)
+            rows = pyarrow.FixedSizeListArray.from_arrays(values, _width(shape))
             writer.write_table(pyarrow.Table.from_arrays([column, rows], schema=schema), row_group_size=len(piece))
 
 
-def _read_parquet(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
+def _read_parquet(path: Path, shape: Sequence[int]) -> tuple[list[bytes], Tensor]:
     from pyarrow import parquet
 
-    facts = _parquet_provenance(path)
     table = parquet.read_table(path)
     names = [os.fsencode(name) for name in table["path"].to_pylist()]
     rows = np.concatenate([chunk.flatten().to_numpy() for chunk in table["features"].chunks] or [np.empty(0, "f4")])
-    return names, torch.from_numpy(rows.reshape(facts["shape"])), facts
+    return names, torch.from_numpy(rows.reshape(shape))
 
 
 def _parquet_provenance(path: Path) -> Provenance:
@@ -269,25 +262,16 @@ def _parquet_provenance(path: Path) -> Provenance:
     return json.loads((parquet.read_schema(path).metadata or {})[_KEY.encode()])
 
 
-def _is_utf8(path: bytes) -> bool:
-    try:
-        path.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _write_csv(
     file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
 ) -> None:
-    width = int(np.prod(shape[1:], dtype=np.int64))
-    numbers = ",%.9g" * width + "\n"  # nine digits bring a float32 back exactly
+    numbers = ",%.9g" * _width(shape) + "\n"  # nine digits bring a float32 back exactly
     remaining = iter(paths)
     with open(file_path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(f"{_COMMENT}{facts}\n")
-        file.write("path," + ",".join(f"f{number}" for number in range(width)) + "\n")
+        file.write("path," + ",".join(f"f{number}" for number in range(_width(shape))) + "\n")
         for piece in pieces:
-            for row in piece.reshape(len(piece), width).tolist():
+            for row in piece.reshape(len(piece), _width(shape)).tolist():
                 file.write(_quoted(os.fsdecode(next(remaining))) + numbers % tuple(row))
 
 
@@ -295,8 +279,7 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"' if any(mark in name for mark in ',"\r\n#') else name
 
 
-def _read_csv(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
-    facts = _csv_provenance(path)
+def _read_csv(path: Path, shape: Sequence[int]) -> tuple[list[bytes], Tensor]:
     names, rows = [], []
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.readline()
@@ -306,7 +289,7 @@ def _read_csv(path: Path) -> tuple[list[bytes], Tensor, Provenance]:
             names.append(os.fsencode(name))
             rows.append(np.array(numbers, np.float32))
     features = np.stack(rows) if rows else np.empty(0, np.float32)
-    return names, torch.from_numpy(features.reshape(facts["shape"])), facts
+    return names, torch.from_numpy(features.reshape(shape))
 
 
 def _csv_provenance(path: Path) -> Provenance:
@@ -319,7 +302,7 @@ def _csv_provenance(path: Path) -> Provenance:
 
 class _Kind(NamedTuple):
     writer: Callable[[Path, Iterator[np.ndarray], tuple[int, ...], list[bytes], str], None]
-    reader: Callable[[Path], tuple[list[bytes], Tensor, Provenance]]
+    reader: Callable[[Path, Sequence[int]], tuple[list[bytes], Tensor]]
     provenance: Callable[[Path], Provenance]
     many_dimensions: bool
 

@@ -47,6 +47,7 @@ from .pickles import read_pickle as read_pickle
 from .pickles import write_pickle as write_pickle
 from .single_file import pack as pack
 from .single_file import packed_block as packed_block
+from .tensorfile import header_bytes as header_bytes
 from .tensorfile import read_header as read_header
 from .tensorfile import read_tensors as read_tensors
 from .tensorfile import write_tensors as write_tensors

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -158,20 +158,10 @@ def write_tensors(
     """
     dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # the widest first keeps all aligned
-    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))}
-    place = 0
-    for name in order:
-        end = place + tensors[name].numel() * dtypes[name].itemsize
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": _DTYPE_NAMES[dtypes[name]], "shape": shape, "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    header = header_bytes({name: (dtypes[name], tensors[name].shape) for name in order}, metadata or {})
+    digest = hashlib.sha256(header)
     with open(path, "xb") as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            file.write(piece)
+        file.write(header)
         for name in order:
             flat = tensors[name].detach().to("cpu", dtypes[name]).contiguous().reshape(-1)
             values = flat.view(torch.uint8).numpy().data
@@ -180,6 +170,19 @@ def write_tensors(
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the bytes of tensors of these dtypes and shapes, which follow in this order without gaps."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    begin = 0
+    for name, (dtype, shape) in tensors.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _refuse(path: str | Path, why: str) -> NoReturn:
