@@ -32,10 +32,10 @@ from maehub.data.loader import Key
 from maehub.images.augment import Augmentation
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import PRESETS, Encoder
-from maehub.train.engine.optim import decayed_groups, gradient_norm, guarded_step, set_rates
+from maehub.train.engine.optim import decayed_groups, gradient_norm, set_rates, update
 from maehub.train.finetuning.classifier import as_classifier, drop_paths
-from maehub.train.finetuning.loop import Objective
 from maehub.train.finetuning.mixing import Mixing, seeded_torch
+from maehub.train.finetuning.objective import Objective
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import Examples, Sight, policy_of
 
@@ -69,8 +69,7 @@ def our_step(batch: Examples, device: torch.device, precision: torch.dtype | Non
             loss.backward()
             norm = gradient_norm(parameters)
         flag = torch.maximum(bad, (~torch.isfinite(loss.detach() + norm)).float())
-        guarded_step(optimizer, flag)
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, parameters, norm, flag)
 
     return step
 

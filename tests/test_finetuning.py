@@ -22,7 +22,7 @@ from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import resume as saving
 from maehub.train.finetuning import loop as finetuning
-from maehub.train.finetuning.loop import Objective
+from maehub.train.finetuning.objective import Objective
 from maehub.train.finetuning.views import Sight, policy_of
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
@@ -494,7 +494,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before(pictures, tmp_path, 
         return real(self, images, targets) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(Objective, "forward", forward)
-    monkeypatch.setattr(finetuning, "pictures_fit", lambda *_: lambda size: True)
+    monkeypatch.setattr(finetuning, "pictures_fit", lambda *_, **__: lambda size: True)
     with pytest.raises(DivergedError, match="step 6"):
         finetune(settings_of(pictures, tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "diverged"

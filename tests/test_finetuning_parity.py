@@ -20,9 +20,9 @@ from maehub.rng import sample_seed
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.optim import decayed_groups, learning_rate, set_rates
 from maehub.train.finetuning.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze
-from maehub.train.finetuning.loop import Objective, _optimizer
 from maehub.train.finetuning.mixing import _ERASING, _MIXING, Mixing
-from maehub.train.finetuning.network import Trainee
+from maehub.train.finetuning.network import Trainee, optimizer_of
+from maehub.train.finetuning.objective import Objective
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import Examples, targets_of
 
@@ -267,6 +267,6 @@ def test_the_linear_probes_rates_are_adapted_for_matrices_alone():
     """As published: weight decay is 0, and timm's LARS would then adapt nothing."""
     model = torch.nn.Linear(4, 3)
     trainee = Trainee(model, Preprocess.evaluation(32), lambda *_: [{"params": [p]} for p in model.parameters()])
-    optimizer = _optimizer(trainee, Settings("linear", 1, 8, 0.1, 0, 0.0, optimizer="lars"))
+    optimizer = optimizer_of(trainee, Settings("linear", 1, 8, 0.1, 0, 0.0, optimizer="lars"))
     assert isinstance(optimizer, Lars)
     assert [group["always_adapt"] for group in optimizer.param_groups] == [True, False]

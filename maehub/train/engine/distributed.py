@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -119,6 +119,12 @@ class Group:
     def all(self, value: Value, what: str) -> list[Value]:
         """Every process's value, by rank."""
         return self._gathered(value, what) if self.size > 1 else [value]
+
+    def host_first(self, make: Callable[[], Value], what: str) -> Value:
+        """Made by the first process of each host, and then by its others, which find what that one fetched."""
+        made = [make()] if self.local_leads else []
+        self.all(None, what)
+        return made[0] if made else make()
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse processes that were told, or see, different things.

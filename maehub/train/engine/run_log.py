@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -162,9 +162,9 @@ class RunLog:
     def begin(
         self,
         config: Mapping[str, Any],
-        *,
         first_step: int,
         steps: int,
+        *,
         overwrite: bool = False,
         hide_bar: bool = False,
         tensorboard: bool = False,
@@ -296,6 +296,17 @@ class RunLog:
             log.warning("TensorBoard's files cannot be written any more: %s; the run goes on", error)
             self._boards = None
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Write what is remembered, and do something whose time is not that of a step.
+
+        Raises:
+            DivergedError: an update was bad.
+        """
+        self.flush()
+        yield
+        self.restart_clock()
+
     def restart_clock(self) -> None:
         """What was done since the last step does not count as time of the next one."""
         self._clock, self._idle = time.perf_counter(), 0.0
@@ -305,10 +316,10 @@ class RunLog:
         self.last_saved = step
         self._write_state("running", None)
 
-    def finish(self, state: str, exit_code: int) -> None:
-        """The run ends here, and not by an error."""
+    def finish(self, exit_code: int) -> None:
+        """The run ends here, and not by an error: all steps are done, or it was told to stop."""
         self.flush()
-        self._write_state(state, exit_code)
+        self._write_state("preempted" if exit_code else "completed", exit_code)
 
     def dump(self, step: int, facts: Mapping[str, Any]) -> None:
         """Write down what is known of a bad step."""
