@@ -23,8 +23,8 @@ from .preemption import Stop as Stop
 from .preemption import stop_requests as stop_requests
 from .resume import Checkpoints as Checkpoints
 from .resume import agreed_start as agreed_start
+from .resume import check_run_folder as check_run_folder
 from .run_log import RunLog as RunLog
-from .run_log import check_run_folder as check_run_folder
 from .settings import POSITIVE as POSITIVE
 from .settings import SHARE as SHARE
 from .settings import Flag as Flag

@@ -72,7 +72,7 @@ class Checkpoints:
             micro_batch: what the user wants; otherwise as many processes go on with what they had, for equal sums.
 
         Raises:
-            UsageError: the run was started with other settings.
+            UsageError: the run was started with other settings, or by another version.
             DataError: with other pictures.
             CheckpointError: none of the checkpoints is valid, or it is of another network.
             DistributedError: a process does not see the checkpoint.
@@ -80,6 +80,8 @@ class Checkpoints:
         run, group = self.run.folder, self.group
         with group.together("looking for a checkpoint"):
             found = newest_checkpoint(run) if group.leads else None
+            if group.leads and not (found and self._ends_at(found[1].step)):
+                check_version(run)
         found = group.first(found, "the newest checkpoint")
         if found is None:
             if group.leads:
@@ -112,10 +114,12 @@ class Checkpoints:
 
     def is_complete(self, step: int) -> bool:
         """Whether nothing is left to do, which is then said."""
-        complete = step == self.steps and run_state(self.run.folder) == "completed"
-        if complete:
+        if self._ends_at(step):
             log.info("%s is already at step %d: nothing to do", self.run.folder, step)
-        return complete
+        return self._ends_at(step)
+
+    def _ends_at(self, step: int) -> bool:
+        return step == self.steps and run_state(self.run.folder) == "completed"
 
     def after_step(self, step: int, stop_signal: int) -> int:
         """Save if one is due; the exit code to stop with now, 0 to go on.
@@ -169,6 +173,47 @@ class Checkpoints:
                 seconds,
                 _GRACE,
             )
+
+
+def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before any work, a folder that is not free, no run to go on with or another version's, none to delete.
+
+    Raises:
+        UsageError: the text says which flag helps.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    is_run = run_state(folder) is not None
+    if (resume or overwrite) and not is_run:
+        raise UsageError(f"{folder} is no run folder, so nothing in it is touched; choose another --out")
+    if not resume and not overwrite:
+        remedy = "go on with it by --resume, or replace it by --overwrite" if is_run else "choose another --out"
+        raise UsageError(f"{folder} exists and is not empty; {remedy}")
+    if resume and run_state(folder) != "completed":
+        check_version(folder)
+
+
+def check_version(run: Path) -> None:
+    """Refuse to go on with a run that another minor version of maehub started.
+
+    Raises:
+        UsageError: the text names the versions, and what to do.
+    """
+    try:
+        config = json.loads((run / "config.json").read_bytes())
+        started, kind = str(config["environment"]["maehub"]), config.get("kind")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # nobody knows which
+    theirs, ours = (version.split(".")[:2] for version in (started, __version__))
+    if theirs == ours:
+        return
+    line = f"`maehub finetune … -m {run}`" if kind == "finetune" else f"`maehub pretrain … --from {run}`"
+    again = f"start a new run from its weights: {line}" if (run / "model").is_dir() else "start a new run"
+    raise UsageError(
+        f"maehub {started} started {run}, and this is {__version__}. Its code computes otherwise, so what follows "
+        "would not be of the same run. Nothing was changed. Finish it with that version, "
+        f'`pip install "maehub=={".".join(theirs)}.*"`, or {again}.'
+    )
 
 
 def agreed_start(group: Group, settings: Mapping[str, Any], derived: Mapping[str, Any], data: str) -> Progress:

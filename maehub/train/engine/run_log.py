@@ -46,22 +46,6 @@ _SPIKE_WINDOW, _SPIKE = 64, 3.0  # a loss this many times the median of so many 
 _BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt}{postfix} · {remaining} left"
 
 
-def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that is not free, no run to go on with, or no run to delete.
-
-    Raises:
-        UsageError: the text says which flag helps.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    is_run = run_state(folder) is not None
-    if (resume or overwrite) and not is_run:
-        raise UsageError(f"{folder} is no run folder, so nothing in it is touched; choose another --out")
-    if not resume and not overwrite:
-        remedy = "go on with it by --resume, or replace it by --overwrite" if is_run else "choose another --out"
-        raise UsageError(f"{folder} exists and is not empty; {remedy}")
-
-
 def run_state(folder: Path) -> str | None:
     """How a run stands: running, completed, preempted, diverged or failed. None where there is no run.
 
