@@ -191,7 +191,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
         kept=kept,
         tokenizer=tokenizer,
     )
-    objective = objective_of(model)
+    objective = objective_of(model).to(group.device)  # with the statistics that it normalises by
     validation = None
     if group.leads:
         shown = split.heldout or split.training
@@ -321,7 +321,7 @@ def _validate(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step
         model = single_network(job.model, job.empty, group)
         if model is None or job.validation is None:
             return
-        objective = job.objective if model is job.model else job.objective_of(model)
+        objective = job.objective if model is job.model else job.objective_of(model).to(group.device)
         numbers = job.validation.measure(objective, job.precision)
         if numbers:
             run.note(step, **numbers)

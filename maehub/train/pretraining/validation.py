@@ -60,7 +60,11 @@ class Validation:
         if heldout is not None:
             count = max(_FEWEST_CROPS, min(len(heldout), _CROPS))
             self.batch = validation_batch(heldout, view, count, seed)
-            simple = [baselines(objective, part.pixels, part.masked) for part in self.batch.split(_VIEWS_AT_ONCE)]
+            device = next(objective.model.parameters()).device
+            simple = [
+                baselines(objective, part.pixels.to(device), part.masked.to(device))
+                for part in self.batch.split(_VIEWS_AT_ONCE)
+            ]
             shares = [len(part.pixels) / count for part in self.batch.split(_VIEWS_AT_ONCE)]
             self._baselines = {
                 name: sum(getattr(one, name) * share for one, share in zip(simple, shares, strict=True))
