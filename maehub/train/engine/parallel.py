@@ -58,8 +58,8 @@ def wrapped(
         for block in blocks:
             block.compile()
     if shard:
-        assert group.brisk is not None
-        mesh = DeviceMesh.from_group(group.brisk, group.device.type)
+        assert group.step_group is not None
+        mesh = DeviceMesh.from_group(group.step_group, group.device.type)
         bf16 = computes_bf16(precision, group.device)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -76,7 +76,11 @@ def wrapped(
         # Newer versions want another name for broadcast_buffers, which older ones do not have.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(
-            called, device_ids=device, process_group=group.brisk, broadcast_buffers=False, gradient_as_bucket_view=True
+            called,
+            device_ids=device,
+            process_group=group.step_group,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
         )
 
 
@@ -94,9 +98,9 @@ def accumulating(module: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
+def deterministic(enabled: bool) -> Iterator[None]:
     """Deterministic algorithms for a while: slower on a GPU, and there what makes two runs equal bit for bit."""
-    if not wanted:
+    if not enabled:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses; it reads it at its first call

@@ -79,12 +79,12 @@ class Checkpoints:
         """
         run, group = self.run.folder, self.group
         with group.together("looking for a checkpoint"):
-            found = newest_checkpoint(run) if group.leads else None
-            if group.leads and not (found and self._ends_at(found[1].step)):
+            found = newest_checkpoint(run) if group.is_main else None
+            if group.is_main and not (found and self._ends_at(found[1].step)):
                 check_version(run)
         found = group.first(found, "the newest checkpoint")
         if found is None:
-            if group.leads:
+            if group.is_main:
                 log.warning("%s has no checkpoint: starting at step 0", run)
             return 0
         folder, before = found
@@ -101,7 +101,7 @@ class Checkpoints:
                 load_whole(folder, self.model, self.optimizer)
             else:
                 load_checkpoint(folder, self.model, self.optimizer)
-        if group.leads:
+        if group.is_main:
             log.info("resumed %s", folder)
             if before.processes != group.size:
                 log.info(
@@ -151,13 +151,13 @@ class Checkpoints:
                 save_shards(self.run.folder, self.model, self.optimizer, progress, self.keep, self.group)
             else:
                 with self.group.together(f"saving step {step}"):
-                    if self.group.leads:
+                    if self.group.is_main:
                         save_checkpoint(self.run.folder, self.model, self.optimizer, progress, self.keep)
         except CheckpointError as error:
             if must or self._failed:
                 raise
             self._failed = True
-            if self.group.leads:
+            if self.group.is_main:
                 log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.every)
             return
         self._failed = False
@@ -166,7 +166,7 @@ class Checkpoints:
 
     def _warn_if_slow(self, seconds: float) -> None:
         first, self.stop.ending = not self.stop.ending, seconds
-        if first and seconds > 0.7 * _GRACE and self.group.leads:
+        if first and seconds > 0.7 * _GRACE and self.group.is_main:
             log.warning(
                 "a checkpoint takes %.0f s, and torchrun kills %d s after a SIGTERM: stop by SIGUSR1 ahead of time, or "
                 "by --time-limit",

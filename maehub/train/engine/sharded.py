@@ -62,13 +62,13 @@ def save_shards(
             check_converging(local, f"the weights of step {progress.step}")
             tensors = [*local.values()] * 3  # AdamW has two more of each
             entered = checkpoint_folder(run, progress, tensors)
-            staging = stack.enter_context(entered) if group.leads else None
+            staging = stack.enter_context(entered) if group.is_main else None
         folder = group.first(staging, "the name of the checkpoint")
         assert folder is not None
         with group.together(f"saving step {progress.step}"), _as_checkpoint_errors(folder):
             save(state, storage_writer=FileSystemWriter(folder))
         with group.together(f"saving step {progress.step}"):
-            if group.leads:
+            if group.is_main:
                 files = {
                     path.name: Written(path.stat().st_size, sha256_file(path)) for path in sorted(folder.iterdir())
                 }
@@ -122,7 +122,7 @@ def single_network(network: Network, empty: Network | None, group: Group) -> Net
         return network
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(network, options=options)  # empty but in rank 0
-    if not group.leads:
+    if not group.is_main:
         return None
     whole = copy.deepcopy(empty)
     whole.load_state_dict({name: value for name, value in weights.items() if _is_tensor(value)}, assign=True)

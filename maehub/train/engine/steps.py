@@ -37,19 +37,19 @@ def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -
     except (DataError, RuntimeError) as error:  # of many processes, the others must hear of it before they wait
         failure = error
     run.idled(time.perf_counter() - begun)
-    said = group.exchange(stop.exit_code, failure is not None)
-    if said.failed:
+    agreement = group.exchange(stop.exit_code, failure is not None)
+    if agreement.failed:
         with group.together("reading pictures"):
             if failure is not None:
                 raise failure
     assert batch is not None
-    return batch, said.stop
+    return batch, agreement.stop
 
 
 def parts(batch: Parts, size: int) -> Iterator[tuple[Parts, bool]]:
     """Micro-batches, and whether each is the last."""
-    found = list(batch.split(size))
-    return ((part, number == len(found)) for number, part in enumerate(found, start=1))
+    split = list(batch.split(size))
+    return ((part, number == len(split)) for number, part in enumerate(split, start=1))
 
 
 @contextlib.contextmanager
@@ -77,12 +77,12 @@ def step_errors(views: int, group: Group) -> Iterator[None]:
             ) from error
 
 
-def agreed(loss: Tensor, norm: Tensor, bad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def agreed(loss: Tensor, norm: Tensor, nonfinite: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """The loss of the global batch, and 1 if it or the gradient is not finite anywhere, now or before."""
     both = torch.stack([loss / group.size, (~torch.isfinite(loss + norm)).float()])
     if group.size > 1:
-        dist.all_reduce(both, group=group.brisk)
-    return both[0], torch.maximum(bad, (both[1] > 0).float())
+        dist.all_reduce(both, group=group.step_group)
+    return both[0], torch.maximum(nonfinite, (both[1] > 0).float())
 
 
 @contextlib.contextmanager
@@ -93,9 +93,9 @@ def rescuing(
     try:
         yield
     except DivergedError as error:
-        if run.bad_step is None:
+        if run.nonfinite_step is None:
             raise
-        step = run.bad_step
+        step = run.nonfinite_step
         if step > 1 and run.last_saved != step - 1:
             before = run.kept()
             with contextlib.suppress(CheckpointError):  # the first error tells more

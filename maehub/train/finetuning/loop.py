@@ -52,10 +52,10 @@ from maehub.train.evaluation import Scores
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.measuring import Measured, export, logits_of, show
 from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
-from maehub.train.finetuning.network import Trainee, build_classifier, find_weights, open_network, optimizer_of
+from maehub.train.finetuning.network import Classifier, build_classifier, find_weights, open_network, optimizer_of
 from maehub.train.finetuning.objective import Objective, class_weights
 from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
-from maehub.train.finetuning.views import Examples, LabelledCrops, Sight, policy_of
+from maehub.train.finetuning.views import LabelledBatch, LabelledCrops, TrainTransform, policy_of
 from maehub.train.reports import update_report
 
 log = logging.getLogger("maehub")
@@ -95,10 +95,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
     with joined(config.device, config.timeout) as group, deterministic(config.deterministic):
         with group.together("setting up"):
-            if group.leads:
+            if group.is_main:
                 check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
             job = _set_up(config, group)
-        logged = RunLog(config.out, job.settings.batch_size, leads=group.leads)
+        logged = RunLog(config.out, job.settings.batch_size, is_main=group.is_main)
         with logged as run, stop_requests(deadline) as stop:
             return _train(config, group, job, run, stop)
 
@@ -107,14 +107,14 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 class _Job:
     """What a run is made of."""
 
-    trainee: Trainee
+    classifier: Classifier
     kept: nn.Module  # what checkpoints hold: the network, and the average of its weights
     average: Any  # timm's ModelEmaV3, or None
     empty: nn.Module | None  # the network without weights, where they are spread over processes that then gather them
     module: nn.Module  # the network with its loss, wrapped for this machine: what is called
     optimizer: torch.optim.Optimizer
     mixing: Mixing
-    sight: Sight
+    transform: TrainTransform
     split: LabelledSplit
     facts: Facts
     settings: Settings
@@ -124,7 +124,7 @@ class _Job:
     @property
     def measured(self) -> nn.Module:
         """The network that is measured and exported."""
-        return self.average.module if self.average is not None else self.trainee.network
+        return self.average.module if self.average is not None else self.classifier.network
 
 
 def asked_of(config: FinetuneConfig) -> dict[str, Any]:
@@ -143,23 +143,23 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
         "looking for pictures",
     )
     classes, many = len(split.training.classes), split.training.multi_label
-    trainee, facts, settings = _fitted(config, files, split, group)
+    classifier, facts, settings = _fitted(config, files, split, group)
     derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
     start = agreed_start(group, asdict(config), derived, _digest(split))
-    trainee.network.to(group.device).train()
+    classifier.network.to(group.device).train()
     spreads = config.fsdp and group.size > 1
-    empty = copy.deepcopy(trainee.network).to("meta") if spreads else None
-    average, kept = None, trainee.network
+    empty = copy.deepcopy(classifier.network).to("meta") if spreads else None
+    average, kept = None, classifier.network
     if settings.ema:
         from timm.utils.model_ema import ModelEmaV3
 
-        average = ModelEmaV3(trainee.network, decay=settings.ema)
+        average = ModelEmaV3(classifier.network, decay=settings.ema)
         average.module.requires_grad_(False)
-        kept = nn.ModuleDict({"network": trainee.network, "average": average.module})
+        kept = nn.ModuleDict({"network": classifier.network, "average": average.module})
     weights = class_weights(split.training.labels, classes) if config.class_weights == "balanced" else None
-    objective = Objective(trainee.network, weights if many else None, multi_label=many).to(group.device)
-    mixing = Mixing(settings, trainee.preprocess, group.device, None if many else weights)
-    micro = _micro_batch(config, objective, trainee, settings, classes, group)
+    objective = Objective(classifier.network, weights if many else None, multi_label=many).to(group.device)
+    mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
+    micro = _micro_batch(config, objective, classifier, settings, classes, group)
     module = wrapped(
         objective,
         group,
@@ -172,14 +172,16 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
         wrapped(average.module, group, precision=config.precision, shard=True)
     augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
     return _Job(
-        trainee=trainee,
+        classifier=classifier,
         kept=kept,
         average=average,
         empty=empty,
         module=module,
-        optimizer=optimizer_of(trainee, settings),
+        optimizer=optimizer_of(classifier, settings),
         mixing=mixing,
-        sight=Sight(trainee.preprocess, augmentation, policy_of(settings.randaugment, trainee.preprocess)),
+        transform=TrainTransform(
+            classifier.preprocess, augmentation, policy_of(settings.randaugment, classifier.preprocess)
+        ),
         split=split,
         facts=facts,
         settings=settings,
@@ -211,23 +213,23 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
         if checkpoints.is_complete(done):
             return FinetuneResult(config.out, steps, EXIT_DONE, None)
     micro = checkpoints.start.micro_batch
-    if group.leads:
+    if group.is_main:
         _announce(config, group, job, micro)
     facts = asdict(config) | {"kind": "finetune", "settings": asdict(settings)}
     facts |= {"classes": list(job.split.training.classes), "environment": describe_environment(group)}
     run.begin(facts, done, steps, overwrite=config.overwrite, hide_bar=config.quiet, tensorboard=config.tensorboard)
     with group.together("looking for twins"):
-        if group.leads:
+        if group.is_main:
             _look_for_twins(config, job.split, run)
     samples = job.split.training.samples
     keys = StepKeys(samples, settings.batch_size, config.seed, done, steps, 1, group.rank, group.size)
-    crops = LabelledCrops(job.split.training, job.sight, config.cache)
+    crops = LabelledCrops(job.split.training, job.transform, config.cache)
     workers = worker_count(config.workers, group.local_size)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
     report = partial(update_report, run, FinetuneConfig)
     peak = peak_rate(settings.base_lr, settings.batch_size)
     validate_every = config.validate_every or max(1, steps // _VALIDATIONS)
-    parameters = [parameter for parameter in job.trainee.network.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in job.classifier.network.parameters() if parameter.requires_grad]
     stop_signal, nonfinite = 0, torch.zeros((), device=device)  # 1 from the first update on that is not finite
     with loading as batches, rescuing(keys, samples, run, checkpoints, report):
         for step in range(done, steps):
@@ -242,7 +244,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
                 loss, nonfinite = agreed(loss, norm, nonfinite, group)
             update(job.optimizer, parameters, norm, nonfinite, config.clip_grad)
             if job.average is not None:
-                job.average.update(job.trainee.network)
+                job.average.update(job.classifier.network)
 
             run.log(done, torch.stack([loss, norm, nonfinite]), rate)
             if done % validate_every == 0 and done < steps:
@@ -257,7 +259,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     return FinetuneResult(config.out, done, stop_signal, scores)
 
 
-def _forward_backward(job: _Job, batch: Examples, micro: int, seed: int, device: torch.device) -> Tensor:
+def _forward_backward(job: _Job, batch: LabelledBatch, micro: int, seed: int, device: torch.device) -> Tensor:
     """The loss of a batch, computed in parts that fit; the parameters have its gradient then."""
     loss = torch.zeros((), device=device)
     with seeded_torch(seed, device):
@@ -276,14 +278,14 @@ def _validate(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step
     with group.together("measuring"):
         testing = job.split.testing
         logits = logits_of(
-            job.measured, job.empty, testing.samples, job.trainee.preprocess, group, job.precision, config.workers
+            job.measured, job.empty, testing.samples, job.classifier.preprocess, group, job.precision, config.workers
         )
         if logits is None:
             return None
         measured = Measured.of(logits, testing)
         run.note(step, **measured.numbers())
         log.info("step %d: top-1 %.1f %% on the held-out pictures", step, measured.scores.top1)
-        last, channels = step == job.settings.steps, job.trainee.preprocess.channels
+        last, channels = step == job.settings.steps, job.classifier.preprocess.channels
         show(measured, testing, channels, run.folder / "pictures", step, last=last)
         return measured
 
@@ -301,7 +303,7 @@ def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Sco
 class _Fitted(NamedTuple):
     """A network, and the recipe fitted to it and to the data."""
 
-    trainee: Trainee
+    classifier: Classifier
     facts: Facts
     settings: Settings
 
@@ -323,7 +325,7 @@ def _fitted(config: FinetuneConfig, files: Located | None, split: LabelledSplit,
     settings = settle(config.recipe, facts, asked, config.model)
     if config.fsdp and settings.head != "linear":
         raise UsageError(f"--fsdp is for training a network, which --recipe {settings.recipe} freezes")
-    trainee = build_classifier(
+    classifier = build_classifier(
         backbone, settings, training, group, blocks=config.blocks, pool=config.pool, seed=config.seed
     )
     size, even = settings.batch_size, settings.mixed_at_once
@@ -337,7 +339,7 @@ def _fitted(config: FinetuneConfig, files: Located | None, split: LabelledSplit,
         settings = settle(config.recipe, facts, asked, config.model)
     if settings.optimizer == "lars" and len(training) < 2 * group.size:
         raise DataError(f"batch normalisation needs at least two pictures, and {config.data} has {len(training)}")
-    return _Fitted(trainee, facts, settings)
+    return _Fitted(classifier, facts, settings)
 
 
 def _digest(split: LabelledSplit) -> str:
@@ -350,12 +352,12 @@ def _digest(split: LabelledSplit) -> str:
 
 
 def _micro_batch(
-    config: FinetuneConfig, objective: Objective, trainee: Trainee, settings: Settings, classes: int, group: Group
+    config: FinetuneConfig, objective: Objective, classifier: Classifier, settings: Settings, classes: int, group: Group
 ) -> int:
-    height, width = trainee.preprocess.size
+    height, width = classifier.preprocess.size
 
     def blank(count: int) -> tuple[Tensor, Tensor]:
-        shape = (count, trainee.preprocess.channels, height, width)
+        shape = (count, classifier.preprocess.channels, height, width)
         return torch.zeros(shape, device=group.device), torch.zeros(count, classes, device=group.device)
 
     part, size = settings.batch_size // group.size, f"{height}×{width}"
@@ -387,8 +389,8 @@ def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> No
         len(testing),
         how,
         config.model,
-        sum(p.numel() for p in job.trainee.network.parameters() if p.requires_grad),
-        sum(p.numel() for p in job.trainee.network.parameters()),
+        sum(p.numel() for p in job.classifier.network.parameters() if p.requires_grad),
+        sum(p.numel() for p in job.classifier.network.parameters()),
         group.device,
     )
     log.info("%s", describe(job.settings, job.facts, batch_words(job.settings.batch_size, micro, group)))

@@ -78,7 +78,7 @@ def logits_of(
             single.train(training)
         part = found.numpy()
     found_parts = [one for one in group.all(part, "measuring") if one is not None]
-    if not group.leads:
+    if not group.is_main:
         return None
     whole = np.empty((len(samples), found_parts[0].shape[1]), np.float32)
     for rank, one in enumerate(found_parts):

@@ -24,7 +24,7 @@ Groups = Callable[[float, float], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Trainee:
+class Classifier:
     """A network from preprocessed pictures (B, C, H, W) to logits (B, classes), and how it is trained."""
 
     network: nn.Module
@@ -75,7 +75,7 @@ def build_classifier(
     blocks: float | None,
     pool: HeadPool | None,
     seed: int,
-) -> Trainee:
+) -> Classifier:
     """What is trained, on the CPU: the network with a fresh head.
 
     Args:
@@ -98,18 +98,18 @@ def build_classifier(
         return _timms(backbone, settings, classes, blocks, pool)
 
 
-def _ours(encoder: Encoder, settings: Settings, training: Labelled, blocks: float | None, seed: int) -> Trainee:
+def _ours(encoder: Encoder, settings: Settings, training: Labelled, blocks: float | None, seed: int) -> Classifier:
     network = as_classifier(encoder, training.classes, pool=settings.pool, multi_label=training.multi_label, seed=seed)
     depth = network.config.depth
     if blocks is not None:
         freeze(network, blocks)
     drop_paths(list(network.blocks), settings.drop_path)  # type: ignore[arg-type]
-    return Trainee(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
+    return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
 
 def _timms(
     backbone: Backbone, settings: Settings, classes: int, trained: float | None, pool: HeadPool | None
-) -> Trainee:
+) -> Classifier:
     """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
     from timm.layers.drop import DropPath
 
@@ -131,10 +131,10 @@ def _timms(
     def groups(weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
         return grouped(network, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
 
-    return Trainee(network, backbone.preprocess, groups)
+    return Classifier(network, backbone.preprocess, groups)
 
 
-def _frozen(backbone: Backbone, settings: Settings, classes: int, group: Group, pool: HeadPool | None) -> Trainee:
+def _frozen(backbone: Backbone, settings: Settings, classes: int, group: Group, pool: HeadPool | None) -> Classifier:
     network: nn.Module
     if settings.head == "attentive":
         network = AttentiveProbe(backbone, classes)
@@ -149,11 +149,11 @@ def _frozen(backbone: Backbone, settings: Settings, classes: int, group: Group, 
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
 
-    return Trainee(network, backbone.preprocess, groups)
+    return Classifier(network, backbone.preprocess, groups)
 
 
-def optimizer_of(trainee: Trainee, settings: Settings) -> torch.optim.Optimizer:
-    groups = trainee.groups(settings.weight_decay, settings.layer_decay)
+def optimizer_of(classifier: Classifier, settings: Settings) -> torch.optim.Optimizer:
+    groups = classifier.groups(settings.weight_decay, settings.layer_decay)
     if settings.optimizer == "lars":
         from timm.optim.lars import Lars
 

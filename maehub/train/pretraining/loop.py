@@ -105,10 +105,10 @@ def pretrain(config: PretrainConfig, *, tokenizer: Tokenizer | None = None) -> P
     deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
     with joined(config.device, config.timeout) as group, deterministic(config.deterministic):
         with group.together("setting up"):
-            if group.leads:
+            if group.is_main:
                 check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
             job = _set_up(config, group, tokenizer)
-        logged = RunLog(config.out, config.batch_size, leads=group.leads)
+        logged = RunLog(config.out, config.batch_size, is_main=group.is_main)
         with logged as run, stop_requests(deadline) as stop:
             return _train(config, group, job, run, stop)
 
@@ -193,7 +193,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     )
     objective = objective_of(model).to(group.device)  # with the statistics that it normalises by
     validation = None
-    if group.leads:
+    if group.is_main:
         shown = split.heldout or split.training
         validation = Validation(objective, view, shown, split.heldout, seed=config.seed, labelled=config.knn)
     fits = views_fit(
@@ -257,7 +257,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     views = config.batch_size // group.size
     with group.together("setting up"):
         check_shared_memory(job.view.batch_bytes(views), views, workers)
-    if group.leads:
+    if group.is_main:
         _announce(config, group, job, peak, micro)
     facts = asdict(config) | {"steps": steps, "target": job.model.config.target}
     facts |= {"environment": describe_environment(group)}
@@ -334,7 +334,7 @@ def _validate(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step
 def _export(group: Group, job: _Job, run: RunLog) -> None:
     with group.together("exporting the model"):
         model = single_network(job.model, job.empty, group)
-        if group.leads and model is not None:
+        if group.is_main and model is not None:
             save(model.eval(), run.folder / "model", overwrite=True)
 
 
