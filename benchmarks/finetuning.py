@@ -32,12 +32,12 @@ from maehub.data.loader import Key
 from maehub.images.augment import Augmentation
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import PRESETS, Encoder
-from maehub.train.engine.optim import decayed_groups, gradient_norm, guarded_step, set_rates
+from maehub.train.engine.optim import decayed_groups, gradient_norm, set_rates, update
 from maehub.train.finetuning.classifier import as_classifier, drop_paths
-from maehub.train.finetuning.loop import Objective
 from maehub.train.finetuning.mixing import Mixing, seeded_torch
+from maehub.train.finetuning.objective import Objective
 from maehub.train.finetuning.recipes import Settings
-from maehub.train.finetuning.views import Examples, Sight, policy_of
+from maehub.train.finetuning.views import LabelledBatch, TrainTransform, policy_of
 
 PHOTO = Path(maehub.__file__).parent / "assets" / "cat.jpg"
 CLASSES, RATE = 1000, 1e-5
@@ -49,7 +49,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def our_step(batch: Examples, device: torch.device, precision: torch.dtype | None) -> Callable[[], None]:
+def our_step(batch: LabelledBatch, device: torch.device, precision: torch.dtype | None) -> Callable[[], None]:
     network = as_classifier(Encoder(PRESETS["vit-b"]), [str(number) for number in range(CLASSES)], pool="mean")
     drop_paths(list(network.blocks), SETTINGS.drop_path)
     network.to(device).train()
@@ -69,13 +69,12 @@ def our_step(batch: Examples, device: torch.device, precision: torch.dtype | Non
             loss.backward()
             norm = gradient_norm(parameters)
         flag = torch.maximum(bad, (~torch.isfinite(loss.detach() + norm)).float())
-        guarded_step(optimizer, flag)
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, parameters, norm, flag)
 
     return step
 
 
-def timm_step(batch: Examples, device: torch.device, precision: torch.dtype | None) -> Callable[[], None]:
+def timm_step(batch: LabelledBatch, device: torch.device, precision: torch.dtype | None) -> Callable[[], None]:
     network = timm.create_model("vit_base_patch16_224", num_classes=CLASSES, global_pool="avg", drop_path_rate=0.1)
     network.to(device).train()
     optimizer = create_optimizer_v2(network, opt="adamw", lr=RATE, weight_decay=0.05, layer_decay=0.65)
@@ -101,7 +100,7 @@ def timm_step(batch: Examples, device: torch.device, precision: torch.dtype | No
 def compared(batch_size: int, rounds: int, device: torch.device, precision: torch.dtype | None) -> None:
     pixels = torch.randint(0, 256, (batch_size, 224, 224, 3), dtype=torch.uint8, device=device)
     targets = torch.nn.functional.one_hot(torch.arange(batch_size) % CLASSES, CLASSES).float()
-    batch = Examples(pixels, targets.to(device), torch.arange(batch_size))
+    batch = LabelledBatch(pixels, targets.to(device), torch.arange(batch_size))
     sides = {"timm": timm_step(batch, device, precision), "maehub": our_step(batch, device, precision)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -124,7 +123,7 @@ def compared(batch_size: int, rounds: int, device: torch.device, precision: torc
 def augmented(rounds: int) -> None:
     """One core, one photo of 1500 pixels at most: what a reading process does for a crop."""
     preprocess = Preprocess.evaluation(224)
-    sight = Sight(preprocess, Augmentation(crop_scale=(0.08, 1.0)), policy_of(SETTINGS.randaugment, preprocess))
+    ours = TrainTransform(preprocess, Augmentation(crop_scale=(0.08, 1.0)), policy_of(SETTINGS.randaugment, preprocess))
     transform = create_transform(
         224, is_training=True, auto_augment=SETTINGS.randaugment, interpolation="bicubic", use_prefetcher=True
     )
@@ -133,7 +132,7 @@ def augmented(rounds: int) -> None:
     while len(ours) < rounds:
         seed += 1
         start = time.perf_counter()
-        sight.crop(str(PHOTO), Key(0, seed, 0))
+        ours.crop(str(PHOTO), Key(0, seed, 0))
         middle = time.perf_counter()
         try:
             transform(Image.open(PHOTO).convert("RGB"))

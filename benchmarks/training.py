@@ -27,7 +27,7 @@ from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS
 from maehub.models.masking import random_masks
 from maehub.train.engine.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
-from maehub.train.engine.optim import adamw, gradient_norm, guarded_step
+from maehub.train.engine.optim import adamw, gradient_norm, update
 from maehub.train.networks.costs import forward_flops, work_of
 from maehub.train.pretraining.objective import Objective
 
@@ -132,8 +132,7 @@ def our_step(name: str, batch: int, compiled: bool) -> Callable[[], None]:
         loss.backward()
         norm = gradient_norm(parameters)
         flag = torch.maximum(bad, (~torch.isfinite(loss.detach() + norm)).float())
-        guarded_step(optimizer, flag)
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, parameters, norm, flag)
 
     return step
 

@@ -366,7 +366,7 @@ def test_one_process_of_torchrun_needs_no_others(monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with joined("cpu", 5.0) as group:
-        assert (group.rank, group.size, group.leads) == (0, 1, True)
+        assert (group.rank, group.size, group.is_main) == (0, 1, True)
 
 
 def test_a_group_of_one_passes_everything_through():

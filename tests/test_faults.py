@@ -160,7 +160,18 @@ def test_row_57_a_slow_save_is_warned_about_and_the_time_limit_leaves_room_for_i
     model = torch.nn.Linear(2, 2)
     with log.RunLog(tmp_path / "run", 4) as run:
         run.begin({}, first_step=0, steps=10, hide_bar=True)
-        saver = saving.Saver(config_of(pictures, tmp_path), saving.Group(), run, stop, model, None, None)
+        saver = saving.Checkpoints(
+            group=saving.Group(),
+            run=run,
+            stop=stop,
+            model=model,
+            optimizer=None,
+            start=None,
+            steps=10,
+            every=1000,
+            keep=2,
+            shard=False,
+        )
         monkeypatch.setattr(saving, "replace", lambda progress, step: progress)
         for step in (1, 2):
             saver.save(step, must=False)

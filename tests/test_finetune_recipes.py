@@ -7,6 +7,7 @@ import pytest
 from maehub.errors import UsageError
 from maehub.train import FinetuneConfig
 from maehub.train.engine.optim import peak_rate
+from maehub.train.finetuning.loop import asked_of
 from maehub.train.finetuning.recipes import Facts, describe, settle
 
 B, L, H = (768, 12), (1024, 24), (1280, 32)
@@ -15,7 +16,8 @@ IMAGENET = 1_281_167
 
 def settled(network=B, images=IMAGENET, classes=1000, trained=True, size=224, multi_label=False, **changes):
     config = FinetuneConfig("DATA", Path("RUN"), **changes)
-    return settle(config, Facts(*network, trained, size, images, classes, multi_label))
+    facts = Facts(*network, trained, size, images, classes, multi_label)
+    return settle(config.recipe, facts, asked_of(config), config.model)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,7 @@ def test_the_run_says_rate_factors_and_true_batch():
 
 def test_the_run_says_why_there_is_no_mixup():
     few, enough = (Facts(*B, True, 224, images, 10) for images in (199, 200))
-    config = FinetuneConfig("DATA", Path("RUN"))
-    assert "no mixup, no cutmix (fewer than 20 pictures a class)" in describe(settle(config, few), few, "8")
-    assert "mixup 0.8, cutmix 1" in describe(settle(config, enough), enough, "16")
+    assert "no mixup, no cutmix (fewer than 20 pictures a class)" in describe(
+        settle("auto", few, {}, "vit-b"), few, "8"
+    )
+    assert "mixup 0.8, cutmix 1" in describe(settle("auto", enough, {}, "vit-b"), enough, "16")

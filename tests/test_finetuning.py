@@ -22,8 +22,8 @@ from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import resume as saving
 from maehub.train.finetuning import loop as finetuning
-from maehub.train.finetuning.loop import Objective
-from maehub.train.finetuning.views import Sight, policy_of
+from maehub.train.finetuning.objective import Objective
+from maehub.train.finetuning.views import TrainTransform, policy_of
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
 CLASSES = ("blobs", "lines", "noise")
@@ -460,13 +460,15 @@ def test_crops_are_a_function_of_their_seed(pictures):
     from maehub.images.preprocess import Preprocess
 
     preprocess = Preprocess.evaluation(32, 3, 8)
-    sight = Sight(preprocess, Augmentation(crop_scale=(0.08, 1)), policy_of("rand-m9-mstd0.5-inc1", preprocess))
+    transform = TrainTransform(
+        preprocess, Augmentation(crop_scale=(0.08, 1)), policy_of("rand-m9-mstd0.5-inc1", preprocess)
+    )
     source = pictures / "lines" / "0.png"
-    crops = [sight.crop(str(source), Key(0, seed, 0)) for seed in range(40)]
-    again = [sight.crop(str(source), Key(0, seed, 0)) for seed in reversed(range(40))]
+    crops = [transform.crop(str(source), Key(0, seed, 0)) for seed in range(40)]
+    again = [transform.crop(str(source), Key(0, seed, 0)) for seed in reversed(range(40))]
     assert all(np.array_equal(one, other) for one, other in zip(crops, reversed(again), strict=True))
     assert len({one.tobytes() for one in crops}) > 35
-    grey = Sight(Preprocess.evaluation(32, 1, 8), Augmentation(), sight.policy)
+    grey = TrainTransform(Preprocess.evaluation(32, 1, 8), Augmentation(), transform.policy)
     assert grey.crop(str(source), Key(0, 3, 0)).shape == (32, 32, 1)
 
 
@@ -494,7 +496,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before(pictures, tmp_path, 
         return real(self, images, targets) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(Objective, "forward", forward)
-    monkeypatch.setattr(finetuning, "pictures_fit", lambda *_: lambda size: True)
+    monkeypatch.setattr(finetuning, "pictures_fit", lambda *_, **__: lambda size: True)
     with pytest.raises(DivergedError, match="step 6"):
         finetune(settings_of(pictures, tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "diverged"

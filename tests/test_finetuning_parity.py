@@ -20,11 +20,11 @@ from maehub.rng import sample_seed
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.optim import decayed_groups, learning_rate, set_rates
 from maehub.train.finetuning.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze
-from maehub.train.finetuning.loop import Objective, _optimizer
 from maehub.train.finetuning.mixing import _ERASING, _MIXING, Mixing
-from maehub.train.finetuning.network import Trainee
+from maehub.train.finetuning.network import Classifier, optimizer_of
+from maehub.train.finetuning.objective import Objective
 from maehub.train.finetuning.recipes import Settings
-from maehub.train.finetuning.views import Examples, targets_of
+from maehub.train.finetuning.views import LabelledBatch, targets_of
 
 try:
     from timm.optim import param_groups_layer_decay
@@ -88,7 +88,7 @@ def batch(count=6, classes=4):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
     labels = np.arange(count) % classes
-    return Examples(pixels, targets_of(labels, classes), torch.arange(count) + 7), torch.from_numpy(labels)
+    return LabelledBatch(pixels, targets_of(labels, classes), torch.arange(count) + 7), torch.from_numpy(labels)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -110,7 +110,7 @@ def test_erasing_is_timms_by_the_seed_of_each_crop():
     examples, _ = batch()
     preprocess = Preprocess.evaluation(32, 3, 8)
     mixed = Mixing(settings, preprocess, CPU)(examples, 3)
-    again = Mixing(settings, preprocess, CPU)(Examples(*(field.flip(0) for field in examples)), 4)
+    again = Mixing(settings, preprocess, CPU)(LabelledBatch(*(field.flip(0) for field in examples)), 4)
     assert torch.equal(mixed.images, again.images.flip(0)), "the batch and its order change nothing"
     plain = preprocess.normalise(examples.pixels)
     changed = [not torch.equal(one, other) for one, other in zip(mixed.images, plain, strict=True)]
@@ -266,7 +266,7 @@ def test_a_head_of_the_same_classes_is_kept():
 def test_the_linear_probes_rates_are_adapted_for_matrices_alone():
     """As published: weight decay is 0, and timm's LARS would then adapt nothing."""
     model = torch.nn.Linear(4, 3)
-    trainee = Trainee(model, Preprocess.evaluation(32), lambda *_: [{"params": [p]} for p in model.parameters()])
-    optimizer = _optimizer(trainee, Settings("linear", 1, 8, 0.1, 0, 0.0, optimizer="lars"))
+    classifier = Classifier(model, Preprocess.evaluation(32), lambda *_: [{"params": [p]} for p in model.parameters()])
+    optimizer = optimizer_of(classifier, Settings("linear", 1, 8, 0.1, 0, 0.0, optimizer="lars"))
     assert isinstance(optimizer, Lars)
     assert [group["always_adapt"] for group in optimizer.param_groups] == [True, False]

@@ -195,8 +195,8 @@ def test_no_validation_pictures_give_no_validation_loss(pictures, tmp_path):
 
 
 def test_the_rate_is_that_of_the_steps_alone(pictures, tmp_path, monkeypatch):
-    real = pretraining._look
-    monkeypatch.setattr(pretraining, "_look", lambda *arguments: time.sleep(0.3) or real(*arguments))
+    real = pretraining._validate
+    monkeypatch.setattr(pretraining, "_validate", lambda *arguments: time.sleep(0.3) or real(*arguments))
     pretrain(settings_of(pictures / "train", tmp_path / "run", steps=4, validate_every=1))
     rates = [line["images_per_second"] for line in lines(tmp_path / "run")]
     assert max(rates[1:]) > 6 / 0.3

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import maehub
 from maehub import cli
+from maehub.train.engine import resume
 
 FOLDER = Path(__file__).parent / "data" / "from-0.1"
 HERE = ["--workers", "0", "--device", "cpu", "--quiet"]
@@ -126,8 +127,9 @@ def test_a_run_is_trained_on(source):
 
 
 @pytest.mark.parametrize("run", sorted(RUNS))
-def test_a_stopped_run_is_resumed(run):
-    """The code may be another; what would make it another run is refused by name."""
+def test_a_stopped_run_is_resumed_by_its_own_minor_version(run, monkeypatch):
+    """What would make it another run is refused by name."""
+    monkeypatch.setattr(resume, "__version__", "0.1.7")
     words, before = [*RUNS[run].split(), "-o", run, *RUN, "--resume"], metrics(run)
     assert before[-1]["step"] == 1
     assert cli.main([*words, "--base-lr", "0.5"]) == 2
@@ -140,8 +142,35 @@ def test_a_stopped_run_is_resumed(run):
     assert maehub.load(run).config.classes == (2 if run == "finetuning" else 0)
 
 
+@pytest.mark.parametrize("version", ["0.2.0", "0.10.0", "1.1.0.dev1"])
+@pytest.mark.parametrize("run", sorted(RUNS))
+def test_a_stopped_run_is_not_resumed_by_another_version(run, version, monkeypatch, capsys):
+    monkeypatch.setattr(resume, "__version__", version)
+    before = {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()}
+    assert cli.main([*RUNS[run].split(), "-o", run, *RUN, "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert f"maehub 0.1.0 started {run}, and this is {version}. Its code computes otherwise" in err
+    assert "Nothing was changed." in err
+    assert '`pip install "maehub==0.1.*"`, or start a new run.' in err  # it has no weights yet
+    assert {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_is_not_made_longer_by_another_version(monkeypatch, capsys):
+    """It has weights to start a new run from."""
+    words = ["finetune", "drawings", "-m", "pretrained", "--epochs", "2", "-o", "longer", *RUN]
+    assert cli.main(words) == 0
+    monkeypatch.setattr(resume, "__version__", "0.2.0")
+    before = {path: path.read_bytes() for path in Path("longer").rglob("*") if path.is_file()}
+    assert cli.main([*words, "--resume"]) == 0
+    assert cli.main([*words, "--resume", "--epochs", "4"]) == 2
+    assert "or start a new run from its weights: `maehub finetune … -m longer`." in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("longer").rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(("run", "words"), [("pretrained", RUNS["pretraining"]), ("finetuned", RUNS["finetuning"])])
-def test_a_finished_run_is_done_and_not_written_over(run, words, capsys):
+def test_a_finished_run_is_done_and_not_written_over(run, words, monkeypatch, capsys):
+    """By every version."""
+    monkeypatch.setattr(resume, "__version__", "0.2.0")
     before = {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()}
     line = [*words.replace(" --seed 1", "").split(), "-o", run, *RUN, "--checkpoint-every", "2"]
     assert cli.main(line) == 2

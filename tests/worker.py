@@ -124,9 +124,9 @@ class Faults:
         self.at_step(lambda: self.patch(data, "crop", failing))
 
     def other_code(self):
-        from maehub.train.pretraining import loop as pretraining
+        from maehub.train.engine import resume as saving
 
-        self.patch(pretraining, "code_digest", lambda: "0" * 64)
+        self.patch(saving, "code_digest", lambda: "0" * 64)
 
     def blind(self):
         """A host without the shared filesystem."""

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -74,18 +74,18 @@ class Group:
     """Seconds to wait for the others within a step."""
     step: int = 0
     """What the process is doing, for error messages: the loop keeps it current."""
-    brisk: dist.ProcessGroup | None = None
+    step_group: dist.ProcessGroup | None = None
     """What steps communicate through, with the short timeout."""
     store: Store | None = None
     _shared: list[BaseException] = field(default_factory=list, init=False)  # errors that every process has
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Rank 0: the one that writes."""
         return self.rank == 0
 
     @property
-    def local_leads(self) -> bool:
+    def is_local_main(self) -> bool:
         """The first process of its host: the one that downloads."""
         return self.local_rank == 0
 
@@ -114,11 +114,17 @@ class Group:
 
     def first(self, value: Value, what: str) -> Value:
         """Rank 0's value, in every process."""
-        return self._gathered(value if self.leads else None, what)[0] if self.size > 1 else value
+        return self._gathered(value if self.is_main else None, what)[0] if self.size > 1 else value
 
     def all(self, value: Value, what: str) -> list[Value]:
         """Every process's value, by rank."""
         return self._gathered(value, what) if self.size > 1 else [value]
+
+    def host_first(self, make: Callable[[], Value], what: str) -> Value:
+        """Made by the first process of each host, and then by its others, which find what that one fetched."""
+        made = [make()] if self.is_local_main else []
+        self.all(None, what)
+        return made[0] if made else make()
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse processes that were told, or see, different things.
@@ -154,7 +160,7 @@ class Group:
         self._pulse()
         said = torch.tensor([(stop or 0) + failed * _FAILED], dtype=torch.int64)
         with self.waiting("the beginning of a step"):
-            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.brisk)
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.step_group)
         return Together(int(said) % _FAILED, bool(int(said) & _FAILED))
 
     @contextlib.contextmanager
@@ -198,11 +204,11 @@ class Group:
         facts = {"step": self.step, "pid": os.getpid(), "host": socket.gethostname(), "at": time.time()}
         return json.dumps(facts | {"error": error})
 
-    def fell(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Say why this process ends, for the others, whose connections to it will break."""
         if self.store is not None:
             with contextlib.suppress(Exception):
-                self.store.set(f"fell/{self.rank}", self._sign(f"{type(error).__name__}: {error}"[:500]))
+                self.store.set(f"failure/{self.rank}", self._sign(f"{type(error).__name__}: {error}"[:500]))
 
     def _loss(self, what: str, error: BaseException) -> str:
         """Who is to blame for a wait that failed."""
@@ -232,14 +238,14 @@ class Group:
         return _Signs(dict(signs.silent), dict(signs.told))
 
     def _ask(self, signs: _Signs) -> None:
-        self.fell(DistributedError(_WAITED))
+        self.report_failure(DistributedError(_WAITED))
         until = time.monotonic() + _REPORTS
         others = [rank for rank in range(self.size) if rank != self.rank]
         signs.silent.update(dict.fromkeys(others))
         signs.silent.update({rank: self._read(f"pulse/{rank}") for rank in others})
         while signs.silent and time.monotonic() < until:
             for rank in list(signs.silent):
-                if facts := self._read(f"fell/{rank}"):
+                if facts := self._read(f"failure/{rank}"):
                     signs.told[rank] = facts
                     del signs.silent[rank]
             time.sleep(0.1)
@@ -284,30 +290,30 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
         return
     if rank >= size:
         raise UsageError(f"RANK={rank} must be below WORLD_SIZE={size}; start the run by torchrun, which sets both")
-    place = usable_device(f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    chosen = usable_device(f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     # A restarted process, and a second run in one process, must not read what the one before left in the store.
     store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_RUNS)}", _meet(rank, size, told))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    group = Group(rank, size, local, here, place, timeout, store=PrefixStore("maehub", store))
+    group = Group(rank, size, local, here, chosen, timeout, store=PrefixStore("maehub", store))
     try:
         with group.waiting("the start"):
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+                "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
                 store=PrefixStore("group", store),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=START_TIMEOUT),
             )
-            brisk = dist.new_group(timeout=timedelta(seconds=timeout))
-            assert isinstance(brisk, dist.ProcessGroup)
-            group.brisk = brisk
+            step_group = dist.new_group(timeout=timedelta(seconds=timeout))
+            assert isinstance(step_group, dist.ProcessGroup)
+            group.step_group = step_group
         store.set_timeout(timedelta(seconds=timeout))
         yield group
     except BaseException as error:
         if error not in group._shared:  # of a lost connection the others cannot be told
-            group.fell(error)
+            group.report_failure(error)
         raise
     finally:
         if dist.is_initialized():

@@ -1,8 +1,7 @@
 """How many views a process computes at once, so that they fit into memory."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from maehub.errors import CheckpointError
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
 from maehub.train.engine.parallel import autocast
-from maehub.train.engine.settings import RunConfig
+from maehub.train.engine.settings import Precision
 
 log = logging.getLogger("maehub")
 
@@ -21,7 +20,7 @@ MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not f
 
 
 def find_micro_batch(
-    config: RunConfig, part: int, group: Group, fits: Callable[[int], bool], size: str, multiple: int = 1
+    part: int, group: Group, fits: Callable[[int], bool], size: str, *, asked: int | None = None, multiple: int = 1
 ) -> int:
     """The largest divisor of this process's part of the batch that fits, the same in every process.
 
@@ -29,13 +28,14 @@ def find_micro_batch(
         part: views of a step in this process.
         fits: whether so many fit.
         size: of the pictures, for an error.
+        asked: what the user wants; nothing is tried then.
         multiple: what a micro-batch must be a multiple of, where the part is.
 
     Raises:
         CheckpointError: not even one view fits.
     """
-    if config.micro_batch:
-        return min(config.micro_batch, part)
+    if asked:
+        return min(asked, part)
     sizes = [size for size in range(part, 0, -1) if part % size == 0 and (size % multiple == 0 or part % multiple)]
     found = min(group.all(next(filter(fits, sizes), 0), "finding the micro-batch"))
     if not found:
@@ -49,7 +49,12 @@ def find_micro_batch(
 
 
 def pictures_fit(
-    config: RunConfig, objective: nn.Module, blank: Callable[[int], Sequence[Tensor]], group: Group
+    objective: nn.Module,
+    blank: Callable[[int], Sequence[Tensor]],
+    group: Group,
+    *,
+    precision: Precision = "auto",
+    shard: bool = False,
 ) -> Callable[[int], bool]:
     """Whether training any network on so many pictures at once fits.
 
@@ -60,35 +65,16 @@ def pictures_fit(
         objective: gives a loss.
         blank: arguments of the objective for so many pictures.
     """
-    device, precise = group.device, autocast(config, group.device)
-    if device.type == "cuda" and not config.fsdp:
+    device, precise = group.device, autocast(precision, group.device)
+    if device.type == "cuda" and not shard:
         return lambda size: pass_fits(objective, blank(size), device, precise)
     free = available_bytes() / group.local_size
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
-    free -= (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
+    free -= (_ADAM + 1) * trained / (group.size if shard else 1)
     each = _kept_bytes(objective, blank(2), precise) / 2
     return lambda size: size * each <= MEMORY_SHARE * free
-
-
-@contextlib.contextmanager
-def within_memory(views: int, device: torch.device) -> Iterator[None]:
-    """Say what helps where memory runs out in a step.
-
-    Raises:
-        CheckpointError: of an allocation that failed, on a device or on the host.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not known:
-            raise
-        raise CheckpointError(
-            f"the memory of {device} ran out with {views} views at once. Checkpoints are kept. Resume with a smaller "
-            "--micro-batch, which changes no result but the rounding, or with --checkpoint-activations or --fsdp."
-        ) from error
 
 
 def pass_fits(objective: nn.Module, arguments: Sequence[Tensor], device: torch.device, precise: Any) -> bool:

@@ -97,14 +97,28 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """An update, unless ``bad`` (() float32 on the device) is 1: then nothing changes, neither weights nor state.
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    norm: Tensor,
+    nonfinite: Tensor,
+    clip: float | None = None,
+) -> None:
+    """Change the weights, and forget the gradients. Where those are not finite, neither weights nor state change.
 
     With AdamW the device decides, so the host need not wait for it: its fused kernel reads the flag that a gradient
     scaler would set. Other optimizers wait.
+
+    Args:
+        norm: of the gradient, as `gradient_norm` gives it.
+        nonfinite: () float32 on the device, 1 for no update.
+        clip: largest norm of the gradient.
     """
+    if clip:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.found_inf = nonfinite  # type: ignore[attr-defined]
         optimizer.step()
-    elif not bad:
+    elif not nonfinite:
         optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

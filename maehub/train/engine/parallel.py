@@ -16,23 +16,31 @@ from torch.utils.checkpoint import checkpoint
 
 from maehub.models import Block
 from maehub.train.engine.distributed import Group
-from maehub.train.engine.settings import RunConfig
+from maehub.train.engine.settings import Precision
 
 
-def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 where the configuration or the device says so."""
-    if computes_bf16(config, device):
+def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 where it is asked for, or the device computes it natively."""
+    if computes_bf16(precision, device):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
-def computes_bf16(config: RunConfig, device: torch.device) -> bool:
+def computes_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether matrix products are done in bf16."""
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bf16" or (config.precision == "auto" and capable)
+    return precision == "bf16" or (precision == "auto" and capable)
 
 
-def wrapped(module: nn.Module, config: RunConfig, group: Group) -> nn.Module:
+def wrapped(
+    module: nn.Module,
+    group: Group,
+    *,
+    precision: Precision = "auto",
+    compile: bool = False,
+    shard: bool = False,
+    checkpoint_activations: bool = False,
+) -> nn.Module:
     """The module as the loop calls it; its parameters are those of ``module``, which stays what is saved.
 
     From the inside to the outside:
@@ -42,17 +50,17 @@ def wrapped(module: nn.Module, config: RunConfig, group: Group) -> nn.Module:
     3. FSDP2, or DDP, which overlap communication with the backward pass.
     """
     blocks = [part for part in module.modules() if isinstance(part, Block)]
-    if config.checkpoint_activations:
+    if checkpoint_activations:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    shards = config.fsdp and group.size > 1
-    if config.compile and shards:
+    shard = shard and group.size > 1
+    if compile and shard:
         for block in blocks:
             block.compile()
-    if shards:
-        assert group.brisk is not None
-        mesh = DeviceMesh.from_group(group.brisk, group.device.type)
-        bf16 = computes_bf16(config, group.device)
+    if shard:
+        assert group.step_group is not None
+        mesh = DeviceMesh.from_group(group.step_group, group.device.type)
+        bf16 = computes_bf16(precision, group.device)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -60,7 +68,7 @@ def wrapped(module: nn.Module, config: RunConfig, group: Group) -> nn.Module:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
         return module
-    called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
+    called: nn.Module = torch.compile(module) if compile else module  # type: ignore[assignment]
     if group.size == 1:
         return called
     device = None if group.device.type == "cpu" else [group.device]
@@ -68,7 +76,11 @@ def wrapped(module: nn.Module, config: RunConfig, group: Group) -> nn.Module:
         # Newer versions want another name for broadcast_buffers, which older ones do not have.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(
-            called, device_ids=device, process_group=group.brisk, broadcast_buffers=False, gradient_as_bucket_view=True
+            called,
+            device_ids=device,
+            process_group=group.step_group,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
         )
 
 
@@ -86,9 +98,9 @@ def accumulating(module: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
+def deterministic(enabled: bool) -> Iterator[None]:
     """Deterministic algorithms for a while: slower on a GPU, and there what makes two runs equal bit for bit."""
-    if not wanted:
+    if not enabled:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses; it reads it at its first call

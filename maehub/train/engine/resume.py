@@ -5,7 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import nn
 from maehub.errors import CheckpointError, DataError, DistributedError, UsageError
 from maehub.train.engine.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.distributed import Group
+from maehub.train.engine.environment import code_digest
 from maehub.train.engine.preemption import Stop
-from maehub.train.engine.run_log import RunLog
-from maehub.train.engine.settings import RunConfig
+from maehub.train.engine.run_log import RunLog, run_state
 from maehub.train.engine.sharded import load_shards, load_whole, save_shards
+from maehub.version import __version__
 
 log = logging.getLogger("maehub")
 
@@ -42,18 +43,97 @@ _FREE = {"out", "data", "resume", "overwrite", "allow_data_change", "quiet", "de
 _GRACE = 30  # seconds between torchrun's SIGTERM and its SIGKILL
 
 
-@dataclass
-class Saver:
-    """Writes checkpoints, and bears one that cannot be written."""
+@dataclass(kw_only=True)
+class Checkpoints:
+    """Those of a run: found again, written when they are due, and one that cannot be written is borne."""
 
-    config: RunConfig
     group: Group
     run: RunLog
     stop: Stop
     model: nn.Module
     optimizer: torch.optim.Optimizer
     start: Progress
+    """Where the run begins. Its micro-batch is what the run computes at once."""
+    steps: int
+    every: int
+    """Steps between two."""
+    keep: int
+    shard: bool
+    """Whether weights are spread, where there are several processes."""
     _failed: bool = field(default=False, init=False)
+
+    def resume(self, data: str, *, allow_data_change: bool, micro_batch: int | None) -> int:
+        """Put the newest valid checkpoint back; the step where the run goes on: 0 if there was never one.
+
+        Rank 0 chooses, and every process reads.
+
+        Args:
+            data: name of the pictures, for an error.
+            micro_batch: what the user wants; otherwise as many processes go on with what they had, for equal sums.
+
+        Raises:
+            UsageError: the run was started with other settings, or by another version.
+            DataError: with other pictures.
+            CheckpointError: none of the checkpoints is valid, or it is of another network.
+            DistributedError: a process does not see the checkpoint.
+        """
+        run, group = self.run.folder, self.group
+        with group.together("looking for a checkpoint"):
+            found = newest_checkpoint(run) if group.is_main else None
+            if group.is_main and not (found and self._ends_at(found[1].step)):
+                check_version(run)
+        found = group.first(found, "the newest checkpoint")
+        if found is None:
+            if group.is_main:
+                log.warning("%s has no checkpoint: starting at step 0", run)
+            return 0
+        folder, before = found
+        with group.together("reading the checkpoint"):
+            _check_same(run, data, before, self.start, allow_data_change=allow_data_change)
+            if not folder.is_dir():
+                raise DistributedError(
+                    f"rank {group.rank} on {socket.gethostname()} does not see {Path(folder).absolute()}, which rank 0 "
+                    "chose. Nothing was changed. All hosts need the run folder on a filesystem that they share."
+                )
+            if is_sharded(folder):
+                load_shards(folder, self.model, self.optimizer, group)
+            elif self.shard and group.size > 1:
+                load_whole(folder, self.model, self.optimizer)
+            else:
+                load_checkpoint(folder, self.model, self.optimizer)
+        if group.is_main:
+            log.info("resumed %s", folder)
+            if before.processes != group.size:
+                log.info(
+                    "it was written by %d processes; the samples stay the same, sums may round another way",
+                    before.processes,
+                )
+        if before.processes == group.size and before.micro_batch and not micro_batch:
+            self.start = replace(self.start, micro_batch=before.micro_batch)
+        return before.step
+
+    def is_complete(self, step: int) -> bool:
+        """Whether nothing is left to do, which is then said."""
+        if self._ends_at(step):
+            log.info("%s is already at step %d: nothing to do", self.run.folder, step)
+        return self._ends_at(step)
+
+    def _ends_at(self, step: int) -> bool:
+        return step == self.steps and run_state(self.run.folder) == "completed"
+
+    def after_step(self, step: int, stop_signal: int) -> int:
+        """Save if one is due; the exit code to stop with now, 0 to go on.
+
+        Args:
+            stop_signal: what the processes agreed on at the beginning of the step.
+        """
+        if self.group.size == 1:  # there is nobody to agree with
+            stop_signal = self.stop.exit_code or 0
+        last = step == self.steps
+        if last or stop_signal or step % self.every == 0:
+            with self.run.paused():
+                self.save(step, must=last or bool(stop_signal))
+        return 0 if last else stop_signal
 
     def save(self, step: int, *, must: bool) -> None:
         """A checkpoint of this step.
@@ -67,18 +147,18 @@ class Saver:
         begun = time.monotonic()
         progress = replace(self.start, step=step)
         try:
-            if self.config.fsdp and self.group.size > 1:
-                save_shards(self.run.folder, self.model, self.optimizer, progress, self.config.keep, self.group)
+            if self.shard and self.group.size > 1:
+                save_shards(self.run.folder, self.model, self.optimizer, progress, self.keep, self.group)
             else:
                 with self.group.together(f"saving step {step}"):
-                    if self.group.leads:
-                        save_checkpoint(self.run.folder, self.model, self.optimizer, progress, self.config.keep)
+                    if self.group.is_main:
+                        save_checkpoint(self.run.folder, self.model, self.optimizer, progress, self.keep)
         except CheckpointError as error:
             if must or self._failed:
                 raise
             self._failed = True
-            if self.group.leads:
-                log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.config.checkpoint_every)
+            if self.group.is_main:
+                log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.every)
             return
         self._failed = False
         self.run.saved(step)
@@ -86,7 +166,7 @@ class Saver:
 
     def _warn_if_slow(self, seconds: float) -> None:
         first, self.stop.ending = not self.stop.ending, seconds
-        if first and seconds > 0.7 * _GRACE and self.group.leads:
+        if first and seconds > 0.7 * _GRACE and self.group.is_main:
             log.warning(
                 "a checkpoint takes %.0f s, and torchrun kills %d s after a SIGTERM: stop by SIGUSR1 ahead of time, or "
                 "by --time-limit",
@@ -95,57 +175,69 @@ class Saver:
             )
 
 
-def resumed(
-    config: RunConfig, group: Group, model: nn.Module, optimizer: torch.optim.Optimizer, now: Progress
-) -> Progress:
-    """Put the newest valid checkpoint back; where the run goes on from: step 0 if there was never one.
-
-    Rank 0 chooses, and every process reads.
+def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before any work, a folder that is not free, no run to go on with or another version's, none to delete.
 
     Raises:
-        UsageError: the run was started with other settings.
-        DataError: with other pictures.
-        CheckpointError: none of the checkpoints is valid, or it is of another network.
-        DistributedError: a process does not see the checkpoint.
+        UsageError: the text says which flag helps.
     """
-    with group.together("looking for a checkpoint"):
-        found = newest_checkpoint(config.out) if group.leads else None
-    found = group.first(found, "the newest checkpoint")
-    if found is None:
-        if group.leads:
-            log.warning("%s has no checkpoint: starting at step 0", config.out)
-        return now
-    folder, before = found
-    with group.together("reading the checkpoint"):
-        _check_same(config, before, now)
-        if not folder.is_dir():
-            raise DistributedError(
-                f"rank {group.rank} on {socket.gethostname()} does not see {Path(folder).absolute()}, which rank 0 "
-                "chose. Nothing was changed. All hosts need the run folder on a filesystem that they share."
-            )
-        if is_sharded(folder):
-            load_shards(folder, model, optimizer, group)
-        elif config.fsdp and group.size > 1:
-            load_whole(folder, model, optimizer)
-        else:
-            load_checkpoint(folder, model, optimizer)
-    if group.leads:
-        log.info("resumed %s", folder)
-        if before.processes != group.size:
-            log.info(
-                "it was written by %d processes; the samples stay the same, sums may round another way",
-                before.processes,
-            )
-    return before
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    is_run = run_state(folder) is not None
+    if (resume or overwrite) and not is_run:
+        raise UsageError(f"{folder} is no run folder, so nothing in it is touched; choose another --out")
+    if not resume and not overwrite:
+        remedy = "go on with it by --resume, or replace it by --overwrite" if is_run else "choose another --out"
+        raise UsageError(f"{folder} exists and is not empty; {remedy}")
+    if resume and run_state(folder) != "completed":
+        check_version(folder)
 
 
-def fixed_settings(config: RunConfig, more: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same when a run is resumed, as JSON gives it back: settings, and what follows from them."""
-    fixed = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    return json.loads(json.dumps(fixed | dict(more)))
+def check_version(run: Path) -> None:
+    """Refuse to go on with a run that another minor version of maehub started.
+
+    Raises:
+        UsageError: the text names the versions, and what to do.
+    """
+    try:
+        config = json.loads((run / "config.json").read_bytes())
+        started, kind = str(config["environment"]["maehub"]), config.get("kind")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # nobody knows which
+    theirs, ours = (version.split(".")[:2] for version in (started, __version__))
+    if theirs == ours:
+        return
+    line = f"`maehub finetune … -m {run}`" if kind == "finetune" else f"`maehub pretrain … --from {run}`"
+    again = f"start a new run from its weights: {line}" if (run / "model").is_dir() else "start a new run"
+    raise UsageError(
+        f"maehub {started} started {run}, and this is {__version__}. Its code computes otherwise, so what follows "
+        "would not be of the same run. Nothing was changed. Finish it with that version, "
+        f'`pip install "maehub=={".".join(theirs)}.*"`, or {again}.'
+    )
 
 
-def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
+def agreed_start(group: Group, settings: Mapping[str, Any], derived: Mapping[str, Any], data: str) -> Progress:
+    """Step 0 of a run, with what must be the same when it is resumed, after all processes agreed on it.
+
+    Args:
+        settings: of the run, by name.
+        derived: what follows from them.
+        data: digest of the pictures.
+
+    Raises:
+        DistributedError: processes were told, or see, different things.
+    """
+    fixed = {name: value for name, value in settings.items() if name not in _FREE} | dict(derived)
+    fixed = json.loads(json.dumps(fixed))  # as a checkpoint gives it back
+    group.agree(
+        {f"--{name.replace('_', '-')}": value for name, value in fixed.items()}
+        | {"the code of maehub": code_digest(), "maehub": __version__, "torch": torch.__version__}
+        | {"the data": data}
+    )
+    return Progress(0, fixed, data, group.size)
+
+
+def _check_same(run: Path, data: str, before: Progress, now: Progress, *, allow_data_change: bool) -> None:
     """Refuse what would make another run of it."""
     changed = [
         f"{name} {before.config.get(name)} → {now.config.get(name)}"
@@ -154,11 +246,11 @@ def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
     ]
     if changed:
         raise UsageError(
-            f"{config.out} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
+            f"{run} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
             "Resume with the same ones, or choose another --out."
         )
-    if before.data != now.data and not config.allow_data_change:
+    if before.data != now.data and not allow_data_change:
         raise DataError(
-            f"the pictures in {config.data} are not those that {config.out} was started with: names or sizes differ. "
+            f"the pictures in {data} are not those that {run} was started with: names or sizes differ. "
             "Nothing was changed. Put them back, or accept it by --allow-data-change."
         )

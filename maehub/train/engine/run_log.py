@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -44,22 +44,6 @@ _OURS = (
 )
 _SPIKE_WINDOW, _SPIKE = 64, 3.0  # a loss this many times the median of so many before it is worth a word
 _BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt}{postfix} · {remaining} left"
-
-
-def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that is not free, no run to go on with, or no run to delete.
-
-    Raises:
-        UsageError: the text says which flag helps.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    is_run = run_state(folder) is not None
-    if (resume or overwrite) and not is_run:
-        raise UsageError(f"{folder} is no run folder, so nothing in it is touched; choose another --out")
-    if not resume and not overwrite:
-        remedy = "go on with it by --resume, or replace it by --overwrite" if is_run else "choose another --out"
-        raise UsageError(f"{folder} exists and is not empty; {remedy}")
 
 
 def run_state(folder: Path) -> str | None:
@@ -102,19 +86,19 @@ class RunLog:
     """The record of one run; a context manager that keeps other processes out of the run folder.
 
     Nothing that is in the folder changes before `begin`. An error that ends the block is written to ``run.json``. Of
-    the processes of a run one ``leads`` and writes; the others only look at the numbers, to end where it ends.
+    the processes of a run one ``is_main`` and writes; the others only look at the numbers, to end where it ends.
 
     Raises:
         UsageError: another process writes the folder.
         CheckpointError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, batch_size: int, *, leads: bool = True) -> None:
+    def __init__(self, folder: Path, batch_size: int, *, is_main: bool = True) -> None:
         self.folder = folder
         self.batch_size = batch_size
-        self.leads = leads
+        self.is_main = is_main
         self.last_saved: int | None = None
-        self.bad_step: int | None = None
+        self.nonfinite_step: int | None = None
         self._begun = False
         self._above = contextlib.ExitStack()
         self._waiting: list[_Step] = []
@@ -127,7 +111,7 @@ class RunLog:
         self._memory = 0.0
 
     def __enter__(self) -> Self:
-        if not self.leads:
+        if not self.is_main:
             return self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -155,16 +139,16 @@ class RunLog:
         if self._boards is not None:
             with contextlib.suppress(Exception):
                 self._boards.close()
-        if self.leads:
+        if self.is_main:
             with contextlib.suppress(OSError):
                 self._metrics.close()
 
     def begin(
         self,
         config: Mapping[str, Any],
-        *,
         first_step: int,
         steps: int,
+        *,
         overwrite: bool = False,
         hide_bar: bool = False,
         tensorboard: bool = False,
@@ -172,7 +156,7 @@ class RunLog:
         """Write what the run is told, and drop the metrics of steps that will be done again."""
         self.last_saved = first_step or None
         self.restart_clock()
-        if not self.leads:
+        if not self.is_main:
             return
         try:
             for name in _OURS if overwrite else ():
@@ -231,8 +215,8 @@ class RunLog:
         seconds = time.perf_counter() - self._clock
         speed, wait = round(len(rows) * self.batch_size / seconds, 1), round(min(1.0, self._idle / seconds), 4)
         self._memory = max(self._memory, _memory_gb(steps[0].numbers.device))
-        bad = next((place for place, (_, _, flag) in enumerate(rows) if flag), len(rows))
-        for step, (loss, norm, _) in zip(steps[: bad + 1], rows[: bad + 1], strict=True):
+        first = next((index for index, (_, _, flag) in enumerate(rows) if flag), len(rows))
+        for step, (loss, norm, _) in zip(steps[: first + 1], rows[: first + 1], strict=True):
             self.note(
                 step.number,
                 loss=loss,
@@ -244,11 +228,11 @@ class RunLog:
             )
         self.restart_clock()
         self._show(len(rows), rows[-1][0], steps[-1].rate, speed, wait)
-        if bad < len(rows):
-            self.bad_step = steps[bad].number
+        if first < len(rows):
+            number = self.nonfinite_step = steps[first].number
             diverged = DivergedError(
-                f"the loss or the gradient of step {steps[bad].number} is not finite. The update was skipped, and the "
-                f"weights are those of step {steps[bad].number - 1}. {self.kept()} Its samples are in {_DIVERGED}. "
+                f"the loss or the gradient of step {number} is not finite. The update was skipped, and the weights are "
+                f"those of step {number - 1}. {self.kept()} Its samples are in {_DIVERGED}. "
                 "Try a lower --base-lr, --clip-grad 1 or --precision fp32 in a new run."
             )
             diverged.told_by = 0
@@ -275,7 +259,7 @@ class RunLog:
 
     def note(self, step: int, **values: float) -> None:
         """Write one object to metrics.jsonl."""
-        if not self.leads:
+        if not self.is_main:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._draw_curves(step, finite)
@@ -296,6 +280,17 @@ class RunLog:
             log.warning("TensorBoard's files cannot be written any more: %s; the run goes on", error)
             self._boards = None
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Write what is remembered, and do something whose time is not that of a step.
+
+        Raises:
+            DivergedError: an update was bad.
+        """
+        self.flush()
+        yield
+        self.restart_clock()
+
     def restart_clock(self) -> None:
         """What was done since the last step does not count as time of the next one."""
         self._clock, self._idle = time.perf_counter(), 0.0
@@ -305,14 +300,14 @@ class RunLog:
         self.last_saved = step
         self._write_state("running", None)
 
-    def finish(self, state: str, exit_code: int) -> None:
-        """The run ends here, and not by an error."""
+    def finish(self, exit_code: int) -> None:
+        """The run ends here, and not by an error: all steps are done, or it was told to stop."""
         self.flush()
-        self._write_state(state, exit_code)
+        self._write_state("preempted" if exit_code else "completed", exit_code)
 
     def dump(self, step: int, facts: Mapping[str, Any]) -> None:
         """Write down what is known of a bad step."""
-        if self.leads:
+        if self.is_main:
             with contextlib.suppress(CheckpointError), atomic_write(self.folder / _DIVERGED) as temporary:
                 temporary.write_text(json.dumps({"step": step, **facts}, indent=1) + "\n")
 
@@ -337,7 +332,7 @@ class RunLog:
         return f"The checkpoint of step {self.last_saved} is kept."
 
     def _write_state(self, state: str, exit_code: int | None, reason: str = "") -> None:
-        if not self.leads:
+        if not self.is_main:
             return
         facts = {"state": state, "exit_code": exit_code, "last_good_step": self.last_saved, "reason": reason}
         with atomic_write(self.folder / _STATE) as temporary:

@@ -6,10 +6,11 @@ were compared.
 """
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from maehub.errors import CheckpointError
@@ -40,6 +40,8 @@ from maehub.train.engine.checkpoint import (
 )
 from maehub.train.engine.distributed import Group
 from maehub.weights import read_tensors
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def save_shards(
@@ -60,13 +62,13 @@ def save_shards(
             check_converging(local, f"the weights of step {progress.step}")
             tensors = [*local.values()] * 3  # AdamW has two more of each
             entered = checkpoint_folder(run, progress, tensors)
-            staging = stack.enter_context(entered) if group.leads else None
+            staging = stack.enter_context(entered) if group.is_main else None
         folder = group.first(staging, "the name of the checkpoint")
         assert folder is not None
         with group.together(f"saving step {progress.step}"), _as_checkpoint_errors(folder):
             save(state, storage_writer=FileSystemWriter(folder))
         with group.together(f"saving step {progress.step}"):
-            if group.leads:
+            if group.is_main:
                 files = {
                     path.name: Written(path.stat().st_size, sha256_file(path)) for path in sorted(folder.iterdir())
                 }
@@ -109,12 +111,22 @@ def load_whole(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         set_optimizer_state_dict(model, optimizer, whole, options=options)
 
 
-def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the CPU of rank 0, empty elsewhere; of a model that is not sharded its own tensors."""
-    if not any(isinstance(part, FSDPModule) for part in model.modules()):
-        return model.state_dict()
+def single_network(network: Network, empty: Network | None, group: Group) -> Network | None:
+    """The network as one process can call it alone; where weights are spread, in rank 0 a copy, None elsewhere.
+
+    Args:
+        network: as it is trained.
+        empty: the network without weights, where they are spread over all processes; else None.
+    """
+    if empty is None:
+        return network
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {name: value for name, value in get_model_state_dict(model, options=options).items() if _is_tensor(value)}
+    weights = get_model_state_dict(network, options=options)  # empty but in rank 0
+    if not group.is_main:
+        return None
+    whole = copy.deepcopy(empty)
+    whole.load_state_dict({name: value for name, value in weights.items() if _is_tensor(value)}, assign=True)
+    return whole.to(group.device)
 
 
 def _is_tensor(value: Any) -> TypeGuard[Tensor]:

@@ -14,7 +14,7 @@ from maehub.data import Source, StepKeys
 from maehub.errors import CheckpointError, DataError, DivergedError
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.preemption import Stop
-from maehub.train.engine.resume import Saver
+from maehub.train.engine.resume import Checkpoints
 from maehub.train.engine.run_log import RunLog
 
 
@@ -37,42 +37,69 @@ def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -
     except (DataError, RuntimeError) as error:  # of many processes, the others must hear of it before they wait
         failure = error
     run.idled(time.perf_counter() - begun)
-    said = group.exchange(stop.exit_code, failure is not None)
-    if said.failed:
+    agreement = group.exchange(stop.exit_code, failure is not None)
+    if agreement.failed:
         with group.together("reading pictures"):
             if failure is not None:
                 raise failure
     assert batch is not None
-    return batch, said.stop
+    return batch, agreement.stop
 
 
 def parts(batch: Parts, size: int) -> Iterator[tuple[Parts, bool]]:
     """Micro-batches, and whether each is the last."""
-    found = list(batch.split(size))
-    return ((part, number == len(found)) for number, part in enumerate(found, start=1))
-
-
-def agreed(loss: Tensor, norm: Tensor, bad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """The loss of the global batch, and 1 if it or the gradient is not finite anywhere, now or before."""
-    both = torch.stack([loss / group.size, (~torch.isfinite(loss + norm)).float()])
-    if group.size > 1:
-        dist.all_reduce(both, group=group.brisk)
-    return both[0], torch.maximum(bad, (both[1] > 0).float())
+    split = list(batch.split(size))
+    return ((part, number == len(split)) for number, part in enumerate(split, start=1))
 
 
 @contextlib.contextmanager
-def rescuing(keys: StepKeys, samples: Source, run: RunLog, saver: Saver, report: Callable[[], None]) -> Iterator[None]:
+def step_errors(views: int, group: Group) -> Iterator[None]:
+    """Say who is lost where a process does not come, and what helps where memory runs out in a step.
+
+    Args:
+        views: that are computed at once.
+
+    Raises:
+        DistributedError: a connection is lost, or a wait is over.
+        CheckpointError: of an allocation that failed, on a device or on the host.
+    """
+    with group.waiting("the gradients"):
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+            if not known:
+                raise
+            raise CheckpointError(
+                f"the memory of {group.device} ran out with {views} views at once. Checkpoints are kept. Resume with a "
+                "smaller --micro-batch, which changes no result but the rounding, or with --checkpoint-activations or "
+                "--fsdp."
+            ) from error
+
+
+def agreed(loss: Tensor, norm: Tensor, nonfinite: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The loss of the global batch, and 1 if it or the gradient is not finite anywhere, now or before."""
+    both = torch.stack([loss / group.size, (~torch.isfinite(loss + norm)).float()])
+    if group.size > 1:
+        dist.all_reduce(both, group=group.step_group)
+    return both[0], torch.maximum(nonfinite, (both[1] > 0).float())
+
+
+@contextlib.contextmanager
+def rescuing(
+    keys: StepKeys, samples: Source, run: RunLog, checkpoints: Checkpoints, report: Callable[[], None]
+) -> Iterator[None]:
     """Where an update was bad, write down its samples, and keep the weights: they are those of the step before."""
     try:
         yield
     except DivergedError as error:
-        if run.bad_step is None:
+        if run.nonfinite_step is None:
             raise
-        step = run.bad_step
+        step = run.nonfinite_step
         if step > 1 and run.last_saved != step - 1:
             before = run.kept()
             with contextlib.suppress(CheckpointError):  # the first error tells more
-                saver.save(step - 1, must=True)
+                checkpoints.save(step - 1, must=True)
             error.args = (str(error).replace(before, run.kept()),)
         batch = next(iter(replace(keys, first_step=step - 1, steps=step, rank=0, size=1)))
         names = [samples.where(key.sample) for key in batch]

@@ -103,7 +103,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         with torch.no_grad():
             x = features.double()
             sums = torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])])
-            dist.all_reduce(sums, group=self.group.brisk)
+            dist.all_reduce(sums, group=self.group.step_group)
             count = sums[-1]
             mean, square = (sums[:-1] / count).view(2, -1)
             variance = (square - mean * mean).clamp_(min=0)

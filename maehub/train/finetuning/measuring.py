@@ -1,7 +1,6 @@
 """What a fine-tuned network is measured by, drawn and exported as."""
 
 import contextlib
-import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from maehub.features import outputs
 from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import Encoder
-from maehub.train.engine import Group, gathered
+from maehub.train.engine import Group, single_network
 from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, score, worst_mistakes
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
@@ -79,24 +78,12 @@ def logits_of(
             single.train(training)
         part = found.numpy()
     found_parts = [one for one in group.all(part, "measuring") if one is not None]
-    if not group.leads:
+    if not group.is_main:
         return None
     whole = np.empty((len(samples), found_parts[0].shape[1]), np.float32)
     for rank, one in enumerate(found_parts):
         whole[rank :: len(found_parts)] = one
     return whole
-
-
-def single_network(network: nn.Module, empty: nn.Module | None, group: Group) -> nn.Module | None:
-    """The network as one process can call it alone; where weights are spread, in rank 0 a copy, None elsewhere."""
-    if empty is None:
-        return network
-    weights = gathered(network)
-    if not group.leads:
-        return None
-    whole = copy.deepcopy(empty)
-    whole.load_state_dict(weights, assign=True)
-    return whole.to(group.device)
 
 
 def show(measured: Measured, labelled: Labelled, channels: int, folder: Path, step: int, *, last: bool) -> None:

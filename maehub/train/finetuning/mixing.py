@@ -11,7 +11,7 @@ from torch import Tensor
 from maehub.images import Preprocess
 from maehub.rng import sample_seed
 from maehub.train.finetuning.recipes import Settings
-from maehub.train.finetuning.views import Examples, seeded
+from maehub.train.finetuning.views import LabelledBatch, seeded
 
 _MIXING, _STEP, _ERASING = 6, 7, 8  # views of `sample_seed`
 
@@ -50,7 +50,7 @@ class Mixing:
             # With as many "classes" as pictures its target says in which shares pictures are mixed.
             self._mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0)
 
-    def __call__(self, batch: Examples, seed: int) -> Mixed:
+    def __call__(self, batch: LabelledBatch, seed: int) -> Mixed:
         """
         Args:
             batch: on the device.

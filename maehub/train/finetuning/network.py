@@ -1,9 +1,9 @@
-"""Which network a fine-tuning configuration means: an encoder of ours or a network of timm, with the head to train."""
+"""The network that is fine-tuned: an encoder of ours or a network of timm, with the head to train."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from maehub.images import Preprocess
 from maehub.models import Encoder
 from maehub.train.engine import Group, decayed_groups
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
-from maehub.train.finetuning.config import FinetuneConfig
-from maehub.train.finetuning.recipes import Facts, Settings, settle
+from maehub.train.finetuning.config import HeadPool
+from maehub.train.finetuning.recipes import Settings
 from maehub.train.networks import Backbone, backbone_of, open_backbone, pair
 
 Groups = Callable[[float, float], list[dict[str, Any]]]
@@ -24,7 +24,7 @@ Groups = Callable[[float, float], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Trainee:
+class Classifier:
     """A network from preprocessed pictures (B, C, H, W) to logits (B, classes), and how it is trained."""
 
     network: nn.Module
@@ -32,77 +32,84 @@ class Trainee:
     groups: Groups
 
 
-class Fitted(NamedTuple):
-    """A network, and the recipe fitted to it and to the data."""
-
-    trainee: Trainee
-    facts: Facts
-    settings: Settings
-
-
-def find_weights_of(config: FinetuneConfig) -> Located | None:
-    """The files that the model's name means, downloaded where they are not here; None where timm or nobody has them."""
-    if config.model.startswith(("timm/", "untrained/")):
+def find_weights(name: str) -> Located | None:
+    """The files that a model's name means, downloaded where they are not here; None where timm or nobody has them."""
+    if name.startswith(("timm/", "untrained/")):
         return None
-    if config.model.startswith("baseline/"):
-        raise UsageError(f"{config.model} is no network, so it cannot be trained; `maehub probe` can measure it")
-    return locate(config.model, "encoder")
+    if name.startswith("baseline/"):
+        raise UsageError(f"{name} is no network, so it cannot be trained; `maehub probe` can measure it")
+    return locate(name, "encoder")
 
 
-def trainee_of(config: FinetuneConfig, found: Located | None, training: Labelled, group: Group) -> Fitted:
-    """Build what is trained, on the CPU, and settle the recipe.
+def open_network(
+    name: str, files: Located | None, *, image_size: tuple[int, ...], channels: int | None, seed: int
+) -> Backbone:
+    """The network to start from, on the CPU.
 
     Args:
-        found: what `find_weights_of` gives.
-        training: the labelled pictures.
+        files: what `find_weights` gives.
+        seed: of fresh weights.
 
     Raises:
         UsageError: a setting that cannot be.
         HubError: timm's weights cannot be fetched.
     """
-    size = pair(config.image_size)
-    if found is not None:
-        encoder = load(found, image_size=size, channels=config.channels)
-        backbone = backbone_of(config.model, encoder)
+    size = pair(image_size)
+    if files is not None:
+        backbone = backbone_of(name, load(files, image_size=size, channels=channels))
+    elif channels not in (None, 3):
+        raise UsageError(f"--channels {channels} is for weights of maehub; {name} takes 3")
     else:
-        if config.channels not in (None, 3):
-            raise UsageError(f"--channels {config.channels} is for weights of maehub; {config.model} takes 3")
-        backbone = open_backbone(config.model, image_size=size, seed=config.seed)
+        backbone = open_backbone(name, image_size=size, seed=seed)
     if backbone.preprocess.channels not in (1, 3):
-        raise UsageError(f"pictures have 1 or 3 channels, and {config.model} takes {backbone.preprocess.channels}")
-    facts = Facts(
-        backbone.width,
-        backbone.depth,
-        not config.model.startswith("untrained/"),
-        max(backbone.preprocess.size),
-        len(training),
-        len(training.classes),
-        training.multi_label,
-    )
-    settings = settle(config, facts)
+        raise UsageError(f"pictures have 1 or 3 channels, and {name} takes {backbone.preprocess.channels}")
+    return backbone
+
+
+def build_classifier(
+    backbone: Backbone,
+    settings: Settings,
+    training: Labelled,
+    group: Group,
+    *,
+    blocks: float | None,
+    pool: HeadPool | None,
+    seed: int,
+) -> Classifier:
+    """What is trained, on the CPU: the network with a fresh head.
+
+    Args:
+        settings: the settled recipe.
+        training: the labelled pictures.
+        blocks: see `FinetuneConfig`.
+        pool: what the user wants, whatever the recipe.
+        seed: of the head.
+
+    Raises:
+        UsageError: a setting that cannot be.
+    """
+    classes = len(training.classes)
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         if settings.head != "linear":
-            trainee = _frozen(config, settings, backbone, len(training.classes), group)
-        elif isinstance(backbone.module, Encoder):
-            trainee = _ours(config, settings, backbone.module, training)
-        else:
-            trainee = _timms(config, settings, backbone, len(training.classes))
-    return Fitted(trainee, facts, settings)
+            return _frozen(backbone, settings, classes, group, pool)
+        if isinstance(backbone.module, Encoder):
+            return _ours(backbone.module, settings, training, blocks, seed)
+        return _timms(backbone, settings, classes, blocks, pool)
 
 
-def _ours(config: FinetuneConfig, settings: Settings, encoder: Encoder, training: Labelled) -> Trainee:
-    network = as_classifier(
-        encoder, training.classes, pool=settings.pool, multi_label=training.multi_label, seed=config.seed
-    )
+def _ours(encoder: Encoder, settings: Settings, training: Labelled, blocks: float | None, seed: int) -> Classifier:
+    network = as_classifier(encoder, training.classes, pool=settings.pool, multi_label=training.multi_label, seed=seed)
     depth = network.config.depth
-    if config.blocks is not None:
-        freeze(network, config.blocks)
+    if blocks is not None:
+        freeze(network, blocks)
     drop_paths(list(network.blocks), settings.drop_path)  # type: ignore[arg-type]
-    return Trainee(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
+    return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
 
-def _timms(config: FinetuneConfig, settings: Settings, backbone: Backbone, classes: int) -> Trainee:
+def _timms(
+    backbone: Backbone, settings: Settings, classes: int, trained: float | None, pool: HeadPool | None
+) -> Classifier:
     """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
     from timm.layers.drop import DropPath
 
@@ -110,11 +117,11 @@ def _timms(config: FinetuneConfig, settings: Settings, backbone: Backbone, class
     if not hasattr(optim, "param_groups_layer_decay"):  # timm before 1.0.12
         optim = import_module("timm.optim.optim_factory")
     grouped = optim.param_groups_layer_decay
-    if config.blocks is not None:
-        raise UsageError(f"--blocks is for networks of maehub, and {config.model} is timm's")
+    if trained is not None:
+        raise UsageError(f"--blocks is for networks of maehub, and {backbone.name} is timm's")
     network: Any = backbone.module.requires_grad_(True)
     pools = {None: {}, "cls": {"global_pool": "token"}, "mean": {"global_pool": "avg"}}
-    network.reset_classifier(classes, **pools[config.pool])
+    network.reset_classifier(classes, **pools[pool])
     blocks = [block for block in getattr(network, "blocks", []) if hasattr(block, "drop_path1")]
     for number, block in enumerate(blocks):
         share = settings.drop_path * number / max(1, len(blocks) - 1)
@@ -124,18 +131,16 @@ def _timms(config: FinetuneConfig, settings: Settings, backbone: Backbone, class
     def groups(weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
         return grouped(network, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
 
-    return Trainee(network, backbone.preprocess, groups)
+    return Classifier(network, backbone.preprocess, groups)
 
 
-def _frozen(config: FinetuneConfig, settings: Settings, backbone: Backbone, classes: int, group: Group) -> Trainee:
-    if config.fsdp:
-        raise UsageError(f"--fsdp is for training a network, which --recipe {settings.recipe} freezes")
+def _frozen(backbone: Backbone, settings: Settings, classes: int, group: Group, pool: HeadPool | None) -> Classifier:
     network: nn.Module
     if settings.head == "attentive":
         network = AttentiveProbe(backbone, classes)
     else:
-        pool = settings.pool if config.pool or settings.pool in backbone.pools else backbone.pools[0]
-        network = LinearProbe(backbone, pool, classes, group)
+        own = settings.pool if pool or settings.pool in backbone.pools else backbone.pools[0]
+        network = LinearProbe(backbone, own, classes, group)
 
     def groups(weight_decay: float, _: float) -> list[dict[str, Any]]:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -144,4 +149,15 @@ def _frozen(config: FinetuneConfig, settings: Settings, backbone: Backbone, clas
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
 
-    return Trainee(network, backbone.preprocess, groups)
+    return Classifier(network, backbone.preprocess, groups)
+
+
+def optimizer_of(classifier: Classifier, settings: Settings) -> torch.optim.Optimizer:
+    groups = classifier.groups(settings.weight_decay, settings.layer_decay)
+    if settings.optimizer == "lars":
+        from timm.optim.lars import Lars
+
+        # As published, rates of matrices are adapted although there is no weight decay; those of vectors are not.
+        adapted = [group | {"always_adapt": group["params"][0].ndim > 1} for group in groups if group["params"]]
+        return Lars(adapted, lr=0.0, momentum=0.9, trust_coeff=0.001)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)

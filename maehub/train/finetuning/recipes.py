@@ -1,12 +1,13 @@
 """Published settings of fine-tuning and probing, and how they are fitted to little data."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from maehub.errors import UsageError
 from maehub.train.engine import peak_rate
-from maehub.train.finetuning.config import FinetuneConfig, HeadPool
+from maehub.train.finetuning.config import HeadPool
 from maehub.train.finetuning.config import Recipe as RecipeName
 
 SMALL = 10_000
@@ -51,6 +52,11 @@ class Settings:
     warmup: float = 0.0
     """Share of the steps."""
 
+    @property
+    def mixed_at_once(self) -> int:
+        """Pictures that are mixed with each other: what a batch must be a multiple of."""
+        return 2 if self.mixup or self.cutmix else 1
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -67,46 +73,43 @@ class Facts:
     multi_label: bool = False
 
 
-def settle(config: FinetuneConfig, facts: Facts) -> Settings:
-    """The recipe for a network and a data set, changed where the configuration says so.
+def settle(recipe: RecipeName, facts: Facts, asked: Mapping[str, Any], model: str) -> Settings:
+    """The recipe for a network and a data set, changed where it is asked for.
 
     With fewer than `SMALL` pictures: batches of at most an eighth of them, at least 1,000 steps, a warm-up of a
     twentieth, no mixup and cutmix with fewer than 20 pictures a class, a layer decay that gives the first block the
     factor of ViT-B's, 0.65 to the twelfth, and of LARS the published peak rate. Multi-label targets are neither mixed
     nor smoothed, unless it is asked for.
+
+    Args:
+        asked: fields of `Settings` that the user gave.
+        model: name of the network, for an error.
     """
-    name = config.recipe if config.recipe != "auto" else _chosen(facts)
+    name = recipe if recipe != "auto" else _chosen(facts)
     if name == "scratch" and facts.trained:
-        raise UsageError(
-            f"--recipe scratch is for fresh weights and {config.model} has its own: use -m untrained/{config.model}"
-        )
+        raise UsageError(f"--recipe scratch is for fresh weights and {model} has its own: use -m untrained/{model}")
     found = published = _published(name, facts)
     small = facts.images < SMALL
     if small:
         found = _fitted(found, facts)
     if facts.multi_label:
         found = replace(found, mixup=0.0, cutmix=0.0, smoothing=0.0)
-    asked = {
-        field: value
-        for field in Settings.__dataclass_fields__
-        if (value := getattr(config, field, None)) is not None and field not in ("recipe", "steps", "warmup")
-    }
     found = replace(found, **asked)
-    if small and found.optimizer == "lars" and config.base_lr is None:
+    if small and found.optimizer == "lars" and "base_lr" not in asked:
         # Its steps are a share of the weights' own size at any batch: scaled down with it they would lead nowhere.
         peak = peak_rate(published.base_lr, published.batch_size)
         found = replace(found, base_lr=peak / peak_rate(1.0, found.batch_size))
     if facts.multi_label and found.smoothing:
         raise UsageError("--smoothing is for pictures of one class each, and these may have several")
     each = facts.images / found.batch_size
-    steps = config.steps or math.ceil(found.epochs * each)
-    if small and config.steps is None and config.epochs is None:
+    steps = found.steps or math.ceil(found.epochs * each)
+    if small and not {"steps", "epochs"} & set(asked):
         steps = max(steps, _FEWEST_STEPS)
-    warmup = config.warmup
-    if warmup is None:
+    warmup = found.warmup
+    if "warmup" not in asked:
         warmup = 0.05 if small else min(0.5, found.warmup_epochs * each / steps)
     ema = found.ema
-    if small and config.ema is None:
+    if small and "ema" not in asked:
         ema = min(ema, max(0.0, 1 - _AVERAGED / steps))
     return replace(found, steps=steps, warmup=warmup, ema=ema, epochs=steps / each)
 

@@ -27,7 +27,7 @@ _TRANSLATION = 0.45  # of the shorter side, the furthest that timm's policies mo
 Policy = Callable[[Image.Image], Image.Image]
 
 
-class Examples(NamedTuple):
+class LabelledBatch(NamedTuple):
     """Labelled crops of one step, or a part of them."""
 
     pixels: Tensor  # (B, H, W, C) uint8
@@ -52,7 +52,7 @@ def targets_of(labels: np.ndarray, classes: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sight:
+class TrainTransform:
     """How labelled pictures are looked at in training."""
 
     preprocess: Preprocess
@@ -71,22 +71,22 @@ class Sight:
         return np.array(changed) if channels == 3 else np.array(changed.convert("L"))[:, :, None]
 
 
-class LabelledCrops(Dataset[Examples | DataError]):
+class LabelledCrops(Dataset[LabelledBatch | DataError]):
     """Labelled crops, a whole batch at a time; a picture that cannot be read comes back as its error.
 
     With ``cache`` every picture is decoded once, here; forked workers share the memory.
     """
 
-    def __init__(self, labelled: Labelled, sight: Sight, cache: bool) -> None:
+    def __init__(self, labelled: Labelled, transform: TrainTransform, cache: bool) -> None:
         self.labelled = labelled
-        self.sight = sight
+        self.transform = transform
         self.decoded = [self._decoded(index) for index in range(len(labelled))] if cache else None
 
     def _decoded(self, index: int) -> Image.Image:
         with naming(self.labelled.samples, index):
-            return open_image(self.labelled.samples.source(index), channels=self.sight.preprocess.channels)
+            return open_image(self.labelled.samples.source(index), channels=self.transform.preprocess.channels)
 
-    def __getitems__(self, keys: list[Key]) -> Examples | DataError:
+    def __getitems__(self, keys: list[Key]) -> LabelledBatch | DataError:
         samples = self.labelled.samples
         if self.decoded is None:
             samples.prefetch([key.sample for key in keys])
@@ -95,14 +95,14 @@ class LabelledCrops(Dataset[Examples | DataError]):
             try:
                 with naming(samples, key.sample):
                     source = self.decoded[key.sample] if self.decoded else samples.source(key.sample)
-                    crops.append(torch.from_numpy(self.sight.crop(source, key)))
+                    crops.append(torch.from_numpy(self.transform.crop(source, key)))
             except DataError as error:
                 return error
         labels = self.labelled.labels[[key.sample for key in keys]]
         targets = targets_of(labels, len(self.labelled.classes))
-        return Examples(torch.stack(crops), targets, torch.tensor([key.crop for key in keys]))
+        return LabelledBatch(torch.stack(crops), targets, torch.tensor([key.crop for key in keys]))
 
-    def __getitem__(self, key: Key) -> Examples | DataError:
+    def __getitem__(self, key: Key) -> LabelledBatch | DataError:
         return self.__getitems__([key])
 
 

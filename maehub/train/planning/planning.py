@@ -26,7 +26,16 @@ from maehub.train.networks import (
 )
 from maehub.train.planning.devices import Device, device_row
 from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_words
-from maehub.train.pretraining import Crops, PlanConfig, build_network, find_weights, kept_patches, split_data, view_of
+from maehub.train.pretraining import (
+    Crops,
+    PlanConfig,
+    build_network,
+    find_weights,
+    kept_patches,
+    network_options,
+    split_data,
+    view_of,
+)
 
 _USABLE_GPU, _USABLE_CPU = 0.9, 0.5
 """Share of the memory that a plan fills; the rest is for the driver and the allocator's gaps, or the readers and the
@@ -133,7 +142,7 @@ def network_of(config: PlanConfig) -> AutoencoderConfig:
             f"`maehub download {name}` fetches it"
         )
     with torch.device("cpu" if config.from_ else "meta"):
-        return build_network(config, find_weights(config)).config
+        return build_network(network_options(config), find_weights(config.from_)).config
 
 
 def _usable(device: Device) -> float:

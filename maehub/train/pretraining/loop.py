@@ -1,6 +1,7 @@
 """Pretraining a masked autoencoder: one visible loop, for one process and for many."""
 
 import contextlib
+import copy
 import logging
 import math
 import time
@@ -15,49 +16,52 @@ from torch import Tensor, nn
 
 from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
 from maehub.errors import EXIT_DONE, UsageError
-from maehub.images import jitter
-from maehub.models import MaskedAutoencoder
+from maehub.images import Augmentation, jitter
+from maehub.models import AutoencoderConfig, MaskedAutoencoder
 from maehub.train.engine import (
+    Checkpoints,
     Group,
     Progress,
     RunLog,
-    Saver,
     Stop,
     accumulating,
     adamw,
     agreed,
+    agreed_start,
     autocast,
     batch_words,
     check_run_folder,
-    code_digest,
     describe_environment,
     deterministic,
     find_micro_batch,
-    fixed_settings,
-    gathered,
     gradient_norm,
-    guarded_step,
     joined,
     learning_rate,
     next_batch,
     parts,
     peak_rate,
     rescuing,
-    resumed,
-    run_state,
     set_rates,
+    single_network,
+    step_errors,
     stop_requests,
-    within_memory,
+    update,
     wrapped,
 )
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.holdout import Split, split_data
-from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
+from maehub.train.pretraining.network import (
+    NetworkOptions,
+    build_network,
+    find_weights,
+    kept_patches,
+    make_view,
+    views_fit,
+)
 from maehub.train.pretraining.objective import Objective, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
-from maehub.train.pretraining.views import Crops, View, validation_batch
+from maehub.train.pretraining.views import Batch, Crops, View, validation_batch
 from maehub.train.reports import update_report
-from maehub.version import __version__
 from maehub.weights import save
 
 log = logging.getLogger("maehub")
@@ -101,10 +105,10 @@ def pretrain(config: PretrainConfig, *, tokenizer: Tokenizer | None = None) -> P
     deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
     with joined(config.device, config.timeout) as group, deterministic(config.deterministic):
         with group.together("setting up"):
-            if group.leads:
+            if group.is_main:
                 check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
             job = _set_up(config, group, tokenizer)
-        logged = RunLog(config.out, config.batch_size, leads=group.leads)
+        logged = RunLog(config.out, config.batch_size, is_main=group.is_main)
         with logged as run, stop_requests(deadline) as stop:
             return _train(config, group, job, run, stop)
 
@@ -114,6 +118,9 @@ class _Job:
     """What a run is made of."""
 
     model: MaskedAutoencoder  # what is saved
+    empty: (
+        MaskedAutoencoder | None
+    )  # the model without weights, where they are spread over processes that then gather them
     objective: Objective  # the model with its target: what is differentiated
     objective_of: Callable[[MaskedAutoencoder], Objective]  # the same for a copy of the model
     module: nn.Module  # the objective, wrapped for this machine: what is called
@@ -126,6 +133,35 @@ class _Job:
     precision: contextlib.AbstractContextManager[Any]
 
 
+def network_options(config: PretrainConfig) -> NetworkOptions:
+    """Which network a run asks for."""
+    return NetworkOptions(
+        preset=config.model,
+        weights=config.from_,
+        image_size=config.image_size,
+        channels=config.channels,
+        target=config.target,
+        pca_components=config.pca_components,
+        decoder_width=config.decoder_width,
+        decoder_depth=config.decoder_depth,
+        decoder_heads=config.decoder_heads,
+        mask_tokens=config.mask_tokens,
+        seed=config.seed,
+    )
+
+
+def view_of(config: PretrainConfig, network: AutoencoderConfig) -> View:
+    """How a run looks at its pictures."""
+    return make_view(
+        network,
+        Augmentation(config.augment, config.crop_scale, config.hflip, config.vflip, config.rot90, config.rotate),
+        strategy=config.strategy,
+        mask_ratio=config.mask_ratio,
+        corruption=config.corruption,
+        weights=config.from_,
+    )
+
+
 def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -> _Job:
     """Everything before the first step; nothing is written."""
     if config.batch_size % (group.size * config.masks_per_image):
@@ -133,29 +169,19 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
             f"--batch-size {config.batch_size} counts the views of all processes: it must be a multiple of "
             f"{group.size} processes times {config.masks_per_image} masks of a picture"
         )
-    found = find_weights(config) if group.local_leads else None  # one process of each host downloads
-    group.all(None, "downloading the weights")
-    if not group.local_leads:
-        found = find_weights(config)
-    model = build_network(config, found, _vocabulary(tokenizer))
-    view, device = view_of(config, model.config), group.device
+    files = group.host_first(lambda: find_weights(config.from_), "downloading the weights")
+    model = build_network(network_options(config), files, _vocabulary(tokenizer))
+    view = view_of(config, model.config)
     kept = kept_patches(view)
-    first = split_data(config.data, config.holdout, config.group) if group.local_leads else None
-    group.all(None, "looking for pictures")  # what the first finds out about shards is kept for the others
-    split = first or split_data(config.data, config.holdout, config.group)
+    split = group.host_first(lambda: split_data(config.data, config.holdout, config.group), "looking for pictures")
     views = len(split.training) * config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
         _fit_pca(model, split, view, config, group)
-    settings = fixed_settings(config, {"steps": steps})
-    start = Progress(0, settings, split.training.digest(), group.size)
-    group.agree(
-        {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-        | {"the code of maehub": code_digest(), "maehub": __version__, "torch": torch.__version__}
-        | {"the data": start.data}
-    )
+    start = agreed_start(group, asdict(config), {"steps": steps}, split.training.digest())
     preprocess = replace(model.preprocess, size=view.size)
-    model = model.to(device).train()
+    empty = copy.deepcopy(model).to("meta") if config.fsdp and group.size > 1 else None
+    model = model.to(group.device).train()
     objective_of = partial(
         Objective,
         preprocess=preprocess,
@@ -165,149 +191,151 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
         kept=kept,
         tokenizer=tokenizer,
     )
-    objective = objective_of(model)
+    objective = objective_of(model).to(group.device)  # with the statistics that it normalises by
     validation = None
-    if group.leads:
-        validation = Validation(config, objective, view, split.heldout or split.training, split.heldout)
-    precision = autocast(config, device)
-    fits = views_fit(config, objective, model.config, view, kept, group)
-    micro = find_micro_batch(config, config.batch_size // group.size, group, fits, f"{view.size[0]}×{view.size[1]}")
-    module = wrapped(objective, config, group)
-    optimizer = adamw(model, config.weight_decay)
-    start = replace(start, micro_batch=micro)
-    return _Job(model, objective, objective_of, module, optimizer, view, split, validation, steps, start, precision)
+    if group.is_main:
+        shown = split.heldout or split.training
+        validation = Validation(objective, view, shown, split.heldout, seed=config.seed, labelled=config.knn)
+    fits = views_fit(
+        objective,
+        view,
+        group,
+        precision=config.precision,
+        shard=config.fsdp,
+        checkpoint_activations=config.checkpoint_activations,
+    )
+    size = f"{view.size[0]}×{view.size[1]}"
+    micro = find_micro_batch(config.batch_size // group.size, group, fits, size, asked=config.micro_batch)
+    module = wrapped(
+        objective,
+        group,
+        precision=config.precision,
+        compile=config.compile,
+        shard=config.fsdp,
+        checkpoint_activations=config.checkpoint_activations,
+    )
+    return _Job(
+        model=model,
+        empty=empty,
+        objective=objective,
+        objective_of=objective_of,
+        module=module,
+        optimizer=adamw(model, config.weight_decay),
+        view=view,
+        split=split,
+        validation=validation,
+        steps=steps,
+        start=replace(start, micro_batch=micro),
+        precision=autocast(config.precision, group.device),
+    )
 
 
 def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> PretrainResult:
     """The loop."""
     steps, device, peak = job.steps, group.device, peak_rate(config.base_lr, config.batch_size)
-    at = resumed(config, group, job.model, job.optimizer, job.start) if config.resume else job.start
-    if at.step == steps and run_state(config.out) == "completed":
-        log.info("%s is already at step %d: nothing to do", config.out, steps)
-        return PretrainResult(config.out, steps, EXIT_DONE)
-    micro = at.micro_batch if at.processes == group.size and at.micro_batch and not config.micro_batch else None
-    micro = micro or job.start.micro_batch
+    checkpoints = Checkpoints(
+        group=group,
+        run=run,
+        stop=stop,
+        model=job.model,
+        optimizer=job.optimizer,
+        start=job.start,
+        steps=steps,
+        every=config.checkpoint_every,
+        keep=config.keep,
+        shard=config.fsdp,
+    )
+    done = 0
+    if config.resume:
+        done = checkpoints.resume(
+            config.data, allow_data_change=config.allow_data_change, micro_batch=config.micro_batch
+        )
+        if checkpoints.is_complete(done):
+            return PretrainResult(config.out, steps, EXIT_DONE)
+    micro = checkpoints.start.micro_batch
     workers = worker_count(config.workers, group.local_size)
     views = config.batch_size // group.size
     with group.together("setting up"):
         check_shared_memory(job.view.batch_bytes(views), views, workers)
-    if group.leads:
+    if group.is_main:
         _announce(config, group, job, peak, micro)
-    facts = asdict(config) | {
-        "steps": steps,
-        "target": job.model.config.target,
-        "environment": describe_environment(group),
-    }
-    run.begin(
-        facts,
-        first_step=at.step,
-        steps=steps,
-        overwrite=config.overwrite,
-        hide_bar=config.quiet,
-        tensorboard=config.tensorboard,
-    )
-    if at.step == 0:
-        _look(config, group, job, run, 0)
+    facts = asdict(config) | {"steps": steps, "target": job.model.config.target}
+    facts |= {"environment": describe_environment(group)}
+    run.begin(facts, done, steps, overwrite=config.overwrite, hide_bar=config.quiet, tensorboard=config.tensorboard)
+    if done == 0:
+        _validate(config, group, job, run, 0)
+    samples = job.split.training
     keys = StepKeys(
-        job.split.training,
-        config.batch_size,
-        config.seed,
-        at.step,
-        steps,
-        config.masks_per_image,
-        group.rank,
-        group.size,
+        samples, config.batch_size, config.seed, done, steps, config.masks_per_image, group.rank, group.size
     )
-    parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
-    bad = torch.zeros((), device=device)  # 1 from the first update on that is not finite
-    saver = Saver(config, group, run, stop, job.model, job.optimizer, replace(job.start, micro_batch=micro))
-    crops = Crops(job.split.training, job.view, config.cache)
+    crops = Crops(samples, job.view, config.cache)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
-    with (
-        loading as batches,
-        rescuing(keys, job.split.training, run, saver, partial(update_report, run, PretrainConfig)),
-    ):
-        for step in range(at.step, steps):
-            group.step = step + 1
-            batch, said = next_batch(batches, group, run, stop)
+    report = partial(update_report, run, PretrainConfig)
+    parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    stop_signal, nonfinite = 0, torch.zeros((), device=device)  # 1 from the first update on that is not finite
+    with loading as batches, rescuing(keys, samples, run, checkpoints, report):
+        for step in range(done, steps):
+            group.step = done = step + 1
+            batch, stop_signal = next_batch(batches, group, run, stop)
             rate = learning_rate(step, steps, peak, config.warmup)
             set_rates(job.optimizer, rate)
 
-            loss = torch.zeros((), device=device)
-            with group.waiting("the gradients"), within_memory(micro, device):
-                for part, last in parts(batch, micro):
-                    pixels, masked, seeds, factors = part.to(device)
-                    if factors.shape[1]:
-                        pixels = jitter(pixels, factors)
-                    with accumulating(job.module, last=last):
-                        with job.precision:
-                            share = job.module(pixels, masked, seeds) * (len(masked) / len(batch.masked))
-                        share.backward()
-                    loss += share.detach()
+            with step_errors(micro, group):
+                loss = _forward_backward(job, batch, micro, device)
                 norm = gradient_norm(parameters)
-                loss, bad = agreed(loss, norm, bad, group)
-            if config.clip_grad:
-                nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
-            guarded_step(job.optimizer, bad)
-            job.optimizer.zero_grad(set_to_none=True)
+                loss, nonfinite = agreed(loss, norm, nonfinite, group)
+            update(job.optimizer, parameters, norm, nonfinite, config.clip_grad)
 
-            done, stopping = step + 1, said or (stop.exit_code if group.size == 1 else None)
-            run.log(done, torch.stack([loss, norm, bad]), rate)
-            looking = done % config.validate_every == 0 or done == steps
-            saving = done % config.checkpoint_every == 0 or done == steps or stopping
-            if looking or saving:
-                run.flush()
-                if looking:
-                    _look(config, group, job, run, done)
-                if saving:
-                    saver.save(done, must=bool(stopping) or done == steps)
-                run.restart_clock()
-            if stopping and done < steps:
-                run.finish("preempted", stopping)
-                update_report(run, PretrainConfig)
-                return PretrainResult(config.out, done, stopping)
+            run.log(done, torch.stack([loss, norm, nonfinite]), rate)
+            if done % config.validate_every == 0 or done == steps:
+                with run.paused():
+                    _validate(config, group, job, run, done)
+            if stop_signal := checkpoints.after_step(done, stop_signal):
+                break
 
-    return _finished(config, group, job, run)
+    if not stop_signal:
+        _export(group, job, run)
+    run.finish(stop_signal)
+    report()
+    return PretrainResult(config.out, done, stop_signal)
 
 
-def _look(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step: int) -> None:
-    """Validate, and draw."""
+def _forward_backward(job: _Job, batch: Batch, micro: int, device: torch.device) -> Tensor:
+    """The loss of a batch, computed in parts that fit; the parameters have its gradient then."""
+    loss = torch.zeros((), device=device)
+    for part, last in parts(batch, micro):
+        pixels, masked, seeds, factors = part.to(device)
+        if factors.shape[1]:
+            pixels = jitter(pixels, factors)
+        with accumulating(job.module, last=last):
+            with job.precision:
+                share = job.module(pixels, masked, seeds) * (len(masked) / len(batch.masked))
+            share.backward()
+        loss += share.detach()
+    return loss
+
+
+def _validate(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step: int) -> None:
+    """Measure on held-out pictures, and draw."""
     with group.together("validating"):
-        still = _still(job, group)
-        if still is None or job.validation is None:
+        model = single_network(job.model, job.empty, group)
+        if model is None or job.validation is None:
             return
-        numbers = job.validation.measure(still, job.precision)
+        objective = job.objective if model is job.model else job.objective_of(model).to(group.device)
+        numbers = job.validation.measure(objective, job.precision)
         if numbers:
             run.note(step, **numbers)
         if step:
-            job.validation.draw(still.model, run.folder / "pictures" / f"step-{step}.png")
+            job.validation.draw(model, run.folder / "pictures" / f"step-{step}.png")
         else:
             tell_start(numbers, config.from_)
 
 
-def _still(job: _Job, group: Group) -> Objective | None:
-    """The objective as rank 0 can call it alone: a copy, where the weights are spread over all processes."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in job.model.parameters()):
-        return job.objective if group.leads else None
-    weights = gathered(job.model)
-    if not group.leads:
-        return None
-    with torch.device("meta"):
-        model = MaskedAutoencoder(job.model.config, job.model.preprocess)
-    model.load_state_dict(weights, assign=True)
-    model.encoder.origin = job.model.encoder.origin
-    return job.objective_of(model.to(group.device))
-
-
-def _finished(config: PretrainConfig, group: Group, job: _Job, run: RunLog) -> PretrainResult:
-    """Export the model and write the report."""
+def _export(group: Group, job: _Job, run: RunLog) -> None:
     with group.together("exporting the model"):
-        still = _still(job, group)
-        if still is not None:
-            save(still.model.eval(), run.folder / "model", overwrite=True)
-    run.finish("completed", EXIT_DONE)
-    update_report(run, PretrainConfig)
-    return PretrainResult(config.out, job.steps, EXIT_DONE)
+        model = single_network(job.model, job.empty, group)
+        if group.is_main and model is not None:
+            save(model.eval(), run.folder / "model", overwrite=True)
 
 
 def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micro: int) -> None:
@@ -337,5 +365,5 @@ def _fit_pca(model: MaskedAutoencoder, split: Split, view: View, config: Pretrai
     """Give the decoder the principal components of patches of some training pictures, the same in every process."""
     count = min(len(split.training), _PCA_PICTURES)
     sample = validation_batch(split.training, view, count, config.seed)
-    found = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
-    store_components(model, group.first(found, "the principal components"))
+    components = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
+    store_components(model, group.first(components, "the principal components"))

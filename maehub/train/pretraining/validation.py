@@ -18,7 +18,6 @@ from maehub.images import Preprocess, open_image
 from maehub.models import MaskedAutoencoder
 from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
-from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.objective import Objective
 from maehub.train.pretraining.views import Batch, View, validation_batch
 
@@ -38,28 +37,41 @@ class Validation:
         objective: of the run; its settings decide what the loss is.
         shown: pictures to draw, held-out ones where there are any.
         heldout: None measures nothing.
+        labelled: a folder for the accuracy of nearest neighbours, or None.
     """
 
     def __init__(
-        self, config: PretrainConfig, objective: Objective, view: View, shown: Source, heldout: Source | None
+        self,
+        objective: Objective,
+        view: View,
+        shown: Source,
+        heldout: Source | None,
+        *,
+        seed: int,
+        labelled: str | None = None,
     ) -> None:
-        self.config = config
+        self.view = view
         self.shown = shown
+        self.seed = seed
         self.preprocess = objective.preprocess
         self.batch: Batch | None = None
         self._baselines: dict[str, float] = {}
         self._labelled: tuple[Tensor, Tensor] | None = None
         if heldout is not None:
             count = max(_FEWEST_CROPS, min(len(heldout), _CROPS))
-            self.batch = validation_batch(heldout, view, count, config.seed)
-            simple = [baselines(objective, part.pixels, part.masked) for part in self.batch.split(_VIEWS_AT_ONCE)]
+            self.batch = validation_batch(heldout, view, count, seed)
+            device = next(objective.model.parameters()).device
+            simple = [
+                baselines(objective, part.pixels.to(device), part.masked.to(device))
+                for part in self.batch.split(_VIEWS_AT_ONCE)
+            ]
             shares = [len(part.pixels) / count for part in self.batch.split(_VIEWS_AT_ONCE)]
             self._baselines = {
                 name: sum(getattr(one, name) * share for one, share in zip(simple, shares, strict=True))
                 for name in ("mean_fill", "interpolation")
             }
-        if config.knn is not None:
-            self._labelled = _labelled(config.knn, self.preprocess)
+        if labelled is not None:
+            self._labelled = _labelled(labelled, self.preprocess)
 
     @torch.no_grad()
     def measure(self, objective: Objective, autocast: contextlib.AbstractContextManager[object]) -> dict[str, float]:
@@ -105,9 +117,9 @@ class Validation:
                 reconstruct(
                     model,
                     picture,
-                    strategy=self.config.strategy,
-                    mask_ratio=self.config.mask_ratio,
-                    seed=self.config.seed,
+                    strategy=self.view.strategy,
+                    mask_ratio=self.view.mask_ratio,
+                    seed=self.seed,
                     preprocess=self.preprocess,
                 )
             )

@@ -82,7 +82,7 @@ def write_report(run: Path, kind: type[RunConfig]) -> Path:
 def update_report(run: RunLog, kind: type[RunConfig]) -> None:
     """The page of a run; one that cannot be written takes nothing from it."""
     try:
-        if run.leads:
+        if run.is_main:
             write_report(run.folder, kind)
     except MaehubError as error:
         log.warning("report.html: %s", error)
