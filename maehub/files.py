@@ -117,6 +117,13 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def byte_text(size: float | None) -> str:
+    """Bytes for a person: 343 MB."""
+    if size is None:
+        return "an unknown size"
+    return f"{size:.0f} B" if size < 1000 else f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:,.0f} MB"
+
+
 def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 

@@ -11,7 +11,6 @@ from .client import endpoint as endpoint
 from .client import hub_constants as hub_constants
 from .client import scrub as scrub
 from .disk_space import no_login as no_login
-from .disk_space import readable as readable
 from .fetching import download as download
 from .fetching import verify as verify
 from .leftovers import clean_cache as clean_cache

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError
-from maehub.files import atomic_write, is_disk_full
-from maehub.hub.disk_space import NoRoom, Wanted, check_room, disk_trouble, no_login, readable
+from maehub.files import atomic_write, byte_text, is_disk_full
+from maehub.hub.disk_space import NoRoom, Wanted, check_room, disk_trouble, no_login
 from maehub.version import __version__
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def get_from_hub(repo: str, filename: str, commit: str, folder: Path, wanted: Wa
             raise _refused(cause, repo, filename, commit, wanted) from error
         raise _silent(cause, url, wanted) from error
     except httpx.HTTPError as error:
-        raise _silent(error, url, wanted, f"{readable(received)} of {readable(size)} had come") from error
+        raise _silent(error, url, wanted, f"{byte_text(received)} of {byte_text(size)} had come") from error
     except OSError as error:
         raise _local_trouble(error, folder.parent, wanted, received, size) from error
     except (ValueError, RuntimeError, errors.XetDownloadError) as error:  # a name it refuses; the Xet transfer
@@ -239,9 +239,9 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, wanted: Wante
         except (requests.ConnectionError, requests.Timeout) as error:
             if not file.tell():  # it never answered: no use in asking on
                 raise _silent(error, url, wanted) from error
-            reason = f"the connection went silent at {readable(file.tell())} of {readable(total)}"
+            reason = f"the connection went silent at {byte_text(file.tell())} of {byte_text(total)}"
         except requests.exceptions.ChunkedEncodingError:
-            reason = f"the connection broke at {readable(file.tell())} of {readable(total)}"
+            reason = f"the connection broke at {byte_text(file.tell())} of {byte_text(total)}"
         if attempt < TRIES:
             logger.warning("%s: %s, trying %s again in %g s", wanted, reason, _host(url), pause)
             time.sleep(pause)
@@ -256,7 +256,7 @@ def _prepare(answer: "requests.Response", file: BinaryIO, wanted: Wanted) -> int
     """Set the file to where the answer's bytes belong, behind what is there or at the start: its whole size."""
     if "text/html" in answer.headers.get("Content-Type", ""):
         raise IntegrityError(
-            f"got {readable(len(answer.content))} of HTML from {_host(answer.url)} instead of {wanted}\n"
+            f"got {byte_text(len(answer.content))} of HTML from {_host(answer.url)} instead of {wanted}\n"
             "nothing is kept; a proxy or a login page answers in its place: sign in to the network, then try again"
         )
     if answer.status_code != 206:
@@ -382,7 +382,7 @@ def _local_trouble(error: OSError, folder: Path, wanted: Wanted, received: int, 
         return disk_trouble(cause, folder, wanted, size)
     if size is not None and received != size:
         return IntegrityError(
-            f"got {readable(received)} instead of {readable(size)} for {wanted}; nothing is kept\n"
+            f"got {byte_text(received)} instead of {byte_text(size)} for {wanted}; nothing is kept\n"
             "a proxy or a login page (HTML) may answer in the server's place; sign in to the network, then try again"
         )
     return HubError(f"{wanted} could not be downloaded: {scrub(error)}\nnothing half is kept; try again")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maehub.errors import CheckpointError
-from maehub.files import is_disk_full
+from maehub.files import byte_text, is_disk_full
 
 
 class Wanted(NamedTuple):
@@ -57,16 +57,9 @@ def no_login(error: OSError) -> CheckpointError:
     )
 
 
-def readable(size: float | None) -> str:
-    """Bytes for a person: 343 MB."""
-    if size is None:
-        return "an unknown size"
-    return f"{size:.0f} B" if size < 1000 else f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:,.0f} MB"
-
-
 def _full(folder: Path, needed: int | None, wanted: Wanted, kept: str) -> NoRoom:
     return NoRoom(
-        f"{wanted} needs {readable(needed)}, {readable(_free(folder))} free at {folder}\n"
+        f"{wanted} needs {byte_text(needed)}, {byte_text(_free(folder))} free at {folder}\n"
         f"{kept}; free some space (`maehub cache clean` removes what killed downloads left), or take another disk:\n"
         f"set HF_HOME (MAEHUB_CACHE for official files), or `maehub download {wanted.name} --cache-dir FOLDER`"
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.errors import CheckpointError
+from maehub.files import byte_text
 from maehub.hub.cache import STAGING
-from maehub.hub.disk_space import readable
 from maehub.hub.downloading import PathLike, Place, place_of
 
 AGE = 3600  # seconds without a write after which no download is at work on a file any more
@@ -42,12 +42,12 @@ class Cleaned(NamedTuple):
 
     def describe(self) -> str:
         """For a person: a line for each, and the sum."""
-        lines = [f"{readable(size):>8}  {path}" for path, size in self.removed]
+        lines = [f"{byte_text(size):>8}  {path}" for path, size in self.removed]
         count = f"{len(self.removed)} leftover{'' if len(self.removed) == 1 else 's'}"
         verb = "would remove" if self.dry_run else "removed"
-        lines.append(f"{verb} {count}, {readable(_total(self.removed))}" if self.removed else "nothing to remove")
+        lines.append(f"{verb} {count}, {byte_text(_total(self.removed))}" if self.removed else "nothing to remove")
         if self.kept:
-            lines.append(f"kept {len(self.kept)} written to within the last hour, {readable(_total(self.kept))}")
+            lines.append(f"kept {len(self.kept)} written to within the last hour, {byte_text(_total(self.kept))}")
         return "\n".join(lines)
 
 
@@ -82,7 +82,7 @@ def clean_cache(cache_dir: PathLike | None = None, *, dry_run: bool = False) -> 
         raise CheckpointError(
             "\n".join(stuck[:3])
             + (f"\n… and {len(stuck) - 3} more" if len(stuck) > 3 else "")
-            + f"\n{len(removed)} others were removed, {readable(_total(removed))}; run this as the user who owns these"
+            + f"\n{len(removed)} others were removed, {byte_text(_total(removed))}; run this as the user who owns these"
         )
     return Cleaned(removed, kept, dry_run)
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError
-from maehub.hub import LONGEST_WAIT, PASSING, TRIES, digest, hub_constants, no_login, readable, scrub
+from maehub.files import byte_text
+from maehub.hub import LONGEST_WAIT, PASSING, TRIES, digest, hub_constants, no_login, scrub
 from maehub.hub import endpoint as hub_address
 from maehub.version import __version__
 
@@ -392,7 +393,7 @@ def _difference(file: LocalFile, stated: RemoteFile | None) -> str:
     if stated is None:
         return "it is not there"
     if stated.size != file.size:
-        return f"{stated.size} B there, {readable(file.size)} ({file.size} B) here"
+        return f"{stated.size} B there, {byte_text(file.size)} ({file.size} B) here"
     return f"its hash is {(stated.sha256 or stated.git)[:12]} there" + (
         f", {file.sha256[:12]} here" if stated.sha256 else ", another here"
     )
