@@ -100,9 +100,7 @@ def free_space_guard(path: str | os.PathLike[str], needed_bytes: int) -> None:
     Raises:
         CheckpointError: less than that is free; the text names both numbers.
     """
-    folder = Path(path)
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
+    folder = nearest_folder(path)
     free = _free_bytes(folder)
     if free < needed_bytes:
         raise CheckpointError(
@@ -111,10 +109,25 @@ def free_space_guard(path: str | os.PathLike[str], needed_bytes: int) -> None:
         )
 
 
+def nearest_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    folder = Path(path)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The sha256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def byte_text(size: float | None) -> str:
+    """Bytes for a person: 343 MB."""
+    if size is None:
+        return "an unknown size"
+    return f"{size:.0f} B" if size < 1000 else f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:,.0f} MB"
 
 
 def _free_bytes(folder: Path) -> int:

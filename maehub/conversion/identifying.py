@@ -17,7 +17,7 @@ from maehub.conversion.families import generalised, recognise
 from maehub.conversion.plain_vit import Network, PlainVit, read_plain
 from maehub.conversion.target_detection import Judgement, can_detect, detect_target
 from maehub.errors import EXIT_DONE, IntegrityError, MaehubError, first_names
-from maehub.hub import ModelInfo, Role, digest, published_as
+from maehub.hub import ModelInfo, Role, file_hashes, published_as
 from maehub.models import AutoencoderConfig, Target
 from maehub.weights import (
     DECODER_HEAD_WIDTH,
@@ -146,7 +146,7 @@ def identify(
     shapes = {names[name]: tuple(value.shape) for name, value in checkpoint.shapes.items()}
     family = None if plain and plain.whole else recognise(shapes)
     log.debug("hashing %s", checkpoint.file)
-    hashes = digest(checkpoint.file, "md5")
+    hashes = file_hashes(checkpoint.file, "md5")
     info = published_as(hashes.sha256, hashes.other)
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.shapes.values())
     dtype = max(dtypes, key=lambda kind: dtypes[kind])
