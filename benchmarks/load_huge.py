@@ -25,7 +25,7 @@ IMPORTS = {
     "transformers": "from transformers import ViTMAEForPreTraining, ViTModel, logging; logging.set_verbosity_error()",
 }
 
-STAMPED = "wanted=w.Wanted(check_finite=False)"  # as for a file whose bytes were verified before and are unchanged
+STAMPED = "options=w.LoadOptions(check_finite=False)"  # as for verified bytes that are unchanged
 FORWARD = "torch.inference_mode()(model)(torch.zeros(1, 3, 224, 224))"
 
 # row, layout, library, cold cache, statements

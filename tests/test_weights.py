@@ -35,7 +35,7 @@ from maehub.train.pretraining.objective import Components, store_components
 from maehub.weights import config_json as layouts
 from maehub.weights.keys import from_official
 from maehub.weights.model_folder import (
-    Wanted,
+    LoadOptions,
     build_autoencoder,
     build_encoder,
     infer_config,
@@ -206,7 +206,7 @@ def test_row_25_a_file_says_what_it_looks_like(autoencoder):
 def test_row_25_positions_of_another_size_are_resized_only_when_asked(autoencoder):
     with pytest.raises(IntegrityError, match=r"pos_embed \(1, 17, 64\) instead of \(1, 26, 64\)"):
         build_encoder(official(autoencoder), replace(TINY, image_size=40))
-    build_encoder(official(autoencoder), TINY, wanted=Wanted(image_size=40))
+    build_encoder(official(autoencoder), TINY, options=LoadOptions(image_size=40))
 
 
 def test_row_25_a_failed_load_changes_nothing(autoencoder):
@@ -232,7 +232,7 @@ def test_row_26_non_finite_weights_are_refused_by_name(bad, dtype):
     state["blocks.1.norm2.bias"] = state["blocks.1.norm2.bias"].float().index_fill(0, torch.tensor([5]), bad).to(dtype)
     with pytest.raises(IntegrityError, match=r"NaN or infinity in blocks\.1\.norm2\.bias;"):
         build_encoder(state, TINY)
-    build_encoder(state, TINY, wanted=Wanted(check_finite=False))
+    build_encoder(state, TINY, options=LoadOptions(check_finite=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -255,7 +255,7 @@ def test_row_26_a_model_with_nan_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("size", [(16, 48), 64])
 def test_image_size_resizes_both_tables_on_their_grid(autoencoder, size):
-    built = build_autoencoder(official(autoencoder), MAE, wanted=Wanted(image_size=size))
+    built = build_autoencoder(official(autoencoder), MAE, options=LoadOptions(image_size=size))
     pair = (size, size) if isinstance(size, int) else size
     grid = (pair[0] // 8, pair[1] // 8)
     assert built.config.encoder.size == built.preprocess.size == pair
@@ -264,21 +264,21 @@ def test_image_size_resizes_both_tables_on_their_grid(autoencoder, size):
     pictures = images(TINY, size=pair)
     assert torch.equal(built(pictures).prediction, autoencoder(pictures).prediction)
     with pytest.raises(UsageError, match="nearest size"):
-        build_autoencoder(official(autoencoder), MAE, wanted=Wanted(image_size=33))
+        build_autoencoder(official(autoencoder), MAE, options=LoadOptions(image_size=33))
 
 
 def test_crop_fraction_follows_the_published_rule_at_448():
     config = EncoderConfig(224, 56, 3, 32, 1, 2)
     state = official(make_encoder(config))
     assert build_encoder(state, config).preprocess.crop_fraction == 0.875
-    assert build_encoder(state, config, wanted=Wanted(image_size=448)).preprocess.crop_fraction == 1.0
+    assert build_encoder(state, config, options=LoadOptions(image_size=448)).preprocess.crop_fraction == 1.0
 
 
 def test_positions_rule_is_used_and_kept():
     state = official(make_encoder(TINY))
     tables = []
     for rule in ("bicubic", "antialias", "sincos"):
-        built = build_encoder(state, TINY, wanted=Wanted(image_size=16, positions=rule))
+        built = build_encoder(state, TINY, options=LoadOptions(image_size=16, positions=rule))
         assert built.config.positions == rule
         tables.append(built.pos_embed)
     assert not torch.equal(tables[0], tables[1])
@@ -288,7 +288,7 @@ def test_positions_rule_is_used_and_kept():
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_other_channels_see_a_grey_picture_alike(autoencoder, channels):
     """A picture whose channels are equal gives the same tokens; the predictions are those of the old channels."""
-    built = build_autoencoder(official(autoencoder), MAE, wanted=Wanted(channels=channels))
+    built = build_autoencoder(official(autoencoder), MAE, options=LoadOptions(channels=channels))
     grey = images(replace(TINY, channels=1))
     ours = built(grey.expand(-1, channels, -1, -1)).prediction.unflatten(2, (64, channels))
     rgb = autoencoder(grey.expand(-1, 3, -1, -1)).prediction.unflatten(2, (64, 3))
@@ -304,25 +304,25 @@ def test_other_channels_see_a_grey_picture_alike(autoencoder, channels):
 def test_classes_give_a_new_head_and_zero_none():
     encoder = make_encoder(replace(TINY, classes=5))
     state = official(encoder)
-    assert same_weights(build_encoder(state, encoder.config, wanted=Wanted(classes=5)), encoder)
-    new = build_encoder(state, encoder.config, wanted=Wanted(classes=9))
+    assert same_weights(build_encoder(state, encoder.config, options=LoadOptions(classes=5)), encoder)
+    new = build_encoder(state, encoder.config, options=LoadOptions(classes=9))
     assert new.head.weight.shape == (9, 64)
     assert 0 < new.head.weight.std() < 1e-4
     assert not new.head.bias.any()
-    none = build_encoder(state, encoder.config, wanted=Wanted(classes=0))
+    none = build_encoder(state, encoder.config, options=LoadOptions(classes=0))
     assert none(images(TINY)).shape == (2, 64)
     with pytest.raises(UsageError, match="classes="):
-        build_autoencoder(official(make_autoencoder(MAE)), MAE, wanted=Wanted(classes=5))
+        build_autoencoder(official(make_autoencoder(MAE)), MAE, options=LoadOptions(classes=5))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
 def test_dtype_none_is_float32_whatever_the_file_holds(stored):
     state = {name: value.to(stored) for name, value in official(make_encoder(TINY)).items()}
     assert {value.dtype for value in build_encoder(state, TINY).parameters()} == {torch.float32}
-    half = build_encoder(state, TINY, wanted=Wanted(dtype=torch.float16))
+    half = build_encoder(state, TINY, options=LoadOptions(dtype=torch.float16))
     assert {value.dtype for value in half.parameters()} == {torch.float16}
     with pytest.raises(UsageError, match="floating"):
-        build_encoder(state, TINY, wanted=Wanted(dtype=torch.int8))
+        build_encoder(state, TINY, options=LoadOptions(dtype=torch.int8))
 
 
 def test_a_built_network_can_be_copied(autoencoder):
@@ -434,16 +434,16 @@ def test_a_pixel_head_may_be_said_to_give_tokens(tmp_path):
 def test_other_sizes_but_no_other_channels_for_another_head(kind):
     config = OTHERS[kind]
     model = made(config)
-    built = build_autoencoder(official(model), config, wanted=Wanted(image_size=(16, 48)))
+    built = build_autoencoder(official(model), config, options=LoadOptions(image_size=(16, 48)))
     pictures = images(config.encoder, size=(16, 48))
     assert torch.equal(built(pictures).prediction, model(pictures).prediction)
-    wanted = Wanted(channels=4 - config.encoder.channels)
+    options = LoadOptions(channels=4 - config.encoder.channels)
     if config.outputs:
         with pytest.raises(UsageError, match="encoder alone"):
-            build_autoencoder(official(model), config, wanted=wanted)
+            build_autoencoder(official(model), config, options=options)
     else:
-        assert build_autoencoder(official(model), config, wanted=wanted).config.prediction_width == 64
-    assert build_encoder(official(model), config, wanted=wanted).config.channels == wanted.channels
+        assert build_autoencoder(official(model), config, options=options).config.prediction_width == 64
+    assert build_encoder(official(model), config, options=options).config.channels == options.channels
 
 
 def test_a_file_with_half_a_basis_is_refused():

@@ -1,7 +1,7 @@
 """Load a model by name: from the catalog, the Hub, a folder or a file, to an encoder or an autoencoder."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,16 +15,10 @@ from maehub.hub.verification import known_finite, mark_finite
 from maehub.images import Size
 from maehub.models import Encoder, MaskedAutoencoder, Origin, ResizeRule, Target, usable_device
 from maehub.weights import (
-    Block,
-    Wanted,
-    build_autoencoder,
-    build_encoder,
+    LoadOptions,
     open_autoencoder,
     open_encoder,
-    packed_block,
-    read_header,
     read_pickle,
-    read_tensors,
     to_official,
     write_tensors,
 )
@@ -75,18 +69,12 @@ def load(
         IntegrityError: the bytes are wrong, the file is broken or not safe, or holds other tensors than it should.
     """
     device = usable_device(device)
-    found = _find(source, "encoder", revision, cache_dir, offline, verify)
-    wanted = _wanted(found, image_size, channels, classes, positions, dtype, device)
-    if found.block:
-        state = to_official(read_tensors(found.path).tensors).state
-        return build_encoder(
-            state, found.block.config, found.block.preprocess, wanted=wanted, origin=found.origin, where=found.name
-        )
-    encoder = open_encoder(
-        found.path, config=found.config, heads=heads or found.heads, wanted=wanted, origin=found.origin
-    )
+    files = resolve_model(source, "encoder", revision, cache_dir, offline, verify)
+    options = _options(files, image_size, channels, classes, positions, dtype, device)
+    heads = heads or files.heads
+    encoder = open_encoder(files.path, config=files.config, heads=heads, options=options, origin=files.origin)
     if classes is None:  # the file's own head was looked at too
-        found.loaded()
+        files.loaded()
     return encoder
 
 
@@ -126,30 +114,24 @@ def load_autoencoder(
         UsageError, HubError, IntegrityError: as in `load`; IntegrityError also for a file without a decoder.
     """
     device = usable_device(device)
-    found = _find(source, "autoencoder", revision, cache_dir, offline, verify)
-    if target and found.target and target != found.target:
-        raise UsageError(f"{found.name} was trained to predict {found.target}, not {target}; leave target= out")
-    wanted = _wanted(found, image_size, channels, classes, positions, dtype, device)
-    if found.block:
-        state = to_official(read_tensors(found.path).tensors).state
-        return build_autoencoder(
-            state, found.block.config, found.block.preprocess, wanted=wanted, origin=found.origin, where=found.name
-        )
+    files = resolve_model(source, "autoencoder", revision, cache_dir, offline, verify)
+    if target and files.target and target != files.target:
+        raise UsageError(f"{files.name} was trained to predict {files.target}, not {target}; leave target= out")
     autoencoder = open_autoencoder(
-        found.path,
-        config=found.config,
-        heads=heads or found.heads,
+        files.path,
+        config=files.config,
+        heads=heads or files.heads,
         decoder_heads=decoder_heads,
-        target=target or found.target,
-        wanted=wanted,
-        origin=found.origin,
+        target=target or files.target,
+        options=_options(files, image_size, channels, classes, positions, dtype, device),
+        origin=files.origin,
     )
-    found.loaded()
+    files.loaded()
     return autoencoder
 
 
 @dataclass(frozen=True)
-class _Found:
+class ModelFiles:
     """A model's files and what is known about it beside them."""
 
     name: str
@@ -157,11 +139,10 @@ class _Found:
     config: Path | None
     origin: Origin | None
     want: Want
-    heads: int | None = None
-    target: Target | None = None
-    image_size: Size | None = None  # where it is not that of the file
-    block: Block | None = None
-    stamps: Path | None = None  # maehub's cache, where the file was downloaded
+    heads: int | None
+    target: Target | None
+    image_size: Size | None  # where it is not that of the file
+    stamps: Path | None  # maehub's cache, where the file was downloaded
 
     @property
     def finite(self) -> bool:
@@ -176,54 +157,51 @@ class _Found:
             mark_finite(self.path, self.stamps, self.want)
 
 
-def _find(
+def resolve_model(
     source: PathLike | Located,
     want: Want,
     revision: str | None,
     cache_dir: PathLike | None,
     offline: bool,
     verify: bool,
-) -> _Found:
+) -> ModelFiles:
     """Locate a model, convert the official pickles of the catalog once, and gather what the catalog knows."""
     located = locate(source, want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
     info, fetched, path = located.info, located.fetched, located.path
-    origin = None
-    if fetched:
-        origin = Origin(located.name, fetched.revision, fetched.sha256, fetched.licence)
-        if fetched.format == "pickle":
-            path = _converted(path, fetched.sha256, cache_folder(cache_dir), verify)
-    stamps = cache_folder(cache_dir) if fetched else None
-    found = _Found(located.name, path, fetched.config if fetched else None, origin, want, stamps=stamps)
-    if info:
-        resized = info.image_size if info.image_size != info.native_size else None
-        target = info.target if info.role == "autoencoder" else None
-        found = replace(found, heads=info.heads, target=target, image_size=resized)
-        if info.note:
-            log.info("%s: %s", info.name, info.note)
-    if found.config is None and path.suffix == ".safetensors" and path.is_file():
-        block = packed_block(read_header(path).metadata, str(path))
-        if block:
-            found = replace(found, block=block, origin=origin or block.origin)
-    return found
+    if fetched and fetched.format == "pickle":
+        path = _converted(path, fetched.sha256, cache_folder(cache_dir), verify)
+    if info and info.note:
+        log.info("%s: %s", info.name, info.note)
+    return ModelFiles(
+        located.name,
+        path,
+        config=fetched.config if fetched else None,
+        origin=Origin(located.name, fetched.revision, fetched.sha256, fetched.licence) if fetched else None,
+        want=want,
+        heads=info.heads if info else None,
+        target=info.target if info and info.role == "autoencoder" else None,
+        image_size=info.image_size if info and info.image_size != info.native_size else None,
+        stamps=cache_folder(cache_dir) if fetched else None,
+    )
 
 
-def _wanted(
-    found: _Found,
+def _options(
+    files: ModelFiles,
     image_size: int | Size | None,
     channels: int | None,
     classes: int | None,
     positions: ResizeRule,
     dtype: torch.dtype | None,
     device: torch.device,
-) -> Wanted:
-    return Wanted(
-        image_size=found.image_size if image_size is None else image_size,
+) -> LoadOptions:
+    return LoadOptions(
+        image_size=files.image_size if image_size is None else image_size,
         channels=channels,
         classes=classes,
         positions=None if positions == "bicubic" else positions,
         dtype=dtype,
         device=device,
-        check_finite=not found.finite,
+        check_finite=not files.finite,
     )
 
 

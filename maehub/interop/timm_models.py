@@ -13,7 +13,7 @@ from maehub.errors import UsageError
 from maehub.images import Preprocess
 from maehub.interop.agreement import check_same, exact_dtype, exact_state, finish, images_for, judged
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
-from maehub.weights import Wanted, build_encoder, crop_fraction, infer_config, timm_config
+from maehub.weights import LoadOptions, build_encoder, crop_fraction, infer_config, timm_config
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -104,8 +104,8 @@ def from_timm(
     if config.classes and len(words) == config.classes:
         config = replace(config, class_names=tuple(words))
     transform = preprocess or _preprocess(settings, config.size, config.channels, config.patch_size, name)
-    wanted = Wanted(dtype=exact_dtype(model))
-    encoder = build_encoder(state, config, transform, wanted=wanted, origin=origin, where=name)
+    options = LoadOptions(dtype=exact_dtype(model))
+    encoder = build_encoder(state, config, transform, options=options, origin=origin, where=name)
     _check_same(encoder, model, name)
     if idle := sorted(set(_regularisers(model))):
         log.info("%s: left out what acts in training alone: %s", name, ", ".join(idle))

@@ -20,7 +20,7 @@ from maehub.interop.agreement import (
 )
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.weights import (
-    Wanted,
+    LoadOptions,
     build_autoencoder,
     build_encoder,
     infer_config,
@@ -125,8 +125,8 @@ def from_transformers(
         where=where,
     )
     build = build_encoder if isinstance(config, EncoderConfig) else build_autoencoder
-    wanted = Wanted(dtype=exact_dtype(model))
-    ours: Any = build(state, config, preprocess, wanted=wanted, origin=origin, where=where)
+    options = LoadOptions(dtype=exact_dtype(model))
+    ours: Any = build(state, config, preprocess, options=options, origin=origin, where=where)
     _set_eps(ours, settings.get("layer_norm_eps", 1e-12))
     _check_same(ours, model, where)
     _set_eps(ours, LAYER_NORM_EPS)

@@ -1,5 +1,5 @@
 from .building import HEAD_STD as HEAD_STD
-from .building import Wanted as Wanted
+from .building import LoadOptions as LoadOptions
 from .building import build_autoencoder as build_autoencoder
 from .building import build_encoder as build_encoder
 from .building import check_finite as check_finite

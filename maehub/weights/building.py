@@ -31,7 +31,7 @@ _MOST_LISTED = 10
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LoadOptions:
     """How the network should differ from its file. None leaves a thing as the file has it.
 
     Args:
@@ -55,7 +55,7 @@ class Wanted:
     check_finite: bool = True
 
 
-AS_STORED = Wanted()
+AS_STORED = LoadOptions()
 
 
 def build_encoder(
@@ -63,7 +63,7 @@ def build_encoder(
     config: EncoderConfig | AutoencoderConfig,
     preprocess: Preprocess | None = None,
     *,
-    wanted: Wanted = AS_STORED,
+    options: LoadOptions = AS_STORED,
     origin: Origin | None = None,
     where: str = "these weights",
 ) -> Encoder:
@@ -73,7 +73,7 @@ def build_encoder(
         state: official names. Of an autoencoder the decoder is left out.
         config: the network that the tensors are for, before any departure.
         preprocess: its transform; None means the published evaluation.
-        wanted: the departures from the file, dtype and device.
+        options: the departures from the file, dtype and device.
         origin: where the weights come from.
         where: what the tensors are, for messages.
 
@@ -90,11 +90,11 @@ def build_encoder(
     _check_size(tensors, config, where)
     model = _empty(Encoder, config, preprocess)
     _check(tensors, model, where, describe(state))
-    changed = _changed(config, wanted)
+    changed = _changed(config, options)
     if changed != config:
         tensors = _adapted(tensors, config, changed)
         model = _empty(Encoder, changed, _changed_preprocess(model.preprocess, config, changed))
-    model = _filled(model, tensors, wanted, where)
+    model = _filled(model, tensors, options, where)
     model.origin = origin
     return model
 
@@ -104,7 +104,7 @@ def build_autoencoder(
     config: EncoderConfig | AutoencoderConfig,
     preprocess: Preprocess | None = None,
     *,
-    wanted: Wanted = AS_STORED,
+    options: LoadOptions = AS_STORED,
     origin: Origin | None = None,
     where: str = "these weights",
 ) -> MaskedAutoencoder:
@@ -118,12 +118,12 @@ def build_autoencoder(
             f"{where}: this is {describe(state)}, without the decoder that an autoencoder needs; "
             "load it with maehub.load(...), or name an autoencoder such as vit-b-pixel"
         )
-    if wanted.classes:
+    if options.classes:
         raise UsageError("an autoencoder has no head; classes= belongs to maehub.load(...)")
     _check_size(state, config, where)
     model = _empty(MaskedAutoencoder, config, preprocess)
     _check(state, model, where, describe(state))
-    tensors, encoder = dict(state), _changed(config.encoder, wanted)
+    tensors, encoder = dict(state), _changed(config.encoder, options)
     if encoder.channels != config.encoder.channels and config.outputs:
         raise UsageError(
             f"{where}: the decoder predicts {config.target} of {config.encoder.channels} channels, which cannot be "
@@ -133,7 +133,7 @@ def build_autoencoder(
         tensors = _adapted(tensors, config.encoder, encoder)
         transform = _changed_preprocess(model.preprocess, config.encoder, encoder)
         model = _empty(MaskedAutoencoder, replace(config, encoder=encoder), transform)
-    model = _filled(model, tensors, wanted, where)
+    model = _filled(model, tensors, options, where)
     model.encoder.origin = origin
     return model
 
@@ -203,18 +203,18 @@ def _check(state: Mapping[str, Tensor], model: Encoder | MaskedAutoencoder, wher
     raise IntegrityError("\n".join([f"{first}. It looks like: {looks}", *lines]))
 
 
-def _changed(config: EncoderConfig, wanted: Wanted) -> EncoderConfig:
+def _changed(config: EncoderConfig, options: LoadOptions) -> EncoderConfig:
     """The configuration after the departures that were asked for."""
-    size = config.size if wanted.image_size is None else as_size(wanted.image_size, "image_size")
+    size = config.size if options.image_size is None else as_size(options.image_size, "image_size")
     grid_size(*size, config.patch_size)
     return replace(
         config,
         image_size=size,
-        channels=config.channels if wanted.channels is None else wanted.channels,
-        classes=config.classes if wanted.classes is None else wanted.classes,
-        class_names=config.class_names if wanted.classes in (None, config.classes) else (),
-        multi_label=config.multi_label and wanted.classes in (None, config.classes),
-        positions=config.positions if wanted.positions is None else wanted.positions,
+        channels=config.channels if options.channels is None else options.channels,
+        classes=config.classes if options.classes is None else options.classes,
+        class_names=config.class_names if options.classes in (None, config.classes) else (),
+        multi_label=config.multi_label and options.classes in (None, config.classes),
+        positions=config.positions if options.positions is None else options.positions,
     )
 
 
@@ -246,7 +246,7 @@ def _adapted(state: Mapping[str, Tensor], old: EncoderConfig, new: EncoderConfig
 
 
 def _with_channels(kernel: Tensor, channels: int) -> Tensor:
-    """The stem (D, C, P, P) for other channels, (D, ``channels``, P, P); see `Wanted`."""
+    """The stem (D, C, P, P) for other channels, (D, ``channels``, P, P); see `LoadOptions`."""
     kernel = kernel.float()
     if channels == 1:
         return kernel.sum(dim=1, keepdim=True)
@@ -255,21 +255,21 @@ def _with_channels(kernel: Tensor, channels: int) -> Tensor:
 
 
 def _predicting_channels(values: Tensor, old: int, channels: int) -> Tensor:
-    """The pixel head's weight (P·P·C, d) or bias (P·P·C,) for other channels; see `Wanted`."""
+    """The pixel head's weight (P·P·C, d) or bias (P·P·C,) for other channels; see `LoadOptions`."""
     pixels = values.float().unflatten(0, (-1, old))  # (P·P, C) or (P·P, C, d): channels are fastest
     if channels == 1:
         return pixels.mean(dim=1)
     return pixels[:, torch.arange(channels) % old].flatten(0, 1)
 
 
-def _filled(model: Network, state: Mapping[str, Tensor], wanted: Wanted, where: str) -> Network:
+def _filled(model: Network, state: Mapping[str, Tensor], options: LoadOptions, where: str) -> Network:
     """Give an empty network its tensors, in eval mode."""
-    if wanted.check_finite:
+    if options.check_finite:
         check_finite(state, where)
-    dtype = wanted.dtype or torch.float32
+    dtype = options.dtype or torch.float32
     if not dtype.is_floating_point:
         raise UsageError(f"dtype must be a floating one, not {dtype}")
-    tensors = {name: value.to(wanted.device, dtype) for name, value in state.items()}
+    tensors = {name: value.to(options.device, dtype) for name, value in state.items()}
     dialect = from_official(tensors, "module") if isinstance(model, MaskedAutoencoder) else tensors
     model.load_state_dict(dialect, strict=True, assign=True)
     return model.eval()

@@ -26,26 +26,12 @@ from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target
 from maehub.version import __version__
 from maehub.weights import config_json as layouts
-from maehub.weights.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
+from maehub.weights.building import AS_STORED, LoadOptions, build_autoencoder, build_encoder, check_finite
 from maehub.weights.config_inference import infer_config, with_target
 from maehub.weights.keys import from_official, to_official
 from maehub.weights.model_card import model_card
-from maehub.weights.tensorfile import read_tensors, write_tensors
-
-__all__ = [
-    "AS_STORED",
-    "ModelFolder",
-    "Wanted",
-    "build_autoencoder",
-    "build_encoder",
-    "infer_config",
-    "open_autoencoder",
-    "open_encoder",
-    "read_config",
-    "read_folder",
-    "read_tensors",
-    "save",
-]
+from maehub.weights.single_file import packed_block
+from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
 
 log = logging.getLogger("maehub")
 
@@ -65,7 +51,7 @@ class ModelFolder:
 
     path: Path
     config: EncoderConfig | AutoencoderConfig
-    preprocess: Preprocess
+    preprocess: Preprocess | None  # None: the published evaluation
     origin: Origin | None
     tensors: Path  # every tensor
     encoder_tensors: Path  # the encoder, fused; the same file where there is no second one
@@ -266,7 +252,7 @@ def open_encoder(
     *,
     config: Path | None = None,
     heads: int | None = None,
-    wanted: Wanted = AS_STORED,
+    options: LoadOptions = AS_STORED,
     preprocess: Preprocess | None = None,
     origin: Origin | None = None,
 ) -> Encoder:
@@ -274,28 +260,20 @@ def open_encoder(
 
     Args:
         path: folder or file.
-        config: the ``config.json`` of a file; None reads the network off the shapes.
+        config: the ``config.json`` of a file; None takes the network from its header or reads it off the shapes.
         heads: see `infer_config`.
-        wanted: how the network should differ from its file.
+        options: how the network should differ from its file.
         preprocess: the transform; None means the folder's, or the published evaluation.
         origin: where the weights come from; None means what the folder says.
     """
-    path = Path(path)
-    if config is None and not path.is_dir():
-        state = _official(path)
-        # Of the decoder nothing is needed, so its number of heads need not be known.
-        network = infer_config(from_official(state, "timm"), heads=heads, where=str(path))
-        return build_encoder(state, network, preprocess, wanted=wanted, origin=origin, where=str(path))
-    found = (
-        read_config(config, path, heads=heads, whole=False) if config else read_folder(path, heads=heads, whole=False)
-    )
+    files = _read(Path(path), config, heads=heads, whole=False)
     return build_encoder(
-        _official(found.encoder_tensors) if found.state is None else found.state,
-        found.config,
-        preprocess or found.preprocess,
-        wanted=wanted,
-        origin=origin or found.origin,
-        where=str(found.encoder_tensors),
+        _official(files.encoder_tensors) if files.state is None else files.state,
+        files.config,
+        preprocess or files.preprocess,
+        options=options,
+        origin=origin or files.origin,
+        where=str(files.encoder_tensors),
     )
 
 
@@ -306,28 +284,42 @@ def open_autoencoder(
     heads: int | None = None,
     decoder_heads: int | None = None,
     target: Target | None = None,
-    wanted: Wanted = AS_STORED,
+    options: LoadOptions = AS_STORED,
     preprocess: Preprocess | None = None,
     origin: Origin | None = None,
 ) -> MaskedAutoencoder:
     """A `MaskedAutoencoder` from a folder or a file; arguments as in `open_encoder` and `infer_config`."""
-    path = Path(path)
-    if config is None and not path.is_dir():
-        state = _official(path)
-        network = infer_config(state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(path))
-        return build_autoencoder(state, network, preprocess, wanted=wanted, origin=origin, where=str(path))
-    if config:
-        found = read_config(config, path, heads=heads, decoder_heads=decoder_heads, target=target)
-    else:
-        found = read_folder(path, heads=heads, decoder_heads=decoder_heads, target=target)
+    files = _read(Path(path), config, heads=heads, decoder_heads=decoder_heads, target=target)
     return build_autoencoder(
-        _official(found.tensors) if found.state is None else found.state,
-        found.config,
-        preprocess or found.preprocess,
-        wanted=wanted,
-        origin=origin or found.origin,
-        where=str(found.tensors),
+        _official(files.tensors) if files.state is None else files.state,
+        files.config,
+        preprocess or files.preprocess,
+        options=options,
+        origin=origin or files.origin,
+        where=str(files.tensors),
     )
+
+
+def _read(
+    path: Path,
+    config: Path | None,
+    heads: int | None,
+    decoder_heads: int | None = None,
+    target: Target | None = None,
+    whole: bool = True,
+) -> ModelFolder:
+    """What a folder or a file says about its model, with the tensors where they had to be read for it."""
+    told: dict[str, Any] = {"heads": heads, "decoder_heads": decoder_heads, "target": target}
+    if config:
+        return read_config(config, path, **told, whole=whole)
+    if path.is_dir():
+        return read_folder(path, **told, whole=whole)
+    if block := packed_block(read_header(path).metadata, str(path)):
+        return ModelFolder(path.parent, block.config, block.preprocess, block.origin, path, path)
+    state = _official(path)
+    # Of an encoder's decoder nothing is needed, so its number of heads need not be known.
+    network = infer_config(state if whole else from_official(state, "timm"), **told, where=str(path))
+    return ModelFolder(path.parent, network, None, None, path, path, state=state)
 
 
 def _official(path: Path) -> dict[str, Tensor]:
