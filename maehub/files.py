@@ -100,15 +100,21 @@ def free_space_guard(path: str | os.PathLike[str], needed_bytes: int) -> None:
     Raises:
         CheckpointError: less than that is free; the text names both numbers.
     """
-    folder = Path(path)
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
+    folder = nearest_folder(path)
     free = _free_bytes(folder)
     if free < needed_bytes:
         raise CheckpointError(
             f"{path} needs {_megabytes(needed_bytes)}, and {_megabytes(free)} are free in {folder}. "
             "Nothing was written. Free some space or choose another folder."
         )
+
+
+def nearest_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    folder = Path(path)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -20,10 +20,10 @@ from rights import as_nobody, let_enter, needs_root
 from maehub.cli.command_line import main
 from maehub.errors import CheckpointError, HubError, UsageError
 from maehub.hub import cache as caching
-from maehub.hub import catalog, leftovers
+from maehub.hub import catalog
+from maehub.hub.cache import clean_cache
 from maehub.hub.catalog import model_info
 from maehub.hub.fetching import fetch, fetch_repo
-from maehub.hub.leftovers import clean_cache
 
 TIMM = "timm/vit_base_patch16_224.mae"
 FOLDER = "models--timm--vit_base_patch16_224.mae"
@@ -318,7 +318,7 @@ def test_row_6_an_empty_or_missing_cache_is_clean(tmp_path, capsys):
 def test_row_6_a_download_that_ends_meanwhile_is_no_leftover(tmp_path, monkeypatch):
     path = tmp_path / "models--a--b" / "blobs" / "x.incomplete"
     path.parent.mkdir(parents=True)
-    monkeypatch.setattr(leftovers, "_candidates", lambda place: [path])
+    monkeypatch.setattr(caching, "_candidates", lambda place: [path])
     assert clean_cache(tmp_path).removed == []
 
 
@@ -472,12 +472,12 @@ print("free", os.statvfs(os.environ["DISK"]).f_bavail * os.statvfs(os.environ["D
 MUCH_ROOM = "shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=10**12)"
 # Room enough when it is asked for, and then another process takes it.
 RACE = """
-from maehub.hub import cache as caching, client as transport
-def took_it(*_, check=caching.check_room):
+from maehub.hub import cache as caching, urls
+def took_it(*_, check=caching.check_disk_space):
     check(*_)
     with open(os.path.join(os.environ["DISK"], "other"), "wb") as other:
         other.write(bytes(1_200_000))
-caching.check_room = transport.check_room = took_it
+caching.check_disk_space = urls.check_disk_space = took_it
 """
 
 
@@ -513,7 +513,7 @@ def test_row_19_a_size_that_nobody_knows_is_found_out_midway(hub, vit_b, start, 
     disk = tmp_path / "disk"
     disk.mkdir()
     environment = {"MAEHUB_CACHE": str(disk / "maehub"), "DISK": str(disk)}
-    patch = MUCH_ROOM + "\nfrom maehub.hub import client as transport\ntransport.check_room = lambda *_: None"
+    patch = MUCH_ROOM + "\nfrom maehub.hub import urls\nurls.check_disk_space = lambda *_: None"
     process = start(
         "download",
         "vit-b-normpix-full",

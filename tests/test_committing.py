@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, UsageError
 from maehub.hub.fetching import fetch_repo
 from maehub.publishing import committing, remote
-from maehub.publishing.committing import LocalFile, commit, look, verify_remote
+from maehub.publishing.committing import commit
+from maehub.publishing.remote import LocalFile, look, verify_remote
 
 REPO = "user/name"
 TOKEN = "hf_" + "t0k3n" * 7
@@ -54,7 +55,7 @@ def impatient(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
-    monkeypatch.setattr(committing, "SILENCE", 0.3)
+    monkeypatch.setattr(committing, "UPLOAD_SILENCE", 0.3)
 
 
 @pytest.fixture
@@ -607,7 +608,7 @@ def test_row_82_a_token_that_may_not_write_is_told_before_anything_is_read(hub, 
     if exists:
         hub.add_repo(REPO, {"README.md": "# old"})
         says = "may not write there (HTTP 403)" if kind in ("other", "fine") else says
-    monkeypatch.setattr(remote, "digest", lambda *_: pytest.fail("a file was read"))
+    monkeypatch.setattr(remote, "file_hashes", lambda *_: pytest.fail("a file was read"))
     monkeypatch.setattr(Path, "read_bytes", lambda *_: pytest.fail("a file was read"))
     text = fails(HubError, push, files)
     assert says in text
@@ -660,7 +661,8 @@ import json, logging, sys, traceback
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
 from pathlib import Path
 from maehub.publishing import committing
-from maehub.publishing.committing import LocalFile, commit, look
+from maehub.publishing.committing import commit
+from maehub.publishing.remote import LocalFile, look
 committing._IN_MEMORY = 1000
 files = {name: LocalFile(Path(path), size, sha256) for name, (path, size, sha256) in json.loads(sys.argv[1]).items()}
 for repo in ("user/bars", "user/none", "user/refused", "stranger/name"):

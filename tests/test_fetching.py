@@ -18,9 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
-from maehub.hub import catalog, verification
-from maehub.hub import client as transport
-from maehub.hub import downloading as delivery
+from maehub.hub import catalog, client, downloading, urls, verification
 from maehub.hub.catalog import Source, model_info
 from maehub.hub.fetching import download, fetch, fetch_repo, verify
 
@@ -66,7 +64,8 @@ def impatient(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.setattr(transport, "SILENCE", 0.3)
+    for module in (client, urls):
+        monkeypatch.setattr(module, "SILENCE", 0.3)
 
 
 def fails(kind, call, *args, **options):
@@ -114,8 +113,8 @@ def test_a_row_is_fetched_verified_and_named(hub, vit_b, caplog):
 
 def test_a_file_is_hashed_once(hub, vit_b, monkeypatch):
     hashed = []
-    real = verification.digest
-    monkeypatch.setattr(verification, "digest", lambda path, other=None: hashed.append(path) or real(path, other))
+    real = verification.file_hashes
+    monkeypatch.setattr(verification, "file_hashes", lambda path, other=None: hashed.append(path) or real(path, other))
     first, second = fetch(vit_b), fetch(vit_b)
     assert len(hashed) == 1
     assert first == second
@@ -191,7 +190,7 @@ def test_a_source_in_trouble_is_not_a_source_that_is_gone(hub, vit_b, naps):
 
 
 def test_the_embedded_file_needs_no_network_and_is_pinned(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(delivery, "__file__", str(tmp_path / "hub" / "downloading.py"))
+    monkeypatch.setattr(downloading, "__file__", str(tmp_path / "hub" / "downloading.py"))
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "nano.safetensors").write_bytes(BYTES)
     source = Source("package", "assets/nano.safetensors", "safetensors", sha256=SHA256)
@@ -462,7 +461,7 @@ def test_row_12_server_errors_are_named(hub, vit_b, naps, status):
     hub.fault(WEIGHTS, "status", status=status, methods=("HEAD",))
     text = fails(HubError, fetch, vit_b)
     assert f"HTTP {status}" in text
-    assert len(hub.asked("HEAD")) == transport.TRIES
+    assert len(hub.asked("HEAD")) == client.TRIES
     hub.faults.clear()
     hub.fault(WEIGHTS, "status", status=status)  # the store answers so, the Hub does not
     assert f"HTTP {status}" in fails(HubError, fetch, vit_b)
@@ -579,7 +578,7 @@ def test_row_17_names_that_lead_out_of_the_folder(hub, name, tmp_path):
 @given(st.text(alphabet=st.sampled_from("ab./\\:\x00~"), max_size=12))
 def test_row_17_what_passes_stays_inside(name):
     try:
-        transport.check_filename(name, "user/repo")
+        client.check_filename(name, "user/repo")
     except IntegrityError:
         return
     folder = "/cache/snapshots/abc"
@@ -737,7 +736,7 @@ import os, sys
 before = dict(os.environ)
 import maehub.hub.catalog, maehub.hub.fetching
 assert "huggingface_hub" not in sys.modules and "requests" not in sys.modules and "torch" not in sys.modules
-maehub.hub.fetching.place_of(None, False, False)
+maehub.hub.fetching.cache_paths(None, False, False)
 assert dict(os.environ) == before
 """
     assert not run(hub, code).returncode
@@ -745,7 +744,7 @@ assert dict(os.environ) == before
 
 def test_texts_show_no_secrets():
     text = f"GET https://x.org/a?{SIGNATURE}&b=1 failed: /a?{SIGNATURE} (Bearer {SECRET}) {SECRET}\nmore"
-    assert transport.scrub(text) == "GET https://x.org/a failed: /a ((hidden)) (hidden) more"
+    assert client.scrub(text) == "GET https://x.org/a failed: /a ((hidden)) (hidden) more"
 
 
 def test_the_test_server_serves_ranges():

@@ -32,7 +32,7 @@ from maehub.conversion.identifying import identify
 from maehub.conversion.plain_vit import grid_of_table
 from maehub.conversion.target_detection import _judged
 from maehub.errors import IntegrityError, MaehubError, UsageError
-from maehub.hub.verification import Digests
+from maehub.hub.verification import FileHashes
 from maehub.images.decoding import open_image
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import PRESETS, EncoderConfig
@@ -129,7 +129,7 @@ def test_published_sizes_from_a_header_alone(name, tmp_path, monkeypatch):
         state = maehub.Encoder(preset).state_dict()
     path = tmp_path / "a.safetensors"
     sparse(path, {key: tuple(value.shape) for key, value in state.items()})
-    monkeypatch.setattr(answering, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
+    monkeypatch.setattr(answering, "file_hashes", lambda *_: FileHashes("0" * 64, "1" * 32, []))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = identify(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
@@ -157,7 +157,7 @@ def test_heads_of_the_catalog_are_known(tmp_path, monkeypatch):
     with torch.device("meta"):
         state = maehub.Encoder(EncoderConfig(224, 14, 3, 1536, 40, 24)).state_dict()
     sparse(tmp_path / "web.safetensors", {key: tuple(value.shape) for key, value in state.items()})
-    monkeypatch.setattr(answering, "digest", lambda *_: Digests("0" * 64, "1" * 32, []))
+    monkeypatch.setattr(answering, "file_hashes", lambda *_: FileHashes("0" * 64, "1" * 32, []))
     found = identify(tmp_path / "web.safetensors")
     assert found.network.heads == 24
     assert "heads=24" in found.advice[0]

@@ -29,8 +29,8 @@ LIGHT = {
         "cli.commands",
         "cli.reconstruct",
     ),
-    *("hub.catalog", "hub.disk_space", "hub.cache", "hub.leftovers", "hub.downloading", "hub.fetching", "hub.client"),
-    *("hub.verification", "hub.locating", "publishing.remote", "publishing.conditions", "publishing.committing"),
+    *("hub.catalog", "hub.disk_space", "hub.cache", "hub.downloading", "hub.fetching", "hub.client", "hub.urls"),
+    *("hub.verification", "hub.locating", "publishing.remote", "publishing.committing"),
     *("train.engine.settings", "train.pretraining.config", "train.finetuning.config"),
     *("train.probing.config", "train.evaluation.config", "__main__", ""),
 }

@@ -26,9 +26,9 @@ from maehub.errors import HubError, IntegrityError
 from maehub.hub.catalog import model_info
 from maehub.hub.fetching import fetch, fetch_repo, verify
 from maehub.publishing import round_trip as readback
-from maehub.publishing.committing import LocalFile, look, verify_remote
 from maehub.publishing.committing import commit as publish
 from maehub.publishing.pushing import push
+from maehub.publishing.remote import LocalFile, look, verify_remote
 
 OLAH = os.environ.get("MAEHUB_OLAH") or shutil.which("olah-cli")
 pytestmark = pytest.mark.skipif(not OLAH, reason="olah-cli is not installed; scripts/test-olah installs and runs it")

@@ -42,7 +42,7 @@ from maehub.conversion.library_folders import (
 )
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import check_free, sha256_file, whole_folder
-from maehub.hub import digest, is_model, load, load_autoencoder, locate, model_info, published_as
+from maehub.hub import file_hashes, is_model, load, load_autoencoder, locate, model_info, published_as
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target, patchify
 from maehub.version import __version__
@@ -263,7 +263,7 @@ def _read_file(
 
 def _origin(file: Path, name: str) -> Origin:
     """Where a file comes from: a published one is known by its content, and so is its licence."""
-    hashes = digest(file, "md5")
+    hashes = file_hashes(file, "md5")
     info = published_as(hashes.sha256, hashes.other)
     return Origin(info.name if info else name, sha256=hashes.sha256, licence=info.licence if info else "")
 

@@ -19,7 +19,7 @@ from maehub.conversion.identification import DecoderShape, Identification, Netwo
 from maehub.conversion.plain_vit import Plain, read_plain, share_of_known_names
 from maehub.conversion.target_detection import Judgement, can_judge, judge
 from maehub.errors import MaehubError
-from maehub.hub import ModelInfo, digest, published_as
+from maehub.hub import ModelInfo, file_hashes, published_as
 from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
 from maehub.weights import build_autoencoder, strip_wrappers, to_official, with_target
 
@@ -61,7 +61,7 @@ def identify(
     shapes = {names[name]: tuple(value.shape) for name, value in checkpoint.shapes.items()}
     family = None if plain and plain.whole else recognise(shapes)
     log.debug("hashing %s", checkpoint.file)
-    hashes = digest(checkpoint.file, "md5")
+    hashes = file_hashes(checkpoint.file, "md5")
     info = published_as(hashes.sha256, hashes.other)
     found = _blank(checkpoint, names, hashes.sha256, info)
     if plain and not family and _is_plain(plain, checkpoint.shapes):

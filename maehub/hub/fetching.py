@@ -4,7 +4,6 @@ Only safetensors are taken from the Hub. Nothing here reads a tensor or runs cod
 read as plain values, to find the weights beside it.
 """
 
-import json
 import logging
 import os
 import re
@@ -14,18 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.hub.cache import LOCK_TIMEOUT
+from maehub.files import read_json
+from maehub.hub.cache import LOCK_TIMEOUT, CachePaths, PathLike, cache_paths
 from maehub.hub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info
 from maehub.hub.client import NoFile, NotThere, Unreachable, check_filename, list_hub_files
-from maehub.hub.downloading import COMMIT, Place, cached_path, from_here, from_there, not_here, place_of
-from maehub.hub.downloading import Fetched as Fetched
-from maehub.hub.downloading import PathLike as PathLike
+from maehub.hub.downloading import COMMIT, Fetched, cached_path, from_here, from_there, not_here
 from maehub.hub.verification import Differs, check, expected_bytes, expected_here, stated_hash
 
 logger = logging.getLogger("maehub")
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LARGEST_CONFIG = 4_000_000  # bytes; real ones have a few hundred
 PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
@@ -57,13 +54,11 @@ def fetch(
         lock_timeout: the longest wait for another process that downloads the same file, in seconds; then it is
             downloaded beside that one.
 
-    Raises:
-        HubError: no source has it, or none answers, or it is not cached and there is no network.
-        IntegrityError: the bytes are not the expected ones, and a second download was no better.
-        CheckpointError: it is not cached, and the disk is full or the cache may not be written.
+    A HubError says that no source has it or answers, an IntegrityError that the bytes are not the expected ones twice,
+    a CheckpointError that the disk is full or the cache may not be written.
     """
-    place = place_of(cache_dir, offline, verify, lock_timeout)
-    return _first_source(info, _asked(info, revision), place, look_here=True)
+    paths = cache_paths(cache_dir, offline, verify, lock_timeout)
+    return _first_source(info, _asked(info, revision), paths, look_here=True)
 
 
 def fetch_repo(
@@ -87,14 +82,13 @@ def fetch_repo(
         revision, cache_dir, offline, verify, lock_timeout: as in `fetch`. A branch is looked up on the Hub at each
             call, and taken from the cache, with a warning, where the Hub does not answer.
 
-    Raises:
-        HubError, IntegrityError, CheckpointError: as in `fetch`. IntegrityError also where the repository has no
-            safetensors, or names that lead out of its folder.
+    Errors are those of `fetch`; IntegrityError also for a repository without safetensors, or with names that lead out
+    of its folder.
     """
-    place = place_of(cache_dir, offline, verify, lock_timeout)
+    paths = cache_paths(cache_dir, offline, verify, lock_timeout)
     repo, revision = _split(repo_id, revision)
     try:
-        config = _repo_file(repo_id, Source("hub", "config.json", "safetensors", repo, revision), place)
+        config = _repo_file(repo_id, Source("hub", "config.json", "safetensors", repo, revision), paths)
     except NoFile:
         config = None
     content = _read_config(config.path, repo) if config else {}
@@ -105,13 +99,11 @@ def fetch_repo(
         if not filename.endswith(".safetensors"):
             raise _only_safetensors(repo, [filename])
     sources = [Source("hub", filename, "safetensors", repo, at) for filename in candidates]
-    weights = _first_file(repo_id, sources, place)
+    weights = _first_file(repo_id, sources, paths)
     pretrained = content.get("pretrained_cfg")
     licence = pretrained.get("license") if isinstance(pretrained, dict) else None
     licence = licence if isinstance(licence, str) else ""
-    found = replace(weights, licence=licence, config=config.path if config else None)
-    _tell(found)
-    return found
+    return _told(replace(weights, licence=licence, config=config.path if config else None))
 
 
 def download(
@@ -134,9 +126,9 @@ def download(
         UsageError: no such name, or a row whose file is not fetched by itself.
     """
     if "/" not in name:
-        info, place = model_info(name), place_of(cache_dir, False, False, lock_timeout)
+        info, paths = model_info(name), cache_paths(cache_dir, False, False, lock_timeout)
         check_supported(info)
-        return _first_source(info, _asked(info, revision), place, look_here=False).path
+        return _first_source(info, _asked(info, revision), paths, look_here=False).path
     encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
     if encoder.filename != "model.safetensors":
         fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
@@ -154,17 +146,17 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
         HubError: nothing of it is on this machine.
         IntegrityError: some files are not what they should be; the text names them. They are left as they are.
     """
-    place = place_of(cache_dir, offline=True, verify=True)
+    paths = cache_paths(cache_dir, offline=True, verify=True)
     text = os.fspath(source)
     if Path(text).exists():
         below = sorted(Path(text).rglob("*.safetensors")) if Path(text).is_dir() else [Path(text)]
         files = [(path, expected_bytes(None, stated_hash(path))) for path in below]
     elif is_model(text):
-        rows = [(cached_path(one, place), one) for one in model_info(text).sources]
-        files = [(path, expected_here(one, path, place.own)) for path, one in rows if path]
+        rows = [(cached_path(one, paths), one) for one in model_info(text).sources]
+        files = [(path, expected_here(one, path, paths.own)) for path, one in rows if path]
     else:
         repo, revision = _split(text, None)
-        config = cached_path(Source("hub", "config.json", "safetensors", repo, revision), place)
+        config = cached_path(Source("hub", "config.json", "safetensors", repo, revision), paths)
         below = sorted(path for path in config.parent.rglob("*") if path.is_file()) if config else []
         files = [(path, expected_bytes(None, stated_hash(path))) for path in below]
     if not files:
@@ -172,10 +164,10 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
     checked, wrong = [], []
     for path, expected in files:
         try:
-            checked.append(Verified(path, check(path, expected, place.own, place.verify), expected.by))
+            checked.append(Verified(path, check(path, expected, paths.own, paths.verify), expected.by))
         except Differs as difference:
-            wanted, actual, by = difference.args
-            wrong.append(f"{path}: the bytes have hash {actual[:12]}, but {by} has {wanted[:12]}")
+            begins, actual, by = difference.args
+            wrong.append(f"{path}: the bytes have hash {actual[:12]}, but {by} has {begins[:12]}")
     if wrong:
         more = f"\n… and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise IntegrityError("\n".join(wrong[:3]) + f"{more}\ndelete what differs; it is downloaded again when needed")
@@ -193,78 +185,70 @@ def _asked(info: ModelInfo, revision: str | None) -> list[Source]:
     return list(dict.fromkeys(bare))
 
 
-def _first_source(info: ModelInfo, sources: list[Source], place: Place, look_here: bool) -> Fetched:
-    for source in sources if look_here or place.offline else []:
-        if found := from_here(info.name, source, place):
-            return _named(info, found)
-    if place.offline:
-        raise not_here(info.name, sources[0], place)
+def _first_source(info: ModelInfo, sources: list[Source], paths: CachePaths, look_here: bool) -> Fetched:
+    for source in sources if look_here or paths.offline else []:
+        if cached := from_here(info.name, source, paths):
+            return _told(replace(cached, licence=info.licence))
+    if paths.offline:
+        raise not_here(info.name, sources[0], paths)
     missing: list[NotThere] = []
     for source in sources:
         try:
-            found = from_there(info.name, source, place)
+            return _told(replace(from_there(info.name, source, paths), licence=info.licence))
         except NotThere as error:
             missing.append(error)
             logger.info("%s: %s", info.name, str(error).splitlines()[0])
-        else:
-            return _named(info, found)
     if len(missing) == 1:
         raise missing[0]
     lines = [str(error).splitlines()[0] for error in missing]
     raise HubError(f"no source of {info.name} has it any more:\n" + "\n".join(lines)) from missing[0]
 
 
-def _named(info: ModelInfo, found: Fetched) -> Fetched:
-    found = replace(found, licence=info.licence)
-    _tell(found)
-    return found
+def _told(files: Fetched) -> Fetched:
+    at = f"{files.repo}@{files.revision[:7]} {files.filename}" if files.repo else files.url or str(files.path)
+    logger.info("%s: %s%s", files.name, at, f", licence {files.licence}" if files.licence else "")
+    return files
 
 
-def _tell(found: Fetched) -> None:
-    at = f"{found.repo}@{found.revision[:7]} {found.filename}" if found.repo else found.url or str(found.path)
-    logger.info("%s: %s%s", found.name, at, f", licence {found.licence}" if found.licence else "")
-
-
-def _repo_file(name: str, source: Source, place: Place) -> Fetched:
+def _repo_file(name: str, source: Source, paths: CachePaths) -> Fetched:
     """A file of a repository: a commit from the cache, a branch from the Hub, and from the cache if that is silent."""
-    fixed = COMMIT.fullmatch(source.revision) is not None
-    if (fixed or place.offline) and (found := from_here(name, source, place)):
-        return found
-    if place.offline:
-        raise NoFile(str(not_here(name, source, place)))
+    if (paths.offline or COMMIT.fullmatch(source.revision)) and (cached := from_here(name, source, paths)):
+        return cached
+    if paths.offline:
+        raise NoFile(str(not_here(name, source, paths)))
     try:
-        return from_there(name, source, place)
+        return from_there(name, source, paths)
     except Unreachable as error:
-        found = from_here(name, source, place)
-        if not found:
+        cached = from_here(name, source, paths)
+        if not cached:
             raise
         first = str(error).splitlines()[0]
-        logger.warning("%s; taking the copy on this machine, commit %s", first, found.revision[:12])
-        return found
+        logger.warning("%s; taking the copy on this machine, commit %s", first, cached.revision[:12])
+        return cached
 
 
-def _first_file(name: str, sources: list[Source], place: Place) -> Fetched:
+def _first_file(name: str, sources: list[Source], paths: CachePaths) -> Fetched:
     """The first of several files of one repository."""
     for source in sources:
-        if found := from_here(name, source, place) if COMMIT.fullmatch(source.revision) else None:
-            return found
+        if COMMIT.fullmatch(source.revision) and (cached := from_here(name, source, paths)):
+            return cached
     repo, revision = sources[0].repo, sources[0].revision
-    names = [] if place.offline else list_hub_files(repo, revision)
+    names = [] if paths.offline else list_hub_files(repo, revision)
     for source in sources:
         if names and source.filename not in names:
             continue
         try:
-            return _repo_file(name, source, place)
+            return _repo_file(name, source, paths)
         except NoFile:
             continue
-    if place.offline:
-        raise not_here(name, sources[0], place)
+    if paths.offline:
+        raise not_here(name, sources[0], paths)
     if any(one.endswith(".safetensors.index.json") for one in names):
         raise HubError(f"the weights of {repo} are cut into several files, which maehub does not read yet")
     if pickles := [one for one in names if one.endswith(PICKLE_ENDINGS)]:
         raise _only_safetensors(repo, pickles)
-    wanted = " or ".join(source.filename for source in sources)
-    raise HubError(f"{repo}@{revision[:12]} has no {wanted}\nits files: {', '.join(names[:12]) or 'not to be had'}")
+    asked = " or ".join(source.filename for source in sources)
+    raise HubError(f"{repo}@{revision[:12]} has no {asked}\nits files: {', '.join(names[:12]) or 'not to be had'}")
 
 
 def _only_safetensors(repo: str, names: Iterable[str]) -> IntegrityError:
@@ -294,14 +278,9 @@ def _check_revision(revision: str) -> str:
 def _read_config(path: Path, repo: str) -> dict[str, Any]:
     """config.json as plain values. Whatever it asks to import or run is ignored: it is only read."""
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+        return read_json(path)
+    except IntegrityError as error:
         raise IntegrityError(f"config.json of {repo} cannot be read: {error}\nnothing of it was loaded") from error
-    return content
 
 
 def _weight_names(config: dict[str, Any], want: Want) -> list[str]:

@@ -8,8 +8,8 @@ import torch
 
 from maehub.errors import UsageError
 from maehub.files import atomic_write, cache_folder, write_error
+from maehub.hub.cache import PathLike
 from maehub.hub.catalog import Want
-from maehub.hub.fetching import PathLike
 from maehub.hub.locating import Located, locate
 from maehub.hub.verification import known_finite, mark_finite
 from maehub.images import Size

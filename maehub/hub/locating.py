@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maehub.errors import IntegrityError, UsageError
+from maehub.hub.cache import PathLike
 from maehub.hub.catalog import ModelInfo, Want, is_model, no_model, resolve
-from maehub.hub.fetching import PICKLE_ENDINGS, Fetched, PathLike, fetch, fetch_repo
+from maehub.hub.downloading import Fetched
+from maehub.hub.fetching import PICKLE_ENDINGS, fetch, fetch_repo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
@@ -48,8 +50,8 @@ def locate(
     name, path = os.fspath(source), Path(os.path.expanduser(source))
     if isinstance(source, str) and is_model(name):
         info = resolve(name, want)
-        found = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
-        return Located(info.name, found.path, info, found)
+        fetched = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+        return Located(info.name, fetched.path, info, fetched)
     if path.suffix in PICKLE_ENDINGS and os.path.isfile(path):
         raise IntegrityError(
             f"{path} is a pickle, which can run code when it is opened, so it is not loaded. Nothing was read.\n"
@@ -58,8 +60,8 @@ def locate(
     if os.path.exists(path):  # unlike the method of a path, False for a name that is too long
         return Located(name, path)
     if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in (".safetensors", *PICKLE_ENDINGS):
-        found = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
-        return Located(name, found.path, fetched=found)
+        fetched = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+        return Located(name, fetched.path, fetched=fetched)
     if not isinstance(source, str) or path.suffix in (".safetensors", *PICKLE_ENDINGS) or "/" in name:
         raise UsageError(f"there is no file or folder {name}, and it is no Hub id, which looks like user/repo")
     raise no_model(name)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from maehub.files import atomic_write
 from maehub.hub.catalog import Source, Want
@@ -21,7 +21,7 @@ logger = logging.getLogger("maehub")
 _CHUNK = 1 << 20  # bytes read at once
 
 
-class Digests(NamedTuple):
+class FileHashes(NamedTuple):
     """Hashes of one file, hexadecimal, and the state that the file had before it was read."""
 
     sha256: str
@@ -30,11 +30,10 @@ class Digests(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """Hashes to compare with, each perhaps only a beginning; all empty where nothing is known."""
+    """The hash to compare with, or its beginning; empty where nothing is known."""
 
-    sha256: str = ""
-    md5: str = ""
-    git: str = ""
+    kind: Literal["sha256", "md5", "git"] = "sha256"
+    begins: str = ""
     by: str = "nothing"
 
 
@@ -42,18 +41,18 @@ class Differs(Exception):
     """The bytes of a file are not the expected ones; args: what was expected, what was found."""
 
 
-def digest(path: Path, other: Literal["md5", "git", None] = None) -> Digests:
+def file_hashes(path: Path, other: Literal["md5", "git", None] = None) -> FileHashes:
     """Read a file once and hash it: sha256, and beside it md5, or sha1 as git counts it."""
-    state, hashes = file_state(path), [hashlib.sha256()]
+    state, counts = file_state(path), [hashlib.sha256()]
     if other == "md5":
-        hashes.append(hashlib.md5(usedforsecurity=False))
+        counts.append(hashlib.md5(usedforsecurity=False))
     elif other == "git":
-        hashes.append(hashlib.sha1(b"blob %d\0" % state[0], usedforsecurity=False))
+        counts.append(hashlib.sha1(b"blob %d\0" % state[0], usedforsecurity=False))
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            for one in hashes:
+            for one in counts:
                 one.update(chunk)
-    return Digests(hashes[0].hexdigest(), hashes[1].hexdigest() if other else "", state)
+    return FileHashes(counts[0].hexdigest(), counts[1].hexdigest() if other else "", state)
 
 
 def file_state(path: Path) -> list[int]:
@@ -62,28 +61,23 @@ def file_state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def read_stamp(path: Path, cache: Path) -> str:
-    """The recorded sha256 of a file that did not change since; empty where there is none."""
-    record = _record(path, cache)
-    return str(record["sha256"]) if record and record["state"] == file_state(path) else ""
-
-
-def recorded_hash(path: Path, cache: Path) -> str:
-    """The sha256 that was recorded for a path, even if the file changed since; empty where there is none."""
-    record = _record(path, cache)
-    return str(record["sha256"]) if record else ""
-
-
-def write_stamp(path: Path, cache: Path, digests: Digests) -> None:
-    """Record a hash. A cache that cannot be written costs another hash at the next load, no more."""
-    _write(path, cache, {"path": os.path.realpath(path), "state": digests.state, "sha256": digests.sha256})
-
-
-def _write(path: Path, cache: Path, record: dict[str, object]) -> None:
+def read_stamp(path: Path, cache: Path, changed: bool = False) -> dict[str, Any]:
+    """What was recorded of a file; empty where that is nothing, or where it changed since, unless ``changed``."""
     try:
-        place = _place(path, cache)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(place) as temporary:
+        record = json.loads(_stamp(path, cache).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(record, dict) and isinstance(record.get("sha256"), str) and isinstance(record.get("state"), list)
+    known = whole and record.get("path") == os.path.realpath(path) and (changed or record["state"] == file_state(path))
+    return record if known else {}
+
+
+def _write(path: Path, cache: Path, record: dict[str, Any]) -> None:
+    """Record what is known of a file. A cache that cannot be written costs another hash at the next load, no more."""
+    try:
+        stamp = _stamp(path, cache)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(stamp) as temporary:
             temporary.write_text(json.dumps(record))
     except OSError as error:
         logger.debug("no stamp for %s: %s", path, error)
@@ -91,57 +85,45 @@ def _write(path: Path, cache: Path, record: dict[str, object]) -> None:
 
 def known_finite(path: Path, cache: Path, part: Want) -> bool:
     """Whether the tensors of a part of a file that did not change since were found free of NaN and infinity."""
-    record = _record(path, cache)
-    return bool(record and record.get("finite") in (part, "autoencoder") and record["state"] == file_state(path))
+    return read_stamp(path, cache).get("finite") in (part, "autoencoder")
 
 
 def mark_finite(path: Path, cache: Path, part: Want) -> None:
     """Record that, in the stamp of an unchanged file; without one nothing is recorded."""
-    record = _record(path, cache)
-    if record and record["state"] == file_state(path) and not known_finite(path, cache, part):
+    record = read_stamp(path, cache)
+    if record and record.get("finite") not in (part, "autoencoder"):
         _write(path, cache, record | {"finite": part})
 
 
-def remove_stamp(path: Path, cache: Path) -> None:
-    """Forget what was recorded for a path."""
-    try:
-        _place(path, cache).unlink(missing_ok=True)
-    except OSError as error:
-        logger.debug("stamp of %s stays: %s", path, error)
-
-
 def check(path: Path, expected: Expected, cache: Path, afresh: bool = False) -> str:
-    """The sha256 of a file that is as expected; hashes only what has no unchanged stamp.
-
-    Raises:
-        Differs: it is not.
-    """
-    known = "" if afresh else read_stamp(path, cache)
-    if known and known.startswith(expected.sha256):
+    """The sha256 of a file that is as expected, or `Differs`; hashes only what has no unchanged stamp."""
+    known = "" if afresh else str(read_stamp(path, cache).get("sha256", ""))
+    if known and (expected.kind != "sha256" or known.startswith(expected.begins)):
         return known
-    digests = digest(path, "md5" if expected.md5 else "git" if expected.git else None)
-    if not digests.sha256.startswith(expected.sha256):
-        raise Differs(expected.sha256, digests.sha256, expected.by)
-    if not digests.other.startswith(expected.md5 or expected.git):
-        raise Differs(expected.md5 or expected.git, digests.other, expected.by)
-    write_stamp(path, cache, digests)
-    return digests.sha256
+    hashes = file_hashes(path, None if expected.kind == "sha256" else expected.kind)
+    actual = hashes.sha256 if expected.kind == "sha256" else hashes.other
+    if not actual.startswith(expected.begins):
+        raise Differs(expected.begins, actual, expected.by)
+    _write(path, cache, {"path": os.path.realpath(path), "state": hashes.state, "sha256": hashes.sha256})
+    return hashes.sha256
 
 
 def expected_bytes(source: Source | None, etag: str) -> Expected:
     """What a file's bytes are compared with: the catalog if it says anything, else what the Hub states."""
-    if source and (source.sha256 or source.md5):
-        return Expected(source.sha256, "" if source.sha256 else source.md5, "", "the catalog")
-    if re.fullmatch(r"[0-9a-f]{64}", etag):
-        return Expected(sha256=etag, by="the Hub")
-    return Expected(git=etag, by="the Hub") if re.fullmatch(r"[0-9a-f]{40}", etag) else Expected()
+    if source and source.sha256:
+        return Expected("sha256", source.sha256, "the catalog")
+    if source and source.md5:
+        return Expected("md5", source.md5, "the catalog")
+    if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", etag):
+        return Expected("sha256" if len(etag) == 64 else "git", etag, "the Hub")
+    return Expected()
 
 
 def expected_here(source: Source, path: Path, cache: Path) -> Expected:
     """The same for a file that was downloaded before: its own first hash, where nobody else states one."""
     expected = expected_bytes(source, stated_hash(path))
-    if expected == Expected() and (first := recorded_hash(path, cache)):
-        return Expected(sha256=first, by="the first download")
+    if not expected.begins and (first := read_stamp(path, cache, changed=True).get("sha256")):
+        return Expected("sha256", first, "the first download")
     return expected
 
 
@@ -157,19 +139,13 @@ def _blob(path: Path) -> Path | None:
 
 def discard(path: Path, cache: Path) -> None:
     """Remove a file, what it links to, and its stamp, so that nothing takes it for whole again."""
-    remove_stamp(path, cache)
+    try:
+        _stamp(path, cache).unlink(missing_ok=True)
+    except OSError as error:
+        logger.debug("stamp of %s stays: %s", path, error)
     for one in {Path(os.path.realpath(path)), _blob(path) or path, path}:
         one.unlink(missing_ok=True)
 
 
-def _place(path: Path, cache: Path) -> Path:
+def _stamp(path: Path, cache: Path) -> Path:
     return cache / "stamps" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]}.json"
-
-
-def _record(path: Path, cache: Path) -> dict[str, object] | None:
-    try:
-        record = json.loads(_place(path, cache).read_bytes())
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(record, dict) and isinstance(record.get("sha256"), str) and isinstance(record.get("state"), list)
-    return record if whole and record.get("path") == os.path.realpath(path) else None

@@ -12,33 +12,17 @@ anything is sent again.
 import contextlib
 import hashlib
 import logging
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.hub import LONGEST_WAIT, PASSING, TRIES, scrub
-from maehub.publishing.conditions import check_conditions, moved
-from maehub.publishing.remote import (
-    UNTOUCHED,
-    Hub,
-    Remote,
-    causes,
-    pause_after,
-    same,
-    state,
-    status_of,
-    unreadable,
-)
-from maehub.publishing.remote import LocalFile as LocalFile
-from maehub.publishing.remote import look as look
-from maehub.publishing.remote import verify_remote as verify_remote
+from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
+from maehub.hub import PASSING, UPLOAD_SILENCE, causes, retry, scrub, status_of
+from maehub.publishing.remote import UNTOUCHED, Hub, LocalFile, Remote, check_conditions, moved, same, state, unreadable
 
 logger = logging.getLogger("maehub")
 
-SILENCE = 60  # seconds without a byte after which an upload or a commit counts as lost
 _IN_MEMORY = 4_000_000  # bytes; smaller files are read once and sent as they were then
 
 
@@ -82,11 +66,8 @@ def commit(
         progress: show bars while files are sent.
         token, endpoint: as in `look`.
 
-    Raises:
-        UsageError: the repository has the other visibility, or cannot be written that way. Nothing was done.
-        HubError: the head moved; no answer; a refusal. The text says what is on the Hub.
-        IntegrityError: a file here changed meanwhile. Nothing was published.
-        CheckpointError: a file here cannot be read. Nothing was published.
+    Nothing is published where the repository cannot be written that way (UsageError), or a file here changed meanwhile
+    (IntegrityError) or cannot be read (CheckpointError). After a refusal or no answer a HubError says what is there.
     """
     hub = Hub(repo_id, token, endpoint)
     check_conditions(hub, remote, revision=revision, parent=parent, private=private, pull_request=pull_request)
@@ -171,7 +152,7 @@ def _upload(hub: Hub, operations: list[Any], files: Mapping[str, LocalFile], rev
     for batch in ([small] if small else []) + [[one] for one in large]:
         what = f"{len(batch)} small files" if batch is small else batch[0].path_in_repo
         try:
-            with hub.bounded(SILENCE):
+            with hub.bounded(UPLOAD_SILENCE):
                 hub.api.preupload_lfs_files(
                     hub.repo_id,
                     batch,
@@ -196,33 +177,33 @@ def _send(hub: Hub, operations: list[Any], files: Mapping[str, LocalFile], remot
     An answer that did not come is never taken for a commit that was not made: the head decides. Sending it again can
     not make a second one, since the head is its parent no longer once the first is there.
     """
-    waited, last, lost = 0.0, "", False
-    for attempt in range(1, TRIES + 1):
+    lost = False
+
+    def send() -> str:
+        nonlocal lost
         try:
-            return _create_commit(hub, operations, remote, message, proposed=False).oid
+            return str(_create_commit(hub, operations, remote, message, proposed=False).oid)
         except Exception as error:
             status = status_of(error)
             if status is not None and status not in PASSING and not (status == 412 and lost):
                 raise _refused(hub, error, remote) from error
-            lost, pause, last = (
-                True,
-                pause_after(error, attempt),
-                str(hub.trouble(error, f"the commit to {hub.repo_id}")),
-            )
-            made = _arrived(hub, files, remote, error)
-            if made:
+            lost = True
+            if made := _arrived(hub, files, remote, error):
                 logger.info("%s: the answer was lost, the commit was made: %s", hub.repo_id, made[:12])
                 return made
-            if attempt == TRIES or waited + pause > LONGEST_WAIT:
-                break
-        logger.warning("%s: the commit was not made, sending it again in %g s", hub.repo_id, pause)
-        time.sleep(pause)
-        waited += pause
-    first = last.split("\n")[0]
-    raise HubError(
-        f"{first}\n{UNTOUCHED}: the head of {hub.repo_id} is still {remote.commit[:12]}, and the files were sent\n"
-        "running this again is safe: it looks at the head first, and sends no file twice"
-    )
+            raise
+
+    again = f"{hub.repo_id}: the commit was not made, sending it again"
+    try:
+        return retry(send, lambda _: again, passes=lambda error: not isinstance(error, MaehubError))
+    except MaehubError:
+        raise
+    except Exception as error:
+        raise HubError(
+            f"{_first_line(hub, error, 'commit')}\n{UNTOUCHED}: the head of {hub.repo_id} is still "
+            f"{remote.commit[:12]}, and the files were sent\n"
+            "running this again is safe: it looks at the head first, and sends no file twice"
+        ) from error
 
 
 def _arrived(hub: Hub, files: Mapping[str, LocalFile], remote: Remote, error: Exception) -> str:
@@ -230,9 +211,9 @@ def _arrived(hub: Hub, files: Mapping[str, LocalFile], remote: Remote, error: Ex
     try:
         now = state(hub, remote.revision)
     except HubError as unknown:
-        first = str(hub.trouble(error, f"the commit to {hub.repo_id}")).split("\n")[0]
         raise HubError(
-            f"{first}\nwhether it was made is not known, since {hub.host} does not tell its head any more\n"
+            f"{_first_line(hub, error, 'commit')}\n"
+            f"whether it was made is not known, since {hub.host} does not tell its head any more\n"
             f"either all {len(files)} files are in {hub.repo_id} or none; the contents of the large ones were sent\n"
             "running this again is safe: it looks at the head first, and a commit that was made is not made again"
         ) from unknown
@@ -263,9 +244,9 @@ def _propose(
                     return one.target_commit, f"{page}/{one.ref.rpartition('/')[2]}"
         except HubError as unknown:
             logger.debug("no pull requests of %s: %s", hub.repo_id, unknown)
-        first = str(hub.trouble(error, f"the pull request to {hub.repo_id}")).split("\n")[0]
         raise HubError(
-            f"{first}\nwhether it was opened is not known; the branch itself is unchanged\n"
+            f"{_first_line(hub, error, 'pull request')}\n"
+            "whether it was opened is not known; the branch itself is unchanged\n"
             f"look at {page} before running this again, which would open another"
         ) from error
 
@@ -279,7 +260,7 @@ def _requests(hub: Hub) -> list[Any]:
 
 def _create_commit(hub: Hub, operations: list[Any], remote: Remote, message: str, proposed: bool) -> Any:
     """One request; the client tries none of its parts again."""
-    with hub.bounded(SILENCE):
+    with hub.bounded(UPLOAD_SILENCE):
         return hub.api.create_commit(
             hub.repo_id,
             operations,
@@ -304,6 +285,10 @@ def _refused(hub: Hub, error: Exception, remote: Remote) -> HubError:
     return hub.trouble(error, f"the commit to {hub.repo_id}", UNTOUCHED)
 
 
+def _first_line(hub: Hub, error: Exception, what: str) -> str:
+    return str(hub.trouble(error, f"the {what} to {hub.repo_id}")).split("\n")[0]
+
+
 def _changed(name: str) -> IntegrityError:
     return IntegrityError(
         f"{name} is no longer what was checked: it was changed while it was published\n"
@@ -316,7 +301,7 @@ def _page(hub: Hub, commit: str) -> str:
 
 
 @contextlib.contextmanager
-def _progress(wanted: bool) -> Iterator[None]:
+def _progress(shown: bool) -> Iterator[None]:
     """Keep the client's bars off where they are not wanted; what the environment says about them stays."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -325,7 +310,7 @@ def _progress(wanted: bool) -> Iterator[None]:
         enable_progress_bars,
     )
 
-    switch = not wanted and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+    switch = not shown and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     if switch:
         disable_progress_bars()
     try:

@@ -17,15 +17,13 @@ from typing import Any
 import torch
 
 from maehub.errors import HubError, IntegrityError, UsageError
-from maehub.files import free_space_guard, read_json
-from maehub.hub import digest
+from maehub.files import free_space_guard, read_json, sha256_file
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder
 from maehub.publishing.committing import Committed, commit
-from maehub.publishing.conditions import check_conditions
 from maehub.publishing.leaks import find_leaks, refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, read_run
-from maehub.publishing.remote import Hub, LocalFile, Remote, check_name, look, same, verify_remote
+from maehub.publishing.remote import Hub, LocalFile, Remote, check_conditions, check_name, look, same, verify_remote
 from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
 from maehub.weights import check_finite, find_model_folder, open_autoencoder, open_encoder, read_block
 
@@ -172,12 +170,12 @@ def push(
     remote = _looked(repo_id, dry_run, parent, private, asked)
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
     with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
-        place = Path(name)
-        free_space_guard(place, needed)
-        verdict = build_repository(place, model, repo_id, settled, provenance, words)
-        paths = files_of(place)
+        staging = Path(name)
+        free_space_guard(staging, needed)
+        verdict = build_repository(staging, model, repo_id, settled, provenance, words)
+        paths = files_of(staging)
         refuse_leaks(find_leaks(paths, token=token or _token(), names=provenance.names))
-        files = {name: LocalFile(path, path.stat().st_size, digest(path).sha256) for name, path in paths.items()}
+        files = {name: LocalFile(path, path.stat().st_size, sha256_file(path)) for name, path in paths.items()}
         plan = Plan(
             repo_id,
             revision,
@@ -231,7 +229,7 @@ def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | M
         path = home / name
         if not path.is_file():
             raise IntegrityError(f"{home} lacks {name}, which its config.json names; nothing was sent")
-        if digest(path).sha256 != recorded:
+        if sha256_file(path) != recorded:
             raise IntegrityError(
                 f"{path} is not the file that was saved: its sha256 differs from the one in config.json. Nothing was "
                 "sent; export the model again"

@@ -1,26 +1,31 @@
-"""A repository on the Hub as it is before and after publishing: who asks, what is there, and is it what was sent?
+"""A repository on the Hub before and after publishing: who asks, what is there, may it be written, is it what was sent?
 
-Nothing here changes anything on the Hub. The Hub's client waits without end for most of its answers and reports many
-troubles in the same words; `Hub` bounds the waits, asks again where that may help, and says what happened. No text
-holds a token.
+Nothing here changes anything on the Hub. The Hub's client waits without end for most of its answers; `Hub` bounds the
+waits, asks again where that may help, and says what is safe. No text holds a token.
 """
 
 import contextlib
-import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError
 from maehub.files import byte_text
-from maehub.hub import LONGEST_WAIT, PASSING, TRIES, digest, hub_constants, no_login, scrub
+from maehub.hub import (
+    LIBRARY,
+    file_hashes,
+    host_of,
+    hub_constants,
+    no_login,
+    retry,
+    root,
+    scrub,
+    status_of,
+    why,
+)
 from maehub.hub import endpoint as hub_address
-from maehub.version import __version__
 
-logger = logging.getLogger("maehub")
 Answer = TypeVar("Answer")
 UNTOUCHED = "nothing was published"
 _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -73,10 +78,8 @@ def look(
         token: a token of the Hub; None is that of the login, or $HF_TOKEN.
         endpoint: address of the Hub; None is $HF_ENDPOINT, else the Hub's own.
 
-    Raises:
-        UsageError: not a name of a repository, or ``revision`` is no branch.
-        HubError: no token, or one that may not write there, or no answer.
-        CheckpointError: the file that keeps the login cannot be read.
+    A UsageError says that this names no repository or no branch, a HubError that there is no answer, or no token that
+    may write there, a CheckpointError that the file that keeps the login cannot be read.
     """
     hub = Hub(repo_id, token, endpoint)
     try:
@@ -93,12 +96,12 @@ def look(
     whose = f"the token {hub.hide(str(access.get('displayName') or ''))!r} of {user}"
     if access.get("role") == "read":
         raise hub.no_right(f"{whose} may only read")
-    found = state(hub, revision)._replace(user=user)
-    if not found.exists:
+    remote = state(hub, revision)._replace(user=user)
+    if not remote.exists:
         _check_owner(hub, identity, access, whose)
     elif not pull_request:
         _check_writing(hub, whose)
-    return found
+    return remote
 
 
 def verify_remote(
@@ -111,9 +114,7 @@ def verify_remote(
 ) -> None:
     """Compare what the Hub states about each file at a commit with the files that were to be there.
 
-    Raises:
-        IntegrityError: a file is missing or another one; the text names each.
-        HubError: the Hub does not say.
+    An IntegrityError names each that is missing or another one; a HubError says that the Hub does not tell.
     """
     hub = Hub(repo_id, token, endpoint)
     safe = f"the commit {commit[:12]} was made; whether it holds the right bytes is not known"
@@ -140,10 +141,10 @@ def same(file: LocalFile, stated: RemoteFile | None) -> bool:
     if stated.sha256:
         return stated.sha256 == file.sha256
     try:
-        found = digest(file.path, "git")
+        hashes = file_hashes(file.path, "git")
     except OSError as error:
         raise unreadable(file.path, error) from error
-    return (found.sha256, found.other) == (file.sha256, stated.git)
+    return (hashes.sha256, hashes.other) == (file.sha256, stated.git)
 
 
 def state(hub: "Hub", revision: str) -> Remote:
@@ -204,7 +205,7 @@ class Hub:
         check_name(repo_id)
         self.repo_id = repo_id
         self.endpoint = (endpoint or hub_address()).rstrip("/")
-        self.host = urlsplit(self.endpoint).netloc.rpartition("@")[2] or self.endpoint
+        self.host = host_of(self.endpoint)
         self.patience = float(constants.HF_HUB_ETAG_TIMEOUT)  # seconds without an answer to a question
         try:
             self.token = token or get_token() or ""
@@ -215,7 +216,7 @@ class Hub:
             raise HubError(f"there is no token for {self.host}, and publishing to {repo_id} needs one\n{login}")
         if not re.fullmatch(r"[!-~]+", self.token):  # the client's own error would show it
             raise HubError(f"the token for {self.host} has a blank or a letter that no token has\n{login}")
-        self.api = HfApi(self.endpoint, self.token, library_name="maehub", library_version=__version__)
+        self.api = HfApi(self.endpoint, self.token, **LIBRARY)
 
     def ask(self, doing: str, call: Callable[[], Answer], safe: str = UNTOUCHED) -> Answer:
         """The answer to a question that may be asked more than once.
@@ -223,26 +224,18 @@ class Hub:
         Args:
             doing: what it is for, for texts.
             call: asks.
-            safe: what is known to be so if there is no answer.
-
-        Raises:
-            HubError: none came, or a refusal.
+            safe: what is known to be so if there is no answer, which is a HubError.
         """
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-        waited = 0.0
-        for attempt in range(1, TRIES + 1):
-            try:
-                with self.bounded(self.patience):
-                    return call()
-            except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
-                pause = pause_after(error, attempt)
-                if not _may_pass(error) or attempt == TRIES or waited + pause > LONGEST_WAIT:
-                    raise self.trouble(error, doing, safe) from error
-                logger.warning("%s: %s did not deliver, asking again in %g s", doing, self.host, pause)
-            time.sleep(pause)
-            waited += pause
-        raise AssertionError("the last try returns or raises")
+        def bounded() -> Answer:
+            with self.bounded(self.patience):
+                return call()
+
+        try:
+            return retry(bounded, lambda _: f"{doing}: {self.host} did not deliver, asking again")
+        except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
+            raise self.trouble(error, doing, safe) from error
 
     def info(self, revision: str) -> Any:
         """The Hub's facts about the repository at a revision, with those of its files."""
@@ -266,31 +259,28 @@ class Hub:
         """The error to raise, from ``error``: what was done, why it failed, what is safe, what to do next."""
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-        reason, status = root(error), status_of(error)
+        cause, status = root(error), status_of(error)
         advice = "check the network, then run this again"
         if status is not None:
-            told = getattr(reason, "server_message", None)
-            said = scrub(told) if told else ""
-            why = f"{self.host} answered with HTTP {status}{': ' if said else ''}{said}"
+            said = getattr(cause, "server_message", None)
+            reason = why(error, self.host) + (f": {scrub(said)}" if said else "")
             advice = "the fault is there; run this again later" if status >= 500 else "look at what it says"
             if status in (401, 403):
                 advice = f"see what the token may do at {self.endpoint}/settings/tokens; `hf auth login` takes another"
             if status == 429:
                 advice = "it limits requests: wait, then run this again"
-        elif "Offline" in type(reason).__name__:
-            why, advice = "HF_HUB_OFFLINE is set", "unset it where there is a network"
-        elif isinstance(reason, httpx.TimeoutException):
-            why = f"no data for {_limit(reason):g} s from {self.host}"
-        elif isinstance(reason, httpx.ConnectError):
-            system = re.search(r"\[Errno -?\d+\] [\w ]+", str(reason))
-            why = f"{self.host} cannot be reached: {system[0] if system else scrub(reason)}"
-        elif isinstance(reason, httpx.HTTPError):
-            why = f"the connection to {self.host} broke: {scrub(reason)}"
-        elif isinstance(reason, OSError | RuntimeError):  # of the Xet transfer, which has no kinds of its own
-            why, advice = f"the transfer stopped: {scrub(reason)}", f"{advice}; HF_HUB_DISABLE_XET=1 sends without Xet"
+        elif "Offline" in type(cause).__name__:
+            reason, advice = "HF_HUB_OFFLINE is set", "unset it where there is a network"
+        elif isinstance(cause, httpx.TimeoutException | httpx.ConnectError):
+            reason = why(cause, self.host)
+        elif isinstance(cause, httpx.HTTPError):
+            reason = f"the connection to {self.host} broke: {scrub(cause)}"
+        elif isinstance(cause, OSError | RuntimeError):  # of the Xet transfer, which has no kinds of its own
+            reason = f"the transfer stopped: {scrub(cause)}"
+            advice = f"{advice}; HF_HUB_DISABLE_XET=1 sends without Xet"
         else:
-            why = f"{self.host} does not answer like a Hub: {scrub(reason)}"
-        return HubError(self.hide(f"{doing} failed: {why}\n{safe}; {advice}"))
+            reason = f"{self.host} does not answer like a Hub: {scrub(cause)}"
+        return HubError(self.hide(f"{doing} failed: {reason}\n{safe}; {advice}"))
 
     def no_right(self, why: str) -> HubError:
         """The error to raise where the token is known and may not write."""
@@ -304,53 +294,53 @@ class Hub:
         return text.replace(self.token, "(hidden)")
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what it was raised from."""
-    below: BaseException | None = error
-    while below is not None:
-        yield below
-        below = below.__cause__
+def check_conditions(
+    hub: Hub, remote: Remote, *, revision: str, parent: str | None, private: bool | None, pull_request: bool
+) -> None:
+    """Refuse what cannot be done with a repository as it is, known from one look; nothing is asked.
+
+    Args:
+        hub: who publishes, and where.
+        remote: the repository as it was found.
+        revision, parent, private, pull_request: as in `maehub.publishing.committing.commit`.
+    """
+    if (remote.repo_id, remote.revision) != (hub.repo_id, revision):
+        raise UsageError(f"{remote.repo_id}, {remote.revision} was looked at, not {hub.repo_id}, {revision}")
+    if pull_request and not remote.exists:
+        raise UsageError(f"there is no repository {hub.repo_id} on {hub.host} that a pull request could be made to")
+    if pull_request and revision != "main":
+        raise UsageError(f"a pull request goes to the main branch, not to {revision!r}: leave one of the two out")
+    if remote.exists and private is not None and remote.private is not private:
+        now, asked = ("private", "public") if remote.private else ("public", "private")
+        raise UsageError(
+            f"{hub.repo_id} on {hub.host} is {now}, and {asked} was asked for; {UNTOUCHED}\n"
+            f"publish it as it is, change it at {hub.endpoint}/{hub.repo_id}/settings, or take another name"
+        )
+    if parent is not None:
+        _check_parent(hub, remote, parent)
 
 
-def root(error: BaseException) -> BaseException:
-    """The answer or the broken connection below what the client makes of it."""
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    return next((one for one in causes(error) if isinstance(one, httpx.HTTPError)), error)
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error tells of; None where there was no answer."""
-    answer = getattr(root(error), "response", None)
-    return int(answer.status_code) if answer is not None else None
+def _check_parent(hub: Hub, remote: Remote, parent: str) -> None:
+    if not re.fullmatch(r"[0-9a-f]{6,40}", parent):
+        raise UsageError(f"{parent[:60]!r} is no commit: give at least 6 of its hexadecimal digits")
+    if not remote.exists:
+        raise UsageError(f"there is no repository {hub.repo_id} on {hub.host}, so {parent[:12]} cannot be its head")
+    if not remote.commit.startswith(parent):
+        raise moved(hub, remote.revision, parent, remote.commit)
 
 
-def pause_after(error: BaseException, attempt: int) -> float:
-    """Seconds before the next try: what the server asks for in Retry-After, else one more each time."""
-    answer = getattr(root(error), "response", None)
-    asked = str(answer.headers.get("Retry-After", "")).strip() if answer is not None else ""
-    return float(asked) if asked.isdigit() else float(attempt)
+def moved(hub: Hub, revision: str, before: str, now: str) -> HubError:
+    """The error to raise where the head is not the one that was looked at."""
+    return HubError(
+        f"remote changed: {before[:12]} -> {now[:12] or 'unknown'}, the head of {hub.repo_id} on {hub.host}\n"
+        f"{UNTOUCHED} and nothing there was overwritten\n"
+        f"look at it, {hub.endpoint}/{hub.repo_id}/commits/{revision}, then re-run with --parent {now or 'its head'}"
+    )
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error to raise, from ``error``, where a file of the model cannot be read."""
     return CheckpointError(f"{path} cannot be read: {error.strerror or error}; {UNTOUCHED}")
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same question may be answered a moment later: not if nobody ever answered."""
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    if (status := status_of(error)) is not None:
-        return status in PASSING
-    broke = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
-    return broke and not isinstance(error, httpx.ConnectError)
-
-
-def _limit(error: Any) -> float:
-    """The wait that a timeout ended, in seconds."""
-    limits = error.request.extensions.get("timeout", {})
-    return float(limits.get("read") or 0)
 
 
 def _check_owner(hub: Hub, identity: dict[str, Any], access: dict[str, Any], whose: str) -> None:

@@ -23,8 +23,8 @@ from PIL import Image
 from maehub.errors import UsageError
 from maehub.figures import Series, raw_and_smooth, reconstruct
 from maehub.figures import grid as figure_grid
-from maehub.files import atomic_write, read_json, write_json, write_text
-from maehub.hub import digest, model_info
+from maehub.files import atomic_write, read_json, sha256_file, write_json, write_text
+from maehub.hub import model_info
 from maehub.images import open_image
 from maehub.models import Encoder, MaskedAutoencoder, Origin
 from maehub.publishing.card import Page, published_card
@@ -99,7 +99,7 @@ def build_repository(
     )
     _rewrite(folder / "README.md", published_card(page))
     _record_verified(folder / "config.json", verdict, licence)
-    lines = [f"{digest(path).sha256}  {name}" for name, path in files_of(folder).items()]
+    lines = [f"{sha256_file(path)}  {name}" for name, path in files_of(folder).items()]
     write_text(folder / _CHECKSUMS, "\n".join(lines) + "\n")
     return verdict
 

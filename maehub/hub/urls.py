@@ -1,0 +1,135 @@
+"""Files from plain addresses: resumed where a connection broke, and never a page in their place."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import urljoin, urlsplit
+
+from maehub.errors import HubError, IntegrityError
+from maehub.files import atomic_write, byte_text
+from maehub.hub.client import (
+    PASSING,
+    SILENCE,
+    TRIES,
+    NotThere,
+    Unreachable,
+    host_of,
+    local_trouble,
+    no_answer,
+    no_downgrade,
+    retry,
+    status_of,
+    why,
+)
+from maehub.hub.disk_space import DownloadLabel, NoDiskSpace, check_disk_space, disk_trouble
+from maehub.version import __version__
+
+if TYPE_CHECKING:
+    import requests
+
+_CHUNK = 65_536  # bytes; what a broken connection loses at most
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def get_from_url(url: str, target: Path, label: DownloadLabel) -> None:
+    """Download to a temporary file beside ``target`` and leave it at ``target`` once it is whole.
+
+    Errors are those of `maehub.hub.client.get_from_hub`; IntegrityError also for a page instead of a file.
+    """
+    import requests
+
+    if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in _LOOPBACK:
+        raise IntegrityError(f"{label}: {_plain(url)} is not https, so what comes from it cannot be trusted")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as temporary, requests.Session() as session, temporary.open("wb") as file:
+            _stream(session, url, file, label)
+    except (HubError, NoDiskSpace):
+        raise
+    except OSError as error:
+        raise local_trouble(error, target.parent, label, 0, None) from error
+
+
+def _stream(session: "requests.Session", url: str, file: BinaryIO, label: DownloadLabel) -> None:
+    """The body of an address into an open file; goes on where a connection broke if the server can."""
+    import requests
+
+    total, tries = None, 0
+
+    def receive() -> None:
+        nonlocal total, tries
+        tries += 1
+        headers = {"User-Agent": f"maehub/{__version__}", "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
+        with session.get(url, headers=headers, stream=True, timeout=(SILENCE, SILENCE)) as answer:
+            for step in (*answer.history, answer):
+                no_downgrade(url, urljoin(step.url, step.headers.get("Location", step.url)), label)
+            answer.raise_for_status()
+            total = _prepare(answer, file, label)
+            _take_body(answer, file, total, label)
+
+    def broke(error: Exception) -> bool:
+        silent = isinstance(error, requests.ConnectionError | requests.Timeout)
+        return isinstance(error, requests.exceptions.ChunkedEncodingError) or (silent and file.tell() > 0)
+
+    def passes(error: Exception) -> bool:  # where nothing ever came, there is no use in asking on
+        return broke(error) if (status := status_of(error)) is None else status in PASSING
+
+    def reason(error: Exception) -> str:
+        if (status := status_of(error)) is not None:
+            return f"HTTP {status}"
+        verb = "broke" if isinstance(error, requests.exceptions.ChunkedEncodingError) else "went silent"
+        return f"the connection {verb} at {byte_text(file.tell())} of {byte_text(total)}"
+
+    try:
+        retry(receive, lambda error: f"{label}: {reason(error)}, trying {host_of(url)} again", passes)
+    except requests.RequestException as error:
+        status = status_of(error)
+        if broke(error) or (status in PASSING and tries == TRIES):
+            raise Unreachable(
+                f"download of {label} from {host_of(url)} failed after {tries} tries: {reason(error)}\n"
+                "nothing half is kept; try again later"
+            ) from error
+        if status in (401, 403, 404, 410):
+            raise NotThere(f"{_plain(url)} is not there (HTTP {status}), so {label} cannot be had from it") from error
+        if status is not None:
+            said = why(error, host_of(url), f" for {label}")
+            raise Unreachable(f"{said}\nnothing half is kept; try again later") from error
+        if isinstance(error, requests.ConnectionError | requests.Timeout):
+            raise no_answer(error, url, label) from error
+        raise
+
+
+def _prepare(answer: "requests.Response", file: BinaryIO, label: DownloadLabel) -> int | None:
+    """Set the file to where the answer's bytes belong, behind what is there or at the start: its whole size."""
+    if "text/html" in answer.headers.get("Content-Type", ""):
+        raise IntegrityError(
+            f"got {byte_text(len(answer.content))} of HTML from {host_of(answer.url)} instead of {label}\n"
+            "nothing is kept; a proxy or a login page answers in its place: sign in to the network, then try again"
+        )
+    if answer.status_code != 206:
+        file.seek(0)
+        file.truncate()
+    length = answer.headers.get("Content-Length")
+    if not length:
+        return None
+    check_disk_space(Path(file.name).parent, int(length), label)
+    return file.tell() + int(length)
+
+
+def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, label: DownloadLabel) -> None:
+    from tqdm import tqdm
+
+    with tqdm(desc=label.file, total=total, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
+        for chunk in answer.iter_content(_CHUNK):
+            try:
+                file.write(chunk)
+                file.flush()
+            except OSError as error:
+                os.truncate(file.fileno(), 0)  # it is given up, and what it took is free again
+                raise disk_trouble(error, Path(file.name).parent, label, total) from error
+            bar.update(len(chunk))
+
+
+def _plain(url: str) -> str:
+    return url.partition("?")[0]
