@@ -21,14 +21,13 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import UsageError
-from maehub.figures import Series, raw_and_smooth, reconstruct
+from maehub.figures import Series, curves_picture, raw_and_smooth, reconstruct
 from maehub.figures import grid as figure_grid
 from maehub.files import atomic_write, read_json, write_json, write_text
 from maehub.hub import digest, model_info
 from maehub.images import open_image
 from maehub.models import Encoder, MaskedAutoencoder, Origin
 from maehub.publishing.card import Page, published_card
-from maehub.publishing.curve_picture import plot
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance
@@ -126,10 +125,10 @@ def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenanc
     drawn: dict[str, Image.Image] = {}
     if isinstance(model, MaskedAutoencoder) and model.config.has_picture and model.config.encoder.channels in (1, 3):
         drawn["reconstruction"] = figure_grid([replace(reconstruct(model, photo), name=name) for photo in _PHOTOS])
-    if curve := plot("Loss", _loss(provenance.curve)):
+    if curve := curves_picture("Loss", _loss(provenance.curve)):
         drawn["curve"] = curve
     accuracy = _series(provenance.curve, "val_top1", "top-1, % of the held-out pictures", 1)
-    if accuracy and (curve := plot("Accuracy", accuracy)):
+    if accuracy and (curve := curves_picture("Accuracy", accuracy)):
         drawn["accuracy"] = curve
     if drawn:
         (folder / "figures").mkdir()
