@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from maehub.errors import UsageError
 from maehub.figures import as_picture, heat, new_figure, plot_style
 from maehub.train.evaluation.scores import Scores
-from maehub.train.evaluation.text_tables import readable
+from maehub.train.evaluation.text_tables import percent, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def confusion_picture(scores: Scores) -> Image.Image:
         _name_classes(axes, [row.name for row in scores.per_class], together, cell)
         _write_counts(axes, counts, shares, cell)
         grouped = f", {together} classes in a row" if together > 1 else ""
-        axes.set_title(f"top-1 {scores.top1:.1f} % of {scores.n:,} pictures", loc="left", fontsize=18, pad=14)
+        axes.set_title(f"top-1 {percent(scores.top1)} of {scores.n:,} pictures", loc="left", fontsize=18, pad=14)
         axes.set_ylabel(f"what pictures show{grouped}", fontsize=14, color=_GREY_NAME, loc="bottom", labelpad=8)
         axes.set_xlabel("what they are taken for", fontsize=14, color=_GREY_NAME, loc="right", labelpad=8)
         bar = (start + side + 32 / canvas, start + side - _LEGEND / canvas, 18 / canvas, _LEGEND / canvas)

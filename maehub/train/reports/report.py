@@ -17,6 +17,7 @@ from maehub.figures import Series, raw_and_smooth
 from maehub.files import atomic_write, fill_template
 from maehub.models import PRESETS
 from maehub.train.engine import RunConfig, RunLog
+from maehub.train.evaluation import duration_text, percent
 from maehub.train.reports import classifier as report_classifier
 from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture, value_text
 
@@ -267,9 +268,9 @@ def _costs(batch: Any, state: Mapping[str, Any], metrics: Mapping[str, Metrics])
         positive = speed.values[speed.values > 0]
         found["images/s"] = f"{statistics.median(positive):,.4g}, the median"
         if type(batch) is int:
-            found["time of the steps"] = _duration(float((batch / positive).sum()))
+            found["time of the steps"] = duration_text(float((batch / positive).sum()))
     if "data_wait" in metrics:
-        found["waiting for pictures"] = f"{100 * metrics['data_wait'].values.mean():.1f} % of the time"
+        found["waiting for pictures"] = f"{percent(100 * metrics['data_wait'].values.mean())} of the time"
     if "memory_gb" in metrics:
         found["memory"] = f"{metrics['memory_gb'].values.max():,.3g} GB at most"
     saved = state.get("last_good_step")
@@ -357,9 +358,3 @@ def _environment(config: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(facts, dict):
         return {}
     return {str(name).replace("_gb", ", GB").replace("_", " "): value_text(value) for name, value in facts.items()}
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
