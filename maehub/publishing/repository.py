@@ -140,9 +140,9 @@ def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenanc
 def _loss(curve: Sequence[Mapping[str, float]]) -> list[Series]:
     steps, values = _numbers(curve, "loss")
     series = raw_and_smooth("training", steps, values, 0)
-    for place, (key, words) in enumerate(_BASELINES.items()):
+    for number, (key, words) in enumerate(_BASELINES.items()):
         steps, values = _numbers(curve, key)
-        series.append(Series(words, steps, values, 2 + place))
+        series.append(Series(words, steps, values, 2 + number))
     return [*series, *_series(curve, "val_loss", "validation", 1)]
 
 
@@ -152,8 +152,8 @@ def _series(curve: Sequence[Mapping[str, float]], key: str, words: str, colour: 
 
 
 def _numbers(curve: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    found = [(line["step"], line[key]) for line in curve if key in line and "step" in line]
-    return np.array([step for step, _ in found], float), np.array([value for _, value in found], float)
+    points = [(line["step"], line[key]) for line in curve if key in line and "step" in line]
+    return np.array([step for step, _ in points], float), np.array([value for _, value in points], float)
 
 
 def _copy_pictures(folder: Path, pictures: Sequence[Path]) -> tuple[str, ...]:

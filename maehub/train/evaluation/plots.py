@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from maehub.errors import UsageError
 from maehub.figures import as_picture, heat, new_figure, plot_style
 from maehub.train.evaluation.scores import Scores
-from maehub.train.evaluation.text_tables import percent, readable
+from maehub.train.evaluation.text_tables import percent, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,10 +136,10 @@ def _name_classes(axes: "Axes", names: Sequence[str], together: int, cell: int) 
     """What stands beside rows and columns: names, or the places of some."""
     rows = -(-len(names) // together)
     if cell >= _NAMED_CELL:
-        labels = dict(enumerate(_written(name, place) for place, name in enumerate(names)))
+        labels = dict(enumerate(_written(name, index) for index, name in enumerate(names)))
     else:
         step = next(size for size in (5, 10, 20, 50, 100, 200, 500) if size * cell >= 40)
-        labels = {place: f"{place * together:,}" for place in range(0, rows, step)}
+        labels = {index: f"{index * together:,}" for index in range(0, rows, step)}
     axes.set_xticks(list(labels), list(labels.values()), rotation=90)
     axes.set_yticks(list(labels), list(labels.values()))
     axes.tick_params(length=0, pad=7, labelcolor=_INK_NAME, labeltop=True, labelbottom=False)
@@ -149,17 +149,17 @@ def _name_classes(axes: "Axes", names: Sequence[str], together: int, cell: int) 
         axes.vlines(edges, -0.5, rows - 0.5, _LINE_NAME, linewidth=1)
 
 
-def _written(name: str, place: int) -> str:
+def _written(name: str, index: int) -> str:
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))
     missing = any(not font.get_char_index(ord(character)) for character in name if character.isprintable())
-    return f"class {place}" if missing else readable(name, _LONGEST_NAME)
+    return f"class {index}" if missing else printable(name, _LONGEST_NAME)
 
 
 def _cut(text: str, font: Font, width: float) -> str:
     """The text, its end replaced by dots where it is too wide."""
-    text = readable(text, 200)
+    text = printable(text, 200)
     if font.getlength(text) <= width:
         return text
     return next(cut for length in range(len(text), -1, -1) if font.getlength(cut := f"{text[:length]}…") <= width)

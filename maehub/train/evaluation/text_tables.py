@@ -37,7 +37,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} %"
 
 
-def readable(text: str, longest: int = 32) -> str:
+def printable(text: str, longest: int = 32) -> str:
     """One line without control characters or broken Unicode, its end cut off where it is too long."""
     shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"

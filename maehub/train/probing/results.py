@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.train.evaluation import NeighbourTrial, Scores, Trial, best, html_table, percent, readable, text_table
+from maehub.train.evaluation import NeighbourTrial, Scores, Trial, best, html_table, percent, printable, text_table
 
 _NAME = 60  # characters of a model's name in a table
 
@@ -80,11 +80,11 @@ class ProbeResult:
             f", strength {_two_digits(self.strength)}" if self.strength else ""
         )
         parts = [
-            f"{self.model} on {readable(self.data, 200)}: {self.method} linear probe, {settings}",
+            f"{self.model} on {printable(self.data, 200)}: {self.method} linear probe, {settings}",
             str(self.scores),
         ]
         if self.method == "attentive":
-            parts[0] = f"{self.model} on {readable(self.data, 200)}: attentive probe"
+            parts[0] = f"{self.model} on {printable(self.data, 200)}: attentive probe"
         parts += _chosen_text(self.chosen, "STRENGTH", self._is_chosen)
         parts += _last_lines(self.n_train, self.seconds)
         parts += [line for line in (str(self.out or ""), self.note) if line]
@@ -129,7 +129,7 @@ class Sweep:
                     if own
                     else ("", "", "")
                 )
-                name = readable(result.model, _NAME)
+                name = printable(result.model, _NAME)
                 rows.append((name, row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), *test))
         return rows
 
@@ -172,7 +172,7 @@ class KnnResult:
 
     def __str__(self) -> str:
         voters = "the nearest neighbour" if self.neighbours == 1 else f"{self.neighbours} nearest neighbours"
-        where = f"{self.model} on {readable(self.data, 200)}"
+        where = f"{self.model} on {printable(self.data, 200)}"
         parts = [f"{where}: {voters}, pool {self.pool}, layer {self.layer}", str(self.scores)]
         parts += _chosen_text(self.chosen, "NEIGHBOURS", self._is_chosen)
         parts += _last_lines(self.n_train, self.seconds)

@@ -9,7 +9,7 @@ import numpy as np
 
 from maehub.figures import Series
 from maehub.train.engine import peak_rate
-from maehub.train.evaluation import Bin, ClassScore, Scores, percent, readable
+from maehub.train.evaluation import Bin, ClassScore, Scores, percent, printable
 from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture
 
 _MOST_CLASSES = 30  # in the table
@@ -20,8 +20,8 @@ _FITTED = ("epochs", "warmup_epochs")  # of a recipe: `steps` and `warmup` say w
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe as it was fitted to the network and the data, by the names of `finetune_recipes.Settings`."""
-    found = config.get("settings")
-    return found if isinstance(found, dict) else {}
+    settings = config.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def scores_of(scored: Mapping[str, Any]) -> Scores | None:
@@ -81,7 +81,7 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores)
         scores: in it.
     """
     interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"
-    found = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
+    facts = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
     for words, value, note in (
         ("top-5", scores.top5, ""),
         ("mean average precision", scores.mean_average_precision, ""),
@@ -90,18 +90,18 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores)
         ("calibration error", scores.calibration_error, " between confidence and accuracy"),
     ):
         if value is not None:
-            found[words] = percent(value) + note
-    found["loss"] = f"{scores.loss:.4g} nats"
+            facts[words] = percent(value) + note
+    facts["loss"] = f"{scores.loss:.4g} nats"
     if not scores.multi_label:
         most = max((row.n for row in scores.per_class), default=0)
-        found["for comparison"] = f"{percent(100 * most / scores.n)} for always the most frequent class"
+        facts["for comparison"] = f"{percent(100 * most / scores.n)} for always the most frequent class"
     else:
-        found["top-1 counts"] = "pictures with a label, where the surest class is one of theirs"
+        facts["top-1 counts"] = "pictures with a label, where the surest class is one of theirs"
     made = "by --seed" if scored.get("split") == "made by seed" else "as the data say"
-    found["measured on"] = f"pictures held out {made}, at the last step; nothing was chosen on them"
+    facts["measured on"] = f"pictures held out {made}, at the last step; nothing was chosen on them"
     if config.get("skip_twins") is True:
-        found["pictures on both sides"] = "not looked for (--skip-twins)"
-    return found
+        facts["pictures on both sides"] = "not looked for (--skip-twins)"
+    return facts
 
 
 def warning(twins: Path, scores: Scores | None) -> str:
@@ -132,20 +132,20 @@ def pictures(folder: Path) -> list[Picture]:
 
 def recipe(config: Mapping[str, Any]) -> list[Setting]:
     """The recipe's settings; those that a flag gave are marked."""
-    found = {name: value for name, value in settled(config).items() if name not in _FITTED}
-    base, batch = _number(found.get("base_lr")), _number(found.get("batch_size"))
+    settings = {name: value for name, value in settled(config).items() if name not in _FITTED}
+    base, batch = _number(settings.get("base_lr")), _number(settings.get("batch_size"))
     if base and batch:
-        found["peak_lr"] = peak_rate(base, int(batch))
-    asked = {name for name in found if config.get(name) not in (None, "auto")}
-    return marked_settings(found, asked)
+        settings["peak_lr"] = peak_rate(base, int(batch))
+    asked = {name for name in settings if config.get(name) not in (None, "auto")}
+    return marked_settings(settings, asked)
 
 
 def trained_on(config: Mapping[str, Any]) -> str:
     """What makes the loss in training another one than what is measured; empty where nothing does."""
-    found = settled(config)
+    settings = settled(config)
     words = [
-        *["mixed labels"] * any(_number(found.get(name)) for name in ("mixup", "cutmix")),
-        *["smoothed labels"] * bool(_number(found.get("smoothing"))),
+        *["mixed labels"] * any(_number(settings.get(name)) for name in ("mixup", "cutmix")),
+        *["smoothed labels"] * bool(_number(settings.get("smoothing"))),
         *["weighted classes"] * (config.get("class_weights") == "balanced"),
     ]
     return ", ".join(words)
@@ -169,9 +169,9 @@ def class_table(scores: Scores) -> dict[str, Any]:
     rows = []
     for row in ranked[:_MOST_CLASSES]:
         share = getattr(row, key) or 0.0
-        taken = "" if row.taken_for is None else f"{readable(row.taken_for)} ({row.times:,} of {row.n:,})"
+        taken = "" if row.taken_for is None else f"{printable(row.taken_for)} ({row.times:,} of {row.n:,})"
         more = (percent(row.recall), percent(row.precision)) if several else (percent(row.precision), taken)
-        rows.append((readable(row.name), f"{row.n:,}", f"{share:.0f}", percent(share), *more))
+        rows.append((printable(row.name), f"{row.n:,}", f"{share:.0f}", percent(share), *more))
     better, absent = len(ranked) - len(rows), len(scores.per_class) - len(ranked)
     notes = [f"{better:,} better classes are left out."] * bool(better)
     notes += [f"{absent:,} of the classes have no held-out picture."] * bool(absent)

@@ -162,7 +162,7 @@ def _finetuning(
         "result": report_classifier.result(config, scored, scores) if scores else _so_far(metrics),
         "reliability": report_classifier.reliability(scores) if scores else None,
         "classes": report_classifier.class_table(scores) if scores else None,
-        "pictures": report_classifier.pictures(run / "pictures"),
+        "pictures": report_classifier.pictures(run / "pictures") if scores else [],
         "recipe": report_classifier.recipe(config),
     }
     return {
@@ -216,67 +216,67 @@ def _sentence(config: Mapping[str, Any], done: int) -> str:
 
 def _progress(total: Any, batch: Any, seen: str, metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """How far it came, and the loss that was trained on."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     loss, done = metrics.get("loss"), _done(metrics)
-    found["steps"] = f"{done:,} of {total:,}" if type(total) is int else f"{done:,}"
+    facts["steps"] = f"{done:,} of {total:,}" if type(total) is int else f"{done:,}"
     if type(batch) is int:
-        found[f"{seen} seen"] = f"{done * batch:,}"
+        facts[f"{seen} seen"] = f"{done * batch:,}"
     if loss:
         last = loss.values[-max(1, min(100, len(loss.values) // 10)) :]
-        found["training loss"] = f"{last.mean():.4g} at the end" + (
+        facts["training loss"] = f"{last.mean():.4g} at the end" + (
             f", mean over {len(last)} steps" if len(last) > 1 else ""
         )
-    return found
+    return facts
 
 
 def _validation(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """What was measured of an autoencoder."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     if validation := metrics.get("val_loss"):
         best = int(validation.values.argmin())
-        found["validation loss"] = f"{validation.values[-1]:.4g} at the end"
-        found["best validation loss"] = f"{validation.values[best]:.4g} at step {int(validation.steps[best]):,}"
+        facts["validation loss"] = f"{validation.values[-1]:.4g} at the end"
+        facts["best validation loss"] = f"{validation.values[best]:.4g} at step {int(validation.steps[best]):,}"
         for key, words in _BASELINES:
             if key in metrics:
                 simple = metrics[key].values[-1]
                 ratio = f"; the model has {validation.values[-1] / simple:.2f} of it" if simple > 0 else ""
-                found[f"loss of {words}"] = f"{simple:.4g}{ratio}"
+                facts[f"loss of {words}"] = f"{simple:.4g}{ratio}"
     for key, words, unit in (("effective_rank", "effective rank", ""), ("knn_top1", "nearest neighbours", " %")):
         if key in metrics:
             first, last = metrics[key].values[[0, -1]]
-            found[words] = f"{last:.4g}{unit} at the end, {first:.4g}{unit} at first"
-    return found
+            facts[words] = f"{last:.4g}{unit} at the end, {first:.4g}{unit} at first"
+    return facts
 
 
 def _so_far(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """What was measured of a classifier that is not finished."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     for key, words, unit in (("val_top1", "top-1 so far", " %"), ("val_loss", "loss so far", " nats")):
         if key in metrics:
             steps, values = metrics[key]
-            found[words] = f"{values[-1]:.4g}{unit} at step {int(steps[-1]):,}"
-    if found:
-        found["interval"] = "comes with the last step, which is the one that is reported"
-    return found
+            facts[words] = f"{values[-1]:.4g}{unit} at step {int(steps[-1]):,}"
+    if facts:
+        facts["interval"] = "comes with the last step, which is the one that is reported"
+    return facts
 
 
 def _costs(batch: Any, state: Mapping[str, Any], metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """Time and memory, and what is kept."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     speed = metrics.get("images_per_second")
     if speed and len(speed.values[speed.values > 0]):
         positive = speed.values[speed.values > 0]
-        found["images/s"] = f"{statistics.median(positive):,.4g}, the median"
+        facts["images/s"] = f"{statistics.median(positive):,.4g}, the median"
         if type(batch) is int:
-            found["time of the steps"] = duration_text(float((batch / positive).sum()))
+            facts["time of the steps"] = duration_text(float((batch / positive).sum()))
     if "data_wait" in metrics:
-        found["waiting for pictures"] = f"{percent(100 * metrics['data_wait'].values.mean())} of the time"
+        facts["waiting for pictures"] = f"{percent(100 * metrics['data_wait'].values.mean())} of the time"
     if "memory_gb" in metrics:
-        found["memory"] = f"{metrics['memory_gb'].values.max():,.3g} GB at most"
+        facts["memory"] = f"{metrics['memory_gb'].values.max():,.3g} GB at most"
     saved = state.get("last_good_step")
     if type(saved) is int:
-        found["newest checkpoint"] = f"step {saved:,}"
-    return found
+        facts["newest checkpoint"] = f"step {saved:,}"
+    return facts
 
 
 def _charts(metrics: Mapping[str, Metrics]) -> list[Chart]:
@@ -324,15 +324,15 @@ def _accuracy_chart(metrics: Mapping[str, Metrics]) -> list[Chart]:
 
 def _pictures(folder: Path, what: str) -> list[Picture]:
     """Pictures of a few steps, spread over the run."""
-    found = {}
+    paths = {}
     for path in folder.glob("step-*.png"):
         if match := re.fullmatch(r"step-(\d{1,15})\.png", path.name):
-            found[int(match[1])] = path
-    steps = sorted(found)
-    places = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(_PICTURES, len(steps)))})
+            paths[int(match[1])] = path
+    steps = sorted(paths)
+    chosen = sorted({round(index) for index in np.linspace(0, len(steps) - 1, min(_PICTURES, len(steps)))})
     return [
-        picture(found[step], f"Step {step:,}", f"{what} at step {step}", _PICTURE_WIDTH)
-        for step in (steps[place] for place in places)
+        picture(paths[step], f"Step {step:,}", f"{what} at step {step}", _PICTURE_WIDTH)
+        for step in (steps[index] for index in chosen)
     ]
 
 
