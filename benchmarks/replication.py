@@ -34,11 +34,10 @@ from maehub import load, save
 from maehub.data.sources import Source, find_images
 from maehub.data.splits import folds, split_labelled
 from maehub.features.inference import outputs
-from maehub.figures.plots import Series
+from maehub.figures.plots import Series, curves_picture
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.publishing.curve_picture import plot
 from maehub.train.evaluation.linear import accuracy, best, fit_linear
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.loop import finetune
@@ -343,7 +342,7 @@ def draw_ratios(tables: dict[str, dict[str, list[float]]]) -> Image.Image | None
         means = {ratio: statistics.mean(values[arm]) for ratio, arm in arms.items() if arm in values}
         steps, tops = np.array(list(means), float), np.array(list(means.values()))
         series.append(Series(PROTOCOLS[protocol], steps, tops, colour, "points"))
-    return plot("Top-1, %", series, under="% of the patches hidden in pretraining")
+    return curves_picture("Top-1, %", series, under="% of the patches hidden in pretraining")
 
 
 def report(work: Path) -> None:

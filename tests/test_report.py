@@ -8,9 +8,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,7 @@ from PIL import Image
 from sklearn import metrics
 
 from maehub.errors import CheckpointError, DivergedError, UsageError
-from maehub.figures.plots import Series, chart, decimated, smoothed, tick_words
+from maehub.figures.plots import Series, curves_picture, curves_svg, decimated, number_text, smoothed
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import FinetuneConfig, PretrainConfig, finetune
 from maehub.train.evaluation.scores import score
@@ -285,33 +288,90 @@ def test_smoothing_is_the_mean_of_the_window():
     assert smoothed(np.full(100, 2.5), 11) == pytest.approx(2.5)
 
 
-def coordinates(svg):
-    return [tuple(map(float, pair)) for pair in re.findall(r"(?<=[ML])(-?[\d.]+) (-?[\d.]+)", svg)]
+def coordinates(svg, colour=0):
+    """Of the curves of a colour."""
+    paths = re.findall(rf'<path d="([^"]*)" style="fill: none; [^"]*stroke: var\(--c{colour}\)', svg)
+    return [tuple(map(float, pair)) for path in paths for pair in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[1.0, 2.0, 3.0], [5.0, 5.0, 5.0], [0.0, 0.0, 0.0], [-4.0, 2.0, -1.0], [1e-6, 1.0, 1e6], [1e-300] * 3, [3.0]],
-)
+EXTREME = [
+    *([1.0, 2.0, 3.0], [5.0, 5.0, 5.0], [0.0, 0.0, 0.0], [-4.0, 2.0, -1.0], [1e-6, 1.0, 1e6], [1e-300] * 3, [3.0]),
+    *([1e300, 2e300], [7.0, 7.0 + 1e-12]),
+]
+
+
+@pytest.mark.parametrize("values", EXTREME)
 def test_curves_stay_inside_the_axes(values):
-    svg = chart([Series("loss", np.arange(len(values)), np.array(values))], "loss")
+    series = [Series("loss", np.arange(len(values)), np.array(values))]
+    svg = curves_svg("loss", series)
     found = coordinates(svg)
-    assert len(found) >= len(values)
+    assert len(found) >= len(values) > 1 or svg.count("<use") == len(values) == 1
     assert all(0 <= x <= 440 and 0 <= y <= 210 for x, y in found)
     assert "nan" not in svg
     assert "inf" not in svg
+    picture = curves_picture("loss", series)
+    assert picture.size == (900, 380)
+    assert len(picture.getcolors(2**16)) > 10
 
 
 def test_higher_is_higher_and_later_is_further_right():
-    (x0, y0), (x1, y1) = coordinates(chart([Series("", np.array([0, 10]), np.array([1.0, 2.0]))], ""))[-2:]
+    (x0, y0), (x1, y1) = coordinates(curves_svg("", [Series("", np.array([0, 10]), np.array([1.0, 2.0]))]))
     assert x1 > x0
     assert y1 < y0
-    assert chart([Series("", np.array([]), np.array([]))], "") == ""
+    nothing = [Series("", np.array([]), np.array([]))]
+    assert curves_svg("", nothing) == ""
+    assert curves_picture("", nothing) is None
 
 
-def test_tick_words():
+def test_axes_say_what_they_count():
+    rates = curves_svg("", [Series("", np.array([0, 20_000]), np.array([1e-6, 1e-3]))])
+    words = r"<text[^>]*>([^<]*)<"
+    assert re.findall(words, rates) == ["0", "5000", "10k", "15k", "20k", "1e-6", "1e-5", "1e-4", "0.001"]
+    few = curves_svg("", [Series("", np.array([1, 2]), np.array([1.25, 1.255]))])
+    assert re.findall(words, few) == ["1", "2", "1.25", "1.252", "1.254"]
+    alone = curves_svg("", [Series("", np.array([7]), np.array([0.5]))])
+    assert re.findall(words, alone)[0] == "7"
+
+
+def test_curves_have_the_colours_of_the_page_and_the_same_bytes_each_time():
+    series = [
+        Series("$a$", np.arange(100), np.arange(100.0), colour, style)
+        for colour, style in enumerate(("line", "faint", "dashed", "points"))
+    ]
+    svg = curves_svg('"a" & <b>', series)
+    assert all(f"stroke: var(--c{colour})" in svg for colour in range(4))
+    assert not re.search(r"#(?!m\w+\")", svg)  # but for marks, which are named by their content
+    assert 'aria-label="&quot;a&quot; &amp; &lt;b&gt;: 0 at first, 99 at the end"' in svg
+    assert svg.count("<text") == svg.count("</text>") > 4
+    assert curves_svg('"a" & <b>', series) == svg
+    assert curves_picture("a", series).tobytes() == curves_picture("a", series).tobytes()
+
+
+def test_settings_of_matplotlib_are_neither_used_nor_changed():
+    series = [Series("a", np.arange(3), np.arange(3.0))]
+    plain, drawn = curves_svg("a", series), curves_picture("a", series).tobytes()
+    with matplotlib.rc_context({"text.usetex": True, "lines.linestyle": ":", "axes.facecolor": "black"}):
+        before = dict(matplotlib.rcParams)
+        assert curves_svg("a", series) == plain
+        assert curves_picture("a", series).tobytes() == drawn
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_nothing_is_imported_before_something_is_drawn():
+    code = """
+import sys, numpy as np
+from maehub.figures.plots import Series, curves_svg
+import maehub.train.evaluation.plots, maehub.train.reports.report, maehub.publishing.repository
+assert not {"matplotlib", "jinja2", "sklearn"} & set(sys.modules)
+assert curves_svg("a", [Series("a", np.arange(3), np.arange(3.0))])
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_short_numbers():
     numbers = (0, 0.25, 12_000, 3e6, 1.5e-4, 2e-4, -0.5)
-    assert [tick_words(number) for number in numbers] == ["0", "0.25", "12k", "3M", "1.5e-4", "2e-4", "-0.5"]
+    assert [number_text(number) for number in numbers] == ["0", "0.25", "12k", "3M", "1.5e-4", "2e-4", "-0.5"]
 
 
 def test_what_is_no_run(tmp_path):

@@ -119,9 +119,9 @@ def enlarged(picture: Image.Image, scale: int) -> Image.Image:
 
 def heat(values: np.ndarray) -> np.ndarray:
     """Colours of numbers between 0 (black) and 1 (pale yellow): (rows, columns) to (rows, columns, 3) uint8."""
-    places = np.clip(values, 0, 1) * (len(_HEAT) - 1)
+    positions = np.clip(values, 0, 1) * (len(_HEAT) - 1)
     stops = np.arange(len(_HEAT))
-    return np.stack([np.interp(places, stops, _HEAT[:, band]) for band in range(3)], axis=2).round().astype(np.uint8)
+    return np.stack([np.interp(positions, stops, _HEAT[:, band]) for band in range(3)], axis=2).round().astype(np.uint8)
 
 
 def over_patches(values: np.ndarray, size: Size) -> np.ndarray:

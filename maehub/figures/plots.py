@@ -1,18 +1,38 @@
-"""Curves as inline SVG, drawn here so that a page needs no script and no network. Colours are the page's CSS."""
+"""Curves, drawn by matplotlib: as SVG in the colours of the page that it stands in, and as a picture."""
 
+import io
 import itertools
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:  # it is imported where something is drawn, for it takes a second
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Style = Literal["line", "faint", "dashed", "points"]
 
-_WIDTH, _HEIGHT = 440, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 26  # margins of the axes
-_MOST_POINTS = 600  # of a curve: two for each pixel or so
+_PALETTE = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#dfe3e8"}
+_COLOURS = {
+    "c0": "#1f6fb4",
+    "c1": "#c2410c",
+    "c2": "#6b7280",
+    "c3": "#15803d",
+}  # of curves; names are those of the page
+_LOOKS: dict[Style, dict[str, Any]] = {
+    "line": {"linewidth": 1.8},
+    "faint": {"linewidth": 1.0, "alpha": 0.28},
+    "dashed": {"linewidth": 1.5, "dashes": (3.4, 2.6)},
+    "points": {"linewidth": 1.8, "marker": "o", "markeredgewidth": 0},
+}
+_INLINE, _PICTURE = (440, 210), (900, 380)  # width, height in pixels
+_MOST_POINTS, _MOST_MARKS = 600, 80  # of a curve: two points for each pixel or so
+_ROUND = [1, 2, 5, 10]  # steps of ticks
 _LOGARITHMIC = 30.0  # from this ratio of the largest value to the smallest on
 
 
@@ -35,8 +55,8 @@ def decimated(steps: np.ndarray, values: np.ndarray, most: int = _MOST_POINTS) -
     for first, last in itertools.pairwise(edges.tolist()):
         part = values[first:last]
         chosen |= {first + int(part.argmin()), first + int(part.argmax())}
-    places = sorted(chosen)
-    return steps[places], values[places]
+    order = sorted(chosen)
+    return steps[order], values[order]
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
@@ -44,79 +64,9 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     if window <= 1 or len(values) < 3:
         return values
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    places = np.arange(len(values))
-    reach = np.minimum(np.minimum(places, len(values) - 1 - places), window // 2)
-    return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
-
-
-def chart(series: Sequence[Series], description: str) -> str:
-    """An SVG element with axes and curves.
-
-    Args:
-        series: what to draw, the first at the bottom; those without a point are left out.
-        description: for who cannot see it; must be escaped already.
-    """
-    drawn = [one for one in series if len(one.values)]
-    if not drawn:
-        return ""
-    last = max(float(one.steps[-1]) for one in drawn)
-    first = min(float(one.steps[0]) for one in drawn)
-    values = np.concatenate([one.values for one in drawn])
-    low, high = float(values.min()), float(values.max())
-    logarithmic = low > 0 and high / low > _LOGARITHMIC
-    if logarithmic:
-        bottom, top = math.log10(low) - 0.05, math.log10(high) + 0.05
-    else:
-        pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        bottom, top = low - pad, high + pad
-        bottom = 0.0 if low >= 0 and bottom < 0.35 * top else bottom
-    across = (_WIDTH - _LEFT - _RIGHT) / max(last - first, 1.0)
-
-    def x(step: float) -> float:
-        return _LEFT + (step - first) * across if last > first else (_LEFT + _WIDTH - _RIGHT) / 2
-
-    def y(value: float) -> float:
-        height = math.log10(value) if logarithmic else value
-        return _TOP + (top - height) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{description}">']
-    for tick in _decades(bottom, top) if logarithmic else ticks(bottom, top):
-        parts.append(
-            f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{_WIDTH - _RIGHT}"/>'
-            f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick_words(tick)}</text>'
-        )
-    for tick in ticks(first, last, 4) if last > first else [first]:
-        parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{_HEIGHT - 9}" text-anchor="middle">{tick_words(tick)}</text>'
-        )
-    parts.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
-    for one in drawn:
-        points = [(x(float(s)), y(float(v))) for s, v in zip(*decimated(one.steps, one.values), strict=True)]
-        parts.append(_curve(points, one))
-    return "".join([*parts, "</svg>"])
-
-
-def figure(title: str, unit: str, series: Sequence[Series], *, legend: bool) -> str:
-    """A chart with a title above it; nothing where no curve has a point.
-
-    Args:
-        title, unit: what is drawn, and what it is counted in.
-        series: see `chart`; the last one is told to who cannot see it.
-        legend: say which curve is which.
-    """
-    drawn = [one for one in series if len(one.values)]
-    if not drawn:
-        return ""
-    main = drawn[-1]
-    words = f"{title}: {tick_words(float(main.values[0]))} at first, {tick_words(float(main.values[-1]))} at the end"
-    keys = "".join(
-        f'<span class="key"><i class="c{one.colour} {one.style}"></i>{escape(one.name)}</span>'
-        for one in drawn
-        if one.name and legend
-    )
-    unit = f" <small>{escape(unit)}</small>" if unit else ""
-    caption = f"<figcaption><b>{escape(title)}</b>{unit}{keys}</figcaption>"
-    return f"<figure>{caption}{chart(drawn, escape(words))}</figure>"
+    index = np.arange(len(values))
+    reach = np.minimum(np.minimum(index, len(values) - 1 - index), window // 2)
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
 def raw_and_smooth(name: str, steps: np.ndarray, values: np.ndarray, colour: int) -> list[Series]:
@@ -130,32 +80,84 @@ def raw_and_smooth(name: str, steps: np.ndarray, values: np.ndarray, colour: int
     ]
 
 
-def _curve(points: Sequence[tuple[float, float]], one: Series) -> str:
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    kind = f"c{one.colour} {one.style}"
-    dots = ""
-    if one.style == "points" or len(points) == 1:
-        dots = "".join(f'<circle class="c{one.colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in points[:80])
-    return f'<path class="curve {kind}" d="{path}"/>{dots}'
+def curves_svg(title: str, series: Sequence[Series]) -> str:
+    """Curves on one pair of axes as an SVG element, in the colours ``--c0`` … of the page; "" without a point.
+
+    Args:
+        title: what is drawn; with the ends of the last series it is told to who cannot see it.
+        series: what to draw, the first at the bottom; those without a point are left out.
+    """
+    drawn = [one for one in series if len(one.values)]
+    if not drawn:
+        return ""
+    first, last = (number_text(float(drawn[-1].values[at])) for at in (0, -1))
+    with plot_style():
+        figure = new_figure(_INLINE)
+        _draw(_axes(figure, left=46, right=8, top=8, bottom=26), drawn)
+        elements = _svg_elements(figure)
+    for name, colour in (_PALETTE | _COLOURS).items():
+        elements = elements.replace(colour, f"var(--{name})")
+    label = escape(f"{title}: {first} at first, {last} at the end")
+    return f'<svg viewBox="0 0 {_INLINE[0]} {_INLINE[1]}" role="img" aria-label="{label}">{elements}</svg>'
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between two, about ``count``."""
-    raw = (high - low) / count
-    scale = 10.0 ** math.floor(math.log10(raw))
-    step = next(scale * nice for nice in (1, 2, 5, 10) if scale * nice >= raw)
-    first = math.ceil(low / step - 1e-9)
-    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+def curves_picture(title: str, series: Sequence[Series], under: str = "step") -> Image.Image | None:
+    """Curves on one pair of axes, RGB on white; None where there is no point to draw.
+
+    A curve that starts far above the rest would flatten it: what is above the 99th percentile is cut off.
+
+    Args:
+        title: above; beside it the names of the series.
+        series: what to draw, the first at the bottom.
+        under: what the horizontal axis counts.
+    """
+    drawn = [one for one in series if len(one.values)]
+    if not drawn:
+        return None
+    with plot_style(16):
+        figure = new_figure(_PICTURE)
+        axes = _axes(figure, left=74, right=24, top=56, bottom=64)
+        _draw(axes, drawn, 99)
+        axes.set_title(title, loc="left", fontsize=19, color=_PALETTE["ink"], pad=16)
+        axes.set_xlabel(under, loc="right", color=_PALETTE["soft"])
+        if any(one.name for one in drawn):
+            beside = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=14, columnspacing=1.4)
+            beside.set_frame_on(False)
+        return as_picture(figure)
 
 
-def _decades(low: float, high: float) -> list[float]:
-    """Round numbers between two powers of ten: 1, 2, 5 of each if there are few."""
-    factors = (1, 2, 5) if high - low < 3 else (1,)
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    return [f * 10.0**p for p in powers for f in factors if low <= math.log10(f * 10.0**p) <= high]
+@contextmanager
+def plot_style(font_size: float = 11.5) -> Iterator[None]:
+    """matplotlib as it comes, whatever the user's own settings say, with text in SVG as text; restored at the end.
+
+    Args:
+        font_size: of what says nothing else, pixels.
+    """
+    import matplotlib.style
+
+    ours = {"svg.fonttype": "none", "svg.hashsalt": "maehub", "font.size": font_size, "text.parse_math": False}
+    ours |= {"lines.markersize": 0.45 * font_size}
+    with matplotlib.style.context(["default", ours]):
+        yield
 
 
-def tick_words(value: float) -> str:
+def new_figure(size: tuple[int, int]) -> "Figure":
+    """An empty figure of (width, height) pixels, each of which is a point; draw in `plot_style`."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
+
+
+def as_picture(figure: "Figure") -> Image.Image:
+    """A figure of `new_figure` as RGB."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def number_text(value: float) -> str:
     """A short number: 0.25, 12k, 1.5e-4."""
     size = abs(value)
     if size >= 1e6:
@@ -165,3 +167,57 @@ def tick_words(value: float) -> str:
     if 0 < size < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
     return f"{value:.4g}"
+
+
+def _axes(figure: "Figure", *, left: int, right: int, top: int, bottom: int) -> "Axes":
+    """Axes with margins in pixels, so that what is drawn does not hang on the font of a page."""
+    width, height = figure.bbox.size
+    inside = (width - left - right) / width, (height - top - bottom) / height
+    return figure.add_axes((left / width, bottom / height, *inside))
+
+
+def _draw(axes: "Axes", series: Sequence[Series], share: float = 100) -> None:
+    """Curves and their axes; values above this percentile of them all are drawn at the upper edge."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
+
+    axes.set_autoscale_on(False)
+    values, steps = (np.concatenate([getattr(one, name) for one in series]) for name in ("values", "steps"))
+    first, last = float(steps.min()), float(steps.max())
+    low, high = float(values.min()), float(np.percentile(values, share))
+    if low > 0 and high / low > _LOGARITHMIC:
+        bottom, top = low / 1.12, high * 1.12
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,), numticks=8))
+        axes.yaxis.minorticks_off()
+    else:
+        pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        bottom, top = low - pad, high + pad
+        bottom = 0.0 if low >= 0 and bottom < 0.35 * top else bottom
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
+    for one in series:
+        kept, shown = decimated(one.steps, one.values)
+        look = _LOOKS["points" if len(shown) == 1 else one.style]
+        colour = list(_COLOURS.values())[one.colour % len(_COLOURS)]
+        every = -(-len(shown) // _MOST_MARKS)
+        axes.plot(kept, np.minimum(shown, top), color=colour, label=one.name, markevery=every, clip_on=False, **look)
+    axes.set_ylim(bottom, top)
+    axes.set_xlim(first - (first == last), last + (first == last))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=_ROUND, integer=True) if first < last else FixedLocator([first]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
+    axes.tick_params(left=False, bottom=False, labelcolor=_PALETTE["soft"], pad=5)
+    axes.grid(axis="y", color=_PALETTE["line"], clip_on=False)
+    axes.set_axisbelow(True)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(_PALETTE["soft"])
+
+
+def _svg_elements(figure: "Figure") -> str:
+    """What a figure is made of, without what a page may not have: names, addresses and styles for all of it."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Format", "Type", "Creator", "Date")))
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
+    text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-(family|size): [^;\"]*;? ?|\s*\n\s*", " ", text)
+    return re.sub(r"(\.\d\d)\d+(?=[ \"),;])", r"\1", text)  # of a pixel; what is written ends with <

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from maehub.files import fill_template
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, EncoderConfig, Origin
 from maehub.publishing.licences import Licence
@@ -15,14 +16,8 @@ from maehub.weights import details, summary
 _MOST_CLASSES = 30  # rows of the table of classes
 _NAMES = {"timm": "timm", "transformers": "transformers"}
 
-_CITATION = """```bibtex
-@inproceedings{he2022masked,
-  title     = {Masked Autoencoders Are Scalable Vision Learners},
-  author    = {He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\\'a}r, Piotr and Girshick, Ross},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2022}
-}
-```"""
+_MEASURES = {"top5": "top-5", "balanced_accuracy": "balanced accuracy", "mean_average_precision": "mean AP"}
+_SPLITS = {"made by seed": "a stratified split by seed", "as given": "a split that was given"}
 
 
 @dataclass(frozen=True)
@@ -46,22 +41,33 @@ class Page:
 
 def published_card(page: Page) -> str:
     """The card, Markdown with the head that the Hub reads."""
-    name = page.repo_id.rpartition("/")[2]
-    parts = [f"# {name}", summary(page.config), *_figure(page), "## Use", _usage(page), "## Training", _training(page)]
-    if page.provenance.scores:
-        parts += ["## Results", *_results(page)]
-    if page.pictures:
-        parts += ["## Pictures", *(f"![{file}]({file})" for file in page.pictures)]
-    parts += ["## Intended use and limits", _limits(page)]
-    relation = "Started from" if page.provenance.kind else "Weights from"
-    parts += ["## Details", details(page.config, page.preprocess, page.origin, relation)]
-    parts += ["## Licence", _licence(page), "## Citation", _CITATION]
-    return f"---\n{_head(page, name)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    name, told, config = page.repo_id.rpartition("/")[2], page.provenance, page.config
+    classes = told.scores.get("per_class") or []
+    values = {
+        "page": page,
+        "head": _head(page, name),
+        "name": name,
+        "summary": summary(config),
+        "is_classifier": _is_classifier(page),
+        "has_picture": isinstance(config, AutoencoderConfig) and config.has_picture,
+        "told": told,
+        "facts": _facts(told),
+        "held_out_loss": _held_out_loss(told),
+        "scores": told.scores,
+        "splits": _SPLITS,
+        "measures": _MEASURES,
+        "classes": classes if 1 < len(classes) <= _MOST_CLASSES else [],
+        "details": details(config, page.preprocess, page.origin, "Started from" if told.kind else "Weights from"),
+    }
+    return fill_template(Path(__file__).with_name("card.md.jinja"), values)
+
+
+def _is_classifier(page: Page) -> bool:
+    return isinstance(page.config, EncoderConfig) and page.config.classes > 0
 
 
 def _head(page: Page, name: str) -> str:
-    is_classifier = isinstance(page.config, EncoderConfig) and page.config.classes
-    task = "image-classification" if is_classifier else "image-feature-extraction"
+    task = "image-classification" if _is_classifier(page) else "image-feature-extraction"
     results = _evaluations(page, task)
     data = ModelCardData(
         license=page.licence.identifier,
@@ -96,53 +102,8 @@ def _evaluations(page: Page, task: str) -> list[EvalResult]:
     ]
 
 
-def _figure(page: Page) -> list[str]:
-    if "reconstruction" not in page.figures:
-        return []
-    words = "What it makes of the two photos that come with maehub, three quarters of their patches hidden."
-    return [f"![Original, masked, reconstruction, pasted]({page.figures['reconstruction']})", words]
-
-
-def _usage(page: Page) -> str:
-    repo, config = page.repo_id, page.config
-    lines = ["```python", "import maehub", ""]
-    if isinstance(config, EncoderConfig) and config.classes:
-        lines += [f'classifier = maehub.load("{repo}")', 'maehub.train.predict(classifier, "photos/").top(1)']
-    else:
-        lines += [f'encoder = maehub.load("{repo}")', 'table = maehub.extract_features(encoder, "photos/")']
-    if isinstance(config, AutoencoderConfig) and config.has_picture:
-        lines += ["", f'autoencoder = maehub.load_autoencoder("{repo}")']
-        lines.append('maehub.reconstruct(autoencoder, "photo.jpg").save("reconstruction.png")')
-    blocks = ["\n".join([*lines, "```"])]
-    if "timm" in page.verified:
-        what = "classifier" if isinstance(config, EncoderConfig) and config.classes else "encoder"
-        blocks.append(
-            f"With timm, the {what}:\n\n```python\nimport timm\n\n"
-            f'{what} = timm.create_model("hf-hub:{repo}", pretrained=True)\n```'
-        )
-    if "transformers" in page.verified:
-        blocks.append(
-            "With transformers, the whole autoencoder; it hides patches at inference too, unless `mask_ratio=0.0`:\n\n"
-            "```python\nfrom transformers import AutoImageProcessor, ViTMAEForPreTraining\n\n"
-            f'processor = AutoImageProcessor.from_pretrained("{repo}")\n'
-            f'autoencoder = ViTMAEForPreTraining.from_pretrained("{repo}")\n```'
-        )
-    checked = ", ".join(f"{library} {version}" for library, version in page.verified.items())
-    blocks.append(f"Checked before publishing, with the same outputs: {checked}.{_why_missing(page)}")
-    return "\n\n".join(blocks)
-
-
-def _why_missing(page: Page) -> str:
-    return "".join(f" {library} is not among them, since {reason}." for library, reason in page.missing.items())
-
-
-def _training(page: Page) -> str:
-    told = page.provenance
-    parts = [page.about.strip() or "The author has not described the data."]
-    start = f"It started from {page.origin.name}." if page.origin else "It started from fresh weights."
-    parts.append(start if told.kind else f"{start} How it was trained is not recorded.")
-    if told.command:
-        parts.append(f"```sh\n{told.command}\n```")
+def _facts(told: Provenance) -> list[str]:
+    """On how much and by what it was trained."""
     facts = []
     if told.pictures:
         facts.append(f"{told.pictures:,} training pictures")
@@ -153,14 +114,7 @@ def _training(page: Page) -> str:
         facts.append(count + told.device)
     if told.seconds:
         facts.append(f"{in_words(told.seconds)} of training")
-    facts += [f"{library} {version}" for library, version in told.versions.items()]
-    if facts:
-        parts.append(f"{'; '.join(facts)}. All settings: [`recipe.json`](recipe.json).")
-    if held_out := _held_out_loss(told):
-        parts.append(held_out)
-    if "curve" in page.figures:
-        parts.append(f"![Loss against steps]({page.figures['curve']})")
-    return "\n\n".join(parts)
+    return facts + [f"{library} {version}" for library, version in told.versions.items()]
 
 
 def _held_out_loss(told: Provenance) -> str:
@@ -171,57 +125,3 @@ def _held_out_loss(told: Provenance) -> str:
     words = {"mean_fill": "the mean colour of a patch", "interpolation": "interpolation from the visible patches"}
     others = ", ".join(f"{last[key]:.4g} for {what}" for key, what in words.items() if key in last)
     return f"Loss on held-out pictures at the last step: {last['val_loss']:.4g}{f' ({others})' if others else ''}."
-
-
-def _results(page: Page) -> list[str]:
-    scores, told = page.provenance.scores, page.provenance
-    split = {"made by seed": "a stratified split by seed", "as given": "a split that was given"}.get(told.split, "")
-    data = f" of {page.dataset}" if page.dataset else ""
-    measured = f"Measured on {scores['n']:,} held-out pictures{data}{f', {split}' if split else ''}."
-    if told.twins:
-        measured += f" {told.twins:,} of them look nearly like a training picture, so these numbers may be too high."
-    rows = [("top-1", f"{scores['top1']:.1f} %", f"{scores['low']:.1f} to {scores['high']:.1f}")]
-    more = (("top5", "top-5"), ("balanced_accuracy", "balanced accuracy"), ("mean_average_precision", "mean AP"))
-    rows += [(words, f"{scores[key]:.1f} %", "") for key, words in more if scores.get(key) is not None]
-    table = ["| | | 95 % interval |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    parts = [measured, "\n".join(table)]
-    if "accuracy" in page.figures:
-        parts.append(f"![Accuracy against steps]({page.figures['accuracy']})")
-    classes = scores.get("per_class") or []
-    if 1 < len(classes) <= _MOST_CLASSES:
-        lines = ["| class | pictures | recall | precision |", "|---|---|---|---|"]
-        lines += [
-            f"| {_cell(row['name'])} | {row['n']} | {_percent(row.get('recall'))} | {_percent(row.get('precision'))} |"
-            for row in classes
-        ]
-        parts.append("\n".join(lines))
-    return parts
-
-
-def _limits(page: Page) -> str:
-    if isinstance(page.config, EncoderConfig) and page.config.classes:
-        return (
-            "For telling these classes apart in pictures like those that it was trained on. It always names one of its "
-            "classes, also where a picture shows none of them, and its confidence means little on other kinds of "
-            "pictures: measure it on your own before relying on it. Not for decisions about people."
-        )
-    return (
-        "For features (retrieval, linear probes, nearest neighbours), for fine-tuning, and for looking at what a "
-        "masked autoencoder has learned. What it paints into hidden patches is a guess, not a restoration of what was "
-        "there. It knows pictures like those that it was trained on: measure it on your own before relying on it."
-    )
-
-
-def _licence(page: Page) -> str:
-    base = ""
-    if page.origin and page.origin.licence:
-        base = f" The weights that it was trained from, {page.origin.name}, are under {page.origin.licence}."
-    return f"{page.licence.identifier} ({page.licence.reason}).{base}"
-
-
-def _percent(value: Any) -> str:
-    return "" if value is None else f"{float(value):.1f} %"
-
-
-def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")

@@ -75,14 +75,14 @@ def read_run(folder: Path) -> Provenance:
 
 def _of_probe(folder: Path) -> Provenance:
     """Of the folder that `maehub probe` writes."""
-    found = read_json(folder / "probe.json")
+    results = read_json(folder / "probe.json")
     scores: dict[str, Any] = {
-        name: found[name] for name in ("n", "top1", "low", "high", "interval", "top5", "loss") if name in found
+        name: results[name] for name in ("n", "top1", "low", "high", "interval", "top5", "loss") if name in results
     }
-    recipe = {name: found.get(name) for name in ("method", "pool", "layer", "strength")}
-    command = f"maehub probe DATA -m MODEL --pool {found.get('pool')}"
-    names = _names({"data": found.get("data"), "out": found.get("out")})
-    return Provenance("probe", command, recipe, pictures=int(found.get("n_train") or 0), scores=scores, names=names)
+    recipe = {name: results.get(name) for name in ("method", "pool", "layer", "strength")}
+    command = f"maehub probe DATA -m MODEL --pool {results.get('pool')}"
+    names = _names({"data": results.get("data"), "out": results.get("out")})
+    return Provenance("probe", command, recipe, pictures=int(results.get("n_train") or 0), scores=scores, names=names)
 
 
 def _read_metrics(path: Path, config: Mapping[str, Any]) -> tuple[tuple[dict[str, float], ...], float, int]:
@@ -94,11 +94,11 @@ def _read_metrics(path: Path, config: Mapping[str, Any]) -> tuple[tuple[dict[str
     curve, seconds, last = [], 0.0, 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found = json.loads(line)
+            entry = json.loads(line)
         except ValueError as error:
             raise IntegrityError(f"{path} has a line that is no JSON: {line[:60]!r}; nothing was sent") from error
-        numbers = {name: found[name] for name in _NUMBERS if isinstance(found.get(name), int | float)}
-        if "loss" in numbers and (speed := found.get("images_per_second")):
+        numbers = {name: entry[name] for name in _NUMBERS if isinstance(entry.get(name), int | float)}
+        if "loss" in numbers and (speed := entry.get("images_per_second")):
             seconds += batch / speed
         last = max(last, int(numbers.get("step", 0)))
         curve.append(numbers)
@@ -165,12 +165,12 @@ def _public_name(name: str) -> str:
 
 def _names(config: Mapping[str, Any]) -> frozenset[str]:
     """Names of the user's files and folders, as far as the run knows them."""
-    found = set()
+    names = set()
     for key in ("data", "out", "knn"):
         if value := config.get(key):
-            found |= {str(value), str(Path(str(value)).absolute())}
-    found |= {str(config[key]) for key in _NAMES_DATA if isinstance(config.get(key), str)}
-    return frozenset(name for name in found if "/" in name or "." in name)
+            names |= {str(value), str(Path(str(value)).absolute())}
+    names |= {str(config[key]) for key in _NAMES_DATA if isinstance(config.get(key), str)}
+    return frozenset(name for name in names if "/" in name or "." in name)
 
 
 def in_words(seconds: float) -> str:

@@ -21,14 +21,13 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import UsageError
-from maehub.figures import Series, raw_and_smooth, reconstruct
+from maehub.figures import Series, curves_picture, raw_and_smooth, reconstruct
 from maehub.figures import grid as figure_grid
 from maehub.files import atomic_write, read_json, sha256_file, write_json, write_text
 from maehub.hub import model_info
 from maehub.images import open_image
 from maehub.models import Encoder, MaskedAutoencoder, Origin
 from maehub.publishing.card import Page, published_card
-from maehub.publishing.curve_picture import plot
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance
@@ -126,10 +125,10 @@ def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenanc
     drawn: dict[str, Image.Image] = {}
     if isinstance(model, MaskedAutoencoder) and model.config.has_picture and model.config.encoder.channels in (1, 3):
         drawn["reconstruction"] = figure_grid([replace(reconstruct(model, photo), name=name) for photo in _PHOTOS])
-    if curve := plot("Loss", _loss(provenance.curve)):
+    if curve := curves_picture("Loss", _loss(provenance.curve)):
         drawn["curve"] = curve
     accuracy = _series(provenance.curve, "val_top1", "top-1, % of the held-out pictures", 1)
-    if accuracy and (curve := plot("Accuracy", accuracy)):
+    if accuracy and (curve := curves_picture("Accuracy", accuracy)):
         drawn["accuracy"] = curve
     if drawn:
         (folder / "figures").mkdir()
@@ -141,9 +140,9 @@ def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenanc
 def _loss(curve: Sequence[Mapping[str, float]]) -> list[Series]:
     steps, values = _numbers(curve, "loss")
     series = raw_and_smooth("training", steps, values, 0)
-    for place, (key, words) in enumerate(_BASELINES.items()):
+    for number, (key, words) in enumerate(_BASELINES.items()):
         steps, values = _numbers(curve, key)
-        series.append(Series(words, steps, values, 2 + place))
+        series.append(Series(words, steps, values, 2 + number))
     return [*series, *_series(curve, "val_loss", "validation", 1)]
 
 
@@ -153,8 +152,8 @@ def _series(curve: Sequence[Mapping[str, float]], key: str, words: str, colour: 
 
 
 def _numbers(curve: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    found = [(line["step"], line[key]) for line in curve if key in line and "step" in line]
-    return np.array([step for step, _ in found], float), np.array([value for _, value in found], float)
+    points = [(line["step"], line[key]) for line in curve if key in line and "step" in line]
+    return np.array([step for step, _ in points], float), np.array([value for _, value in points], float)
 
 
 def _copy_pictures(folder: Path, pictures: Sequence[Path]) -> tuple[str, ...]:

@@ -1,7 +1,10 @@
 """The model card: ``README.md`` of a model folder, with the head that the Hub reads."""
 
+from pathlib import Path
+
 from huggingface_hub import ModelCardData
 
+from maehub.files import fill_template
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, EncoderConfig, Origin
 from maehub.weights.config_json import why_not_transformers
@@ -35,12 +38,22 @@ def model_card(
         origin: where its weights come from; names the licence.
         text: Markdown that follows the title: what it was trained on, what was measured. None says nothing of either.
     """
-    body = [f"# {name}", summary(config)]
-    if text:
-        body.append(text.strip())
-    body += ["## Use", _usage(name, config), "## Details", details(config, preprocess, origin)]
-    body[-1] += f"\n- Licence of the weights: {origin.licence if origin and origin.licence else 'not stated'}."
-    return f"---\n{_head(config, origin)}\n---\n\n" + "\n\n".join(body) + "\n"
+    if isinstance(config, EncoderConfig):
+        kind, has_picture, not_transformers = "classifier" if config.classes else "encoder", False, ""
+    else:
+        kind, has_picture, not_transformers = "autoencoder", config.has_picture, why_not_transformers(config) or ""
+    page = {
+        "head": _head(config, origin),
+        "name": name,
+        "summary": summary(config),
+        "text": (text or "").strip(),
+        "kind": kind,
+        "has_picture": has_picture,
+        "not_transformers": not_transformers,
+        "details": details(config, preprocess, origin),
+        "licence": origin.licence if origin and origin.licence else "not stated",
+    }
+    return fill_template(Path(__file__).with_name("model_card.md.jinja"), page)
 
 
 def _head(config: EncoderConfig | AutoencoderConfig, origin: Origin | None) -> str:
@@ -78,36 +91,6 @@ def summary(config: EncoderConfig | AutoencoderConfig) -> str:
     if config.classes:
         return f"A classifier of {config.classes} classes whose network is the encoder of {source}: {network}."
     return f"The encoder of a masked autoencoder after {source}: {network}."
-
-
-def _usage(name: str, config: EncoderConfig | AutoencoderConfig) -> str:
-    lines = [
-        "```python",
-        "import maehub",
-        "",
-        f'encoder = maehub.load("{name}")  # this folder, or user/repo on the Hub',
-    ]
-    if isinstance(config, EncoderConfig) and config.classes:
-        lines[-1] = f'classifier = maehub.load("{name}")  # this folder, or user/repo on the Hub'
-    else:
-        lines.append('table = maehub.extract_features(encoder, "photos/")')
-    if isinstance(config, AutoencoderConfig) and config.has_picture:
-        lines += ["", f'autoencoder = maehub.load_autoencoder("{name}")']
-        lines.append('maehub.reconstruct(autoencoder, "photo.jpg").save("reconstruction.png")')
-    text = "\n".join([*lines, "```"])
-    in_timm = "`timm.create_model('hf-hub:user/repo', pretrained=True)`"
-    if isinstance(config, EncoderConfig):
-        return text + f"\n\ntimm reads this folder too: {in_timm}."
-    if reason := why_not_transformers(config):
-        return (
-            text + "\n\nOnly maehub reads the whole of this folder: transformers would not compute the same, since "
-            f"{reason}. timm reads its encoder as {in_timm}."
-        )
-    return (
-        text
-        + "\n\ntransformers reads this folder as `ViTMAEForPreTraining.from_pretrained('user/repo')`, and timm its "
-        f"encoder as {in_timm}."
-    )
 
 
 def details(

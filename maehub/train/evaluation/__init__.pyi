@@ -23,7 +23,8 @@ from .scores import ClassScore as ClassScore
 from .scores import Interval as Interval
 from .scores import Scores as Scores
 from .scores import score as score
+from .text_tables import duration_text as duration_text
 from .text_tables import html_table as html_table
 from .text_tables import percent as percent
-from .text_tables import readable as readable
+from .text_tables import printable as printable
 from .text_tables import text_table as text_table

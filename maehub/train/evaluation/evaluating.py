@@ -24,7 +24,7 @@ from maehub.models import Encoder, usable_device
 from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
-from maehub.train.evaluation.text_tables import readable
+from maehub.train.evaluation.text_tables import printable
 
 log = logging.getLogger("maehub")
 
@@ -61,7 +61,7 @@ class Evaluation:
         }
 
     def __str__(self) -> str:
-        parts = [f"{self.model} on {readable(self.data, 200)}\n\n{self.scores}"]
+        parts = [f"{self.model} on {printable(self.data, 200)}\n\n{self.scores}"]
         if self.scores.bins:
             parts.append(f"how sure it is, and how often it is right then\n\n{self.scores.reliability()}")
         if self.files:
@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             f"{config.model} has no head, so it names no classes. Train one by `maehub finetune DATA -m {config.model} "
             f"-o RUN` and evaluate RUN; `maehub probe DATA -m {config.model}` measures its features as they are"
         )
-    labelled, place = _read(config, encoder)
+    labelled, measured_on = _read(config, encoder)
     native = encoder.preprocess.resize == "native"  # every picture has its own size, so they are computed one by one
     logits = outputs(
         encoder,
@@ -111,8 +111,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     wrong = worst_mistakes(logits, labelled.labels)
     title = f"the {len(wrong)} worst mistakes of {config.model}" if len(wrong) > 1 else f"a mistake of {config.model}"
     sheet = labelled_sheet(labelled, logits, wrong, encoder.config.channels, title) if len(wrong) else None
-    found = Evaluation(config.model, place, scores, sheet)
-    return found if config.out is None else _write(found, config.out, config.overwrite, labelled, logits)
+    evaluation = Evaluation(config.model, measured_on, scores, sheet)
+    return evaluation if config.out is None else _write(evaluation, config.out, config.overwrite, labelled, logits)
 
 
 def worst_mistakes(logits: np.ndarray, labels: np.ndarray, most: int = _MOST_MISTAKES) -> np.ndarray:
@@ -129,8 +129,8 @@ def worst_mistakes(logits: np.ndarray, labels: np.ndarray, most: int = _MOST_MIS
         (at most ``most``,) int64.
     """
     wrong = ((logits >= 0) != labels).any(axis=1) if labels.ndim == 2 else logits.argmax(axis=1) != labels
-    places = np.flatnonzero(wrong)
-    return places[np.argsort(-losses(logits, labels)[places], kind="stable")][:most]
+    indices = np.flatnonzero(wrong)
+    return indices[np.argsort(-losses(logits, labels)[indices], kind="stable")][:most]
 
 
 def labelled_sheet(
@@ -168,32 +168,32 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
     if (own := _held_out_by(config)) is not None:
         return own, config.data
     sides, held_out = given_folders(config.data), os.path.join(config.data, "val")
-    place = sides.testing if sides else held_out if os.path.isdir(held_out) else config.data
+    folder = sides.testing if sides else held_out if os.path.isdir(held_out) else config.data
     known = encoder.config.class_names
-    labelled = measured_part(place, group=config.group, label=config.label, classes=known or None)
-    if place != config.data or place.endswith(".csv"):
-        log.info("measured on %s, %d pictures", place, len(labelled))
+    labelled = measured_part(folder, group=config.group, label=config.label, classes=known or None)
+    if folder != config.data or folder.endswith(".csv"):
+        log.info("measured on %s, %d pictures", folder, len(labelled))
     if not known:
-        labelled = _by_order(labelled, encoder.config.classes, config.model, place)
+        labelled = _by_order(labelled, encoder.config.classes, config.model, folder)
     several = encoder.config.multi_label
     if labelled.multi_label and not several:
         raise UsageError(
-            f"{place} has pictures with several labels or none, and {config.model} gives each picture one class: its "
+            f"{folder} has pictures with several labels or none, and {config.model} gives each picture one class: its "
             f"head does not fit. Train one on such labels by `maehub finetune DATA -m {config.model} -o RUN`"
         )
     if several and not labelled.multi_label:  # one label each is a case of several
         labelled = replace(labelled, labels=np.eye(len(labelled.classes), dtype=bool)[labelled.labels])
-    return labelled, place
+    return labelled, folder
 
 
 def _held_out_by(config: EvaluateConfig) -> Labelled | None:
     """Of the data that a run split by its seed the part that it held out; None of any other run and data."""
     try:
-        told = json.loads((Path(config.model) / "config.json").read_bytes())
-        if told["kind"] != "finetune" or not os.path.samefile(told["data"], config.data):
+        run = json.loads((Path(config.model) / "config.json").read_bytes())
+        if run["kind"] != "finetune" or not os.path.samefile(run["data"], config.data):
             return None
         split = split_labelled(
-            config.data, seed=told["seed"], share=told["val_share"], group=told["group"], label=told["label"]
+            config.data, seed=run["seed"], share=run["val_share"], group=run["group"], label=run["label"]
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -208,36 +208,40 @@ def _held_out_by(config: EvaluateConfig) -> Labelled | None:
     return split.testing
 
 
-def _by_order(labelled: Labelled, classes: int, model: str, place: str) -> Labelled:
+def _by_order(labelled: Labelled, classes: int, model: str, folder: str) -> Labelled:
     """Labels for a head whose classes have no names: by their order, if there are as many."""
     if len(labelled.classes) != classes:
         raise DataError(
-            f"{model} has {classes} classes without names, and {place} has {len(labelled.classes)}: they can only be "
+            f"{model} has {classes} classes without names, and {folder} has {len(labelled.classes)}: they can only be "
             f"matched by their order, so all of them must be there"
         )
     log.warning(
         "%s does not name its %d classes: they are taken for those of %s in the order of their names, from %s to %s",
         model,
         classes,
-        place,
-        readable(labelled.classes[0]),
-        readable(labelled.classes[-1]),
+        folder,
+        printable(labelled.classes[0]),
+        printable(labelled.classes[-1]),
     )
     return labelled
 
 
-def _write(found: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:
-    drawn = {"confusion.png": None if found.scores.multi_label else confusion_picture(found.scores)}
-    drawn["mistakes.png"] = found.mistakes
+def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:
+    drawn = {"confusion.png": None if evaluation.scores.multi_label else confusion_picture(evaluation.scores)}
+    drawn["mistakes.png"] = evaluation.mistakes
     pictures = {name: picture for name, picture in drawn.items() if picture is not None}
-    found = replace(found, files=tuple(out / name for name in MEMBERS if name in pictures or name not in drawn))
+    evaluation = replace(
+        evaluation, files=tuple(out / name for name in MEMBERS if name in pictures or name not in drawn)
+    )
     with whole_folder(out, overwrite=overwrite, members=MEMBERS) as folder:
-        lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in found.to_dict().items())
+        lines = (
+            f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in evaluation.to_dict().items()
+        )
         write_text(folder / "evaluation.json", "{\n" + ",\n".join(lines) + "\n}\n")
         for name, picture in pictures.items():
             picture.save(folder / name)
         _write_predictions(folder / "predictions.csv", labelled, logits)
-    return found
+    return evaluation
 
 
 def _write_predictions(path: Path, labelled: Labelled, logits: np.ndarray) -> None:

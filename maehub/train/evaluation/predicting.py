@@ -16,7 +16,7 @@ from maehub.files import atomic_write
 from maehub.models import Encoder
 from maehub.train.evaluation.config import check_target
 from maehub.train.evaluation.scores import probabilities
-from maehub.train.evaluation.text_tables import html_table, readable, text_table
+from maehub.train.evaluation.text_tables import html_table, printable, text_table
 
 _PRINTED = 20  # pictures
 _COLUMNS = 5  # classes
@@ -113,7 +113,7 @@ class Predictions:
         header = ["PICTURE", *(f"{'TOP' if place == 1 else ''} {place}".strip() for place in range(1, count + 1))]
         first = Predictions(self.paths[:_PRINTED], self.classes, self.probabilities[:_PRINTED], self.multi_label, [])
         rows = [
-            [_ending(name), *(f"{100 * share:5.1f} % {readable(word, 24)}" for word, share in guesses)]
+            [_ending(name), *(f"{100 * share:5.1f} % {printable(word, 24)}" for word, share in guesses)]
             for name, guesses in zip(first.paths, first.top(count), strict=True)
         ]
         return header, rows
@@ -169,5 +169,5 @@ def predict(
 
 def _ending(name: str, longest: int = 40) -> str:
     """The end of a path, which tells files apart."""
-    shown = readable(name, 10_000)
+    shown = printable(name, 10_000)
     return shown if len(shown) <= longest else "…" + shown[1 - longest :]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maehub.errors import DataError, DivergedError, UsageError
-from maehub.train.evaluation.text_tables import html_table, percent, readable, text_table
+from maehub.train.evaluation.text_tables import html_table, percent, printable, text_table
 
 _Z = 1.959963984540054  # 95 % of a standard normal lie within this
 _RESAMPLES, _SEED = 1000, 0
@@ -147,8 +147,8 @@ class Scores:
             chosen = [*ranked[:_WORST], *ranked[max(_WORST, len(ranked) - _BEST) :]]
         rows = []
         for row in chosen:
-            cells = (readable(row.name), f"{row.n:,}", percent(row.recall), percent(row.precision))
-            taken = f"{readable(row.taken_for)} ({row.times:,})" if row.taken_for is not None else ""
+            cells = (printable(row.name), f"{row.n:,}", percent(row.recall), percent(row.precision))
+            taken = f"{printable(row.taken_for)} ({row.times:,})" if row.taken_for is not None else ""
             more = (percent(row.average_precision),) if self.multi_label else (f"{row.predicted:,}", taken)
             rows.append((*cells, *more))
         return rows, note
@@ -214,24 +214,24 @@ def score(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups
 
 def probabilities(logits: np.ndarray, *, multi_label: bool = False) -> np.ndarray:
     """(n, C) float32 in [0, 1]: softmax over the classes, or with ``multi_label`` a sigmoid each."""
-    found = np.empty(logits.shape, np.float32)
+    values = np.empty(logits.shape, np.float32)
     for start in range(0, len(logits), _ROWS):
         part = logits[start : start + _ROWS].astype(np.float64)
-        found[start : start + _ROWS] = np.exp(-np.logaddexp(0, -part) if multi_label else _log_softmax(part))
-    return found
+        values[start : start + _ROWS] = np.exp(-np.logaddexp(0, -part) if multi_label else _log_softmax(part))
+    return values
 
 
 def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Negative log-likelihood of each picture's label, or of its labels the mean over classes: (n,) float64, nats."""
-    found = np.empty(len(logits))
+    values = np.empty(len(logits))
     for start in range(0, len(logits), _ROWS):
         rows = slice(start, start + _ROWS)
         part, told = logits[rows].astype(np.float64), labels[rows]
         if labels.ndim == 2:
-            found[rows] = np.logaddexp(0, np.where(told, -part, part)).mean(axis=1)
+            values[rows] = np.logaddexp(0, np.where(told, -part, part)).mean(axis=1)
         else:
-            found[rows] = -_log_softmax(part)[np.arange(len(part)), told]
-    return found
+            values[rows] = -_log_softmax(part)[np.arange(len(part)), told]
+    return values
 
 
 def average_precision(values: np.ndarray, truth: np.ndarray) -> float:
@@ -246,8 +246,8 @@ def average_precision(values: np.ndarray, truth: np.ndarray) -> float:
     """
     order = np.argsort(-values, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last of each run of equal values
-    found = truth[order].cumsum()[ends]
-    precision, recall = found / (ends + 1), found / found[-1]
+    hits = truth[order].cumsum()[ends]
+    precision, recall = hits / (ends + 1), hits / hits[-1]
     return float((np.diff(recall, prepend=0) * precision).sum())
 
 

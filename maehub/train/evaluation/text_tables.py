@@ -37,7 +37,17 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} %"
 
 
-def readable(text: str, longest: int = 32) -> str:
+def printable(text: str, longest: int = 32) -> str:
     """One line without control characters or broken Unicode, its end cut off where it is too long."""
     shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration such as 5.3 min; from three days on with the days."""
+    hours = seconds / 3600
+    if hours >= 72:
+        return f"{hours:,.0f} h ({hours / 24:,.1f} days)"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
+from maehub.train.evaluation import duration_text
 from maehub.train.networks import Parameters, Work
 from maehub.train.planning.devices import Device
 
@@ -93,7 +94,7 @@ class Plan:
             "length": f"{self.steps:,} steps, {self.steps * self.batch_size / self.images:,.1f} views of each of "
             f"{self.images:,} images",
             "speed": f"{number_words(self.images_per_second)} views/s, {number_words(self.step_seconds)} s a step",
-            "time": f"{_duration(self.hours)}"
+            "time": f"{duration_text(3600 * self.hours)}"
             + (f", {number_words(self.hours * self.processes)} device hours" if self.processes > 1 else ""),
             "reading": f"{number_words(self.reading.pictures_per_second)} pictures/s at "
             f"{self.reading.milliseconds:.2f} ms: {self.reading.cores:,} core{'s' * (self.reading.cores != 1)} "
@@ -136,11 +137,3 @@ def _count(value: int) -> str:
 def byte_words(count: float) -> str:
     """MiB, from 1024 of them on GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-def _duration(hours: float) -> str:
-    if hours >= 72:
-        return f"{hours:,.0f} h ({hours / 24:,.1f} days)"
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"

@@ -10,7 +10,7 @@ import numpy as np
 from maehub.data import LabelledSplit
 from maehub.errors import CheckpointError
 from maehub.files import atomic_write, check_free, write_error
-from maehub.train.evaluation import Interval, Scores, html_table, readable, text_table
+from maehub.train.evaluation import Interval, Scores, html_table, printable, text_table
 from maehub.train.probing.config import CompareConfig, KnnConfig
 from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split, run_config
 
@@ -116,7 +116,7 @@ class Comparison:
         protocols = list(dict.fromkeys(cell.protocol for cell in self.cells))
         models = list(dict.fromkeys(cell.model for cell in self.cells))
         rows = [
-            [readable(model, _NAME), *(str(self.cell(model, name) or "–") for name in protocols)] for model in models
+            [printable(model, _NAME), *(str(self.cell(model, name) or "–") for name in protocols)] for model in models
         ]
         return ["MODEL", *(_HEADERS[name] for name in protocols)], rows
 

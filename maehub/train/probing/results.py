@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.train.evaluation import NeighbourTrial, Scores, Trial, best, html_table, percent, readable, text_table
+from maehub.train.evaluation import NeighbourTrial, Scores, Trial, best, html_table, percent, printable, text_table
 
 _NAME = 60  # characters of a model's name in a table
 
@@ -112,7 +112,7 @@ class Sweep:
             for row in result.chosen.combinations:
                 measured = (percent(best.top1), "*", f"{best.low:.1f} to {best.high:.1f}, n = {best.n:,}")
                 test = measured if _is_chosen(result, row) else ("", "", "")
-                name = readable(result.model, _NAME)
+                name = printable(result.model, _NAME)
                 rows.append((name, row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), *test))
         return rows
 
@@ -185,7 +185,7 @@ def _facts(result: ProbeResult | KnnResult) -> dict[str, Any]:
 
 def _text(result: ProbeResult | KnnResult, kind: str, setting: str, note: str = "") -> str:
     """Title, scores, what was chosen among, what it took, where it is."""
-    parts = [f"{result.model} on {readable(result.data, 200)}: {kind}", str(result.scores)]
+    parts = [f"{result.model} on {printable(result.data, 200)}: {kind}", str(result.scores)]
     if result.chosen.combinations:
         table = text_table(_header(setting), _chosen_rows(result), left=(0, 4))
         parts.append(f"* chosen by {result.chosen.by}\n\n{table}")

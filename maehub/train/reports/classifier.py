@@ -2,16 +2,15 @@
 
 import csv
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maehub.figures import Series, figure
+from maehub.figures import Series
 from maehub.train.engine import peak_rate
-from maehub.train.evaluation import Bin, ClassScore, Scores, percent, readable
-from maehub.train.reports.html import picture, rows, section, settings_table
+from maehub.train.evaluation import Bin, ClassScore, Scores, percent, printable
+from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture
 
 _MOST_CLASSES = 30  # in the table
 _WIDEST = 1500  # pixels of a picture
@@ -21,8 +20,8 @@ _FITTED = ("epochs", "warmup_epochs")  # of a recipe: `steps` and `warmup` say w
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe as it was fitted to the network and the data, by the names of `finetune_recipes.Settings`."""
-    found = config.get("settings")
-    return found if isinstance(found, dict) else {}
+    settings = config.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def scores_of(scored: Mapping[str, Any]) -> Scores | None:
@@ -73,7 +72,7 @@ def _pictures(recipe: Mapping[str, Any]) -> str:
     return f"{round(steps * batch / epochs):,} pictures" if steps and batch and epochs else "pictures"
 
 
-def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores) -> str:
+def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores) -> dict[str, str]:
     """How often a finished run's classifier is right, and how that was measured.
 
     Args:
@@ -82,7 +81,7 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores)
         scores: in it.
     """
     interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"
-    found = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
+    facts = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
     for words, value, note in (
         ("top-5", scores.top5, ""),
         ("mean average precision", scores.mean_average_precision, ""),
@@ -91,18 +90,18 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores)
         ("calibration error", scores.calibration_error, " between confidence and accuracy"),
     ):
         if value is not None:
-            found[words] = percent(value) + note
-    found["loss"] = f"{scores.loss:.4g} nats"
+            facts[words] = percent(value) + note
+    facts["loss"] = f"{scores.loss:.4g} nats"
     if not scores.multi_label:
         most = max((row.n for row in scores.per_class), default=0)
-        found["for comparison"] = f"{percent(100 * most / scores.n)} for always the most frequent class"
+        facts["for comparison"] = f"{percent(100 * most / scores.n)} for always the most frequent class"
     else:
-        found["top-1 counts"] = "pictures with a label, where the surest class is one of theirs"
+        facts["top-1 counts"] = "pictures with a label, where the surest class is one of theirs"
     made = "by --seed" if scored.get("split") == "made by seed" else "as the data say"
-    found["measured on"] = f"pictures held out {made}, at the last step; nothing was chosen on them"
+    facts["measured on"] = f"pictures held out {made}, at the last step; nothing was chosen on them"
     if config.get("skip_twins") is True:
-        found["pictures on both sides"] = "not looked for (--skip-twins)"
-    return f'<div class="figures beside"><div>{rows(found)}</div>{_reliability(scores)}</div>'
+        facts["pictures on both sides"] = "not looked for (--skip-twins)"
+    return facts
 
 
 def warning(twins: Path, scores: Scores | None) -> str:
@@ -119,81 +118,66 @@ def warning(twins: Path, scores: Scores | None) -> str:
     of = f" of {scores.n:,}" if scores and not scores.multi_label else ""
     plural, verb = ("" if total == 1 and not of else "s"), ("is" if total == 1 else "are")
     kinds_found = " and ".join(f"{count:,} {words}" for count, words in counts if count)
-    text = f"{total:,}{of} held-out picture{plural} {verb} in training too: {kinds_found}. The scores may be too high."
-    return f'<p class="warn">{escape(text)} twins.csv lists them.</p>'
+    return f"{total:,}{of} held-out picture{plural} {verb} in training too: {kinds_found}. The scores may be too high."
 
 
-def parts(folder: Path, scores: Scores) -> list[str]:
-    """Sections on classes, on what they are taken for, and on the worst mistakes.
-
-    Args:
-        folder: of the run's pictures.
-        scores: of the run.
-    """
-    drawn = [section("Classes, worst first", _class_table(scores))]
-    for name, title, what in (
+def pictures(folder: Path) -> list[Picture]:
+    """What classes are taken for, and the worst mistakes, as far as the run has drawn them."""
+    drawn = (
         ("confusion.png", "Confusion", "The confusion matrix"),
         ("mistakes.png", "The worst mistakes", "Pictures, what they show, and what they are taken for"),
-    ):
-        if (folder / name).exists():
-            shown = picture(folder / name, title, what, _WIDEST, titled=False)
-            drawn.append(section(title, f'<div class="wide">{shown}</div>'))
-    return drawn
+    )
+    return [picture(folder / name, title, what, _WIDEST) for name, title, what in drawn if (folder / name).exists()]
 
 
-def recipe(config: Mapping[str, Any]) -> str:
+def recipe(config: Mapping[str, Any]) -> list[Setting]:
     """The recipe's settings; those that a flag gave are marked."""
-    found = {name: value for name, value in settled(config).items() if name not in _FITTED}
-    base, batch = _number(found.get("base_lr")), _number(found.get("batch_size"))
+    settings = {name: value for name, value in settled(config).items() if name not in _FITTED}
+    base, batch = _number(settings.get("base_lr")), _number(settings.get("batch_size"))
     if base and batch:
-        found["peak_lr"] = peak_rate(base, int(batch))
-    asked = {name for name in found if config.get(name) not in (None, "auto")}
-    return settings_table(found, asked, "given by a flag. The rest is the recipe's, fitted to network and data")
+        settings["peak_lr"] = peak_rate(base, int(batch))
+    asked = {name for name in settings if config.get(name) not in (None, "auto")}
+    return marked_settings(settings, asked)
 
 
 def trained_on(config: Mapping[str, Any]) -> str:
     """What makes the loss in training another one than what is measured; empty where nothing does."""
-    found = settled(config)
+    settings = settled(config)
     words = [
-        *["mixed labels"] * any(_number(found.get(name)) for name in ("mixup", "cutmix")),
-        *["smoothed labels"] * bool(_number(found.get("smoothing"))),
+        *["mixed labels"] * any(_number(settings.get(name)) for name in ("mixup", "cutmix")),
+        *["smoothed labels"] * bool(_number(settings.get("smoothing"))),
         *["weighted classes"] * (config.get("class_weights") == "balanced"),
     ]
     return ", ".join(words)
 
 
-def _reliability(scores: Scores) -> str:
+def reliability(scores: Scores) -> Chart | None:
     """How often it is right, against how sure it is."""
     full = [row for row in scores.bins if row.confidence is not None and row.accuracy is not None]
-    if not full:
-        return ""
     sure, right = (np.array([getattr(row, name) for row in full], float) for name in ("confidence", "accuracy"))
     ends = np.array([0.0, 100.0])
     series = [Series("ideal", ends, ends, 2, "dashed"), Series("measured", sure, right, 1, "points")]
-    return figure("Calibration", "% right, against % sure", series, legend=True)
+    return chart("Calibration", "% right, against % sure", series, legend=True)[0] if full else None
 
 
-def _class_table(scores: Scores) -> str:
-    """Classes with a bar for what they are ordered by, and where they can be one, what they are taken for."""
+def class_table(scores: Scores) -> dict[str, Any]:
+    """Classes with what they are ordered by, and where they can be one, what they are taken for."""
     several = scores.multi_label
     key = "average_precision" if several else "recall"
     rest = ("recall", "precision") if several else ("precision", "most often taken for")
     ranked = sorted((row for row in scores.per_class if row.n), key=lambda row: getattr(row, key) or 0.0)
-    body = []
+    rows = []
     for row in ranked[:_MOST_CLASSES]:
         share = getattr(row, key) or 0.0
-        bar = f'<span class="bar"><i style="width:{share:.0f}%"></i></span>'
-        taken = "" if row.taken_for is None else f"{readable(row.taken_for)} ({row.times:,} of {row.n:,})"
+        taken = "" if row.taken_for is None else f"{printable(row.taken_for)} ({row.times:,} of {row.n:,})"
         more = (percent(row.recall), percent(row.precision)) if several else (percent(row.precision), taken)
-        cells = [f"{row.n:,}", bar + percent(share), *map(escape, more)]
-        body.append(f"<tr><th>{escape(readable(row.name))}</th><td>{'</td><td>'.join(cells)}</td></tr>")
-    titles = "</th><th>".join(("class", "pictures", key.replace("_", " "), *rest))
-    kind = "classes" if several else "classes worded"
-    table = f'<table class="{kind}"><tr><th>{titles}</th></tr>{"".join(body)}</table>'
-    better, absent = len(ranked) - len(body), len(scores.per_class) - len(ranked)
+        rows.append((printable(row.name), f"{row.n:,}", f"{share:.0f}", percent(share), *more))
+    better, absent = len(ranked) - len(rows), len(scores.per_class) - len(ranked)
     notes = [f"{better:,} better classes are left out."] * bool(better)
     notes += [f"{absent:,} of the classes have no held-out picture."] * bool(absent)
-    return f'<div class="wide">{table}</div>' + (f'<p class="legend">{" ".join(notes)}</p>' if notes else "")
+    titles = ("class", "pictures", key.replace("_", " "), *rest)
+    kind = "classes" if several else "classes worded"
+    return {"titles": titles, "rows": rows, "note": " ".join(notes), "kind": kind}
 
 
 def _number(value: Any) -> float | None:

@@ -7,19 +7,19 @@ import re
 import statistics
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from maehub.errors import MaehubError, UsageError
-from maehub.figures import Series, figure, raw_and_smooth
-from maehub.files import atomic_write
+from maehub.figures import Series, raw_and_smooth
+from maehub.files import atomic_write, fill_template
 from maehub.models import PRESETS
 from maehub.train.engine import RunConfig, RunLog
+from maehub.train.evaluation import duration_text, percent
 from maehub.train.reports import classifier as report_classifier
-from maehub.train.reports.html import HEAD, STATES, picture, rows, section, settings_table, value_words
+from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture, value_text
 
 log = logging.getLogger("maehub")
 
@@ -32,6 +32,7 @@ _TARGETS = {
     "pca": "PCA coefficients of patches",
     "tokens": "tokens",
 }
+_BADGES = {"completed": "good", "preempted": "warn", "running": "warn", "diverged": "bad", "failed": "bad"}
 
 
 class Metrics(NamedTuple):
@@ -62,20 +63,19 @@ def write_report(run: Path, kind: type[RunConfig]) -> Path:
         raise UsageError(f"{run} has no config.json that can be read, so it is no run folder; nothing was written")
     state = _json(run / "run.json")
     metrics = read_metrics(run / "metrics.jsonl")
-    finetuned = config.get("kind") == "finetune"
-    name = run.resolve().name
-    done = int(metrics["loss"].steps[-1]) if "loss" in metrics else 0
-    sentence = report_classifier.sentence(config, done) if finetuned else _sentence(config, done)
-    sections = [
-        f"<header><h1>{escape(name)}</h1>{_badge(state)}<p>{escape(sentence)}</p>{_ending(state)}</header>",
-        *(_finetuning if finetuned else _pretraining)(run, config, state, metrics, kind),
-        section("Hardware and versions", rows(_environment(config))),
-        "<footer>Written by maehub. This page is one file: it loads nothing and sends nothing.</footer>",
-    ]
-    page = f"{HEAD}<title>{escape(name)}</title>\n<main>\n" + "\n".join(filter(None, sections)) + "\n</main>\n"
+    page = {
+        "name": run.resolve().name,
+        "state": (word := str(state.get("state", "unknown"))),
+        "badge": _BADGES.get(word, "quiet"),
+        "ending": _ending(state),
+        "charts": _charts(metrics),
+        "environment": _environment(config),
+    }
+    page |= (_finetuning if config.get("kind") == "finetune" else _pretraining)(run, config, state, metrics, kind)
+    text = fill_template(Path(__file__).with_name("report.html.jinja"), page)
     path = run / "report.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -131,15 +131,17 @@ def _pretraining(
     state: Mapping[str, Any],
     metrics: Mapping[str, Metrics],
     kind: type[RunConfig],
-) -> list[str]:
+) -> dict[str, Any]:
     batch = config.get("batch_size")
-    summary = _progress(config.get("steps"), batch, "views", metrics) | _validation(metrics)
-    return [
-        section("Summary", rows(summary | _costs(batch, state, metrics))),
-        section("Curves", _curves(metrics)),
-        section("Reconstructions, from first to last", _pictures(run / "pictures", "Reconstructions")),
-        section("Settings", _settings(config, kind, ("environment",))),
-    ]
+    progress = _progress(config.get("steps"), batch, "views", metrics)
+    return {
+        "classifier": None,
+        "sentence": _sentence(config, _done(metrics)),
+        "progress": progress | _validation(metrics) | _costs(batch, state, metrics),
+        "pictures_title": "Reconstructions",
+        "pictures": _pictures(run / "pictures", "Reconstructions"),
+        "settings": _settings(config, kind, ("environment",)),
+    }
 
 
 def _finetuning(
@@ -148,30 +150,34 @@ def _finetuning(
     state: Mapping[str, Any],
     metrics: Mapping[str, Metrics],
     kind: type[RunConfig],
-) -> list[str]:
+) -> dict[str, Any]:
     settled = report_classifier.settled(config)
     scored, batch = _json(run / "scores.json"), settled.get("batch_size")
     scores = report_classifier.scores_of(scored)
-    result = report_classifier.result(config, scored, scores) if scores else rows(_so_far(metrics))
     progress = _progress(settled.get("steps"), batch, "pictures", metrics)
     if "training loss" in progress and (differs := report_classifier.trained_on(config)):
         progress["training loss"] += f"; of {differs}"
-    apart = ("environment", "kind", "settings", "classes", "steps", *settled)
-    return [
-        section("Result", report_classifier.warning(run / "twins.csv", scores) + result),
-        section("Curves", _curves(metrics)),
-        *(report_classifier.parts(run / "pictures", scores) if scores else ()),
-        section("Held-out pictures, from first to last", _pictures(run / "pictures", "Held-out pictures")),
-        section("Training", rows(progress | _costs(batch, state, metrics))),
-        section("Recipe", report_classifier.recipe(config)),
-        section("Settings", _settings(config, kind, apart)),
-    ]
+    classifier = {
+        "warning": report_classifier.warning(run / "twins.csv", scores),
+        "result": report_classifier.result(config, scored, scores) if scores else _so_far(metrics),
+        "reliability": report_classifier.reliability(scores) if scores else None,
+        "classes": report_classifier.class_table(scores) if scores else None,
+        "pictures": report_classifier.pictures(run / "pictures") if scores else [],
+        "recipe": report_classifier.recipe(config),
+    }
+    return {
+        "classifier": classifier,
+        "sentence": report_classifier.sentence(config, _done(metrics)),
+        "progress": progress | _costs(batch, state, metrics),
+        "pictures_title": "Held-out pictures",
+        "pictures": _pictures(run / "pictures", "Held-out pictures"),
+        "settings": _settings(config, kind, ("environment", "kind", "settings", "classes", "steps", *settled)),
+    }
 
 
-def _badge(state: Mapping[str, Any]) -> str:
-    word = str(state.get("state", "unknown"))
-    kind = STATES.get(word, "quiet")
-    return f'<span class="badge {kind}">{escape(word)}</span>'
+def _done(metrics: Mapping[str, Metrics]) -> int:
+    """Steps that were taken."""
+    return int(metrics["loss"].steps[-1]) if "loss" in metrics else 0
 
 
 def _ending(state: Mapping[str, Any]) -> str:
@@ -188,7 +194,7 @@ def _ending(state: Mapping[str, Any]) -> str:
         text = f"The loss or a gradient was not finite. {kept} run.json says more."
     else:
         text = f"It ended with exit code {code}. {kept} run.json says why."
-    return f'<p class="note">{escape(text)}</p>'
+    return text
 
 
 def _sentence(config: Mapping[str, Any], done: int) -> str:
@@ -210,73 +216,72 @@ def _sentence(config: Mapping[str, Any], done: int) -> str:
 
 def _progress(total: Any, batch: Any, seen: str, metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """How far it came, and the loss that was trained on."""
-    found: dict[str, str] = {}
-    loss = metrics.get("loss")
-    done = int(loss.steps[-1]) if loss else 0
-    found["steps"] = f"{done:,} of {total:,}" if type(total) is int else f"{done:,}"
+    facts: dict[str, str] = {}
+    loss, done = metrics.get("loss"), _done(metrics)
+    facts["steps"] = f"{done:,} of {total:,}" if type(total) is int else f"{done:,}"
     if type(batch) is int:
-        found[f"{seen} seen"] = f"{done * batch:,}"
+        facts[f"{seen} seen"] = f"{done * batch:,}"
     if loss:
         last = loss.values[-max(1, min(100, len(loss.values) // 10)) :]
-        found["training loss"] = f"{last.mean():.4g} at the end" + (
+        facts["training loss"] = f"{last.mean():.4g} at the end" + (
             f", mean over {len(last)} steps" if len(last) > 1 else ""
         )
-    return found
+    return facts
 
 
 def _validation(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """What was measured of an autoencoder."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     if validation := metrics.get("val_loss"):
         best = int(validation.values.argmin())
-        found["validation loss"] = f"{validation.values[-1]:.4g} at the end"
-        found["best validation loss"] = f"{validation.values[best]:.4g} at step {int(validation.steps[best]):,}"
+        facts["validation loss"] = f"{validation.values[-1]:.4g} at the end"
+        facts["best validation loss"] = f"{validation.values[best]:.4g} at step {int(validation.steps[best]):,}"
         for key, words in _BASELINES:
             if key in metrics:
                 simple = metrics[key].values[-1]
                 ratio = f"; the model has {validation.values[-1] / simple:.2f} of it" if simple > 0 else ""
-                found[f"loss of {words}"] = f"{simple:.4g}{ratio}"
+                facts[f"loss of {words}"] = f"{simple:.4g}{ratio}"
     for key, words, unit in (("effective_rank", "effective rank", ""), ("knn_top1", "nearest neighbours", " %")):
         if key in metrics:
             first, last = metrics[key].values[[0, -1]]
-            found[words] = f"{last:.4g}{unit} at the end, {first:.4g}{unit} at first"
-    return found
+            facts[words] = f"{last:.4g}{unit} at the end, {first:.4g}{unit} at first"
+    return facts
 
 
 def _so_far(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """What was measured of a classifier that is not finished."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     for key, words, unit in (("val_top1", "top-1 so far", " %"), ("val_loss", "loss so far", " nats")):
         if key in metrics:
             steps, values = metrics[key]
-            found[words] = f"{values[-1]:.4g}{unit} at step {int(steps[-1]):,}"
-    if found:
-        found["interval"] = "comes with the last step, which is the one that is reported"
-    return found
+            facts[words] = f"{values[-1]:.4g}{unit} at step {int(steps[-1]):,}"
+    if facts:
+        facts["interval"] = "comes with the last step, which is the one that is reported"
+    return facts
 
 
 def _costs(batch: Any, state: Mapping[str, Any], metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """Time and memory, and what is kept."""
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     speed = metrics.get("images_per_second")
     if speed and len(speed.values[speed.values > 0]):
         positive = speed.values[speed.values > 0]
-        found["images/s"] = f"{statistics.median(positive):,.4g}, the median"
+        facts["images/s"] = f"{statistics.median(positive):,.4g}, the median"
         if type(batch) is int:
-            found["time of the steps"] = _duration(float((batch / positive).sum()))
+            facts["time of the steps"] = duration_text(float((batch / positive).sum()))
     if "data_wait" in metrics:
-        found["waiting for pictures"] = f"{100 * metrics['data_wait'].values.mean():.1f} % of the time"
+        facts["waiting for pictures"] = f"{percent(100 * metrics['data_wait'].values.mean())} of the time"
     if "memory_gb" in metrics:
-        found["memory"] = f"{metrics['memory_gb'].values.max():,.3g} GB at most"
+        facts["memory"] = f"{metrics['memory_gb'].values.max():,.3g} GB at most"
     saved = state.get("last_good_step")
     if type(saved) is int:
-        found["newest checkpoint"] = f"step {saved:,}"
-    return found
+        facts["newest checkpoint"] = f"step {saved:,}"
+    return facts
 
 
-def _curves(metrics: Mapping[str, Metrics]) -> str:
+def _charts(metrics: Mapping[str, Metrics]) -> list[Chart]:
     """Every curve that there are numbers for."""
-    figures = [_loss_figure(metrics), _accuracy_figure(metrics)]
+    charts = [*_loss_chart(metrics), *_accuracy_chart(metrics)]
     for name, title, unit, scale in (
         ("lr", "Learning rate", "", 1),
         ("knn_top1", "Nearest neighbours", "%, of the labelled folder", 1),
@@ -291,14 +296,11 @@ def _curves(metrics: Mapping[str, Metrics]) -> str:
         series = [Series(title, steps, values, 0, "points" if len(values) <= 60 else "line")]
         if name in ("images_per_second", "data_wait", "grad_norm") and len(values) > 60:
             series = raw_and_smooth(title, steps, values, 0)
-        figures.append(figure(title, unit, series, legend=False))
-    shown = [one for one in figures if one]
-    if not shown:
-        return "<p>No step was written yet.</p>"
-    return f'<p class="legend">Against the step of the optimizer.</p><div class="figures">{"".join(shown)}</div>'
+        charts += chart(title, unit, series, legend=False)
+    return charts
 
 
-def _loss_figure(metrics: Mapping[str, Metrics]) -> str:
+def _loss_chart(metrics: Mapping[str, Metrics]) -> list[Chart]:
     series = []
     if "loss" in metrics:
         steps, values = metrics["loss"]
@@ -308,34 +310,33 @@ def _loss_figure(metrics: Mapping[str, Metrics]) -> str:
             series.append(Series(words, *metrics[key], colour=2 + number, style="dashed"))
     if "val_loss" in metrics:
         series.append(Series("validation", *metrics["val_loss"], colour=1, style="points"))
-    return figure("Loss", "", series, legend=True)
+    return chart("Loss", "", series, legend=True)
 
 
-def _accuracy_figure(metrics: Mapping[str, Metrics]) -> str:
+def _accuracy_chart(metrics: Mapping[str, Metrics]) -> list[Chart]:
     series = [
         Series(words, *metrics[key], colour=colour, style="points")
         for key, words, colour in (("val_top5", "top-5", 2), ("val_top1", "top-1", 1))
         if key in metrics
     ]
-    return figure("Right on held-out pictures", "%", series, legend=True)
+    return chart("Right on held-out pictures", "%", series, legend=True)
 
 
-def _pictures(folder: Path, what: str) -> str:
+def _pictures(folder: Path, what: str) -> list[Picture]:
     """Pictures of a few steps, spread over the run."""
-    found = {}
+    paths = {}
     for path in folder.glob("step-*.png"):
         if match := re.fullmatch(r"step-(\d{1,15})\.png", path.name):
-            found[int(match[1])] = path
-    steps = sorted(found)
-    places = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(_PICTURES, len(steps)))})
-    shown = [
-        picture(found[step], f"Step {step:,}", f"{what} at step {step}", _PICTURE_WIDTH)
-        for step in (steps[place] for place in places)
+            paths[int(match[1])] = path
+    steps = sorted(paths)
+    chosen = sorted({round(index) for index in np.linspace(0, len(steps) - 1, min(_PICTURES, len(steps)))})
+    return [
+        picture(paths[step], f"Step {step:,}", f"{what} at step {step}", _PICTURE_WIDTH)
+        for step in (steps[index] for index in chosen)
     ]
-    return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
 
 
-def _settings(config: Mapping[str, Any], kind: type[RunConfig], apart: Collection[str]) -> str:
+def _settings(config: Mapping[str, Any], kind: type[RunConfig], apart: Collection[str]) -> list[Setting]:
     """Every setting but those ``apart``, those that are not the default marked."""
     defaults = {field.name: field.default for field in fields(kind)}
     names = [*defaults, *(name for name in config if name not in defaults)]
@@ -345,7 +346,7 @@ def _settings(config: Mapping[str, Any], kind: type[RunConfig], apart: Collectio
         for name, value in shown.items()
         if (default := defaults.get(name, MISSING)) is MISSING or _plain(value) != _plain(default)
     }
-    return settings_table(shown, changed, "not the default")
+    return marked_settings(shown, changed)
 
 
 def _plain(value: Any) -> Any:
@@ -356,10 +357,4 @@ def _environment(config: Mapping[str, Any]) -> dict[str, str]:
     facts = config.get("environment")
     if not isinstance(facts, dict):
         return {}
-    return {str(name).replace("_gb", ", GB").replace("_", " "): value_words(value) for name, value in facts.items()}
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+    return {str(name).replace("_gb", ", GB").replace("_", " "): value_text(value) for name, value in facts.items()}
