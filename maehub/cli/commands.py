@@ -6,14 +6,16 @@ torch is imported inside the commands, so that ``list``, a mistyped name and a r
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maehub.cli import arguments
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 from maehub.files import read_words
 from maehub.hub import locate
+
+if TYPE_CHECKING:
+    from maehub.cli import arguments
 
 
 class Shared(NamedTuple):
@@ -24,7 +26,7 @@ class Shared(NamedTuple):
     debug: bool
 
 
-def run_list(config: arguments.List, shared: Shared) -> int:
+def run_list(config: "arguments.List", shared: Shared) -> int:
     from maehub.hub import list_models, model_info
 
     rows = [model_info(name) for name in list_models(config.pattern)]
@@ -44,7 +46,7 @@ def run_list(config: arguments.List, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_info(config: arguments.Info, shared: Shared) -> int:
+def run_info(config: "arguments.Info", shared: Shared) -> int:
     from maehub.hub import model_info
 
     info = model_info(config.name)
@@ -55,7 +57,7 @@ def run_info(config: arguments.Info, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_download(config: arguments.Download, shared: Shared) -> int:
+def run_download(config: "arguments.Download", shared: Shared) -> int:
     from maehub.hub import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
@@ -63,7 +65,7 @@ def run_download(config: arguments.Download, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_cache(config: arguments.Cache, shared: Shared) -> int:
+def run_cache(config: "arguments.Cache", shared: Shared) -> int:
     from maehub.hub import clean_cache
 
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
@@ -71,7 +73,7 @@ def run_cache(config: arguments.Cache, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_verify(config: arguments.Verify, shared: Shared) -> int:
+def run_verify(config: "arguments.Verify", shared: Shared) -> int:
     from maehub.hub import verify
 
     checked = verify(config.source)
@@ -80,7 +82,7 @@ def run_verify(config: arguments.Verify, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_identify(config: arguments.Identify, shared: Shared) -> int:
+def run_identify(config: "arguments.Identify", shared: Shared) -> int:
     from maehub.conversion import identify
 
     found = identify(
@@ -90,7 +92,7 @@ def run_identify(config: arguments.Identify, shared: Shared) -> int:
     return found.exit_code
 
 
-def run_convert(config: arguments.Convert, shared: Shared) -> int:
+def run_convert(config: "arguments.Convert", shared: Shared) -> int:
     from maehub.conversion import convert
 
     result = convert(
@@ -118,7 +120,7 @@ def run_convert(config: arguments.Convert, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_push(config: arguments.Push, shared: Shared) -> int:
+def run_push(config: "arguments.Push", shared: Shared) -> int:
     can_ask = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not shared.json
     if not (config.dry_run or config.yes or can_ask):
         raise UsageError("nobody can be asked here: look at the plan by --dry-run, then say --yes; nothing was sent")
@@ -150,7 +152,7 @@ def run_push(config: arguments.Push, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_features(config: arguments.Features, shared: Shared) -> int:
+def run_features(config: "arguments.Features", shared: Shared) -> int:
     size = wanted_size(config.image_size)
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.features import extract_features
@@ -181,7 +183,7 @@ def run_features(config: arguments.Features, shared: Shared) -> int:
     return EXIT_SKIPPED if table.skipped else EXIT_DONE
 
 
-def run_data(config: arguments.Data, shared: Shared) -> int:
+def run_data(config: "arguments.Data", shared: Shared) -> int:
     if config.out is not None and config.out.exists() and not config.overwrite:
         raise UsageError(f"{config.out} exists; choose another --out, or replace it with --overwrite")
     from maehub.data import SAMPLE, check_data, data_statistics, tell
@@ -202,59 +204,47 @@ def run_data(config: arguments.Data, shared: Shared) -> int:
 def run_pretrain(config: Any, shared: Shared) -> int:
     from maehub.train import pretrain
 
-    result = pretrain(replace(config, quiet=config.quiet or shared.quiet))
-    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        report(shared, facts, _ending(result.run, result.step, result.exit_code))
-    return result.exit_code
+    result = pretrain(replace(config, quiet=shared.quiet))
+    return _trained(shared, result, {}, _ending(result))
 
 
 def run_finetune(config: Any, shared: Shared) -> int:
     from maehub.train import finetune
 
-    result = finetune(replace(config, quiet=config.quiet or shared.quiet))
-    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
-    lines = [_ending(result.run, result.step, result.exit_code)]
-    if result.scores is not None:
-        facts |= result.scores.summary()
-        lines = [str(result.scores), "", f"{lines[0]}. {result.run}/report.html shows it"]
-    if os.environ.get("RANK", "0") == "0":
-        report(shared, facts, "\n".join(lines))
-    return result.exit_code
+    result = finetune(replace(config, quiet=shared.quiet))
+    if result.scores is None:
+        return _trained(shared, result, {}, _ending(result))
+    text = f"{result.scores}\n\n{_ending(result)}. {result.run}/report.html shows it"
+    return _trained(shared, result, result.scores.summary(), text)
+
+
+def _trained(shared: Shared, result: Any, scores: dict[str, Any], text: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+        report(shared, {"run": str(result.run), "step": result.step, "exit_code": result.exit_code} | scores, text)
+    return int(result.exit_code)
+
+
+def _ending(result: Any) -> str:
+    if result.exit_code:
+        return f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
+    return f"{result.run}: {result.step} steps done"
+
+
+def measuring(function: str) -> Callable[[Any, Shared], int]:
+    """What a command does that calls a function of `maehub.train` and shows what it found."""
+
+    def run(config: Any, shared: Shared) -> int:
+        from maehub import train
+
+        found = getattr(train, function)(replace(config, quiet=shared.quiet))
+        report(shared, found.to_dict(), str(found))
+        return EXIT_DONE
+
+    return run
 
 
 def run_probe(config: Any, shared: Shared) -> int:
-    from maehub.train import probe
-    from maehub.train.probing import probe_sweep
-
-    quiet = replace(config, quiet=config.quiet or shared.quiet)
-    found = probe_sweep(quiet) if config.sweep else probe(quiet)
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
-
-
-def run_knn(config: Any, shared: Shared) -> int:
-    from maehub.train import knn
-
-    found = knn(replace(config, quiet=config.quiet or shared.quiet))
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
-
-
-def run_compare(config: Any, shared: Shared) -> int:
-    from maehub.train import compare
-
-    found = compare(replace(config, quiet=config.quiet or shared.quiet))
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
-
-
-def run_evaluate(config: Any, shared: Shared) -> int:
-    from maehub.train import evaluate
-
-    found = evaluate(replace(config, quiet=config.quiet or shared.quiet))
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
+    return measuring("probe_sweep" if config.sweep else "probe")(config, shared)
 
 
 def run_predict(config: Any, shared: Shared) -> int:
@@ -290,12 +280,6 @@ def run_plan(config: Any, shared: Shared) -> int:
     found = plan(config)
     report(shared, found.to_dict(), found.describe())
     return EXIT_DONE
-
-
-def _ending(run: Path, step: int, exit_code: int) -> str:
-    if exit_code:
-        return f"{run}: stopped at step {step}; the same line with --resume goes on"
-    return f"{run}: {step} steps done"
 
 
 def report(shared: Shared, facts: dict[str, Any], text: str) -> None:
