@@ -37,8 +37,8 @@ def words(data, out, **changes):
 class Forked(subprocess.Popen):
     """``subprocess.Popen`` of ``[sys.executable, ...]`` without the seconds in which an interpreter imports torch.
 
-    It is a child of this process and has its own files, folder and environment. What is read from the environment by
-    an interpreter's start or by imports (HF_*, PYTHON*, the locale) is the old: such tests start a fresh process.
+    It is a child of this process and has its own files, folder and environment. What an interpreter reads from the
+    environment when it starts (PYTHON*, the locale) is the old: such tests start a fresh process.
     """
 
     _parent = None  # the process that has imported everything, and the socket to it
@@ -129,6 +129,8 @@ def _serve(requests):
     os.environ.clear()
     os.environ.update(request["environment"])
     time.tzset()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]  # it reads HF_* when it is imported
     return request["words"]
 
 
@@ -162,7 +164,7 @@ class Launch:
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += list(options) or ["--standalone"]
         start = subprocess.Popen
-        if not (fresh or options or env):
+        if not (fresh or options):
             start = Forked
             command += ["--run-path", "--start-method", "fork"]
         command += ["--nproc-per-node", str(processes), str(WORKER), str(self.place)]
