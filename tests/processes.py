@@ -173,7 +173,7 @@ class Launch:
                 command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
             )
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=240):
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
