@@ -21,6 +21,14 @@ os.environ.update(
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
+# With real processes or large networks: they start first, or one of two processes of pytest has nothing left to do.
+LONG = "distributed training faults finetuning cli publishing surface validation finetuning_distributed probing cache"
+
+
+def pytest_collection_modifyitems(items):
+    first = [f"test_{name}.py" for name in LONG.split()]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):

@@ -212,7 +212,7 @@ def test_row_6_a_killed_download_is_begun_anew_and_its_rest_is_cleaned(hub, vit_
     process.wait()
     (rest,) = [path for path in unfinished(hub.folder.name) if path.stat().st_size > 300_000]
 
-    code, out, err = finished(start("download", name, "--json"), timeout=30)
+    code, out, err = finished(start("download", name, "--json"))
     assert code == 0
     assert Path(json.loads(out.splitlines()[-1])["path"]).read_bytes() == BYTES
     assert "waiting" not in err  # the kernel gave the lock back
@@ -257,7 +257,7 @@ def test_row_6_killed_at_any_moment(hub, vit_b, start, name, pattern):
         process.wait()
         with contextlib.suppress(HubError):  # it is not there
             assert fetch(model_info(name), offline=True, verify=True).sha256 == SHA256
-    assert finished(start("download", name), timeout=30)[0] == 0
+    assert finished(start("download", name))[0] == 0
     age(hub.folder.name, 3700)
     clean_cache()
     assert not unfinished(hub.folder.name)
@@ -405,7 +405,7 @@ def test_row_8_a_lock_that_comes_free_in_time(hub, vit_b, holder, start):
 
 
 def test_row_8_the_flag_of_the_command(hub, vit_b, holder, start):
-    code, _, err = finished(start("download", "vit-b", "--lock-timeout", "0"), timeout=30)
+    code, _, err = finished(start("download", "vit-b", "--lock-timeout", "0"))
     assert code == 0
     assert f"after 0 s, {lock_of(hub)} is still held" in err
     assert fetch(vit_b, offline=True).sha256 == SHA256
@@ -418,7 +418,7 @@ def test_row_8_a_stale_lock_file(hub, vit_b, start, patch):
     lock.parent.mkdir(parents=True)
     lock.write_text("4711\nanother-host\n")
     begin = time.monotonic()
-    code, _, err = finished(start("download", "vit-b", "--lock-timeout", "1.5", patch=patch), timeout=30)
+    code, _, err = finished(start("download", "vit-b", "--lock-timeout", "1.5", patch=patch))
     assert code == 0
     assert fetch(vit_b, offline=True).sha256 == SHA256
     if patch:
@@ -435,7 +435,7 @@ def test_row_8_an_official_file_has_a_lock_too(hub, vit_b, start, caplog):
     import filelock
 
     with filelock.FileLock(lock):
-        code, _, err = finished(start("download", "vit-b-normpix-full", "--lock-timeout", "0.2"), timeout=30)
+        code, _, err = finished(start("download", "vit-b-normpix-full", "--lock-timeout", "0.2"))
     assert code == 0
     assert str(lock) in err
     if LOCKS.exists():

@@ -288,8 +288,8 @@ def test_row_66_a_killed_process_ends_the_job_which_resumes_bit_for_bit(pictures
     run = tmp_path / "run"
     launch = Launch(tmp_path, [{"words": words(pictures, run), "fault": "kill", "rank": rank, "step": 6}])
     begun = time.monotonic()
-    assert launch.wait(60) == 1
-    assert time.monotonic() - begun < 45  # only that nothing hangs
+    assert launch.wait() == 1
+    assert time.monotonic() - begun < 120  # only that nothing hangs
     assert "exitcode  : -9" in launch.output()
     if rank == 1:  # the one that writes is left
         ended = state(run)
@@ -304,7 +304,7 @@ def test_row_66_a_killed_process_ends_the_job_which_resumes_bit_for_bit(pictures
 
 def test_row_56_a_signal_to_torchrun_leaves_a_checkpoint(pictures, tmp_path):
     run = tmp_path / "run"
-    launch = Launch(tmp_path, [{"words": words(pictures, run, steps=2000), "fault": "slow", "step": 20}])
+    launch = Launch(tmp_path, [{"words": words(pictures, run, steps=2000), "fault": "slow", "step": 20}], fresh=True)
     until = time.monotonic() + 60
     while not (run / "checkpoints" / "step-4").exists():
         assert time.monotonic() < until, launch.output()

@@ -1,14 +1,13 @@
 """Every example runs offline with the embedded model and photos, and writes what it says."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import forked
 
 import maehub
 
@@ -65,7 +64,7 @@ def test_pretrain(tmp_path):
     # A process of its own: training forks workers and takes the signals.
     run = tmp_path / "run"
     command = [sys.executable, str(EXAMPLES / "pretrain.py"), str(ASSETS), str(run), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = forked(command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 steps, loss ")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
@@ -77,7 +76,7 @@ def test_pretrain(tmp_path):
 def test_finetune_folder(tmp_path):
     data, run = tmp_path / "labelled", tmp_path / "run"
     command = [sys.executable, str(EXAMPLES / "finetune_folder.py"), str(data), str(run), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = forked(command)
     assert done.returncode == 0, done.stderr
     assert [len(list((data / name).iterdir())) for name in ("cat", "coffee")] == [24, 24]
     assert "95 % interval" in done.stdout

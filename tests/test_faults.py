@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import Launch, losses, metrics, state, words
+from processes import Launch, forked, losses, metrics, state, words
 
 import maehub
 from maehub.cli import command_line as cli
@@ -81,12 +81,10 @@ def script(pictures, out, before="", after="", env=None, **changes):
     code = (
         f"{PRESET}\n{before}\nimport sys\ncode = cli.main({words(pictures, out, **changes)!r})\n{after}\nsys.exit(code)"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=(os.environ | {"OMP_NUM_THREADS": "1"}) | (env or {}),
-        capture_output=True,
-        text=True,
-    )
+    command, env = [sys.executable, "-c", code], os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    if "PYTHONUTF8" in env:  # an interpreter looks for it when it starts
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+    return forked(command, env=env)
 
 
 def test_row_34_a_save_that_fails_is_told_at_once_and_the_newest_checkpoint_stays(pictures, tmp_path, monkeypatch):

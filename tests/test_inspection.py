@@ -221,7 +221,7 @@ def test_row_83_ctrl_c_ends_it_and_its_processes(tmp_path):
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "maehub: interrupted")
     assert "Traceback" not in err
     assert not any(os.path.exists(f"/proc/{child}") for child in started)

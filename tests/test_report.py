@@ -264,9 +264,9 @@ def test_a_hundred_thousand_steps_are_fast_and_small(tmp_path):
         for step, noise in enumerate(rng.normal(0, 0.01, 100_000), start=1):
             facts = {"step": step, "loss": 0.5 + noise, "lr": 1e-3, "images_per_second": 1000.0, "data_wait": 0.0}
             file.write(json.dumps(facts) + "\n")
-    start = time.perf_counter()
+    start = time.process_time()
     path = write_report(run, PretrainConfig)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert path.stat().st_size < 200_000
     assert "100,000 steps of 16 views" in Page(path.read_text()).text
 

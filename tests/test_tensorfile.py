@@ -225,10 +225,10 @@ HOSTILE = {
 def test_row_24_hostile_headers_are_refused_at_once(kind, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(HOSTILE[kind])
-    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(IntegrityError) as caught:
         read_tensors(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kB
     assert len(str(caught.value)) < 600
 
@@ -238,10 +238,10 @@ def test_row_24_a_large_header_of_duplicates_is_refused_at_once(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(crafted(b'{%b,"0":1}' % many))
     assert path.stat().st_size < MAX_HEADER_BYTES
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(IntegrityError, match="'0' is given twice"):
         read_tensors(path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_no_file_a_folder_and_a_pipe(tmp_path):

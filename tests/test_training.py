@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import Forked
 from safetensors.torch import load_file, save_file
 
 import maehub
@@ -307,7 +307,7 @@ def waiting(pictures, tmp_path):
     """A run in a process of its own that stands in its fifth step, and its folder."""
     run = tmp_path / "run"
     with open(tmp_path / "stderr", "w") as stderr:
-        process = subprocess.Popen(
+        process = Forked(
             [sys.executable, "-c", SCRIPT, str(pictures), str(run), "--wait"],
             stderr=stderr,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -243,7 +243,7 @@ def test_a_tokenizer_of_the_callers(pictures, tmp_path):
 
 
 def test_a_file_that_does_not_say_its_target_is_trained_on_the_one_that_is_said(pictures, tmp_path):
-    network = maehub.AutoencoderConfig(EncoderConfig(32, 16, 3, 768, 12, 12), 512, 1, 16, "pixels")
+    network = maehub.AutoencoderConfig(TINY, 512, 1, 16, "pixels")
     model = maehub.MaskedAutoencoder(network)
     save_file(to_official(model.state_dict()).state, tmp_path / "bare.safetensors")  # a shape whose heads are known
     with pytest.raises(UsageError, match="say it by --target"):
