@@ -6,9 +6,9 @@ image ─ patchify ─┬─ visible patches ─ encoder ──┐
                         └───────────────────────────── target ──────────────── loss on hidden patches
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.encoder.pool != "cls" or self.encoder.classes:
             raise UsageError("the encoder of an autoencoder has no head and ends in norm: classes=0 and pool='cls'")
-        for name in ("decoder_width", "decoder_depth", "decoder_heads"):
-            value, least = getattr(self, name), 0 if name == "decoder_depth" else 1
+        for name in ("decoder_width", "decoder_depth", "decoder_heads", "outputs"):
+            value, least = getattr(self, name), 0 if name in ("decoder_depth", "outputs") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} must be an int of at least {least}, not {value!r}")
         if self.decoder_width % self.decoder_heads:
@@ -76,8 +76,6 @@ class AutoencoderConfig:
 
     def _check_outputs(self) -> None:
         outputs, pixels = self.outputs, self.patch_values
-        if isinstance(outputs, bool) or not isinstance(outputs, int) or outputs < 0:
-            raise UsageError(f"outputs must be an int of at least 0, not {outputs!r}")
         if self.target in ("pca", "tokens"):
             if not outputs:
                 raise UsageError(f"target={self.target!r} needs outputs, how many values are predicted for one patch")
@@ -146,15 +144,16 @@ class Decoder(nn.Module):
             self.register_buffer("components", torch.full((config.outputs, config.patch_values), torch.nan))
 
     def forward(
-        self, tokens: Tensor, grid: Size, wanted: Tensor | None = None, present: Tensor | None = None
+        self, tokens: Tensor, grid: Size, query_index: Tensor | None = None, token_index: Tensor | None = None
     ) -> Tensor:
         """Predict patches.
 
         Args:
             tokens: (B, N + 1, D/dec), class token first, spatial order, without positions.
             grid: (rows, columns) of the N patches.
-            wanted: (B, M) int64 patches to predict; None means all. The last block and the head run on these alone.
-            present: (B, T) int64 patches that take part, the wanted ones last; None means all.
+            query_index: (B, M) int64 patches to predict; None means all. The last block and the head run on these
+                alone.
+            token_index: (B, T) int64 patches that take part, the queries last; None means all.
 
         Returns:
             (B, N or M, outputs).
@@ -162,21 +161,21 @@ class Decoder(nn.Module):
         native, x = self.config.encoder, tokens
         if self.blocks:
             x = x + resize_table(self.pos_embed, native.grid, grid, native.positions)
-        if wanted is not None and present is not None:
-            x = torch.cat([x[:, :1], take(x, present + 1)], dim=1)  # (B, T + 1, D/dec)
-            count = present.shape[1]
-            wanted = torch.arange(count - wanted.shape[1], count, device=x.device).expand_as(wanted)
-        if wanted is None:
+        if query_index is not None and token_index is not None:
+            x = torch.cat([x[:, :1], take(x, token_index + 1)], dim=1)  # (B, T + 1, D/dec)
+            count = token_index.shape[1]
+            query_index = torch.arange(count - query_index.shape[1], count, device=x.device).expand_as(query_index)
+        if query_index is None:
             for block in self.blocks:
                 x = block(x)
-            x = x[:, 1:]  # the class token has no pixels
+            x = x[:, 1:]  # (B, N, D/dec): the class token has no pixels
         elif self.blocks:
             *before, last = self.blocks
             for block in before:
                 x = block(x)
-            x = last(x, wanted + 1)
+            x = last(x, query_index + 1)  # (B, M, D/dec)
         else:
-            x = take(x, wanted + 1)
+            x = take(x, query_index + 1)  # (B, M, D/dec)
         return self.pred(self.norm(x))
 
 
@@ -218,18 +217,55 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             `Output`; its loss is NaN unless the target is pixels, normalised or not.
         """
-        grid, patches = self._patches(images)
+        grid, patches = self._patchify(images)  # (B, N, P·P·C)
         if masked is None:
             kept = kept_count(patches.shape[1], mask_ratio)
-            masked = random_masks(self._seeds(seeds, images), patches.shape[1], kept)
+            masked = random_masks(self._seeds(seeds, images), patches.shape[1], kept)  # (B, N)
         else:
-            kept = self._check(masked, patches)
-        prediction = self._predict(patches, masked, kept, grid)
+            self._check_masks(masked, patches)
+            kept = visible_count(masked)
+        prediction = self._predict(patches, masked, kept, grid)  # (B, N, outputs)
         if self.config.target in _OF_PIXELS:
-            loss = _mean_over_hidden(squared_error(prediction, self.target(patches)), masked)
+            error = squared_error(prediction, self.target(patches))  # (B, N)
+            loss = (error * masked).sum() / masked.sum()
         else:
             loss = torch.full((), torch.nan, device=images.device)
         return Output(loss, prediction, masked)
+
+    def _predict(
+        self,
+        patches: Tensor,
+        masked: Tensor,
+        kept: int,
+        grid: Size,
+        query_index: Tensor | None = None,
+        token_index: Tensor | None = None,
+    ) -> Tensor:
+        """Figure 1, from left to right: patches (B, N, P·P·C) to predictions of all (B, N, outputs) or of M queries.
+
+        ``query_index`` and ``token_index`` are those of `Decoder.forward`.
+        """
+        encoder, decoder = self.encoder, self.decoder
+        positions = encoder.position_table(grid)  # (1, N + 1, D)
+        if self.config.mask_tokens == "encoder":  # the ablation of table 1c
+            tokens = torch.where(masked[:, :, None], self.mask_token, encoder.patch_embed(patches))  # (B, N, D)
+            tokens = encoder.with_cls(tokens + positions[:, 1:], positions)  # (B, N + 1, D)
+            tokens = decoder.embed(encoder.norm(encoder.encode(tokens)))  # (B, N + 1, D/dec)
+            return decoder(tokens, grid, query_index, token_index)
+
+        # The encoder sees the visible patches alone.
+        visible, hidden = split_index(masked, kept)  # (B, K), (B, N − K)
+        tokens = encoder.patch_embed(take(patches, visible))  # (B, K, D)
+        tokens = tokens + take(positions[:, 1:].expand(len(tokens), -1, -1), visible)
+        tokens = encoder.with_cls(tokens, positions)  # (B, K + 1, D)
+        tokens = decoder.embed(encoder.norm(encoder.encode(tokens)))  # (B, K + 1, D/dec)
+
+        # Mask tokens stand for the hidden ones, and every patch goes back to its place.
+        cls, seen = tokens[:, :1], tokens[:, 1:]
+        unseen = decoder.mask_token.to(seen.dtype).expand(len(seen), hidden.shape[1], -1)  # (B, N − K, D/dec)
+        order = torch.cat([visible, hidden], dim=1).argsort(dim=1)
+        everything = take(torch.cat([seen, unseen], dim=1), order)  # (B, N, D/dec), spatial order
+        return decoder(torch.cat([cls, everything], dim=1), grid, query_index, token_index)
 
     def loss(self, images: Tensor, masked: Tensor, *, kept: int | None = None) -> Tensor:
         """The training path: the same loss as `forward`, computing only what the loss needs.
@@ -258,10 +294,12 @@ class MaskedAutoencoder(nn.Module):
                 f"the loss of target={self.config.target!r} is a matter of training: maehub.train.pretraining.Objective"
                 " computes it"
             )
-        grid, patches = self._patches(images)
-        kept = self._check(masked, patches) if kept is None else kept
-        _, hidden = split_index(masked, kept)
-        prediction = self._predict(patches, masked, kept, grid, wanted=hidden)  # (B, N − K, P·P·C)
+        grid, patches = self._patchify(images)  # (B, N, P·P·C)
+        if kept is None:
+            self._check_masks(masked, patches)
+            kept = visible_count(masked)
+        _, hidden = split_index(masked, kept)  # (B, N − K)
+        prediction = self._predict(patches, masked, kept, grid, query_index=hidden)  # (B, N − K, P·P·C)
         return squared_error(prediction, self.target(take(patches, hidden))).mean()
 
     def predict(
@@ -288,23 +326,26 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             (B, M or N, outputs).
         """
-        grid, patches = self._patches(images)
-        self._check_shape(masked, patches)
+        grid, patches = self._patchify(images)  # (B, N, P·P·C)
+        self._check_masks(masked, patches)
         if wanted is not None and (wanted.dtype != torch.int64 or wanted.ndim != 2 or len(wanted) != len(images)):
             raise UsageError(
                 f"wanted must be int64 of shape ({len(images)}, M), patches of each image, not {wanted.dtype} of "
                 f"{tuple(wanted.shape)}"
             )
-        counts = leave_out or self.config.mask_tokens == "decoder"
-        known, kept = kept is not None, visible_count(masked) if kept is None and counts else kept or 0
-        if not leave_out:
-            return self._predict(patches, masked, kept, grid, wanted)
-        if wanted is None:
+        query_index, skip_unpredicted = wanted, leave_out
+        if not skip_unpredicted:
+            if self.config.mask_tokens == "decoder" and kept is None:
+                kept = visible_count(masked)
+            return self._predict(patches, masked, kept or 0, grid, query_index)
+        if query_index is None:
             raise UsageError("leave_out=True leaves out what is not wanted, so it needs wanted")
-        if not known and not masked.gather(1, wanted).all():
+        if kept is None and not masked.gather(1, query_index).all():
             raise UsageError("leave_out=True predicts hidden patches alone, and some of the wanted ones are visible")
-        visible, _ = split_index(masked, kept)
-        return self._predict(patches, masked, kept, grid, wanted, torch.cat([visible, wanted], dim=1))
+        kept = visible_count(masked) if kept is None else kept
+        visible, _ = split_index(masked, kept)  # (B, K)
+        token_index = torch.cat([visible, query_index], dim=1)  # (B, K + M)
+        return self._predict(patches, masked, kept, grid, query_index, token_index)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the decoder should predict for patches (B, N, P·P·C): (B, N, outputs) float32.
@@ -318,40 +359,14 @@ class MaskedAutoencoder(nn.Module):
         if self.config.target == "normalised_pixels":
             return normalise_patches(patches).patches
         if self.config.target == "pca":
-            with _full_precision(patches.device.type):
+            # No autocast, which would make products half precision; the meta device has none to switch off.
+            device = patches.device.type
+            with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
                 return (patches - self.decoder.centre.float()) @ self.decoder.components.float().T
         raise UsageError(f"target={self.config.target!r} is no function of a patch's pixels alone")
 
-    def _predict(
-        self,
-        patches: Tensor,
-        masked: Tensor,
-        kept: int,
-        grid: Size,
-        wanted: Tensor | None = None,
-        present: Tensor | None = None,
-    ) -> Tensor:
-        """Figure 1, from left to right: patches (B, N, P·P·C) to predictions of all or of the ``wanted`` ones."""
-        encoder, decoder = self.encoder, self.decoder
-        positions = encoder.position_table(grid)
-        if self.config.mask_tokens == "encoder":
-            tokens = torch.where(masked[:, :, None], self.mask_token, encoder.patch_embed(patches))
-            tokens = encoder.encode(encoder.with_cls(tokens + positions[:, 1:], positions))
-            return decoder(decoder.embed(encoder.norm(tokens)), grid, wanted, present)
-
-        visible, hidden = split_index(masked, kept)
-        tokens = encoder.patch_embed(take(patches, visible))  # (B, K, D)
-        tokens = tokens + take(positions[:, 1:].expand(len(tokens), -1, -1), visible)
-        tokens = encoder.norm(encoder.encode(encoder.with_cls(tokens, positions)))  # (B, K + 1, D)
-
-        tokens = decoder.embed(tokens)  # (B, K + 1, decoder width)
-        cls, seen = tokens[:, :1], tokens[:, 1:]
-        unseen = decoder.mask_token.to(seen.dtype).expand(len(seen), hidden.shape[1], -1)
-        order = torch.cat([visible, hidden], dim=1).argsort(dim=1)
-        everything = take(torch.cat([seen, unseen], dim=1), order)  # (B, N, decoder width), spatial order
-        return decoder(torch.cat([cls, everything], dim=1), grid, wanted, present)
-
-    def _patches(self, images: Tensor) -> tuple[Size, Tensor]:
+    def _patchify(self, images: Tensor) -> tuple[Size, Tensor]:
+        """The grid, and the patches (B, N, P·P·C)."""
         self.encoder.check_channels(images)
         size = self.config.encoder.patch_size
         return grid_size(images.shape[2], images.shape[3], size), patchify(images, size)
@@ -365,12 +380,8 @@ class MaskedAutoencoder(nn.Module):
             raise UsageError(f"seeds must be {len(images)} ints, one an image, not of shape {tuple(seeds.shape)}")
         return seeds
 
-    def _check(self, masked: Tensor, patches: Tensor) -> int:
-        self._check_shape(masked, patches)
-        return visible_count(masked)
-
     @staticmethod
-    def _check_shape(masked: Tensor, patches: Tensor) -> None:
+    def _check_masks(masked: Tensor, patches: Tensor) -> None:
         if masked.dtype != torch.bool or masked.shape != patches.shape[:2]:
             raise UsageError(
                 f"masked must be bool of shape {tuple(patches.shape[:2])} (images, patches), True where hidden, "
@@ -378,15 +389,6 @@ class MaskedAutoencoder(nn.Module):
             )
 
 
-def _full_precision(device: str) -> AbstractContextManager[Any]:
-    """No autocast, which would make products half precision; the meta device has none to switch off."""
-    return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()
-
-
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over the values of each patch, float32: (B, M)."""
     return (prediction.float() - target).square().mean(dim=-1)
-
-
-def _mean_over_hidden(error: Tensor, masked: Tensor) -> Tensor:
-    return (error * masked).sum() / masked.sum()

@@ -131,12 +131,12 @@ class Attention(nn.Module):
             (B, T, D), or (B, M, D).
         """
         if queries is None:
-            query, key, value = self._heads(self.qkv(x), 3)
+            query, key, value = self._heads(self.qkv(x), 3)  # (B, heads, T, D/heads) each
         else:
             width = x.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            (query,) = self._heads(F.linear(queries, weight[:width], bias[:width]), 1)
-            key, value = self._heads(F.linear(x, weight[width:], bias[width:]), 2)
+            weight, bias = self.qkv.weight, self.qkv.bias  # (3·D, D) and (3·D,)
+            (query,) = self._heads(F.linear(queries, weight[:width], bias[:width]), 1)  # (B, heads, M, D/heads)
+            key, value = self._heads(F.linear(x, weight[width:], bias[width:]), 2)  # (B, heads, T, D/heads) each
         mixed = F.scaled_dot_product_attention(query, key, value)  # (B, heads, T or M, D/heads)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -177,13 +177,13 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Run the block; with ``wanted`` (B, M) int64 only those tokens leave it, all of them being attended to."""
+    def forward(self, x: Tensor, query_index: Tensor | None = None) -> Tensor:
+        """Run the block; with ``query_index`` (B, M) int64 only those tokens leave it, and all are attended to."""
         normed = self.norm1(x)
-        if wanted is None:
+        if query_index is None:
             x = x + self.drop_path(self.attn(normed))
         else:
-            x = take(x, wanted) + self.drop_path(self.attn(normed, take(normed, wanted)))  # (B, M, D)
+            x = take(x, query_index) + self.drop_path(self.attn(normed, take(normed, query_index)))  # (B, M, D)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -222,9 +222,7 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, config.channels, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(with_cls_row(sincos_table(config.width, config.grid)), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)
-        )  # fmt: skip
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         if config.pool == "mean":
             self.fc_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         else:
@@ -276,26 +274,25 @@ class Encoder(nn.Module):
             )
         grid = grid_size(images.shape[2], images.shape[3], self.config.patch_size)
         if layers is None:
-            tokens = self.encode(self.embed(images))
-            return self._pooled(tokens, pool, norm, grid)
+            return self._pooled(self.encode(self.embed(images)), pool, norm, grid)
         depth = self.config.depth
         if not layers or any(not -depth <= layer < depth for layer in layers):
             raise UsageError(f"layers={list(layers)} must name blocks from {-depth} to {depth - 1} of {depth}")
-        wanted = [layer % depth for layer in layers]
-        tokens = self.embed(images)
+        numbers = [layer % depth for layer in layers]
+        tokens = self.embed(images)  # (B, N + 1, D)
         outputs = {}
-        for number, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for number, block in enumerate(self.blocks[: max(numbers) + 1]):
             tokens = block(tokens)
-            if number in wanted:
+            if number in numbers:
                 outputs[number] = self._pooled(tokens, pool, norm, grid)
-        return torch.stack([outputs[layer] for layer in wanted], dim=1)
+        return torch.stack([outputs[number] for number in numbers], dim=1)  # (B, layers, …)
 
     def attention(self, images: Tensor, *, layer: int = -1) -> Tensor:
         """Attention probabilities of one block: (B, heads, N + 1, N + 1); row and column 0 are the class token."""
         depth = self.config.depth
         if not -depth <= layer < depth:
             raise UsageError(f"layer={layer} must name a block from {-depth} to {depth - 1} of {depth}")
-        tokens = self.embed(images)
+        tokens = self.embed(images)  # (B, N + 1, D)
         *before, last = self.blocks[: layer % depth + 1]
         for block in before:
             tokens = block(tokens)
@@ -305,13 +302,14 @@ class Encoder(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens (B, N + 1, D) with positions, the class token first."""
         self.check_channels(images)
+        patches = patchify(images, self.config.patch_size)  # (B, N, P·P·C)
         positions = self.position_table(grid_size(images.shape[2], images.shape[3], self.config.patch_size))
-        tokens = self.patch_embed(patchify(images, self.config.patch_size)) + positions[:, 1:]
+        tokens = self.patch_embed(patches) + positions[:, 1:]  # (B, N, D)
         return self.with_cls(tokens, positions)
 
     def with_cls(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Put the class token and its position in front: (B, T, D) to (B, T + 1, D)."""
-        cls = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)
+        cls = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)  # (B, 1, D)
         return torch.cat([cls, tokens], dim=1)
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -342,14 +340,14 @@ class Encoder(nn.Module):
         pools_first = self.config.pool == "mean" and pool in ("mean", "cls+mean")
         if not pools_first:
             tokens = finish(tokens)
-        cls, patches = tokens[:, 0], tokens[:, 1:]
+        cls, patches = tokens[:, 0], tokens[:, 1:]  # (B, D), (B, N, D)
         if pool == "cls":
             return cls
         if pool == "tokens":
             return patches
         if pool == "map":
-            return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
-        mean = patches.mean(dim=1)
+            return patches.transpose(1, 2).reshape(len(patches), -1, *grid)  # (B, D, rows, columns)
+        mean = patches.mean(dim=1)  # (B, D)
         if pools_first:
             cls, mean = finish(cls), finish(mean)
         return mean if pool == "mean" else torch.cat([cls, mean], dim=1)

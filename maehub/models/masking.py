@@ -64,7 +64,7 @@ def make_masks(strategy: Strategy, seeds: Tensor, grid: Size, mask_ratio: float 
 
 def random_masks(seeds: Tensor, patches: int, kept: int) -> Tensor:
     """Uniform masks without replacement that keep ``kept`` of ``patches``: (B,) int64 seeds to (B, N) bool."""
-    order = random_bits(seeds, patches).argsort(dim=1, stable=True)
+    order = random_bits(seeds, patches).argsort(dim=1, stable=True)  # (B, N), a shuffle of the patches
     masked = torch.ones(len(seeds), patches, dtype=torch.bool, device=seeds.device)
     return masked.scatter(1, order[:, :kept], False)
 
@@ -79,16 +79,16 @@ def covering_masks(seed: int, patches: int, mask_ratio: float = 0.75) -> Tensor:
     hidden = patches - kept
     if not hidden:
         raise UsageError(f"a mask_ratio of {mask_ratio} hides none of {patches} patches, so nothing can be covered")
-    order = random_bits(one_seed(seed), patches)[0].argsort(stable=True)
+    order = random_bits(one_seed(seed), patches)[0].argsort(stable=True)  # (N,), a shuffle of the patches
     step = min(kept, hidden)
-    starts = torch.arange(math.ceil(patches / step)) * step
-    places = (starts[:, None] + torch.arange(hidden)) % patches  # (M, hidden), around the end
+    starts = torch.arange(math.ceil(patches / step)) * step  # (M,)
+    windows = (starts[:, None] + torch.arange(hidden)) % patches  # (M, N − K) of the shuffle, around its end
     masked = torch.zeros(len(starts), patches, dtype=torch.bool)
-    return masked.scatter(1, order[places], True)
+    return masked.scatter(1, order[windows], True)
 
 
 def _block_mask(seed: int, grid: Size, hidden: int) -> np.ndarray:
-    """Rectangles of random size, shape and place until exactly ``hidden`` patches are covered: (N,) bool."""
+    """Rectangles of random size, shape and position until exactly ``hidden`` patches are covered: (N,) bool."""
     rows, columns = grid
     masked = np.zeros(grid, dtype=bool)
     smallest = min(_BLOCK_SMALLEST, max(1, hidden // 4))

@@ -34,7 +34,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """
     batch, channels, height, width = images.shape
     rows, columns = grid_size(height, width, patch_size)
-    cells = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    cells = images.reshape(batch, channels, rows, patch_size, columns, patch_size)  # (B, C, rows, P, columns, P)
     return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
@@ -56,7 +56,7 @@ def unpatchify(patches: Tensor, grid: Size, patch_size: int) -> Tensor:
         raise UsageError(
             f"{count} patches of {values} values do not fill a grid of {rows}×{columns} with patches of {patch_size}"
         )
-    cells = patches.reshape(batch, rows, columns, patch_size, patch_size, channels)
+    cells = patches.reshape(batch, rows, columns, patch_size, patch_size, channels)  # (B, rows, columns, P, P, C)
     return cells.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * patch_size, columns * patch_size)
 
 

@@ -38,17 +38,17 @@ def sincos_table(width: int, grid: Size) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
 
     def axis(count: int) -> Tensor:
-        angles = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * frequencies
+        angles = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * frequencies  # (count, D/4)
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (count, D/2)
 
-    column_half = axis(columns)[None].expand(rows, columns, -1)
+    column_half = axis(columns)[None].expand(rows, columns, -1)  # (rows, columns, D/2)
     row_half = axis(rows)[:, None].expand(rows, columns, -1)
     return torch.cat([column_half, row_half], dim=-1).reshape(rows * columns, width).float()
 
 
 def with_cls_row(table: Tensor) -> Tensor:
     """A table with the class token's row of zeros in front: (N, D) to (1, N + 1, D), on the default device."""
-    whole = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
+    whole = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]  # (1, N + 1, D)
     return whole.to(torch.empty(0).device)  # moved last, see `sincos_table` on the meta device
 
 
@@ -58,7 +58,7 @@ def resize_table(table: Tensor, source: Size, target: Size, rule: ResizeRule = "
     Args:
         table: (1, 1 + rows·columns, D) floating, class token first.
         source: (rows, columns) of the table.
-        target: (rows, columns) wanted.
+        target: (rows, columns) of the result.
         rule: see `ResizeRule`.
 
     Returns:
@@ -68,7 +68,7 @@ def resize_table(table: Tensor, source: Size, target: Size, rule: ResizeRule = "
         raise UsageError(f"positions={rule!r} is not one of {', '.join(get_args(ResizeRule))}")
     if source == target:
         return table
-    cls, patches = table[:, :1], table[:, 1:]
+    cls, patches = table[:, :1], table[:, 1:]  # (1, 1, D), (1, rows·columns, D)
     if patches.shape[1] != source[0] * source[1]:
         raise UsageError(f"a position table of {patches.shape[1]} rows does not belong to a grid of {source}")
     if rule == "sincos":
