@@ -112,7 +112,7 @@ def crop_box(picture: Size, size: Size, augmentation: Augmentation, numbers: np.
 
 
 def _placed(picture: Size, height: int, width: int, right: float, down: float) -> Box:
-    """A box of a size, cut to the picture, at a place from 0 (left, top) to just under 1 (right, bottom)."""
+    """A box of a size, cut to the picture, at a position from 0 (left, top) to just under 1 (right, bottom)."""
     height, width = min(height, picture[0]), min(width, picture[1])
     left, top = int(right * (picture[1] - width + 1)), int(down * (picture[0] - height + 1))
     return Box(left, top, left + width, top + height)
@@ -152,7 +152,7 @@ def rotated(pixels: Tensor, degrees: float) -> Tensor:
     columns = math.ceil(max(0.0, abs(cosine) * width + abs(sine) * height - width) / 2) + 1
     around = ((rows, rows), (columns, columns), (0, 0))[: pixels.ndim]
     padded = Image.fromarray(np.pad(pixels.numpy(), around, mode="symmetric"))
-    # Where each place of the result comes from: the middle stays in the middle.
+    # Where each pixel of the result comes from: the middle stays in the middle.
     right = columns + (width - cosine * width + sine * height) / 2
     down = rows + (height - sine * width - cosine * height) / 2
     where = (cosine, -sine, right, sine, cosine, down)

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self, TypeVar
+from typing import BinaryIO, NamedTuple, Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -24,9 +24,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from maehub.errors import DataError, UsageError
 from maehub.images.jpeg import fast_rows, first_rows
-
-if TYPE_CHECKING:
-    from maehub.images.sizes import Size
+from maehub.images.sizes import Size
 
 ImagePath = str | Path | bytes
 _Result = TypeVar("_Result")
@@ -135,12 +133,12 @@ class Part(NamedTuple):
 def open_part(
     source: ImagePath | BinaryIO,
     choose: Callable[[Size], Box],
-    wanted: Size,
+    scaled_to: Size,
     max_pixels: int = MAX_PIXELS,
 ) -> Part:
     """A part of a picture file, decoded no further than it needs.
 
-    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 at which the part still has the wanted pixels (a 4:2:2
+    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 at which the part still has enough pixels (a 4:2:2
     one at 1/2 and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in
     `open_image`, in the channels that the file has.
 
@@ -148,21 +146,21 @@ def open_part(
         source: a path, or a binary file. In messages the file is called by its ``name``, if it has one.
         choose: is told the (height, width) of the upright picture and says which part of it, inside of it. The edges
             are then moved to multiples of that scale, so that the part is whole decoded pixels; see `aligned`.
-        wanted: (height, width) that the part must have at least, if it has as much at full scale.
+        scaled_to: (height, width) that the part must have at least, if it has as much at full scale.
         max_pixels: larger pictures are refused before they are decoded.
 
     Raises:
         DataError: it cannot be read; the text names the path and why.
     """
-    return _read(source, lambda file: _part(file, choose, wanted, max_pixels))
+    return _read(source, lambda file: _part(file, choose, scaled_to, max_pixels))
 
 
-def aligned(box: Box, wanted: Size, picture: Size) -> tuple[Box, int]:
-    """A box with its edges on multiples of the scale that leaves it the wanted pixels, and that scale.
+def aligned(box: Box, scaled_to: Size, picture: Size) -> tuple[Box, int]:
+    """A box with its edges on multiples of the scale that leaves it enough pixels, and that scale.
 
     The box never leaves the ``picture``, (height, width), and its edges move by less than twice the scale.
     """
-    (height, width), (rows, columns) = box.size, wanted
+    (height, width), (rows, columns) = box.size, scaled_to
     scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
     height, width = height // scale, width // scale
     top = min(round(box.top / scale), picture[0] // scale - height)
@@ -188,16 +186,18 @@ def _read(source: ImagePath | BinaryIO, action: Callable[[BinaryIO], _Result]) -
         raise DataError(f"{name} cannot be read: {reason or type(error).__name__}") from error
 
 
-def _part(file: BinaryIO, choose: Callable[[Size], Box], wanted: Size, max_pixels: int) -> Part:
+def _part(file: BinaryIO, choose: Callable[[Size], Box], scaled_to: Size, max_pixels: int) -> Part:
     start = file.tell()
     image = _opened(file, max_pixels)
     if not isinstance(image, JpegImageFile):
-        return part_of(plain(image), choose, wanted)
+        return part_of(plain(image), choose, scaled_to)
     orientation = _orientation(image)
     turned = orientation >= 5
     upright = image.size if turned else image.size[::-1]
     box = _mirrored(choose(upright), upright, orientation)
-    stored, scale = aligned(_swapped(box) if turned else box, wanted[::-1] if turned else wanted, image.size[::-1])
+    if turned:
+        box, scaled_to = _swapped(box), scaled_to[::-1]
+    stored, scale = aligned(box, scaled_to, image.size[::-1])
     if scale > 2 and image.mode == "RGB" and get_sampling(image) not in (0, 2):
         scale //= 2  # 4:2:2: scaled decoding halves the width of the colours once more
     file.seek(start)
@@ -215,10 +215,10 @@ def _part(file: BinaryIO, choose: Callable[[Size], Box], wanted: Size, max_pixel
     return Part(pixels, _mirrored(_swapped(stored) if turned else stored, upright, orientation), scale)
 
 
-def part_of(picture: Image.Image, choose: Callable[[Size], Box], wanted: Size) -> Part:
+def part_of(picture: Image.Image, choose: Callable[[Size], Box], scaled_to: Size) -> Part:
     """The part of a decoded L or RGB picture that `open_part` would show of its file, at full scale."""
     size = picture.height, picture.width
-    box, _ = aligned(choose(size), wanted, size)
+    box, _ = aligned(choose(size), scaled_to, size)
     return Part(np.asarray(picture.crop(box)), box, 1)
 
 

@@ -32,15 +32,15 @@ def first_rows(data: bytes, rows: int) -> bytearray | None:
     """
     if not data.endswith(_END):
         return None
-    place, frame = 2, 0
-    while place + 9 < len(data) and data[place] == 0xFF and data[place + 1] != _SCAN:
-        if data[place + 1] in _BASELINE:
-            frame = place
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    offset, frame = 2, 0
+    while offset + 9 < len(data) and data[offset] == 0xFF and data[offset + 1] != _SCAN:
+        if data[offset + 1] in _BASELINE:
+            frame = offset
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     if not frame or _end(rows) >= int.from_bytes(data[frame + 5 : frame + 7], "big"):
         return None
-    place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    scan = np.frombuffer(data, np.uint8)[place : -len(_END)]
+    offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+    scan = np.frombuffer(data, np.uint8)[offset : -len(_END)]
     markers = scan[1:][scan[:-1] == 0xFF]
     if not np.all((markers == 0) | ((markers & 0xF8) == 0xD0)):  # a byte that is no marker, or a restart of the codes
         return None

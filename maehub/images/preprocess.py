@@ -14,11 +14,10 @@ from PIL import Image
 
 from maehub.errors import DataError, IntegrityError, UsageError
 from maehub.images.decoding import MAX_PIXELS, Decoded, ImagePath, decode, plain, printable, to_channels
+from maehub.images.sizes import Size, as_size
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from maehub.images.sizes import Size
 
 ResizeMode = Literal["centre-crop", "squash", "pad", "native"]
 """``centre-crop`` scales to cover and crops, ``squash`` ignores the aspect ratio, ``pad`` scales to fit and fills with
@@ -71,12 +70,9 @@ class Preprocess:
     clip: bool = True
 
     def __post_init__(self) -> None:
-        size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
-        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "size", as_size(self.size))
         for name in ("mean", "std", "value_range"):
             object.__setattr__(self, name, tuple(float(number) for number in getattr(self, name)))
-        if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
-            raise UsageError(f"size must be a positive int or (height, width), not {self.size!r}")
         if type(self.patch_size) is not int or self.patch_size < 1:
             raise UsageError(f"patch_size must be a positive int, not {self.patch_size!r}")
         for name, choices in (("resize", ResizeMode), ("interpolation", Interpolation)):
@@ -99,9 +95,9 @@ class Preprocess:
         ImageNet statistics. Other than 3 channels get the average of ImageNet's three numbers each.
         """
         mean, std = _statistics(channels)
-        height, width = (size, size) if isinstance(size, int) else size
-        fraction = 0.875 if max(height, width) <= _LARGEST_CROPPED else 1.0
-        return cls((height, width), patch_size, "centre-crop", fraction, "bicubic", mean, std)
+        size = as_size(size)
+        fraction = 0.875 if max(size) <= _LARGEST_CROPPED else 1.0
+        return cls(size, patch_size, "centre-crop", fraction, "bicubic", mean, std)
 
     @classmethod
     def named(cls, name: TransformName, size: int | Size, channels: int = 3, patch_size: int = 16) -> Self:
@@ -125,7 +121,7 @@ class Preprocess:
         for name in get_args(TransformName):
             if self == self.named(name, self.size, self.channels, self.patch_size):
                 return self.named(name, size, self.channels, self.patch_size)
-        return replace(self, size=(size, size) if isinstance(size, int) else size)
+        return replace(self, size=as_size(size))
 
     @property
     def channels(self) -> int:
