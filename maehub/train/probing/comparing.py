@@ -12,7 +12,7 @@ from maehub.errors import CheckpointError
 from maehub.files import atomic_write, check_free, write_error
 from maehub.train.evaluation import Interval, Scores, html_table, readable, text_table
 from maehub.train.probing.config import CompareConfig, KnnConfig
-from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split
+from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split, run_config
 
 MEMBERS = ("compare.json",)
 """What marks the folder of a comparison."""
@@ -148,20 +148,20 @@ def compare(config: CompareConfig) -> Comparison:
         check_free(config.out, config.overwrite, MEMBERS)
         _make_folder(config.out)
     once = replace(config, skip_twins=True)
-    splits = {seed: read_split(once if place else config, seed) for place, seed in enumerate(config.seeds)}
+    splits = {seed: read_split(once if number else config, seed) for number, seed in enumerate(config.seeds)}
     for name in config.model:  # a name that is wrong is found before any work
         open_for(config, name, config.seeds[0])
     first = splits[config.seeds[0]]
-    found = Comparison(config.data, (), len(first.training), first.made, config.out)
-    _write(found)
+    comparison = Comparison(config.data, (), len(first.training), first.made, config.out)
+    _write(comparison)
     for name in config.model:
         runs = _frozen_runs(config, name, splits)
         if "finetune" in config.protocols and not name.startswith("baseline/"):
             runs["finetune"] = [_finetuned(config, name, seed) for seed in config.seeds]
         done = [Cell(name, protocol, tuple(runs[protocol])) for protocol in config.protocols if protocol in runs]
-        found = replace(found, cells=(*found.cells, *done))
-        _write(found)
-    return found
+        comparison = replace(comparison, cells=(*comparison.cells, *done))
+        _write(comparison)
+    return comparison
 
 
 def _frozen_runs(config: CompareConfig, name: str, splits: dict[int, LabelledSplit]) -> dict[str, list[Run]]:
@@ -184,28 +184,12 @@ def _frozen_runs(config: CompareConfig, name: str, splits: dict[int, LabelledSpl
 
 
 def _finetuned(config: CompareConfig, name: str, seed: int) -> Run:
-    from maehub.train.finetuning import FinetuneConfig, finetune
+    from maehub.train.finetuning import finetune
 
     assert config.out is not None
     folder = config.out / f"finetune-{config.model.index(name) + 1}-seed-{seed}"
-    settings = FinetuneConfig(
-        config.data,
-        folder,
-        model=name,
-        image_size=config.image_size,
-        epochs=config.epochs,
-        steps=config.steps,
-        val_share=config.val_share,
-        group=config.group,
-        label=config.label,
-        seed=seed,
-        device=config.device,
-        workers=config.workers,
-        skip_twins=True,  # they were looked for
-        overwrite=config.overwrite,
-        quiet=config.quiet,
-    )
-    result = finetune(settings)
+    run = run_config(config, name, folder, seed)
+    result = finetune(replace(run, epochs=config.epochs, steps=config.steps, skip_twins=True))  # they were looked for
     if result.scores is None:
         stopped = CheckpointError(
             f"fine-tuning {name} was stopped at step {result.step}; its checkpoint is kept in {folder}, and the "
@@ -216,11 +200,11 @@ def _finetuned(config: CompareConfig, name: str, seed: int) -> Run:
     return Run(seed, result.scores, {"run": folder.name})
 
 
-def _write(found: Comparison) -> None:
+def _write(comparison: Comparison) -> None:
     """What is known so far."""
-    if found.out is not None:
-        with atomic_write(found.out / MEMBERS[0]) as temporary:
-            temporary.write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n")
+    if comparison.out is not None:
+        with atomic_write(comparison.out / MEMBERS[0]) as temporary:
+            temporary.write_text(json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
 def _make_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from maehub.train.evaluation import (
     sweep,
     vote,
 )
-from maehub.train.finetuning import as_classifier
+from maehub.train.finetuning import FinetuneConfig, as_classifier
 from maehub.train.networks import Backbone, open_backbone
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
@@ -108,11 +109,11 @@ def probe_sweep(config: ProbeConfig) -> Sweep:
         backbone = open_for(config, name, config.seed)
         features = extract(config, backbone, split, _layers(config, backbone))
         results.append(fast_probe(config, backbone, split, features, config.seed)[0])
-    found = Sweep(tuple(results), config.out)
+    table = Sweep(tuple(results), config.out)
     if config.out is not None:
         with whole_folder(config.out, overwrite=config.overwrite, members=MEMBERS) as staging:
-            write_text(staging / "probe.json", _json(found.to_dict()))
-    return found
+            write_text(staging / "probe.json", _json(table.to_dict()))
+    return table
 
 
 def knn(config: KnnConfig) -> KnnResult:
@@ -158,12 +159,12 @@ def open_for(config: ProbeConfig | KnnConfig | FrozenConfig, name: str, seed: in
 
 def extract(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, layers: Sequence[int]) -> Features:
     """Every part of some layers for all pictures, in one pass."""
-    wanted = backbone.layers(layers)
+    numbers = backbone.layers(layers)
     native = backbone.preprocess.resize == "native"  # every picture has its own size
     start = time.monotonic()
     training, testing = (
         outputs(
-            lambda images: backbone.compute(images, wanted),
+            lambda images: backbone.compute(images, numbers),
             labelled.samples,
             backbone.preprocess,
             usable_device(config.device),
@@ -174,7 +175,7 @@ def extract(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, laye
         )
         for labelled, what in ((split.training, "training pictures"), (split.testing, "test pictures"))
     )
-    return Features(training, testing, tuple(wanted), time.monotonic() - start)
+    return Features(training, testing, tuple(numbers), time.monotonic() - start)
 
 
 class Probed(NamedTuple):
@@ -193,31 +194,31 @@ def fast_probe(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, f
     training, classes = split.training, len(split.training.classes)
     inner = inner_parts(training, seed)
     trials: dict[tuple[int, str], tuple[Trial, ...]] = {}
-    for place, layer in enumerate(features.layers):
+    for position, layer in enumerate(features.layers):
         for pool in _pools(config, backbone):
-            pooled = backbone.pooled(features.training[:, place], pool)
+            pooled = backbone.pooled(features.training[:, position], pool)
             trials[layer, pool] = sweep(pooled, training.labels, classes, inner.parts)
     (layer, pool), chosen = max(trials.items(), key=lambda item: (best(item[1]).accuracy, item[0][0]))
-    place = features.layers.index(layer)
-    fit = fit_at(
-        backbone.pooled(features.training[:, place], pool), training.labels, classes, best(chosen).strength, chosen
-    )
-    logits = fit.logits(backbone.pooled(features.testing[:, place], pool)).numpy()
+    position = features.layers.index(layer)
+    known, unseen = (backbone.pooled(side[:, position], pool) for side in (features.training, features.testing))
+    fit = fit_at(known, training.labels, classes, best(chosen).strength, chosen)
+    logits = fit.logits(unseen).numpy()
     rows = tuple(
-        Combination(key[1], key[0], best(found).strength, best(found).accuracy) for key, found in trials.items()
+        Combination(name, number, best(tried).strength, best(tried).accuracy)
+        for (number, name), tried in trials.items()
     )
     result = ProbeResult(
-        backbone.name,
-        config.data,
-        "fast",
-        pool,
-        layer,
-        fit.strength,
-        score(logits, split.testing.labels, training.classes, split.testing.groups),
-        len(training),
-        Chosen(rows, inner.words),
-        chosen,
-        Seconds(features.seconds, time.monotonic() - start),
+        model=backbone.name,
+        data=config.data,
+        method="fast",
+        pool=pool,
+        layer=layer,
+        strength=fit.strength,
+        scores=score(logits, split.testing.labels, training.classes, split.testing.groups),
+        n_train=len(training),
+        chosen=Chosen(rows, inner.words),
+        inner=chosen,
+        seconds=Seconds(features.seconds, time.monotonic() - start),
     )
     return Probed(result, fit)
 
@@ -233,24 +234,42 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
         trials[pool] = choose_neighbours(pooled, training.labels, training.groups, config.temperature, candidates)
     pool = max(trials, key=lambda name: _most(trials[name]).accuracy)
     neighbours = min(config.neighbours or _most(trials[pool]).neighbours, len(training))
-    near, far = (backbone.pooled(side[:, 0], pool) for side in (features.training, features.testing))
-    shares = vote(near, training.labels, far, neighbours, config.temperature, classes=len(training.classes))
+    known, unseen = (backbone.pooled(side[:, 0], pool) for side in (features.training, features.testing))
+    shares = vote(known, training.labels, unseen, neighbours, config.temperature, classes=len(training.classes))
     shares = shares.clamp(_NO_VOTE, 1 - _NO_VOTE)
     logits = torch.logit(shares) if training.multi_label else shares.log()
     left_out = "one picture" if training.groups is None else "one group"
-    rows = tuple(Combination(name, features.layers[0], *_most(found)) for name, found in trials.items())
+    rows = tuple(Combination(name, features.layers[0], *_most(tried)) for name, tried in trials.items())
     return KnnResult(
-        backbone.name,
+        model=backbone.name,
+        data=config.data,
+        pool=pool,
+        layer=features.layers[0],
+        neighbours=neighbours,
+        temperature=config.temperature,
+        scores=score(logits.numpy(), testing.labels, training.classes, testing.groups),
+        n_train=len(training),
+        chosen=Chosen(rows, f"leaving {left_out} out of {len(training):,} training pictures"),
+        inner=trials[pool],
+        seconds=Seconds(features.seconds, time.monotonic() - start),
+    )
+
+
+def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> FinetuneConfig:
+    """A run of fine-tuning on the same pictures and the same split."""
+    return FinetuneConfig(
         config.data,
-        pool,
-        features.layers[0],
-        neighbours,
-        config.temperature,
-        score(logits.numpy(), testing.labels, training.classes, testing.groups),
-        len(training),
-        Chosen(rows, f"leaving {left_out} out of {len(training):,} training pictures"),
-        trials[pool],
-        Seconds(features.seconds, time.monotonic() - start),
+        out,
+        model=model,
+        image_size=config.image_size,
+        val_share=config.val_share,
+        group=config.group,
+        label=config.label,
+        seed=seed,
+        device=config.device,
+        workers=config.workers,
+        overwrite=config.overwrite,
+        quiet=config.quiet,
     )
 
 
@@ -312,7 +331,7 @@ def _write(
 
 def _trained(config: ProbeConfig) -> ProbeResult:
     """The probes that are trained: the loop of fine-tuning on a frozen network."""
-    from maehub.train.finetuning import FinetuneConfig, finetune
+    from maehub.train.finetuning import finetune
 
     assert config.out is not None
     if config.pool not in (None, "cls", "mean"):
@@ -321,25 +340,8 @@ def _trained(config: ProbeConfig) -> ProbeResult:
         raise UsageError(f"{config.out} exists and is not empty; choose another --out, or replace it by --overwrite")
     recipe: Any = "linear" if config.method == "lars" else "attentive"
     pool: Any = config.pool
-    result = finetune(
-        FinetuneConfig(
-            config.data,
-            config.out,
-            model=config.model[0],
-            recipe=recipe,
-            pool=pool,
-            image_size=config.image_size,
-            batch_size=config.batch_size,
-            val_share=config.val_share,
-            group=config.group,
-            label=config.label,
-            seed=config.seed,
-            device=config.device,
-            workers=config.workers,
-            overwrite=config.overwrite,
-            quiet=config.quiet,
-        )
-    )
+    run = run_config(config, config.model[0], config.out, config.seed)
+    result = finetune(replace(run, recipe=recipe, pool=pool, batch_size=config.batch_size))
     if result.scores is None:
         stopped = CheckpointError(
             f"the probe was stopped at step {result.step}; its checkpoint is kept in {result.run}. Go on by "
@@ -351,8 +353,15 @@ def _trained(config: ProbeConfig) -> ProbeResult:
     settings = json.loads((result.run / "config.json").read_text()).get("settings", {})
     used = config.pool or settings.get("pool") or "patches"
     return ProbeResult(
-        config.model[0], config.data, config.method, used, -1, None, result.scores, out=result.run
-    )  # fmt: skip
+        model=config.model[0],
+        data=config.data,
+        method=config.method,
+        pool=used,
+        layer=-1,
+        strength=None,
+        scores=result.scores,
+        out=result.run,
+    )
 
 
 def _pools(config: FrozenConfig, backbone: Backbone) -> tuple[str, ...]:

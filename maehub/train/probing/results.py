@@ -66,7 +66,7 @@ class ProbeResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain lists, numbers and strings, for JSON."""
         return {
-            **_facts(self.model, self.data, self.pool, self.layer, self.n_train, self.chosen, self.seconds),
+            **_facts(self),
             "method": self.method,
             "strength": self.strength,
             "inner": [trial._asdict() for trial in self.inner],
@@ -76,25 +76,12 @@ class ProbeResult:
         }
 
     def __str__(self) -> str:
-        settings = f"pool {self.pool}, layer {self.layer}" + (
-            f", strength {_two_digits(self.strength)}" if self.strength else ""
-        )
-        parts = [
-            f"{self.model} on {readable(self.data, 200)}: {self.method} linear probe, {settings}",
-            str(self.scores),
-        ]
-        if self.method == "attentive":
-            parts[0] = f"{self.model} on {readable(self.data, 200)}: attentive probe"
-        parts += _chosen_text(self.chosen, "STRENGTH", self._is_chosen)
-        parts += _last_lines(self.n_train, self.seconds)
-        parts += [line for line in (str(self.out or ""), self.note) if line]
-        return "\n\n".join(parts)
+        strength = f", strength {_two_digits(self.strength)}" if self.strength else ""
+        kind = f"{self.method} linear probe, pool {self.pool}, layer {self.layer}{strength}"
+        return _text(self, "attentive probe" if self.method == "attentive" else kind, "STRENGTH", self.note)
 
     def _repr_html_(self) -> str:
-        return _html(self.model, self.scores, self.chosen, "STRENGTH", self._is_chosen)
-
-    def _is_chosen(self, row: Combination) -> bool:
-        return (row.pool, row.layer) == (self.pool, self.layer)
+        return _html(self, "STRENGTH")
 
 
 @dataclass(frozen=True)
@@ -123,12 +110,8 @@ class Sweep:
         for result in self.results:
             best = result.scores
             for row in result.chosen.combinations:
-                own = (row.pool, row.layer) == (result.pool, result.layer)
-                test = (
-                    (percent(best.top1), "*", f"{best.low:.1f} to {best.high:.1f}, n = {best.n:,}")
-                    if own
-                    else ("", "", "")
-                )
+                measured = (percent(best.top1), "*", f"{best.low:.1f} to {best.high:.1f}, n = {best.n:,}")
+                test = measured if _is_chosen(result, row) else ("", "", "")
                 name = readable(result.model, _NAME)
                 rows.append((name, row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), *test))
         return rows
@@ -162,7 +145,7 @@ class KnnResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain lists, numbers and strings, for JSON."""
         return {
-            **_facts(self.model, self.data, self.pool, self.layer, self.n_train, self.chosen, self.seconds),
+            **_facts(self),
             "neighbours": self.neighbours,
             "temperature": self.temperature,
             "inner": [trial._asdict() for trial in self.inner],
@@ -172,59 +155,57 @@ class KnnResult:
 
     def __str__(self) -> str:
         voters = "the nearest neighbour" if self.neighbours == 1 else f"{self.neighbours} nearest neighbours"
-        where = f"{self.model} on {readable(self.data, 200)}"
-        parts = [f"{where}: {voters}, pool {self.pool}, layer {self.layer}", str(self.scores)]
-        parts += _chosen_text(self.chosen, "NEIGHBOURS", self._is_chosen)
-        parts += _last_lines(self.n_train, self.seconds)
-        return "\n\n".join([*parts, *([str(self.out)] if self.out else [])])
+        return _text(self, f"{voters}, pool {self.pool}, layer {self.layer}", "NEIGHBOURS")
 
     def _repr_html_(self) -> str:
-        return _html(self.model, self.scores, self.chosen, "NEIGHBOURS", self._is_chosen)
-
-    def _is_chosen(self, row: Combination) -> bool:
-        return row.pool == self.pool
+        return _html(self, "NEIGHBOURS")
 
 
 def _two_digits(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
-def _facts(
-    model: str, data: str, pool: str, layer: int, n_train: int | None, chosen: Chosen, seconds: Seconds | None
-) -> dict[str, Any]:
+def _is_chosen(result: ProbeResult | KnnResult, row: Combination) -> bool:
+    return (row.pool, row.layer) == (result.pool, result.layer)
+
+
+def _facts(result: ProbeResult | KnnResult) -> dict[str, Any]:
+    """What both kinds of results begin with."""
     return {
-        "model": model,
-        "data": data,
-        "pool": pool,
-        "layer": layer,
-        "n_train": n_train,
-        "combinations": [row._asdict() for row in chosen.combinations],
-        "chosen_by": chosen.by,
-        "seconds": None if seconds is None else seconds._asdict(),
+        "model": result.model,
+        "data": result.data,
+        "pool": result.pool,
+        "layer": result.layer,
+        "n_train": result.n_train,
+        "combinations": [row._asdict() for row in result.chosen.combinations],
+        "chosen_by": result.chosen.by,
+        "seconds": None if result.seconds is None else result.seconds._asdict(),
     }
 
 
-def _chosen_rows(chosen: Chosen, is_chosen: Any) -> list[tuple[str, ...]]:
+def _text(result: ProbeResult | KnnResult, kind: str, setting: str, note: str = "") -> str:
+    """Title, scores, what was chosen among, what it took, where it is."""
+    parts = [f"{result.model} on {readable(result.data, 200)}: {kind}", str(result.scores)]
+    if result.chosen.combinations:
+        table = text_table(_header(setting), _chosen_rows(result), left=(0, 4))
+        parts.append(f"* chosen by {result.chosen.by}\n\n{table}")
+    words = [] if result.n_train is None else [f"{result.n_train:,} training pictures"]
+    if result.seconds is not None:
+        words += [f"features {result.seconds.features:.1f} s", f"probe {result.seconds.probe:.1f} s"]
+    return "\n\n".join(part for part in (*parts, ", ".join(words), str(result.out or ""), note) if part)
+
+
+def _html(result: ProbeResult | KnnResult, setting: str) -> str:
+    table = html_table(_header(setting), _chosen_rows(result)) if result.chosen.combinations else ""
+    return html_table(("MODEL",), [(result.model,)]) + result.scores._repr_html_() + table
+
+
+def _header(setting: str) -> tuple[str, ...]:
+    return "POOL", "LAYER", setting, "INNER", ""
+
+
+def _chosen_rows(result: ProbeResult | KnnResult) -> list[tuple[str, ...]]:
     return [
-        (row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), "*" if is_chosen(row) else "")
-        for row in chosen.combinations
+        (row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), "*" * _is_chosen(result, row))
+        for row in result.chosen.combinations
     ]
-
-
-def _chosen_text(chosen: Chosen, setting: str, is_chosen: Any) -> list[str]:
-    if not chosen.combinations:
-        return []
-    table = text_table(("POOL", "LAYER", setting, "INNER", ""), _chosen_rows(chosen, is_chosen), left=(0, 4))
-    return [f"* chosen by {chosen.by}\n\n{table}"]
-
-
-def _last_lines(n_train: int | None, seconds: Seconds | None) -> list[str]:
-    words = [] if n_train is None else [f"{n_train:,} training pictures"]
-    words += [] if seconds is None else [f"features {seconds.features:.1f} s", f"probe {seconds.probe:.1f} s"]
-    return [", ".join(words)] if words else []
-
-
-def _html(model: str, scores: Scores, chosen: Chosen, setting: str, is_chosen: Any) -> str:
-    header = ("POOL", "LAYER", setting, "INNER", "")
-    table = html_table(header, _chosen_rows(chosen, is_chosen)) if chosen.combinations else ""
-    return html_table(("MODEL",), [(model,)]) + scores._repr_html_() + table
