@@ -80,7 +80,7 @@ def fit_linear(
         features: (n, D) floating.
         labels: (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class.
         classes: C.
-        inner: places to fit to and places to choose by, once or more.
+        inner: indices to fit to and indices to choose by, once or more.
         strengths: penalties to try.
 
     Raises:
@@ -137,8 +137,8 @@ def accuracy(logits: Tensor, labels: np.ndarray) -> float:
     if labels.ndim == 1:
         return 100 * float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
     values = logits.float().cpu().numpy()
-    found = [average_precision(values[:, column], labels[:, column]) for column in np.flatnonzero(labels.any(axis=0))]
-    return 100 * float(np.mean(found)) if found else 0.0
+    scores = [average_precision(values[:, column], labels[:, column]) for column in np.flatnonzero(labels.any(axis=0))]
+    return 100 * float(np.mean(scores)) if scores else 0.0
 
 
 def _path(

@@ -22,7 +22,7 @@ class Near(NamedTuple):
     """The nearest of some pictures, the nearest first."""
 
     weights: Tensor  # (rows, k), exp(cosine similarity / temperature), the nearest one's being 1; 0 where it is barred
-    places: Tensor  # (rows, k) int64
+    indices: Tensor  # (rows, k) int64, of the pictures that vote
 
 
 class NeighbourTrial(NamedTuple):
@@ -54,8 +54,7 @@ def vote(
         (n, C) float32 in [0, 1]: votes for the class over all votes.
     """
     ballots = _ballots(train_labels, classes, features.device)
-    found = [_shares(near, ballots) for near in _nearest(train_features, features, neighbours, temperature)]
-    return torch.cat(found)
+    return torch.cat([_shares(near, ballots) for near in _nearest(train_features, features, neighbours, temperature)])
 
 
 def choose_neighbours(
@@ -79,12 +78,12 @@ def choose_neighbours(
     ballots = _ballots(labels, None, features.device)
     tried = [number for number in candidates if number < count] or [count - 1]
     barred = torch.arange(count) if groups is None else torch.as_tensor(groups)
-    found: dict[int, list[Tensor]] = {number: [] for number in tried}
+    votes: dict[int, list[Tensor]] = {number: [] for number in tried}
     for near in _nearest(features, features, max(tried), temperature, barred.to(features.device)):
         for number in tried:
-            shares = _shares(Near(near.weights[:, :number], near.places[:, :number]), ballots)
-            found[number].append(shares if labels.ndim == 2 else shares.argmax(dim=1))  # the shares are large
-    return tuple(NeighbourTrial(number, _accuracy(torch.cat(found[number]), labels)) for number in tried)
+            shares = _shares(Near(near.weights[:, :number], near.indices[:, :number]), ballots)
+            votes[number].append(shares if labels.ndim == 2 else shares.argmax(dim=1))  # the shares are large
+    return tuple(NeighbourTrial(number, _accuracy(torch.cat(votes[number]), labels)) for number in tried)
 
 
 def leave_one_out(features: Tensor, labels: Tensor, neighbours: int = 20) -> float:
@@ -130,22 +129,22 @@ def _nearest(
         similarity = asking[rows] @ train.T  # (rows, m)
         if barred is not None:
             similarity[barred[rows, None] == barred] = -torch.inf
-        near, places = similarity.topk(min(neighbours, len(train)), dim=1)
+        near, indices = similarity.topk(min(neighbours, len(train)), dim=1)
         weights = ((near - near[:, :1]) / temperature).exp()
-        yield Near(weights.nan_to_num(0), places)  # where every one is barred, nobody votes
+        yield Near(weights.nan_to_num(0), indices)  # where every one is barred, nobody votes
 
 
 def _shares(near: Near, ballots: Tensor) -> Tensor:
     """(rows, C): votes for each class over all votes."""
     votes = torch.zeros(len(near.weights), ballots.shape[1], device=ballots.device)
-    for weights, places in zip(near.weights.T, near.places.T, strict=True):  # all at once would be k times as large
-        votes += weights[:, None] * ballots[places]
+    for weights, indices in zip(near.weights.T, near.indices.T, strict=True):  # all at once would be k times as large
+        votes += weights[:, None] * ballots[indices]
     return votes / near.weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def _accuracy(found: Tensor, labels: np.ndarray) -> float:
+def _accuracy(votes: Tensor, labels: np.ndarray) -> float:
     """Of the most voted classes (n,) their top-1 in percent; of shares (n, C) as `linear.accuracy`."""
-    return accuracy(found, labels) if found.ndim == 2 else 100 * float((found.cpu().numpy() == labels).mean())
+    return accuracy(votes, labels) if votes.ndim == 2 else 100 * float((votes.cpu().numpy() == labels).mean())
 
 
 def _ballots(labels: np.ndarray, classes: int | None, device: torch.device) -> Tensor:

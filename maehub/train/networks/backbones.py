@@ -94,19 +94,19 @@ def open_backbone(
         HubError: its weights cannot be fetched.
         IntegrityError: a file does not hold what it should.
     """
-    place = usable_device(device)
+    device = usable_device(device)
     kind, _, rest = name.partition("/")
     if kind == "baseline":
         return _baseline(name, image_size)
     if kind == "timm":
-        return _timm(name, rest, image_size, place)
-    if kind == "untrained" and rest.startswith("timm/"):
+        return _timm(name, rest, image_size, device)
+    if kind == "untrained":
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            return _timm(name, rest.removeprefix("timm/"), image_size, place, untrained=True)
-    if kind == "untrained":
-        return backbone_of(name, _fresh(name, rest, image_size, seed).to(place))
-    return backbone_of(name, load(name, image_size=image_size, classes=0, device=place))
+            if rest.startswith("timm/"):
+                return _timm(name, rest.removeprefix("timm/"), image_size, device, untrained=True)
+            return backbone_of(name, _fresh(name, rest, image_size).to(device))
+    return backbone_of(name, load(name, image_size=image_size, classes=0, device=device))
 
 
 def backbone_of(name: str, encoder: Encoder) -> Backbone:
@@ -116,21 +116,18 @@ def backbone_of(name: str, encoder: Encoder) -> Backbone:
     parts = ("mean",) if config.pool == "mean" else ("cls", "mean")
 
     def compute(images: Tensor, layers: Sequence[int]) -> Tensor:
-        found = encoder.features(images, pool="mean" if len(parts) == 1 else "cls+mean", layers=layers)
-        return found.unflatten(2, (len(parts), config.width))
+        pooled = encoder.features(images, pool="mean" if len(parts) == 1 else "cls+mean", layers=layers)
+        return pooled.unflatten(2, (len(parts), config.width))
 
     return Backbone(name, encoder, encoder.preprocess, config.width, config.depth, parts, compute)
 
 
-def _fresh(name: str, preset: str, image_size: int | Size | None, seed: int) -> Encoder:
+def _fresh(name: str, preset: str, image_size: int | Size | None) -> Encoder:
     """The encoder that pretraining from scratch starts with."""
     if preset not in PRESETS:
         raise UsageError(f"{name}: after untrained/ stands one of {', '.join(PRESETS)}, or timm/NAME")
     sides = as_size(image_size, "image_size") if image_size is not None else ()
-    config, preprocess = architecture(preset, sides)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        return Encoder(config, preprocess)
+    return Encoder(*architecture(preset, sides))
 
 
 def _timm(
@@ -202,20 +199,20 @@ def _with_file(architecture: str, file: Path, sizes: dict[str, Size]) -> Any:
     state = read_tensors(file).tensors if file.suffix == ".safetensors" else read_pickle(file)[0]
     for options in ({}, {"num_classes": 0}):
         network = timm.create_model(architecture, **options, **sizes)
-        wanted = network.state_dict()
-        if state.keys() == wanted.keys():
+        expected = network.state_dict()
+        if state.keys() == expected.keys():
             renamed = dict(state)
-        elif not state.keys() & wanted.keys() and len(state) == len(wanted):
-            renamed = dict(zip(wanted, state.values(), strict=True))
+        elif not state.keys() & expected.keys() and len(state) == len(expected):
+            renamed = dict(zip(expected, state.values(), strict=True))
         else:
             continue
-        if all(renamed[key].shape == value.shape for key, value in wanted.items()):
+        if all(renamed[key].shape == value.shape for key, value in expected.items()):
             network.load_state_dict(renamed)
             network.reset_classifier(0)
             return network
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     raise IntegrityError(
-        f"{file} does not hold the tensors of timm's {architecture}: of {len(wanted)} it lacks {len(missing)} "
+        f"{file} does not hold the tensors of timm's {architecture}: of {len(expected)} it lacks {len(missing)} "
         f"({', '.join(missing[:3])} …) and has {len(unknown)} others ({', '.join(unknown[:3])} …), or the shapes "
         "differ. Nothing was loaded; name the architecture that the file was saved from"
     )
@@ -224,9 +221,7 @@ def _with_file(architecture: str, file: Path, sizes: dict[str, Size]) -> Any:
 def _timm_preprocess(name: str, network: Any, image_size: int | Size | None) -> Preprocess:
     """The transform that timm evaluates a network with, at its own or another size."""
     data = importlib.import_module("timm.data").resolve_data_config({}, model=network, verbose=False)
-    size = (
-        as_size(image_size, "image_size") if image_size is not None else (data["input_size"][1], data["input_size"][2])
-    )
+    size = as_size(data["input_size"][1:] if image_size is None else image_size, "image_size")
     mode, share = data["crop_mode"], data["crop_pct"]
     if data["interpolation"] not in ("bicubic", "bilinear") or not (
         mode == "center" or (mode == "squash" and share == 1)
@@ -238,12 +233,12 @@ def _timm_preprocess(name: str, network: Any, image_size: int | Size | None) -> 
         grid_size(size[0], size[1], patch)  # timm would leave out what does not fill a patch
     return Preprocess(
         size,
-        patch or _patch(size),
-        "centre-crop" if mode == "center" else "squash",
-        crop_fraction(share, min(size)),
-        data["interpolation"],
-        data["mean"],
-        data["std"],
+        patch_size=patch or _patch(size),
+        resize="centre-crop" if mode == "center" else "squash",
+        crop_fraction=crop_fraction(share, min(size)),
+        interpolation=data["interpolation"],
+        mean=data["mean"],
+        std=data["std"],
     )
 
 
@@ -264,12 +259,12 @@ def _timm_tokens(network: Any, parts: tuple[str, ...]) -> Callable[[Tensor, Sequ
     depth = len(network.blocks)
 
     def compute(images: Tensor, layers: Sequence[int]) -> Tensor:
-        wanted = sorted({layer % depth for layer in layers})
-        found = network.forward_intermediates(
-            images, wanted, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        numbers = sorted({layer % depth for layer in layers})
+        intermediates = network.forward_intermediates(
+            images, numbers, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
         )
         outputs = {}
-        for number, tokens in zip(wanted, found, strict=True):
+        for number, tokens in zip(numbers, intermediates, strict=True):
             patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, None)
             pooled = {"mean": patches.mean(dim=1), "cls": None if prefix is None else prefix[:, 0]}
             outputs[number] = torch.stack([network.fc_norm(pooled[part]) for part in parts], dim=1)  # (B, parts, D)
@@ -304,9 +299,9 @@ def _pixels(images: Tensor) -> Tensor:
 def _colours(images: Tensor) -> Tensor:
     """Share of the picture in each of 8 × 8 × 8 colours: (B, 3, H, W) in [0, 1] to (B, 512)."""
     red, green, blue = (images * _BINS).long().clamp(0, _BINS - 1).unbind(1)
-    places = ((red * _BINS + green) * _BINS + blue).flatten(1)
-    counts = torch.zeros(len(places), _BINS**3, device=places.device)
-    return counts.scatter_add_(1, places, torch.ones_like(places, dtype=counts.dtype)) / places.shape[1]
+    bins = ((red * _BINS + green) * _BINS + blue).flatten(1)  # (B, H·W)
+    counts = torch.zeros(len(bins), _BINS**3, device=bins.device)
+    return counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=counts.dtype)) / bins.shape[1]
 
 
 def _patch(size: Size) -> int:

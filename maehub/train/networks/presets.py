@@ -25,11 +25,11 @@ def preset(name: str, image_size: tuple[int, ...] = (), channels: int | None = N
     """
     if name not in PRESETS:
         raise UsageError(f"--model {name} is not one of {', '.join(PRESETS)}; --from names weights")
-    found = PRESETS[name]
-    size = image_size * 2 if len(image_size) == 1 else image_size or found.size
-    if any(side % found.patch_size for side in size):
-        raise UsageError(f"--image-size must be a multiple of {found.patch_size}, not {' '.join(map(str, size))}")
-    config = replace(found, image_size=(size[0], size[1]), channels=channels or found.channels)
+    config = PRESETS[name]
+    size = image_size * 2 if len(image_size) == 1 else image_size or config.size
+    if any(side % config.patch_size for side in size):
+        raise UsageError(f"--image-size must be a multiple of {config.patch_size}, not {' '.join(map(str, size))}")
+    config = replace(config, image_size=(size[0], size[1]), channels=channels or config.channels)
     preprocess = Preprocess.evaluation(config.size, config.channels, config.patch_size)
     return Preset(config, replace(preprocess, crop_fraction=1.0) if name in _WHOLE_PICTURE else preprocess)
 
