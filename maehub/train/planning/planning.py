@@ -56,9 +56,9 @@ def plan(config: PlanConfig) -> Plan:
     device = device_row(config.on, config.device)
     precision = _precision(config, device)
     utilisation = _utilisation(config, device, precision)
-    found = _images(config)
+    images = _images(config)
     per_step = config.batch_size / config.masks_per_image
-    steps = config.steps or math.ceil((config.epochs or 0) * found.training / per_step)
+    steps = config.steps or math.ceil((config.epochs or 0) * images.training / per_step)
 
     parameters = count_parameters(network)
     kept = kept_patches(view_of(config, network))
@@ -71,16 +71,16 @@ def plan(config: PlanConfig) -> Plan:
     fixed = fixed_bytes(parameters, precision, shards=shards, largest_block=block_parameters(network))
 
     share = math.ceil(config.batch_size / config.processes)
-    room = max(0, math.floor((_usable(device) - fixed) / view_bytes))
-    fitting = next((size for size in range(min(share, room), 0, -1) if share % size == 0), 0)
-    micro = min(share, config.micro_batch) if config.micro_batch else fitting
+    capacity = max(0, math.floor((_usable(device) - fixed) / view_bytes))  # views
+    largest = next((size for size in range(min(share, capacity), 0, -1) if share % size == 0), 0)
+    micro = min(share, config.micro_batch) if config.micro_batch else largest
     seconds = share * training / (device.rate(precision) * 1e12 * utilisation.share)
     seconds += _ADAMW_TRAFFIC * parameters.trained / shards / (device.bandwidth * 1e9)
     speed = config.batch_size / seconds
 
     checkpoint = checkpoint_bytes(parameters)
     exported = 4 * (2 * parameters.encoder + parameters.decoder + parameters.fixed)
-    result = Plan(
+    estimate = Plan(
         network=config.from_ or config.model,
         parameters=parameters,
         view=network.encoder.size,
@@ -96,19 +96,19 @@ def plan(config: PlanConfig) -> Plan:
         view_bytes=view_bytes,
         micro_batch=micro,
         accumulation=math.ceil(share / micro) if micro else 0,
-        images=found.training,
+        images=images.training,
         steps=steps,
         batch_size=config.batch_size,
         learning_rate=peak_rate(config.base_lr, config.batch_size),
         step_seconds=seconds,
         images_per_second=speed,
         hours=steps * seconds / 3600,
-        reading=_reading(config, network, found.source, speed / config.masks_per_image),
+        reading=_reading(config, network, images.source, speed / config.masks_per_image),
         checkpoint_bytes=checkpoint,
         disk_bytes=(config.keep + 1) * checkpoint + exported,
         advice=(),
     )
-    return replace(result, advice=tuple(_advice(config, network, result, room)))
+    return replace(estimate, advice=tuple(_advice(config, network, estimate, capacity)))
 
 
 def network_of(config: PlanConfig) -> AutoencoderConfig:
@@ -194,69 +194,65 @@ def _reading(config: PlanConfig, network: AutoencoderConfig, source: Source | No
     return Reading(rate, milliseconds, words, max(1, math.ceil(rate * milliseconds / 1000)))
 
 
-def _advice(config: PlanConfig, network: AutoencoderConfig, found: Plan, room: int) -> list[str]:
+def _advice(config: PlanConfig, network: AutoencoderConfig, run: Plan, capacity: int) -> list[str]:
     """What to change, most pressing first."""
-    advice = [*_memory_advice(config, network, found, room)]
+    advice = [*_memory_advice(config, network, run, capacity)]
     cores = worker_count(None) + 1 if config.on == "auto" else None
-    reading = found.reading
-    if cores is not None and reading.cores > cores * found.processes:
+    reading = run.reading
+    if cores is not None and reading.cores > cores * run.processes:
         advice.append(
             f"Reading needs {reading.cores} cores and this machine has {cores}: the device will wait for pictures. "
             "Shrink them on the disk, --cache a small data set, or --masks-per-image 2, which halves the reading."
         )
-    elif reading.cores > 16 * found.processes:
+    elif reading.cores > 16 * run.processes:
         advice.append(
-            f"Reading needs {reading.cores:,} cores, {reading.cores / found.processes:.0f} for each device: shrink the "
+            f"Reading needs {reading.cores:,} cores, {reading.cores / run.processes:.0f} for each device: shrink the "
             "pictures on the disk, or --masks-per-image 2, which halves the reading."
         )
-    if found.precision == "fp32" and config.precision == "fp32" and found.device.name != "cpu" and found.device.bf16:
-        gain = found.device.bf16 / found.device.fp32
-        advice.append(f"--precision bf16: {found.device.name} computes it up to {gain:.0f} times faster than fp32.")
-    if found.precision == "bf16" and not config.compile and config.utilisation is None:
+    if run.precision == "fp32" and config.precision == "fp32" and run.device.name != "cpu" and run.device.bf16:
+        gain = run.device.bf16 / run.device.fp32
+        advice.append(f"--precision bf16: {run.device.name} computes it up to {gain:.0f} times faster than fp32.")
+    if run.precision == "bf16" and not config.compile and config.utilisation is None:
         advice.append("--compile: 1.37 times the images/s for ViT-B on an H100 (docs/performance.md).")
-    if found.decoder_share > 0.4 and network.decoder_depth > 1:
+    if run.decoder_share > 0.4 and network.decoder_depth > 1:
         shallow = replace(network, decoder_depth=1)
-        ratio = found.forward_flops / forward_flops(shallow, found.work)
+        ratio = run.forward_flops / forward_flops(shallow, run.work)
         advice.append(
-            f"The decoder takes {found.decoder_share:.0%} of the FLOPs: --decoder-depth 1 makes a step {ratio:.1f} "
+            f"The decoder takes {run.decoder_share:.0%} of the FLOPs: --decoder-depth 1 makes a step {ratio:.1f} "
             "times cheaper. For ViT-L the paper lost 0.1 points fine-tuned and 8.0 of the linear probe (table 1a)."
         )
-    if not config.from_ and found.images < 100_000:
+    if not config.from_ and run.images < 100_000:
         advice.append(
-            f"{found.images:,} images are few to start from nothing: --from vit-b goes on from published weights."
+            f"{run.images:,} images are few to start from nothing: --from vit-b goes on from published weights."
         )
-    if found.steps < 20 / max(config.warmup, 0.05):
-        words = "one step" if found.steps == 1 else f"{found.steps:,} steps"
+    if run.steps < 20 / max(config.warmup, 0.05):
+        words = "one step" if run.steps == 1 else f"{run.steps:,} steps"
         advice.append(f"Only {words}: a smaller --batch-size makes more of the same images.")
-    if found.hours > 7 * 24:
-        needed = math.ceil(found.processes * found.hours / (7 * 24))
+    if run.hours > 7 * 24:
+        needed = math.ceil(run.processes * run.hours / (7 * 24))
         advice.append(f"About {needed:,} devices like this one would do it within a week, if they share the work well.")
     return advice
 
 
-def _memory_advice(config: PlanConfig, network: AutoencoderConfig, found: Plan, room: int) -> list[str]:
-    share = math.ceil(found.batch_size / found.processes)
+def _memory_advice(config: PlanConfig, network: AutoencoderConfig, run: Plan, capacity: int) -> list[str]:
+    share = math.ceil(run.batch_size / run.processes)
     advice = []
-    if found.batch_size % found.processes:
-        advice.append(f"--batch-size {found.batch_size} is no multiple of {found.processes} processes: it must be one.")
-    if room < 1:
+    if run.batch_size % run.processes:
+        advice.append(f"--batch-size {run.batch_size} is no multiple of {run.processes} processes: it must be one.")
+    if capacity < 1:
         shard = "" if config.fsdp else ", or --fsdp over several --processes, which share weights and optimizer"
         advice.append(
-            f"Not even one view fits: {byte_words(found.fixed_bytes)} of weights, gradients and optimizer and "
-            f"{byte_words(found.view_bytes)} a view, on {found.device.memory:,.0f} GiB. Take a device with more{shard}."
+            f"Not even one view fits: {byte_words(run.fixed_bytes)} of weights, gradients and optimizer and "
+            f"{byte_words(run.view_bytes)} a view, on {run.device.memory:,.0f} GiB. Take a device with more{shard}."
         )
-    elif config.micro_batch and config.micro_batch > room:
-        advice.append(f"--micro-batch {config.micro_batch} does not fit: {room:,} views do. Leave it out.")
-    elif share > room:
-        small = activation_bytes(network, found.work.kept, found.precision, work=found.work, checkpoint=True)
-        larger = (_usable(found.device) - found.fixed_bytes) // small
-        other = (
-            ""
-            if config.checkpoint_activations
-            else f" --checkpoint-activations would fit {larger:,.0f}, for a third more time."
-        )
+    elif config.micro_batch and config.micro_batch > capacity:
+        advice.append(f"--micro-batch {config.micro_batch} does not fit: {capacity:,} views do. Leave it out.")
+    elif share > capacity:
+        small = activation_bytes(network, run.work.kept, run.precision, work=run.work, checkpoint=True)
+        larger = (_usable(run.device) - run.fixed_bytes) // small
+        again = f" --checkpoint-activations would fit {larger:,.0f}, for a third more time."
         advice.append(
-            f"{share:,} views a process do not fit at once, {room:,} do: gradients are accumulated over "
-            f"{found.accumulation:,} micro-batches, with the same result.{other}"
+            f"{share:,} views a process do not fit at once, {capacity:,} do: gradients are accumulated over "
+            f"{run.accumulation:,} micro-batches, with the same result.{'' if config.checkpoint_activations else again}"
         )
     return advice
