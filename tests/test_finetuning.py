@@ -22,7 +22,7 @@ from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import resume as saving
 from maehub.train.finetuning import loop as finetuning
-from maehub.train.finetuning.objective import Objective
+from maehub.train.finetuning.objective import Objective, class_weights
 from maehub.train.finetuning.views import TrainTransform, policy_of
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)
@@ -425,7 +425,7 @@ def test_several_labels(tmp_path):
 
 def test_balanced_classes_count_alike(tmp_path):
     labels = np.array([0] * 8 + [1] * 2)
-    weights = finetuning._balanced(labels, 2)
+    weights = class_weights(labels, 2)
     assert weights.tolist() == pytest.approx([10 / 16, 10 / 4])
     assert sum(weights[label] for label in labels) == pytest.approx(10)
 
