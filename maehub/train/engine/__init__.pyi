@@ -19,6 +19,7 @@ from .parallel import accumulating as accumulating
 from .parallel import autocast as autocast
 from .parallel import computes_bf16 as computes_bf16
 from .parallel import deterministic as deterministic
+from .parallel import single_network as single_network
 from .parallel import wrapped as wrapped
 from .preemption import Stop as Stop
 from .preemption import stop_requests as stop_requests
@@ -46,7 +47,6 @@ from .settings import default as default
 from .settings import option as option
 from .settings import own_first as own_first
 from .settings import settle as settle
-from .sharded import single_network as single_network
 from .steps import agreed as agreed
 from .steps import batch_words as batch_words
 from .steps import next_batch as next_batch

@@ -1,12 +1,11 @@
 """The optimizers of the paper, their schedule as a pure function of the step, and the guard against bad updates."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 _UNDECAYED = ("cls_token", "pos_embed")
 
@@ -94,7 +93,9 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of the gradient of all parameters, () float32 on their device; the same in every process."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    # Of a DTensor; its class takes a second to import.
+    spread: Callable[[], Tensor] | None = getattr(norm, "full_tensor", None)
+    return spread() if spread else norm
 
 
 def update(

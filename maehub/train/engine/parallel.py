@@ -1,22 +1,23 @@
 """What is put around a network for training: it knows nothing of processes, precision or compilation itself."""
 
 import contextlib
+import copy
 import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from maehub.models import Block
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.settings import Precision
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -58,6 +59,9 @@ def wrapped(
         for block in blocks:
             block.compile()
     if shard:
+        from torch.distributed.device_mesh import DeviceMesh  # here, since they take a second to import
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         assert group.step_group is not None
         mesh = DeviceMesh.from_group(group.step_group, group.device.type)
         bf16 = computes_bf16(precision, group.device)
@@ -87,8 +91,8 @@ def wrapped(
 @contextlib.contextmanager
 def accumulating(module: nn.Module, *, last: bool) -> Iterator[None]:
     """Run forward and backward of a micro-batch; gradients are exchanged with the ``last`` one of a step alone."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
+    if sync := getattr(module, "set_requires_gradient_sync", None):  # of FSDP2
+        sync(last)
         yield
     elif isinstance(module, DistributedDataParallel) and not last:
         with module.no_sync():
@@ -110,3 +114,27 @@ def deterministic(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def single_network(network: Network, empty: Network | None, group: Group) -> Network | None:
+    """The network as one process can call it alone; where weights are spread, in rank 0 a copy, None elsewhere.
+
+    Args:
+        network: as it is trained.
+        empty: the network without weights, where they are spread over all processes; else None.
+    """
+    if empty is None:
+        return network
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(network, options=options)  # empty but in rank 0
+    if not group.is_main:
+        return None
+    whole = copy.deepcopy(empty)
+    whole.load_state_dict({name: value for name, value in weights.items() if _is_tensor(value)}, assign=True)
+    return whole.to(group.device)
+
+
+def _is_tensor(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)

@@ -18,7 +18,6 @@ from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import code_digest
 from maehub.train.engine.preemption import Stop
 from maehub.train.engine.run_log import RunLog, run_state
-from maehub.train.engine.sharded import load_shards, load_whole, save_shards
 from maehub.version import __version__
 
 log = logging.getLogger("maehub")
@@ -96,8 +95,12 @@ class Checkpoints:
                     "chose. Nothing was changed. All hosts need the run folder on a filesystem that they share."
                 )
             if is_sharded(folder):
+                from maehub.train.engine.sharded import load_shards  # here, since its format takes a second to import
+
                 load_shards(folder, self.model, self.optimizer, group)
             elif self.shard and group.size > 1:
+                from maehub.train.engine.sharded import load_whole
+
                 load_whole(folder, self.model, self.optimizer)
             else:
                 load_checkpoint(folder, self.model, self.optimizer)
@@ -148,6 +151,8 @@ class Checkpoints:
         progress = replace(self.start, step=step)
         try:
             if self.shard and self.group.size > 1:
+                from maehub.train.engine.sharded import save_shards
+
                 save_shards(self.run.folder, self.model, self.optimizer, progress, self.keep, self.group)
             else:
                 with self.group.together(f"saving step {step}"):

@@ -6,11 +6,10 @@ were compared.
 """
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -40,8 +38,6 @@ from maehub.train.engine.checkpoint import (
 )
 from maehub.train.engine.distributed import Group
 from maehub.weights import read_tensors
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def save_shards(
@@ -109,28 +105,6 @@ def load_whole(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         set_model_state_dict(model, dict(read_tensors(folder / "model.safetensors").tensors), options=options)
         whole: dict[str, Any] = {"state": state, "param_groups": moments["param_groups"]}
         set_optimizer_state_dict(model, optimizer, whole, options=options)
-
-
-def single_network(network: Network, empty: Network | None, group: Group) -> Network | None:
-    """The network as one process can call it alone; where weights are spread, in rank 0 a copy, None elsewhere.
-
-    Args:
-        network: as it is trained.
-        empty: the network without weights, where they are spread over all processes; else None.
-    """
-    if empty is None:
-        return network
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(network, options=options)  # empty but in rank 0
-    if not group.is_main:
-        return None
-    whole = copy.deepcopy(empty)
-    whole.load_state_dict({name: value for name, value in weights.items() if _is_tensor(value)}, assign=True)
-    return whole.to(group.device)
-
-
-def _is_tensor(value: Any) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor)
 
 
 def _local(value: Any) -> Tensor:

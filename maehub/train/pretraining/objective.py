@@ -77,7 +77,7 @@ class Objective(nn.Module):
         self.kept = kept
         self.corrupts = corruption[0] < 1
         if tokenizer is not None:
-            tokenizer = _Checked(tokenizer, model.config)
+            tokenizer = torch.compiler.disable(_Checked(tokenizer, model.config).__call__)
         elif model.config.tokenizer == "mean-colour":
             tokenizer = partial(mean_colours, patch_size=model.config.encoder.patch_size)
         self.tokenizer = tokenizer
@@ -155,7 +155,6 @@ class _Checked:
         self.config = config
         self.has_run = False
 
-    @torch.compiler.disable
     def __call__(self, images: Tensor) -> Tensor:
         tokens = self.tokenizer(images)
         rows, columns = grid_size(images.shape[2], images.shape[3], self.config.encoder.patch_size)
