@@ -1,3 +1,4 @@
+from .certificate import LARGEST_DIFFERENCE as LARGEST_DIFFERENCE
 from .certificate import difference as difference
 from .certificate import fixed_images as fixed_images
 from .certificate import largest as largest

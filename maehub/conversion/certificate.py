@@ -21,6 +21,9 @@ CERTIFICATE = "certificate.json"
 FORMAT = 1
 """Version of the certificate."""
 
+LARGEST_DIFFERENCE = 1e-5
+"""Largest difference, relative to the largest output, between two networks that are said to be the same."""
+
 _FORMULA = "value i of the whole batch, counted along image, channel, row and column, is 2·sin(0.618033988749895·i)"
 
 
@@ -90,7 +93,10 @@ def fixed_images(shape: tuple[int, ...]) -> Tensor:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> Difference:
-    """How far ``ours`` is from ``theirs``, of the same shape."""
+    """How far ``ours`` is from ``theirs``, of the same shape, at most, and the same by the largest of ``theirs``.
+
+    The one comparison of networks: of what is converted, of other libraries' networks, of what is published.
+    """
     absolute, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if absolute == 0:
         return Difference(0.0, 0.0)
@@ -114,9 +120,9 @@ def names_table(read: OfficialNames, written: OfficialNames) -> dict[str, list[s
             holders.setdefault(part, []).append(name)
     table = {}
     for name, official in sorted(read.names.items()):
-        found = dict.fromkeys(holder for part in parts(official) for holder in holders.get(part, []))
-        if found:
-            table[name] = list(found)
+        holding = dict.fromkeys(holder for part in parts(official) for holder in holders.get(part, []))
+        if holding:
+            table[name] = list(holding)
     return table
 
 

@@ -7,6 +7,7 @@ renamed and left out stands in the certificate beside the weights.
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from maehub.conversion.certificate import (
     CERTIFICATE,
+    LARGEST_DIFFERENCE,
     Certificate,
     Difference,
     difference,
@@ -76,11 +78,8 @@ Form = Literal["maehub", "official", "timm", "transformers"] | ForeignForm
 
 FORMS = ("maehub", "official", "timm", "transformers", "lightly", "mmpretrain", "detectron2", "onnx", "torch-export")
 
-LARGEST_DIFFERENCE = 1e-5
-"""Largest difference, relative to the largest output, that a network read back may show."""
-
 LARGEST_EXPORTED_DIFFERENCE = 1e-4
-"""The same of a graph, whose operations are another library's."""
+"""As `LARGEST_DIFFERENCE`, of a graph, whose operations are another library's."""
 
 # Everything that any form is made of, so that writing over another form leaves nothing of it.
 _MEMBERS = tuple(dict.fromkeys((*MEMBERS, CERTIFICATE, PICKLE, *EXPORTED.values(), f"{EXPORTED['onnx']}.data")))
@@ -240,25 +239,25 @@ def _read_file(
     else:
         tensors, beside = read_tensors(file).tensors, ()
         block = packed_block(read_header(file).metadata, str(file))
-    official = to_official(tensors)
-    names = official_names(tensors)
+    state, names = to_official(tensors).state, official_names(tensors)
     if dropped := (*beside, *names.dropped):
         log.info("%s: left out %s", file, ", ".join(dropped))
     files = {file.name: origin.sha256}
+    preprocess = None
+    network: EncoderConfig | AutoencoderConfig
     if block:
-        return _Source(
-            official.state, block.config, block.preprocess, block.origin or origin, str(file), names, beside, files
-        )
-    if config is None:
-        network = infer_config(official.state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(file))
-        return _Source(official.state, network, None, origin, str(file), names, beside, files)
-    known = read_config(config, file, heads=heads, decoder_heads=decoder_heads, target=target, state=official.state)
-    processor = config.with_name("preprocessor_config.json")
-    for beside_it in (config, processor) if processor.exists() else (config,):
-        files[beside_it.name] = sha256_file(beside_it)
-    if known.origin:
-        origin = Origin(known.origin.name, known.origin.revision, origin.sha256, known.origin.licence)
-    return _Source(official.state, known.config, known.preprocess, origin, str(file), names, beside, files)
+        network, preprocess, origin = block.config, block.preprocess, block.origin or origin
+    elif config is None:
+        network = infer_config(state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(file))
+    else:
+        stored = read_config(config, file, heads=heads, decoder_heads=decoder_heads, target=target, state=state)
+        network, preprocess = stored.config, stored.preprocess
+        processor = config.with_name("preprocessor_config.json")
+        for beside_it in (config, processor) if processor.exists() else (config,):
+            files[beside_it.name] = sha256_file(beside_it)
+        if stored.origin:
+            origin = replace(stored.origin, sha256=origin.sha256)
+    return _Source(state, network, preprocess, origin, str(file), names, beside, files)
 
 
 def _origin(file: Path, name: str) -> Origin:
@@ -304,18 +303,18 @@ def _certify(read: _Source, model: Encoder | MaskedAutoencoder, staging: Path, t
     if is_exported(to):
         versions |= export_versions(to)
     return Certificate(
-        read.names.dialect,
-        to,
-        compared.words,
-        compared.inputs,
-        compared.bound,
-        compared.differences,
-        tables,
-        left_out(read.names, kept, read.beside, to),
-        added,
-        dict(sorted(read.files.items())),
-        hashes(staging),
-        versions,
+        source=read.names.dialect,
+        to=to,
+        compared=compared.words,
+        inputs=compared.inputs,
+        bound=compared.bound,
+        differences=compared.differences,
+        names=tables,
+        left_out=left_out(read.names, kept, read.beside, to),
+        added=added,
+        read=dict(sorted(read.files.items())),
+        written=hashes(staging),
+        versions=versions,
     )
 
 
@@ -328,9 +327,9 @@ def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Com
     shape = (1, config.channels, *config.size)
     images = fixed_images(shape)
     if to == "detectron2":
-        found = difference(_blocks_alone(_with_backbone(encoder, staging), images), _blocks_alone(encoder, images))
+        maps = (_blocks_alone(one, images) for one in (_with_backbone(encoder, staging), encoder))
         words = "the last block's patches without a class token, as ViTDet computes them without windows"
-        return _Compared({"map": found}, words, (shape,), LARGEST_DIFFERENCE)
+        return _Compared({"map": difference(*maps)}, words, (shape,), LARGEST_DIFFERENCE)
     theirs, ours = _outputs(open_encoder(staging), images), _outputs(encoder, images)
     if isinstance(model, MaskedAutoencoder):
         with torch.inference_mode():
@@ -345,13 +344,13 @@ def _compare_graph(encoder: Encoder, staging: Path, form: ExportForm) -> _Compar
     """A graph with the encoder that it was made from, at two sizes and two batch sizes."""
     shapes = checked_shapes(encoder.config)
     run = run_exported(staging, form)
-    found: dict[str, list[Difference]] = {}
+    by_output: dict[str, list[Difference]] = {}
     for shape in shapes:
         images = fixed_images(shape)
         theirs, ours = run(images), _outputs(encoder, images)
         for name, value in ours.items():
-            found.setdefault(name, []).append(difference(theirs[name], value))
-    differences = {name: largest(several) for name, several in found.items()}
+            by_output.setdefault(name, []).append(difference(theirs[name], value))
+    differences = {name: largest(several) for name, several in by_output.items()}
     runner = "onnxruntime" if form == "onnx" else "torch.export"
     return _Compared(differences, f"the graph run by {runner}, with maehub", shapes, LARGEST_EXPORTED_DIFFERENCE)
 

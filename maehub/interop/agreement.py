@@ -9,13 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from maehub.conversion import difference, fixed_images, largest
+from maehub.conversion import LARGEST_DIFFERENCE, difference, fixed_images, largest
 from maehub.errors import MissingDependencyError, UsageError
 from maehub.models import EncoderConfig
 from maehub.weights import to_official
-
-LARGEST_DIFFERENCE = 1e-5
-"""Largest difference, relative to the largest output, between two networks that are said to be the same."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -38,7 +35,7 @@ def exact_dtype(network: nn.Module) -> torch.dtype:
     return torch.float64 if has_double else torch.float32
 
 
-def judged(network: Network, dtype: torch.dtype) -> Network:
+def evaluable(network: Network, dtype: torch.dtype) -> Network:
     """The network on the CPU, in a dtype and in eval mode: itself where it is that already, else a copy."""
     ready = all(value.device.type == "cpu" and value.dtype == dtype for value in network.parameters())
     if ready and not any(module.training for module in network.modules()):
@@ -91,7 +88,7 @@ def names_there(theirs: nn.Module) -> dict[str, list[str]]:
     """Official names to the parameters of another library's network; separate queries, keys, values in that order."""
     names = [name for name, _ in theirs.named_parameters()]
     numbers = to_official({name: torch.tensor([number]) for number, name in enumerate(names)}).state
-    return {official: [names[number] for number in found.tolist()] for official, found in numbers.items()}
+    return {official: [names[number] for number in indices.tolist()] for official, indices in numbers.items()}
 
 
 def finish(made: Network, like: nn.Module) -> Network:

@@ -109,10 +109,10 @@ class FeaturePyramid(nn.Module):
         Raises:
             UsageError: H or W is not divisible by the patch.
         """
-        wanted = sorted(set(self.layers))
-        maps = self.encoder.features(images, pool="map", layers=wanted, norm=False)  # (B, layers, D, H/P, W/P)
+        blocks = sorted(set(self.layers))
+        maps = self.encoder.features(images, pool="map", layers=blocks, norm=False)  # (B, layers, D, H/P, W/P)
         outputs = [
-            level(maps[:, wanted.index(layer)]) for level, layer in zip(self.levels, self.layers, strict=True)
+            level(maps[:, blocks.index(layer)]) for level, layer in zip(self.levels, self.layers, strict=True)
         ]  # fmt: skip
         outputs.append(outputs[-1][:, :, ::2, ::2])
         return OrderedDict(zip(self.names, outputs, strict=False))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from maehub.errors import UsageError
 from maehub.images import Preprocess
-from maehub.interop.agreement import check_same, exact_dtype, exact_state, finish, images_for, judged
+from maehub.interop.agreement import check_same, evaluable, exact_dtype, exact_state, finish, images_for
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
 from maehub.weights import Wanted, build_encoder, crop_fraction, infer_config, timm_config
 
@@ -115,7 +115,7 @@ def from_timm(
 def _check_same(encoder: Encoder, theirs: "VisionTransformer", what: str) -> None:
     def outputs(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Every token before pooling, and what a forward gives."""
-        one, other = judged(encoder, dtype), judged(theirs, dtype)
+        one, other = evaluable(encoder, dtype), evaluable(theirs, dtype)
         images = images_for(encoder.config, dtype)
         tokens = one.encode(one.embed(images))
         yield one.norm(tokens) if encoder.config.pool == "cls" else tokens, other.forward_features(images)
@@ -162,8 +162,8 @@ def _why_not(model: nn.Module) -> str | None:
         "its norm is elsewhere than an Encoder's (final_norm, fc_norm)": norms != pools.get(model.global_pool),
         "its head is more than one linear map": type(model.head) not in (nn.Linear, nn.Identity),
     }
-    if found := [reason for reason, holds in reasons.items() if holds]:
-        return found[0]
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        return reason
     for block in model.blocks:
         if type(block) is not Block:
             return f"its blocks are {type(block).__name__}"

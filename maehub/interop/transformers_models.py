@@ -10,11 +10,11 @@ from maehub.errors import UsageError
 from maehub.images import Preprocess
 from maehub.interop.agreement import (
     check_same,
+    evaluable,
     exact_dtype,
     exact_state,
     finish,
     images_for,
-    judged,
     library,
     names_there,
 )
@@ -113,7 +113,9 @@ def from_transformers(
     if name not in _TAKEN or not isinstance(model, nn.Module):
         raise UsageError(f"from_transformers takes {', '.join(_TAKEN)}, not a {name}")
     where = f"transformers' {name}"
-    settings = {key: _plain(value) for key, value in model.config.to_dict().items()}
+    settings: dict[str, Any] = {
+        key: list(v) if isinstance(v, tuple) else v for key, v in model.config.to_dict().items()
+    }
     hints = transformers_hints(settings, where)
     state = to_official(exact_state(model)).state
     config = infer_config(
@@ -146,29 +148,25 @@ def _check_possible(model: MaskedAutoencoder | Encoder) -> None:
 
 def _check_same(ours: MaskedAutoencoder | Encoder, theirs: nn.Module, what: str) -> None:
     def of_an_encoder(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        one: Any = judged(ours, dtype)
+        one: Any = evaluable(ours, dtype)
         images = images_for(one.config, dtype)
-        output = judged(theirs, dtype)(images)
+        output = evaluable(theirs, dtype)(images)
         if one.config.classes:
             yield one(images), output.logits
         else:
             yield one.norm(one.encode(one.embed(images))), output.last_hidden_state
 
     def of_an_autoencoder(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        one: Any = judged(ours, dtype)
+        one: Any = evaluable(ours, dtype)
         images, (rows, columns) = images_for(one.config.encoder, dtype), one.config.encoder.grid
         noise = (torch.arange(len(images) * rows * columns) * 0.618033988749895 % 1).reshape(len(images), -1)
-        expected = judged(theirs, dtype)(images, noise=noise)
+        expected = evaluable(theirs, dtype)(images, noise=noise)
         output = one(images, expected.mask.bool())
         yield output.prediction, expected.logits
         if expected.mask.any():
             yield output.loss, expected.loss
 
     check_same(what, of_an_encoder if isinstance(ours, Encoder) else of_an_autoencoder)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _set_eps(network: nn.Module, eps: float) -> None:

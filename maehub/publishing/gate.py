@@ -16,17 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maehub.conversion import LARGEST_DIFFERENCE, difference
 from maehub.errors import IntegrityError
 from maehub.models import Encoder, MaskedAutoencoder, make_masks
 from maehub.version import __version__
 from maehub.weights import open_autoencoder, open_encoder, read_tensors, why_not_transformers, write_tensors
 
-LARGEST_DIFFERENCE = 1e-5
-"""Relative to the largest output; what another library may differ by."""
-
 _REPO, _COMMIT = "maehub/gate", "0" * 40
 _SECONDS = 900  # that a library may take to read and compute
-_READBACK = Path(__file__).with_name("round_trip.py")
+_ROUND_TRIP = Path(__file__).with_name("round_trip.py")
 
 
 class Verdict(NamedTuple):
@@ -66,9 +64,7 @@ def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdic
         except PackageNotFoundError:
             missing[library] = "it was not installed where this was made, so it was not tried"
             continue
-        found = _read_back(folder, library, case.inputs)
-        wanted = {name: case.outputs[name] for name in found}
-        differences[library] = _compare(library, found, wanted)
+        differences[library] = _compare(library, _read_back(folder, library, case.inputs), case.outputs)
         verified[library] = installed
     return Verdict(verified, missing, differences)
 
@@ -104,33 +100,33 @@ def _case(model: Encoder | MaskedAutoencoder) -> _Case:
 @torch.inference_mode()
 def _outputs_of(folder: Path, case: _Case) -> dict[str, Tensor]:
     """What maehub computes with the folder."""
-    found = {"forward": open_encoder(folder)(case.inputs["images"])}
+    outputs = {"forward": open_encoder(folder)(case.inputs["images"])}
     if case.masked is not None:
-        found["prediction"] = open_autoencoder(folder)(case.inputs["images"], case.masked).prediction
-    return found
+        outputs["prediction"] = open_autoencoder(folder)(case.inputs["images"], case.masked).prediction
+    return outputs
 
 
 def _read_back(folder: Path, library: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What another library computes, in a process whose Hub is a cache with this repository alone."""
     with tempfile.TemporaryDirectory(prefix="maehub-gate-") as name:
-        place = Path(name)
-        repo = place / "hub" / f"models--{_REPO.replace('/', '--')}"
+        home = Path(name)
+        repo = home / "hub" / f"models--{_REPO.replace('/', '--')}"
         (repo / "refs").mkdir(parents=True)
         (repo / "refs" / "main").write_text(_COMMIT)
         (repo / "snapshots").mkdir()
         (repo / "snapshots" / _COMMIT).symlink_to(folder.resolve(), target_is_directory=True)
-        write_tensors(place / "inputs.safetensors", inputs, {}, torch.float32)
-        job = place / "job.json"
-        told = {"library": library, "repo": _REPO}
-        told |= {side: str(place / f"{side}.safetensors") for side in ("inputs", "outputs")}
-        job.write_text(json.dumps(told))
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place), "HF_HUB_CACHE": str(place / "hub")}
+        write_tensors(home / "inputs.safetensors", inputs, {}, torch.float32)
+        job = home / "job.json"
+        settings = {"library": library, "repo": _REPO}
+        settings |= {side: str(home / f"{side}.safetensors") for side in ("inputs", "outputs")}
+        job.write_text(json.dumps(settings))
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
         try:
             done = subprocess.run(
-                [sys.executable, "-P", str(_READBACK), str(job)],  # -P: its neighbours must not hide other modules
-                env=kept | offline | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_TELEMETRY": "1"},
-                cwd=place,
+                [sys.executable, "-P", str(_ROUND_TRIP), str(job)],  # -P: its neighbours must not hide other modules
+                env=environment | offline | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_TELEMETRY": "1"},
+                cwd=home,
                 capture_output=True,
                 text=True,
                 timeout=_SECONDS,
@@ -139,29 +135,28 @@ def _read_back(folder: Path, library: str, inputs: dict[str, Tensor]) -> dict[st
         except subprocess.TimeoutExpired as error:
             raise IntegrityError(f"{library} did not read this repository in {_SECONDS} s; nothing was sent") from error
         if done.returncode:
-            said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it was killed")
+            last_line = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it was killed")
             raise IntegrityError(
-                f"{library} {version(library)} does not read this repository: {said:.300}; nothing was sent\n"
+                f"{library} {version(library)} does not read this repository: {last_line:.300}; nothing was sent\n"
                 f"if that is of {library} itself, install another version of it, or push where it is not installed"
             )
-        return {name: tensor.clone() for name, tensor in read_tensors(place / "outputs.safetensors").tensors.items()}
+        return {name: tensor.clone() for name, tensor in read_tensors(home / "outputs.safetensors").tensors.items()}
 
 
-def _compare(library: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest difference relative to the largest output."""
+def _compare(library: str, outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of an output from the model's, relative to the largest output."""
     largest = 0.0
-    for name, tensor in found.items():
-        other = wanted[name]
-        if tensor.shape != other.shape:
+    for name, tensor in outputs.items():
+        if tensor.shape != expected[name].shape:
             raise IntegrityError(
                 f"read with {library} this repository gives {name} of shape {list(tensor.shape)}, and the model "
-                f"{list(other.shape)}; nothing was sent"
+                f"{list(expected[name].shape)}; nothing was sent"
             )
-        difference = ((tensor - other).abs().max() / other.abs().max().clamp_min(1e-12)).item()
-        if not difference <= LARGEST_DIFFERENCE:  # NaN too
+        relative = difference(tensor, expected[name]).relative
+        if not relative <= LARGEST_DIFFERENCE:  # NaN too
             raise IntegrityError(
                 f"read with {library} this repository computes {name} otherwise than the model: the largest difference "
-                f"is {difference:.1e} of the largest output, more than {LARGEST_DIFFERENCE:.0e}; nothing was sent"
+                f"is {relative:.1e} of the largest output, more than {LARGEST_DIFFERENCE:.0e}; nothing was sent"
             )
-        largest = max(largest, difference)
+        largest = max(largest, relative)
     return largest

@@ -1,8 +1,8 @@
 """Load a model repository with another library and write what it computes.
 
-Run as a file in a process of its own, so that maehub is not there to help: ``python readback.py JOB``, JOB being a JSON
-file with ``library``, ``repo`` (a Hub id that lies in the cache of this process), ``inputs`` and ``outputs`` (tensor
-files). What does not load ends the process with the error.
+Run as a file in a process of its own, so that maehub is not there to help: ``python round_trip.py JOB``, JOB being a
+JSON file with ``library``, ``repo`` (a Hub id that lies in the cache of this process), ``inputs`` and ``outputs``
+(tensor files). What does not load ends the process with the error.
 """
 
 import json
@@ -34,8 +34,8 @@ def with_transformers(repo: str, inputs: Tensors) -> dict[str, Tensor]:
     from transformers import AutoModel, ViTMAEForPreTraining
 
     opened: Any = ViTMAEForPreTraining.from_pretrained(repo, output_loading_info=True)
-    autoencoder, found = opened
-    unknown = {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    autoencoder, report = opened
+    unknown = {name: sorted(report[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(unknown.values()):
         raise ValueError(f"transformers does not find its tensors: {unknown}")
     encoder = AutoModel.from_pretrained(repo, mask_ratio=0.0).eval()
@@ -53,10 +53,10 @@ LIBRARIES: dict[str, Callable[[str, Tensors], dict[str, Tensor]]] = {
 
 
 def main(job: Path) -> None:
-    told = json.loads(job.read_text())
+    settings = json.loads(job.read_text())
     with torch.inference_mode():
-        found = LIBRARIES[told["library"]](told["repo"], load_file(told["inputs"]))
-    save_file({name: tensor.float().contiguous() for name, tensor in found.items()}, told["outputs"])
+        outputs = LIBRARIES[settings["library"]](settings["repo"], load_file(settings["inputs"]))
+    save_file({name: tensor.float().contiguous() for name, tensor in outputs.items()}, settings["outputs"])
 
 
 if __name__ == "__main__":
