@@ -108,11 +108,11 @@ def _only_one(folder: Path) -> Path:
             return folder / name
     if any(folder.glob("*.index.json")):
         raise UsageError(f"{folder} has its weights in several files; name one of them, or join them")
-    found = sorted(entry for entry in folder.iterdir() if entry.suffix in ENDINGS and entry.is_file())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UsageError(f"{folder} has {len(found)} files of weights: {_some(found)}; name one of them")
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix in ENDINGS and entry.is_file())
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UsageError(f"{folder} has {len(files)} files of weights: {_some(files)}; name one of them")
     others = _some(folder.iterdir()) or "nothing"
     raise UsageError(f"{folder} has no file of weights ({', '.join(ENDINGS)}) but {others}")
 

@@ -285,7 +285,8 @@ def _misfit(state: Mapping[str, Tensor], config: Config | None) -> Misfit:
     if depth > len(state) or encoder.grid[0] * encoder.grid[1] * max(widths) > _LARGEST_TABLE:  # dear to build
         return Misfit([], unknown, ["the tensors are too few or too small for the network that their names tell"])
     with torch.device("meta"):
-        return misfit(state, MaskedAutoencoder(config) if isinstance(config, AutoencoderConfig) else Encoder(config))
+        network = MaskedAutoencoder(config) if isinstance(config, AutoencoderConfig) else Encoder(config)
+    return misfit(state, to_official(network.state_dict()).state)
 
 
 def _sincos_grid(checkpoint: Checkpoint, state: Mapping[str, Tensor], names: Mapping[str, str]) -> Size | None:

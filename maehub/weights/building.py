@@ -146,9 +146,8 @@ class Misfit(NamedTuple):
     misshaped: list[str]  # with both shapes
 
 
-def misfit(state: Mapping[str, Tensor], model: nn.Module) -> Misfit:
-    """What of the tensors, under official names, does not fit a network; in the order of the network or the tensors."""
-    expected = to_official(model.state_dict()).state
+def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Misfit:
+    """What of the tensors does not fit those of a network, in the order of the one or the other; official names."""
     return Misfit(
         [name for name in expected if name not in state],
         [name for name in state if name not in expected],
@@ -201,12 +200,13 @@ def _check_size(state: Mapping[str, Tensor], config: EncoderConfig | Autoencoder
 
 def _check(state: Mapping[str, Tensor], model: Encoder | MaskedAutoencoder, where: str, looks: str) -> None:
     """Every tensor is there, none is too many, each has its shape and is floating."""
-    found, expected = misfit(state, model), to_official(model.state_dict()).state
+    expected = to_official(model.state_dict()).state
+    misfits = misfit(state, expected)
     unusable = [f"{n} {state[n].dtype}" for n in expected if n in state and not state[n].is_floating_point()]
     problems = {
-        "missing": sorted(found.missing),
-        "unexpected": sorted(found.unexpected),
-        "of another shape": found.misshaped,
+        "missing": sorted(misfits.missing),
+        "unexpected": sorted(misfits.unexpected),
+        "of another shape": misfits.misshaped,
         "not floating": unusable,
     }
     if not any(problems.values()):

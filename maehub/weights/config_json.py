@@ -96,7 +96,7 @@ def our_block(
         "format": FORMAT,
         "version": __version__,
         "kind": "encoder" if isinstance(config, EncoderConfig) else "autoencoder",
-        "network": _plain(asdict(config)),
+        "network": _as_json(asdict(config)),
         "preprocess": preprocess.to_dict(),
         "origin": asdict(origin) if origin else None,
         "dtype": str(dtype).removeprefix("torch."),
@@ -336,10 +336,10 @@ def with_statistics(preprocess: Preprocess, mean: Any, std: Any, where: str) -> 
         raise IntegrityError(f"{where}: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """Tuples as lists, as JSON has them."""
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _as_json(inner) for name, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -178,8 +178,8 @@ def to_foreign(state: Mapping[str, Tensor], dialect: ForeignDialect) -> dict[str
 
 def _from_lightly(name: str) -> str:
     for official, *theirs in _LIGHTLY_DECODER:
-        if found := _renamed(name, theirs, official):
-            return found
+        if renamed := _renamed(name, theirs, official):
+            return renamed
     if match := re.fullmatch(r"decoder\.(?:decoder_)?blocks\.(.+)", name):
         return f"decoder_blocks.{match[1]}"
     if match := re.fullmatch(r"decoder\.layers\.encoder_layer_(\d+)\.(.+)", name):
@@ -188,8 +188,8 @@ def _from_lightly(name: str) -> str:
     if match := re.fullmatch(r"encoder\.layers\.encoder_layer_(\d+)\.(.+)", bare):
         return _torchvision_block("blocks", match[1], match[2]) or name
     for official, theirs_ in _TORCHVISION_PARTS:
-        if found := _renamed(bare, [theirs_], official):
-            return found
+        if renamed := _renamed(bare, [theirs_], official):
+            return renamed
     return bare
 
 
@@ -210,15 +210,15 @@ def _from_mmpretrain(name: str) -> str:
     if whole.startswith(_MMPRETRAIN_PROBE):
         return whole.replace(_MMPRETRAIN_PROBE, "head.0.", 1)
     for official, theirs in (*_MMPRETRAIN_PARTS, ("head", _MMPRETRAIN_TOKEN_HEAD)):
-        if found := _renamed(whole, [theirs], official):
-            return found
+        if renamed := _renamed(whole, [theirs], official):
+            return renamed
     return name
 
 
 def _to_lightly(official: str) -> str | None:
     for ours, theirs, *_ in _LIGHTLY_DECODER:
-        if found := _renamed(official, [ours], theirs):
-            return found
+        if renamed := _renamed(official, [ours], theirs):
+            return renamed
     if official.startswith("decoder_blocks."):
         return official.replace("decoder_blocks.", "decoder.blocks.", 1)
     if official.startswith(("decoder_", "encoder_")):  # a component of a PCA, a mask token of the encoder
@@ -235,8 +235,8 @@ def _to_mmpretrain(official: str, pools_mean: bool) -> str | None:
     for ours, theirs in _MMPRETRAIN_PARTS:
         if ours == "head" and not pools_mean:
             theirs = _MMPRETRAIN_TOKEN_HEAD
-        if found := _renamed(official, [ours], theirs):
-            return found
+        if renamed := _renamed(official, [ours], theirs):
+            return renamed
     return None
 
 

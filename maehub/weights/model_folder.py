@@ -25,27 +25,23 @@ from maehub.files import check_free, free_space_guard, read_json, whole_folder, 
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target
 from maehub.version import __version__
-from maehub.weights import config_json as layouts
 from maehub.weights.building import AS_STORED, Wanted, build_autoencoder, build_encoder, check_finite
 from maehub.weights.config_inference import infer_config, with_target
+from maehub.weights.config_json import (
+    TIMM_ENCODER,
+    our_block,
+    read_block,
+    timm_config,
+    timm_hints,
+    transformers_config,
+    transformers_hints,
+    transformers_processor,
+    why_not_transformers,
+    with_statistics,
+)
 from maehub.weights.keys import from_official, to_official
 from maehub.weights.model_card import model_card
 from maehub.weights.tensorfile import read_tensors, write_tensors
-
-__all__ = [
-    "AS_STORED",
-    "ModelFolder",
-    "Wanted",
-    "build_autoencoder",
-    "build_encoder",
-    "infer_config",
-    "open_autoencoder",
-    "open_encoder",
-    "read_config",
-    "read_folder",
-    "read_tensors",
-    "save",
-]
 
 log = logging.getLogger("maehub")
 
@@ -135,26 +131,26 @@ def write_members(
         hashes[filename] = write_tensors(staging / filename, named, metadata, dtype)
 
     if layout == "transformers":
-        values |= layouts.transformers_config(config, dtype)
+        values |= transformers_config(config, dtype)
         tensors(_TENSORS, from_official(state, "transformers-4"))
-        write_json(staging / _PROCESSOR, layouts.transformers_processor(preprocess))
+        write_json(staging / _PROCESSOR, transformers_processor(preprocess))
     elif layout == "official":
         tensors(_TENSORS, state)
     elif isinstance(config, EncoderConfig):
-        values |= layouts.timm_config(config, preprocess, origin, _TENSORS)
+        values |= timm_config(config, preprocess, origin, _TENSORS)
         tensors(_TENSORS, state)
     else:
-        if layouts.why_not_transformers(config):
+        if why_not_transformers(config):
             tensors(_TENSORS, state)
         else:
-            processor = layouts.transformers_processor(preprocess)
+            processor = transformers_processor(preprocess)
             # A local folder with timm's pretrained_cfg is one of timm to transformers, which then looks here for it.
-            values |= layouts.transformers_config(config, dtype) | processor
+            values |= transformers_config(config, dtype) | processor
             tensors(_TENSORS, from_official(state, "transformers-4"))
             write_json(staging / _PROCESSOR, processor)
-        values |= layouts.timm_config(config.encoder, preprocess, origin, layouts.TIMM_ENCODER)
-        tensors(layouts.TIMM_ENCODER, from_official(state, "timm"))
-    values["maehub"] = layouts.our_block(config, preprocess, origin, dtype, hashes)
+        values |= timm_config(config.encoder, preprocess, origin, TIMM_ENCODER)
+        tensors(TIMM_ENCODER, from_official(state, "timm"))
+    values["maehub"] = our_block(config, preprocess, origin, dtype, hashes)
     write_text(staging / "README.md", model_card(name, config, preprocess, origin, card))
     write_json(staging / _CONFIG, values)
 
@@ -197,7 +193,7 @@ def read_folder(
         raise UsageError(f"{folder} is no model folder: it has no {_CONFIG}")
     if not (folder / _TENSORS).exists():
         raise UsageError(f"{folder} {_what_instead(folder)}")
-    fused = folder / layouts.TIMM_ENCODER
+    fused = folder / TIMM_ENCODER
     return read_config(
         folder / _CONFIG,
         folder / _TENSORS,
@@ -244,7 +240,7 @@ def read_config(
     values, where = read_json(config), str(config)
     # transformers keeps our block when it saves a model that it loaded, with the old hashes; then its own keys count.
     if "maehub" in values and "transformers_version" not in values:
-        block = layouts.read_block(values["maehub"], where)
+        block = read_block(values["maehub"], where)
         network, preprocess, origin, hashes = block.config, block.preprocess, block.origin, block.sha256
     else:
         state = _official(tensors) if state is None else state
@@ -348,14 +344,14 @@ def _read_foreign(
     """A configuration of timm or transformers: the shapes of the tensors, and what it adds to them."""
     where = str(config)
     if values.get("model_type") in ("vit_mae", "vit"):
-        hints = layouts.transformers_hints(values, where)
+        hints = transformers_hints(values, where)
         processor = config.with_name(_PROCESSOR)
         statistics = read_json(processor) if processor.exists() else {}
         mean, std = statistics.get("image_mean"), statistics.get("image_std")
     elif "model_type" in values:
         raise UsageError(f"{where} is of model_type {values['model_type']!s:.60}; vit_mae and vit are read here")
     elif "architecture" in values:
-        hints = layouts.timm_hints(values, where)
+        hints = timm_hints(values, where)
         pretrained = values.get("pretrained_cfg") or {}
         mean, std = pretrained.get("mean"), pretrained.get("std")
     else:
@@ -372,7 +368,7 @@ def _read_foreign(
     )
     encoder = inferred if isinstance(inferred, EncoderConfig) else inferred.encoder
     preprocess = Preprocess.evaluation(encoder.size, encoder.channels, encoder.patch_size)
-    return inferred, layouts.with_statistics(preprocess, mean, std, where)
+    return inferred, with_statistics(preprocess, mean, std, where)
 
 
 def _fitting_size(state: Mapping[str, Tensor], size: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ import torch
 from maehub.errors import IntegrityError
 from maehub.files import atomic_write
 from maehub.models import MaskedAutoencoder
-from maehub.weights import config_json as layouts
+from maehub.weights.config_json import Block, our_block, read_block
 from maehub.weights.keys import to_official
 from maehub.weights.tensorfile import write_tensors
 
@@ -18,14 +18,14 @@ _KEY = "maehub_config"
 
 def pack(model: MaskedAutoencoder, path: Path, dtype: torch.dtype) -> None:
     """Write a model with its configuration into one file; a file that is there is replaced."""
-    block = layouts.our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
+    block = our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
     state = to_official(model.state_dict()).state
     with atomic_write(path) as temporary:
         temporary.unlink()  # it is written as a new file
         write_tensors(temporary, state, {"format": "pt", _KEY: json.dumps(block, sort_keys=True)}, dtype)
 
 
-def packed_block(metadata: Mapping[str, str], where: str) -> layouts.Block | None:
+def packed_block(metadata: Mapping[str, str], where: str) -> Block | None:
     """The configuration in a file's header; None where the file is no packed model.
 
     Args:
@@ -42,4 +42,4 @@ def packed_block(metadata: Mapping[str, str], where: str) -> layouts.Block | Non
         values = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where}: the configuration in its header is no JSON") from error
-    return layouts.read_block(values, where)
+    return read_block(values, where)
