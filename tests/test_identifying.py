@@ -804,6 +804,12 @@ def test_any_names_and_shapes(tmp_path, shapes):
     never_a_traceback(tmp_path / "a.safetensors")
 
 
+def test_a_head_that_is_one_number(tmp_path):
+    shapes = {"cls_token": [1, 1, 8], "pos_embed": [1, 5, 8], "patch_embed.proj.weight": [8, 3, 4, 4]}
+    sparse(tmp_path / "a.safetensors", shapes | {"head.weight": [], "decoder_pos_embed": [1, 5, 8]})
+    never_a_traceback(tmp_path / "a.safetensors")
+
+
 def test_a_header_of_impossible_numbers(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)

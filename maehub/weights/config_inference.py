@@ -149,11 +149,11 @@ def _with_outputs(
     config: AutoencoderConfig, shape: Mapping[str, tuple[int, ...]], target: Target | None, where: str
 ) -> AutoencoderConfig:
     """The configuration with what is predicted, as far as the caller and the shapes tell."""
-    found = shape.get("decoder_components", ())
-    if len(found) == 2:
+    components = shape.get("decoder_components", ())
+    if len(components) == 2:
         if target not in (None, "unknown", "pca"):
             raise UsageError(f"{where} has the components of a PCA, so its target is pca, not {target}")
-        return replace(config, target="pca", outputs=found[0])
+        return replace(config, target="pca", outputs=components[0])
     head = shape.get("decoder_pred.weight", ())
     width = head[0] if len(head) == 2 else config.patch_values
     if target == "tokens":
@@ -185,7 +185,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
         return f"an autoencoder {size} with a linear head"
     if "decoder_embed.weight" in shape:
         return f"an autoencoder {size} with {_depth(shape, 'decoder_blocks.')} decoder blocks"
-    if "head.weight" in shape:
+    if shape.get("head.weight"):
         return f"a classifier {size} with {shape['head.weight'][0]} classes"
     return f"an encoder-only {size}"
 
