@@ -68,8 +68,8 @@ def test_counts_and_names_are_written_while_they_fit():
 
 
 def test_any_name_can_be_drawn():
-    names = ("猫", "two\nlines", "\udcff\ud800", "x" * 400, "")
-    picture = confusion_picture(scored(np.eye(5, dtype=int), names))
+    names = ("猫", "two\nlines", "\udcff\ud800", "x" * 400, "", r"$\frac{1$")
+    picture = confusion_picture(scored(np.eye(6, dtype=int), names))
     assert picture.width < 1000
     # Names that the font lacks stand there as their places, so they can be told apart.
     boxes = [confusion_picture(scored(np.eye(2, dtype=int), pair)) for pair in (("猫", "犬"), ("猫", "猫"))]
