@@ -53,3 +53,4 @@ from .steps import next_batch as next_batch
 from .steps import parts as parts
 from .steps import rescuing as rescuing
 from .steps import step_errors as step_errors
+from .steps import stop_after as stop_after

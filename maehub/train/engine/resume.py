@@ -128,10 +128,8 @@ class Checkpoints:
         """Save if one is due; the exit code to stop with now, 0 to go on.
 
         Args:
-            stop_signal: what the processes agreed on at the beginning of the step.
+            stop_signal: see `maehub.train.engine.steps.stop_after`.
         """
-        if self.group.size == 1:  # there is nobody to agree with
-            stop_signal = self.stop.exit_code or 0
         last = step == self.steps
         if last or stop_signal or step % self.every == 0:
             with self.run.paused():

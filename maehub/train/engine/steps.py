@@ -46,6 +46,12 @@ def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -
     return batch, agreement.stop
 
 
+def stop_after(agreed: int, group: Group, stop: Stop) -> int:
+    """The exit code to stop with after this step, 0 to go on: what all agreed on at its beginning; one process, which
+    has nobody to agree with, also hears what came since."""
+    return agreed if group.size > 1 else stop.exit_code or 0
+
+
 def parts(batch: Parts, size: int) -> Iterator[tuple[Parts, bool]]:
     """Micro-batches, and whether each is the last."""
     split = list(batch.split(size))

@@ -44,6 +44,7 @@ from maehub.train.engine import (
     set_rates,
     single_network,
     step_errors,
+    stop_after,
     stop_requests,
     update,
     wrapped,
@@ -246,6 +247,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
             if job.average is not None:
                 job.average.update(job.classifier.network)
 
+            stop_signal = stop_after(stop_signal, group, stop)
             run.log(done, torch.stack([loss, norm, nonfinite]), rate)
             if done % validate_every == 0 and done < steps:
                 with run.paused():

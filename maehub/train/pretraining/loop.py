@@ -44,6 +44,7 @@ from maehub.train.engine import (
     set_rates,
     single_network,
     step_errors,
+    stop_after,
     stop_requests,
     update,
     wrapped,
@@ -286,6 +287,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 loss, nonfinite = agreed(loss, norm, nonfinite, group)
             update(job.optimizer, parameters, norm, nonfinite, config.clip_grad)
 
+            stop_signal = stop_after(stop_signal, group, stop)
             run.log(done, torch.stack([loss, norm, nonfinite]), rate)
             if done % config.validate_every == 0 or done == steps:
                 with run.paused():
