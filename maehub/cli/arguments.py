@@ -1,4 +1,7 @@
-"""The arguments of each command but training: frozen dataclasses that the command line reads. No torch here."""
+"""The arguments of each command but training: frozen dataclasses that the command line reads. No torch here.
+
+What a value may be is checked by the functions that the commands call.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +10,11 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from maehub.errors import UsageError
+from maehub.train.engine import BatchSize, Device, Flag, Model, Section, Sides, Workers, default
 
-
-def _default(meaning: str, metavar: str | None = None) -> object:
-    """What ``--help`` says that an argument is if it is left out."""
-    return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
-
-
-Flag = Annotated[bool, arg(help_behavior_hint="")]
-Model = Annotated[str, arg(aliases=["-m"], metavar="MODEL")]
-Out = Annotated[Path, arg(aliases=["-o"])]
-Device = Annotated[str, arg(metavar="DEVICE")]
-Sides = Annotated[tuple[int, ...], _default("the model's", "PIXELS ...")]
+Out = Annotated[Path, Section.OUTPUT, arg(aliases=["-o"])]
+Loadable = Annotated[Model, arg(help="A catalog name, a Hub id, a folder or a .safetensors file.")]
+CacheFolder = Annotated[Path | None, default("the Hub's own cache", "FOLDER", "Where downloads are kept.")]
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,9 @@ class Download:
 
     name: Annotated[Positional[str], arg(metavar="NAME")]
     """A name that `maehub list` shows, or a Hub id: user/repo or user/repo@revision."""
-    revision: Annotated[str | None, _default("the catalog's, or main", "BRANCH|TAG|COMMIT")] = None
+    revision: Annotated[str | None, default("the catalog's, or main", "BRANCH|TAG|COMMIT")] = None
     """What to take from the Hub."""
-    cache_dir: Annotated[Path | None, _default("the Hub's own cache", "FOLDER")] = None
-    """Where downloads are kept."""
+    cache_dir: CacheFolder = None
     lock_timeout: Annotated[float, arg(metavar="SECONDS")] = 60.0
     """Longest wait for another process that downloads the same file; then it is downloaded beside that one."""
 
@@ -59,8 +54,7 @@ class Cache:
     """clean removes what killed downloads left, unless something was written to it within the last hour."""
     dry_run: Flag = False
     """Only say what would be removed."""
-    cache_dir: Annotated[Path | None, _default("the Hub's own cache", "FOLDER")] = None
-    """Where downloads are kept."""
+    cache_dir: CacheFolder = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Convert:
     source: Annotated[Positional[str], arg(metavar="MODEL")]
     """A file or folder with the names of the official code, timm, transformers, lightly or mmpretrain, a name that
     `maehub list` shows, or a Hub id."""
-    out: Out
+    out: Annotated[Path, arg(aliases=["-o"])]
     """Folder to write."""
     to: Annotated[
         Literal[
@@ -88,11 +82,11 @@ class Convert:
     ] = "maehub"
     """maehub, official, transformers, lightly or mmpretrain; of the encoder alone timm, detectron2 (the backbone of
     ViTDet), onnx or torch-export."""
-    heads: Annotated[int | None, _default("those of the published network with this shape")] = None
+    heads: Annotated[int | None, default("those of the published network with this shape")] = None
     """Attention heads of the encoder."""
-    decoder_heads: Annotated[int | None, _default("16 at width 512")] = None
+    decoder_heads: Annotated[int | None, default("16 at width 512")] = None
     """Attention heads of the decoder."""
-    target: Annotated[Literal["pixels", "normalised_pixels", "pca", "tokens"] | None, _default("unknown")] = None
+    target: Annotated[Literal["pixels", "normalised_pixels", "pca", "tokens"] | None, default("unknown")] = None
     """What the decoder was trained to predict; no file of weights says it."""
     overwrite: Flag = False
     """Replace an existing folder."""
@@ -102,31 +96,26 @@ class Convert:
 class Features:
     """Write the features of every picture below a folder to a file."""
 
-    source: Positional[Path]
+    source: Annotated[Positional[Path], Section.DATA]
     """A picture, or a folder searched at any depth."""
     out: Out = Path("features.safetensors")
     """File to write; its ending says how: .safetensors, .npz, .parquet or .csv."""
-    model: Model = "vit-nano"
-    """A catalog name, a Hub id, a folder or a .safetensors file."""
-    pool: Annotated[Literal["cls", "mean", "cls+mean", "tokens", "map"] | None, _default("as it was trained")] = None
+    model: Loadable = "vit-nano"
+    pool: Annotated[Literal["cls", "mean", "cls+mean", "tokens", "map"] | None, default("as it was trained")] = None
     """Which tokens make the feature."""
-    layers: Annotated[tuple[int, ...], _default("the last", "INT ...")] = ()
+    layers: Annotated[tuple[int, ...], default("the last", "INT ...")] = ()
     """Blocks whose outputs to take: 0 is the first, -1 the last."""
-    image_size: Sides = ()
-    """Side, or height and width."""
-    batch_size: Annotated[int | None, _default("as fits the model")] = None
-    """Pictures computed at once."""
-    workers: Annotated[int | None, _default("as fits the machine")] = None
-    """Processes that read pictures; 0 reads in this one."""
+    image_size: Annotated[Sides, Section.DATA] = ()
+    batch_size: BatchSize = None
+    workers: Workers = None
     device: Device = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
-    exact_decode: Flag = False
+    exact_decode: Annotated[Flag, Section.DATA] = False
     """Decode JPEGs at full size instead of a smaller one that is large enough."""
-    skip_bad: Flag = False
+    skip_bad: Annotated[Flag, Section.OUTPUT] = False
     """Leave out pictures that cannot be read, list them in bad_files.csv, and exit with 9."""
     overwrite: Flag = False
     """Replace an existing file."""
-    seed: int = 0
+    seed: Annotated[int, Section.MACHINE] = 0
     """Accepted everywhere; features have nothing random about them."""
 
 
@@ -134,29 +123,28 @@ class Features:
 class Reconstruct:
     """Hide part of a picture and draw what the autoencoder makes of it."""
 
-    images: Annotated[Positional[tuple[str, ...]], _default("a photo that comes with maehub", "[PICTURE ...]")] = ()
+    images: Annotated[
+        Positional[tuple[str, ...]], Section.DATA, default("a photo that comes with maehub", "[PICTURE ...]")
+    ] = ()
     """Pictures, folders or addresses."""
     out: Out = Path("reconstruction.png")
     """Figure to write; several pictures or ratios share it as rows. A folder gets one figure a picture."""
-    model: Model = "vit-nano"
-    """A catalog name, a Hub id, a folder or a .safetensors file."""
-    mask_ratio: Annotated[tuple[float, ...], arg(metavar="SHARE ...")] = (0.75,)
+    model: Loadable = "vit-nano"
+    mask_ratio: Annotated[tuple[float, ...], Section.MASKING, arg(metavar="SHARE ...")] = (0.75,)
     """Share of patches to hide; several draw a row each."""
     strategy: Literal["random", "block", "grid"] = "random"
     """Which patches are hidden."""
-    mask_image: Annotated[Path | None, _default("none")] = None
+    mask_image: Annotated[Path | None, default("none")] = None
     """A picture whose white parts are hidden, in place of a strategy."""
     statistics: Literal["visible", "true"] = "visible"
     """Of models trained on normalised pixels: where the hidden patches' mean and variance come from."""
     error_map: Flag = False
     """Predict every patch unseen, by masks that cover the picture, and draw where the model errs."""
-    image_size: Sides = ()
-    """Side, or height and width."""
-    seed: int = 0
+    image_size: Annotated[Sides, Section.DATA] = ()
+    seed: Annotated[int, Section.MASKING] = 0
     """Seed of the mask."""
     device: Device = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
-    overwrite: Flag = False
+    overwrite: Annotated[Flag, Section.OUTPUT] = False
     """Replace an existing figure."""
 
 
@@ -170,13 +158,13 @@ class Data:
     data: Annotated[Positional[str], arg(metavar="DATA")]
     """A folder of pictures, any nesting; a .txt list of files, tar shards ("shards/{000..099}.tar", s3://…), a Parquet
     file or a saved dataset."""
-    out: Annotated[Path | None, _default("none"), arg(aliases=["-o"], metavar="CSV")] = None
+    out: Annotated[Path | None, default("none"), arg(aliases=["-o"], metavar="CSV")] = None
     """check: a .csv file to write, with a line for each picture that cannot be read."""
     overwrite: Flag = False
     """check: replace an existing file."""
-    sample: Annotated[int | None, _default("2000", "PICTURES")] = None
+    sample: Annotated[int | None, default("2000", "PICTURES")] = None
     """stats: how many pictures to look at, always the same ones; 0 is all."""
-    workers: Annotated[int | None, _default("as fits the machine", "PROCESSES")] = None
+    workers: Annotated[int | None, default("as fits the machine", "PROCESSES")] = None
     """Processes that decode pictures; 0 decodes in this one."""
 
     def __post_init__(self) -> None:
@@ -192,9 +180,9 @@ class Identify:
 
     file: Positional[Path]
     """A .safetensors, .pth, .pt, .bin or .ckpt file, a model or run folder, or a folder with one such file."""
-    heads: Annotated[int | None, _default("those of the published network with this shape", "N")] = None
+    heads: Annotated[int | None, default("those of the published network with this shape", "N")] = None
     """Attention heads of the encoder, where you know them."""
-    decoder_heads: Annotated[int | None, _default("16 at width 512", "N")] = None
+    decoder_heads: Annotated[int | None, default("16 at width 512", "N")] = None
     """Attention heads of the decoder, where you know them."""
     decide_target: Annotated[bool, arg(name="decide", help_behavior_hint="")] = False
     """Run the decoder on two photos, also of a file above 500 MB, to decide what it was trained to predict."""
@@ -208,23 +196,23 @@ class Push:
     """A run folder or a model folder."""
     repo: Annotated[Positional[str], arg(metavar="USER/NAME")]
     """The repository; made if it does not exist."""
-    licence: Annotated[str | None, _default("that of the weights it was trained from", "ID")] = None
+    licence: Annotated[str | None, default("that of the weights it was trained from", "ID")] = None
     """The Hub's identifier of a licence, such as apache-2.0."""
-    about: Annotated[Path | None, _default("none")] = None
+    about: Annotated[Path | None, default("none")] = None
     """A Markdown file for the card: what the data are, what the model is for."""
-    dataset: Annotated[str, _default("none", "WORDS")] = ""
+    dataset: Annotated[str, default("none", "WORDS")] = ""
     """What the data are called, for the numbers in the card."""
-    with_pictures: Annotated[tuple[Path, ...], _default("none", "FILE ...")] = ()
+    with_pictures: Annotated[tuple[Path, ...], default("none", "FILE ...")] = ()
     """Pictures to publish beside the model. No other picture of yours is."""
     revision: Annotated[str, arg(metavar="BRANCH")] = "main"
     """Branch to write."""
-    parent: Annotated[str | None, _default("the head that was looked at", "COMMIT")] = None
+    parent: Annotated[str | None, default("the head that was looked at", "COMMIT")] = None
     """The head that is expected there; if it is another, nothing is sent."""
     private: Flag = False
     """Make the repository private, if it is made."""
     pr: Flag = False
     """Propose the commit as a pull request."""
-    message: Annotated[str, _default("what the model is", "WORDS")] = ""
+    message: Annotated[str, default("what the model is", "WORDS")] = ""
     """Of the commit."""
     dry_run: Flag = False
     """Build, check and show the plan; send nothing."""

@@ -1,26 +1,44 @@
-"""What every kind of training run is told, and what a setting may be. No torch here, so that ``--help`` is fast."""
+"""What every kind of training run is told, and what an annotation says of a setting: its rule, its place in ``--help``.
+
+No torch here, so that ``--help`` is fast.
+"""
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-import tyro
+from tyro.conf import Positional, Suppress, arg
 
 from maehub.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
 LossOn = Literal["hidden", "all"]
 
-
-def default(meaning: str, metavar: str | None = None) -> object:
-    """What ``--help`` says that a setting is if it is left out."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
+# -- what an annotation says
 
 
-Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+class Section(StrEnum):
+    """Headings of ``--help``, in their order. One stands in the annotation of a flag, for it and those after it."""
+
+    DATA = "data"
+    MODEL = "model"
+    PROTOCOL = "protocol"
+    MASKING = "masking"
+    OBJECTIVE = "objective"
+    AUGMENTATION = "augmentation"
+    TRAINING = "training"
+    VALIDATION = "validation"
+    OUTPUT = "output"
+    MACHINE = "machine"
+
+
+COMMON = "common"
+"""Marks what ``--help`` shows of a command with many flags; ``--help-all`` shows all."""
 
 
 class Rule(NamedTuple):
@@ -38,20 +56,56 @@ def number(holds: Callable[[float], bool], words: str) -> Rule:
     return Rule(lambda value: type(value) in (int, float) and holds(value), f"a number {words}")
 
 
-def one_of(choices: Any) -> Rule:
-    return Rule(lambda value: value in get_args(choices), f"one of {', '.join(get_args(choices))}")
+def default(meaning: str, metavar: str | None = None, help: str | None = None) -> object:
+    """What ``--help`` says that a setting is if it is left out."""
+    return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar, help=help)
+
+
+def annotation(kind: Any) -> tuple[Any, list[Any]]:
+    """A type, and what is said of it: of ``Annotated[Annotated[int, a] | None, b]`` int, and a and b."""
+    said: list[Any] = []
+    while True:
+        some = [part for part in get_args(kind) if part is not NoneType]
+        if get_origin(kind) is Annotated:
+            kind, said = kind.__origin__, [*kind.__metadata__, *said]
+        elif NoneType in get_args(kind) and len(some) == 1:
+            kind = some[0]
+        else:
+            return kind, said
+
+
+def option(name: str) -> str:
+    return "--" + name.strip("_").replace("_", "-")
+
+
+def settle(config: Any) -> None:
+    """Give paths, names and sizes the types of their fields, and refuse a setting that cannot be.
+
+    One whose default is None may be left out. Of a Literal the choices are the rule.
+
+    Raises:
+        UsageError: the text names the flag.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kind, said = annotation(field.type)
+        if kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif kind is Path and isinstance(value, str):
+            value = Path(value)
+        elif kind == tuple[int, ...]:
+            value = sides(value)
+        object.__setattr__(config, field.name, value)
+        rules = [one for one in said if isinstance(one, Rule)]
+        if get_origin(kind) is Literal:
+            rules = [Rule(get_args(kind).__contains__, f"one of {', '.join(get_args(kind))}")]
+        for rule in rules if value is not None or field.default is not None else ():
+            if not rule.holds(value):
+                raise UsageError(f"{option(field.name)} must be {rule.words}, not {value!r}")
 
 
 def numbers(value: Any, count: int) -> bool:
     return isinstance(value, tuple | list) and [type(part) in (int, float) for part in value] == [True] * count
-
-
-def is_scale(value: Any) -> bool:
-    return numbers(value, 2) and 0 < value[0] <= value[1] <= 1
-
-
-def is_size(value: Any) -> bool:
-    return len(value) <= 2 and all(type(side) is int and side >= 1 for side in value)
 
 
 def sides(size: Any) -> Any:
@@ -61,32 +115,76 @@ def sides(size: Any) -> Any:
     return tuple(size) if isinstance(size, tuple | list) else (size,)
 
 
-def option(name: str) -> str:
-    return "--" + name.strip("_").replace("_", "-")
+def _is_scale(value: Any) -> bool:
+    return numbers(value, 2) and 0 < value[0] <= value[1] <= 1
 
 
-POSITIVE = number(lambda value: 0 < value < math.inf, "above 0")
-SHARE = number(lambda value: 0 <= value < 1, "of at least 0 and below 1")
+def _is_size(value: Any) -> bool:
+    return len(value) <= 2 and all(type(side) is int and side >= 1 for side in value)
 
 
-def check(config: Any, rules: Mapping[str, Rule]) -> None:
-    """Refuse a setting that cannot be. One whose default is None may be left out.
+# -- settings that several commands have, and their rules
 
-    Raises:
-        UsageError: the text names the flag.
-    """
-    defaults = {field.name: field.default for field in fields(config)}
-    for name, rule in rules.items():
-        value = getattr(config, name)
-        if (value is not None or defaults[name] is not None) and not rule.holds(value):
-            raise UsageError(f"{option(name)} must be {rule.words}, not {value!r}")
+Count = Annotated[int, whole(1)]
+CountFrom0 = Annotated[int, whole(0)]
+Positive = Annotated[float, number(lambda value: 0 < value < math.inf, "above 0")]
+NotNegative = Annotated[float, number(lambda value: 0 <= value < math.inf, "of at least 0")]
+Share = Annotated[float, number(lambda value: 0 <= value < 1, "of at least 0 and below 1")]
+ProperShare = Annotated[float, number(lambda value: 0 < value < 1, "above 0 and below 1")]
+PositiveShare = Annotated[float, number(lambda value: 0 < value <= 1, "above 0 and at most 1")]
+CropScale = Annotated[tuple[float, float], Rule(_is_scale, "two numbers, 0 < low <= high <= 1")]
+Seed = Annotated[int, Rule(lambda value: type(value) is int and -(2**63) <= value < 2**63, "a whole number of 64 bits")]
+Channels = Annotated[
+    int | None,
+    Rule(lambda value: type(value) is int and value in (1, 3), "1 or 3"),
+    default("the model's", help="Image channels: 3, or 1 for greyscale."),
+]
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+Quiet = Annotated[Suppress[bool], "No progress bar."]
 
+Sides = Annotated[
+    tuple[int, ...],
+    default("the model's", "PIXELS ...", "Side, or height and width, in pixels; multiples of the patch."),
+]
+ImageSize = Annotated[Sides, Rule(_is_size, "a side, or a height and a width, in whole pixels")]
+LabelledData = Annotated[
+    Positional[str],
+    Section.DATA,
+    arg(
+        metavar="DATA",
+        help="Labelled pictures: DIR/CLASS/…, or DIR/train/CLASS and DIR/val/CLASS; a .csv with the columns path and "
+        "label (several labels with | between them); tar shards with .cls members; a Parquet file or a saved dataset.",
+    ),
+]
+ValShare = Annotated[ProperShare, arg(help="Share of each class to measure on, where there is no DIR/val.")]
+SplitGroup = Annotated[
+    str | None,
+    default(
+        "none",
+        "COLUMN|LEVEL",
+        "What must stay on one side of every split, such as a patient or a site: a column of the CSV or table, or a "
+        "folder level below DATA as a number.",
+    ),
+]
+Label = Annotated[str | None, default("label", "COLUMN", "The column of labels in a CSV or table.")]
+Model = Annotated[str, Section.MODEL, arg(aliases=["-m"], metavar="MODEL")]
+BatchSize = Annotated[Count | None, Section.MACHINE, default("as fits the model", help="Pictures computed at once.")]
+Workers = Annotated[
+    CountFrom0 | None,
+    Section.MACHINE,
+    default("as fits the machine", help="Processes that read pictures; 0 reads in this one."),
+]
+Device = Annotated[
+    str, Section.MACHINE, arg(metavar="DEVICE", help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.")
+]
+
+# -- a training run
 
 Config = TypeVar("Config", bound=type)
 
 
 def own_first(config: Config) -> Config:
-    """Move the settings that a run shares with every other behind its own, for whoever lists them: ``--help`` does."""
+    """Move the settings that a run shares with every other behind its own, for whoever lists them."""
     shared = {field.name for field in fields(RunConfig)} - {"data", "out"}
     kind: Any = config
     kind.__dataclass_fields__ = dict(sorted(kind.__dataclass_fields__.items(), key=lambda item: item[0] in shared))
@@ -97,12 +195,12 @@ def own_first(config: Config) -> Config:
 class RunConfig:
     """How a run is carried out, whatever is trained."""
 
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    data: Annotated[Positional[str], Section.DATA, COMMON, arg(metavar="DATA")]
     """The pictures."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[Path, Section.OUTPUT, COMMON, arg(aliases=["-o"])]
     """Run folder to write."""
 
-    micro_batch: Annotated[int | None, default("as many as fit")] = None
+    micro_batch: Annotated[Count | None, Section.MACHINE, default("as many as fit")] = None
     """Crops that a process computes at once; gradients are accumulated over them."""
     precision: Precision = "auto"
     """bf16 where the device computes it natively, else fp32; losses are always fp32."""
@@ -114,47 +212,33 @@ class RunConfig:
     """Shard weights and optimizer over the processes (FSDP2) instead of copying them (DDP)."""
     deterministic: Flag = False
     """Use deterministic algorithms, so that a resumed run is equal bit for bit on a GPU too."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Annotated[Count, Section.OUTPUT] = 1000
     """Steps between checkpoints; one is written at the end too."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints that are kept; the last good one is never deleted."""
-    time_limit: Annotated[float | None, default("none", "MINUTES")] = None
+    time_limit: Annotated[Positive | None, default("none", "MINUTES")] = None
     """Save and stop, resumable, so that the run ends within this many minutes of its start."""
-    timeout: float = 120.0
+    timeout: Annotated[Positive, Section.MACHINE] = 120.0
     """Seconds that processes wait for each other before the run ends with an error."""
-    tensorboard: Flag = False
+    tensorboard: Annotated[Flag, Section.OUTPUT] = False
     """Also write the metrics for TensorBoard, into the run folder."""
-    resume: Flag = False
+    resume: Annotated[Flag, COMMON] = False
     """Go on from the newest valid checkpoint of the run folder."""
     allow_data_change: Flag = False
     """Go on although the pictures are not those that the run was started with."""
-    overwrite: Flag = False
+    overwrite: Annotated[Flag, COMMON] = False
     """Replace the run in an existing run folder."""
-    seed: int = 0
+    seed: Annotated[Seed, Section.TRAINING, COMMON] = 0
     """Seed of all that is drawn: fresh weights, order, crops, masks, a split that is made."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    device: Annotated[Device, COMMON] = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one, under torchrun one a process."""
-    workers: Annotated[int | None, default("as fits the machine")] = None
+    workers: Workers = None
     """Processes that read pictures, for each training process; 0 reads in this one."""
     cache: Flag = False
     """Decode every picture once and keep it in memory: for data sets that fit, 4 bytes a pixel."""
-    quiet: tyro.conf.Suppress[bool] = False
-    """No progress bar."""
+    quiet: Quiet = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", os.fspath(self.data))
-        check(self, _RULES)
+        settle(self)
         if self.resume and self.overwrite:
             raise UsageError("--resume goes on with the run and --overwrite deletes it: give one of the two")
-
-
-_RULES = {
-    "micro_batch": whole(1),
-    "precision": one_of(Precision),
-    "checkpoint_every": whole(1),
-    "keep": whole(1),
-    "time_limit": POSITIVE,
-    "timeout": POSITIVE,
-    "seed": Rule(lambda value: type(value) is int and -(2**63) <= value < 2**63, "a whole number of 64 bits"),
-    "workers": whole(0),
-}

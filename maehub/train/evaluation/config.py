@@ -4,56 +4,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from tyro.conf import Positional, arg
 
 from maehub.errors import UsageError
-from maehub.train.engine import Flag, Rule, check, default, is_size, sides, whole
+from maehub.train.engine import (
+    BatchSize,
+    Count,
+    Device,
+    Flag,
+    ImageSize,
+    Label,
+    Model,
+    Quiet,
+    Section,
+    Workers,
+    default,
+    settle,
+)
 
 PREDICTION_ENDINGS = (".csv", ".json")
 
-_RULES = {
-    "image_size": Rule(is_size, "a side, or a height and a width, in whole pixels"),
-    "batch_size": whole(1),
-    "workers": whole(0),
-}
+Classifier = Annotated[
+    Model, arg(help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file.")
+]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measure how well a classifier tells labelled pictures."""
 
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    data: Annotated[Positional[str], Section.DATA, arg(metavar="DATA")]
     """Labelled pictures: DIR/CLASS/…, or DIR/val/CLASS/… where there is DIR/val; a .csv with the columns
     path and label, several labels with | between; tar shards with .cls members; a Parquet file or a saved dataset."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")]
-    """A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file."""
-    out: Annotated[Path | None, default("none"), tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
+    model: Classifier
+    out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FOLDER")] = None
     """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv."""
     overwrite: Flag = False
     """Replace the evaluation in an existing folder."""
-    image_size: Annotated[tuple[int, ...], default("the model's", "PIXELS ...")] = ()
-    """Side of the pictures, or height and width, in pixels; multiples of the patch."""
-    label: Annotated[str | None, default("label", "COLUMN")] = None
-    """Column of a table with the label."""
+    image_size: Annotated[ImageSize, Section.DATA] = ()
+    label: Label = None
     group: Annotated[str | None, default("none", "COLUMN|LEVEL")] = None
     """Column of a table, or folder level, of what belongs together, such as a patient: the interval is over groups."""
-    batch_size: Annotated[int | None, default("as fits the model")] = None
-    """Pictures computed at once."""
-    workers: Annotated[int | None, default("as fits the machine")] = None
-    """Processes that read pictures; 0 reads in this one."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    batch_size: BatchSize = None
+    workers: Workers = None
+    device: Device = "auto"
     seed: int = 0
     """Accepted everywhere; an evaluation has nothing random about it."""
-    quiet: tyro.conf.Suppress[bool] = False
-    """No progress bar."""
+    quiet: Quiet = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", str(self.data))
-        object.__setattr__(self, "model", str(self.model))
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out))
-        object.__setattr__(self, "image_size", sides(self.image_size))
-        check(self, _RULES)
+        settle(self)
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,19 @@ class PredictConfig:
     """Say what pictures show, by a classifier."""
 
     pictures: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PICTURE ...", help_behavior_hint="(required)")
+        Positional[tuple[str, ...]], Section.DATA, arg(metavar="PICTURE ...", help_behavior_hint="(required)")
     ]
     """Pictures, and folders searched at any depth."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")]
-    """A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file."""
-    out: Annotated[Path | None, default("none"), tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    model: Classifier
+    out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FILE")] = None
     """File to write, .csv or .json; without one a table is printed."""
-    top: int = 5
+    top: Count = 5
     """Classes to name for each picture."""
-    image_size: Annotated[tuple[int, ...], default("the model's", "PIXELS ...")] = ()
-    """Side of the pictures, or height and width, in pixels; multiples of the patch."""
-    batch_size: Annotated[int | None, default("as fits the model")] = None
-    """Pictures computed at once."""
-    workers: Annotated[int | None, default("as fits the machine")] = None
-    """Processes that read pictures; 0 reads in this one."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
-    skip_bad: Flag = False
+    image_size: Annotated[ImageSize, Section.DATA] = ()
+    batch_size: BatchSize = None
+    workers: Workers = None
+    device: Device = "auto"
+    skip_bad: Annotated[Flag, Section.OUTPUT] = False
     """Leave out pictures that cannot be read, list them (with a .csv in bad_files.csv beside it), and exit with 9."""
     overwrite: Flag = False
     """Replace an existing file."""
@@ -87,9 +82,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pictures", tuple(map(str, self.pictures)))
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out))
-        object.__setattr__(self, "image_size", sides(self.image_size))
-        check(self, _RULES | {"top": whole(1)})
+        settle(self)
         if not self.pictures:
             raise UsageError("name pictures or folders")
         if self.out is not None:
