@@ -27,6 +27,7 @@ LIGHT = {
         "cli.arguments",
         "cli.parsing",
         "cli.commands",
+        "cli.help_page",
         "cli.reconstruct",
     ),
     *("hub.catalog", "hub.disk_space", "hub.cache", "hub.leftovers", "hub.downloading", "hub.fetching", "hub.client"),

@@ -283,13 +283,53 @@ def test_exit_codes():
 @pytest.mark.parametrize("command", sorted(FLAGS))
 def test_flags_are_in_the_help(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([command, "--help"]) == 0
+    assert main([command, "--help-all"]) == 0
     out = capsys.readouterr().out
     words = out.replace(",", " ").split()
     assert [flag for flag in FLAGS[command].split() + SHARED if flag not in words] == []
     assert max(map(len, out.splitlines())) <= 80
     assert "None" not in words  # nobody types it
     assert set(FLAGS) == set(COMMANDS)
+
+
+def helped(capsys, *words):
+    """The lines of a page of help, and the flags that it shows."""
+    assert main([*words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line[2:] for line in lines[: lines.index("Every command takes:")] if re.match("  -", line)]
+    return lines, [flag for head in heads for flag in re.findall(r"--[\w-]+", head.split("  ")[0])]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "plan"])
+def test_help_shows_the_flags_that_most_runs_need_under_headings(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines, few = helped(capsys, command, "--help")
+    everything, flags = helped(capsys, command, "--help-all")
+    assert 10 <= len(few) <= 15
+    assert len(flags) > 40
+    assert [flag for flag in flags if flag in few] == few
+    assert lines[-1] == f"--help-all shows all {len(flags)} flags"
+    assert max(map(len, lines + everything)) <= 80
+    headings = [line for line in everything if re.fullmatch("[a-z]+", line)]
+    known = ["data", "model", "objective", "augmentation", "training", "validation", "output", "machine"]
+    assert headings == [one for one in known if one != "objective" or command != "finetune"]
+    assert [line for line in lines if re.fullmatch("[a-z]+", line)] == [one for one in headings if one in lines]
+    assert {"data", "model", "training", "machine"} <= set(lines)
+    assert helped(capsys, command, "-h") == (lines, few)
+    assert helped(capsys, command, "anything", "--help", "--nonsense") == (lines, few)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_all_shows_every_flag_that_is_parsed(command, capsys):
+    module, _, kind = COMMANDS[command].config.partition(":")
+    names = {field.name.strip("_") for field in fields(getattr(importlib.import_module(module), kind))}
+    everything, flags = helped(capsys, command, "--help-all")
+    shown = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+    called = {"decide_target": "decide"}  # where a flag has another name than its field
+    positions = {"pattern", "name", "what", "source", "data", "images", "file", "repo", "pictures"}
+    assert {called.get(name, name) for name in names} - shown <= positions | {"quiet"}
+    if command not in ("pretrain", "finetune", "plan"):
+        assert helped(capsys, command, "--help") == (everything, flags)
 
 
 # -- importing: row 89

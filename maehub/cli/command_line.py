@@ -6,6 +6,7 @@ Nothing here imports torch, so that ``--help``, ``list`` and a mistyped name ans
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import signal
@@ -17,16 +18,12 @@ from typing import Any, NamedTuple
 from maehub.cli import commands
 from maehub.cli import reconstruct as reconstruct_command
 from maehub.cli.commands import Shared
+from maehub.cli.help_page import SHARED, help_page
 from maehub.cli.parsing import parsed
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
 from maehub.version import __version__
 
 _SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
-_SHARED_HELP = """\
-Every command takes:
-  --json         print one JSON object, the last line of the output
-  -q, --quiet    print nothing but errors
-  --debug        show the traceback of an error"""
 
 
 class Command(NamedTuple):
@@ -146,11 +143,12 @@ def _run(words: list[str], shared: Shared) -> int:
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"there is no command {name[:80]!r}; {hint}")
     module, _, kind = COMMANDS[name].config.partition(":")
-    config = parsed(name, getattr(import_module(module), kind), rest)
-    if config is None:
-        print(_SHARED_HELP)
+    arguments = getattr(import_module(module), kind)
+    asked = set(itertools.takewhile(lambda word: word != "--", rest)) & {"-h", "--help", "--help-all"}
+    if asked:
+        print(help_page(name, arguments, everything="--help-all" in asked))
         return EXIT_DONE
-    return COMMANDS[name].run(config, shared)
+    return COMMANDS[name].run(parsed(name, arguments, rest), shared)
 
 
 def _overview() -> str:
@@ -164,7 +162,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            _SHARED_HELP,
+            SHARED,
             "",
             "Try `maehub reconstruct`: a model and a photo come with maehub.",
         ]

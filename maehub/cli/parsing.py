@@ -8,7 +8,6 @@ from dataclasses import replace
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args
 
-import docstring_parser
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
@@ -17,6 +16,7 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
+from maehub.cli.help_page import docstrings
 from maehub.errors import MaehubError, UsageError
 
 Arguments = TypeVar("Arguments")
@@ -25,8 +25,8 @@ _MOST_LINES = 10  # of a complaint
 _FRAME = set(" ─-╰╯")
 
 
-def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments | None:
-    """The arguments of a command; None if the words ask for help, which is shown then.
+def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments:
+    """The arguments of a command.
 
     Raises:
         UsageError: the words are not what the command takes.
@@ -40,10 +40,10 @@ def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments |
     try:
         with contextlib.redirect_stderr(complaint):
             config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-            return tyro.cli(kind, args=words, prog=f"maehub {command}", config=config, registry=registry)
+            return tyro.cli(
+                kind, args=words, prog=f"maehub {command}", config=config, registry=registry, add_help=False
+            )
     except SystemExit as stop:
-        if not stop.code:
-            return None
         cause = stop.__context__
         while cause is not None:
             if isinstance(cause, MaehubError):  # of a class that checks its own values
@@ -56,12 +56,10 @@ def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments |
 def _join_lines(kind: Any) -> None:
     """The docstrings of fields as one line each: tyro keeps the line breaks of those that are indented."""
     for part in kind.__mro__[:-1]:
-        for field in docstring_parser.parse_from_object(part).params:
-            lines = (field.description or "").split("\n")
-            if len(lines) > 1:
-                text = " ".join(line.strip() for line in lines)
-                kinds = part.__annotations__
-                kinds[field.arg_name] = Annotated[kinds[field.arg_name], tyro.conf.arg(help=text)]
+        for name, words in docstrings(part).items():
+            if "\n" in words:
+                told = tyro.conf.arg(help=" ".join(words.split()))
+                part.__annotations__[name] = Annotated[part.__annotations__[name], told]
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:

@@ -87,15 +87,16 @@ def _signature(function):
 
 
 def _bare(words):
-    """Without the modules of types, which are no part of a string in quotes."""
-    return re.sub(r"(?<!['\w.])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", words)
+    """Without the modules of types, which are no part of a string in quotes; ``Optional[int]`` is ``int | None``."""
+    bare = re.sub(r"(?<!['\w.])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", words)
+    return re.sub(r"Optional\[(\w+)\]", r"\1 | None", bare)
 
 
 # -- commands
 
 
 def commands():
-    """What ``--help`` shows of each flag beside its words, and exit codes."""
+    """What ``--help-all`` shows of each flag beside its words, and exit codes."""
     from maehub.cli import main
 
     def said(*words):
@@ -105,12 +106,12 @@ def commands():
 
     with mock.patch.dict(os.environ, {"COLUMNS": "2000"}):
         names = re.findall(r"^  (\w+)  ", said("--help")[1], re.MULTILINE)
-        return {name: _flags(said(name, "--help")[1]) for name in names} | {"exit codes": _exit_codes(said, names)}
+        return {name: _flags(said(name, "--help-all")[1]) for name in names} | {"exit codes": _exit_codes(said, names)}
 
 
 def _flags(page):
     """Of each flag or position: what is shown behind its words, such as ``(default: 0)``; of most switches nothing."""
-    rows = [row[2:].rstrip(" │") for row in page.splitlines() if row.startswith(("│ ", "  "))]  # in a frame or not
+    rows = [row[2:].rstrip() for row in page.splitlines() if row.startswith("  ")]
     found, head = {}, ""
     for row in filter(None, rows):
         if not row.startswith(" "):
@@ -118,7 +119,14 @@ def _flags(page):
             found[head] = ""
         found[head] = f"{found[head]} {row.strip()}".strip()
     ends = {head: re.search(r"\((default: .*|required)\)$", words) for head, words in found.items()}
-    return {head: end[0] if end else "" for head, end in ends.items()}
+    return {_each_with_its_value(head): end[0] if end else "" for head, end in ends.items()}
+
+
+def _each_with_its_value(head):
+    """``-o PATH, --out PATH`` of ``-o, --out PATH``."""
+    *names, last = head.split(", ")
+    flag, _, value = last.partition(" ")
+    return ", ".join(f"{name} {value}".strip() for name in (*names, flag)) if names else head
 
 
 def _exit_codes(said, names):
