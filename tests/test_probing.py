@@ -322,6 +322,13 @@ class TestCompare:
         with pytest.raises(UsageError, match="not empty"):
             compare(config)
 
+    def test_data_or_a_model_that_is_not_there_leaves_no_folder(self, folder, tmp_path):
+        with pytest.raises(DataError):
+            compare(CompareConfig(tmp_path / "missing", out=tmp_path / "new", **QUIET))
+        with pytest.raises(UsageError):
+            compare(CompareConfig(folder, ("vit-nothing",), out=tmp_path / "new", **QUIET))
+        assert list(tmp_path.iterdir()) == []
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lars", "attentive"])

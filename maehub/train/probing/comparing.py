@@ -146,13 +146,14 @@ def compare(config: CompareConfig) -> Comparison:
     """
     if config.out is not None:
         check_free(config.out, config.overwrite, MEMBERS)
-        _make_folder(config.out)
     once = replace(config, skip_twins=True)
     splits = {seed: read_split(once if place else config, seed) for place, seed in enumerate(config.seeds)}
     for name in config.model:  # a name that is wrong is found before any work
         open_for(config, name, config.seeds[0])
     first = splits[config.seeds[0]]
     found = Comparison(config.data, (), len(first.training), first.made, config.out)
+    if config.out is not None:  # not sooner: data or a model that is not there leaves no folder behind
+        _make_folder(config.out)
     _write(found)
     for name in config.model:
         runs = _frozen_runs(config, name, splits)
