@@ -322,7 +322,7 @@ def test_help_shows_the_flags_that_most_runs_need_under_headings(command, capsys
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_all_shows_every_flag_that_is_parsed(command, capsys):
     module, _, kind = COMMANDS[command].config.partition(":")
-    names = {field.name.strip("_") for field in fields(getattr(importlib.import_module(module), kind))}
+    names = {field.name.strip("_") for field in fields(getattr(importlib.import_module(f"maehub.{module}"), kind))}
     everything, flags = helped(capsys, command, "--help-all")
     shown = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
     called = {"decide_target": "decide"}  # where a flag has another name than its field

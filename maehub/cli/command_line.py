@@ -16,10 +16,10 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from maehub.cli import commands
-from maehub.cli import reconstruct as reconstruct_command
 from maehub.cli.commands import Shared
 from maehub.cli.help_page import SHARED, help_page
 from maehub.cli.parsing import parsed
+from maehub.cli.reconstruct import run_reconstruct
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
 from maehub.version import __version__
 
@@ -29,57 +29,43 @@ _SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
 class Command(NamedTuple):
     """One row of the table below."""
 
-    config: str  # module:class of its arguments, imported when the command is run
+    config: str  # module:class of its arguments in maehub, imported when the command is run
     run: Callable[[Any, Shared], int]
     summary: str
 
 
 COMMANDS = {
-    "list": Command("maehub.cli.arguments:List", commands.run_list, "the models of the catalog"),
-    "info": Command("maehub.cli.arguments:Info", commands.run_info, "everything known about one model"),
+    "list": Command("cli.arguments:List", commands.run_list, "the models of the catalog"),
+    "info": Command("cli.arguments:Info", commands.run_info, "everything known about one model"),
     "download": Command(
-        "maehub.cli.arguments:Download", commands.run_download, "fetch and verify a model for later use offline"
+        "cli.arguments:Download", commands.run_download, "fetch and verify a model for later use offline"
     ),
-    "cache": Command("maehub.cli.arguments:Cache", commands.run_cache, "clean: remove what killed downloads left"),
-    "verify": Command("maehub.cli.arguments:Verify", commands.run_verify, "hash a model's files again and compare"),
-    "identify": Command("maehub.cli.arguments:Identify", commands.run_identify, "what a stranger's checkpoint is"),
-    "convert": Command(
-        "maehub.cli.arguments:Convert", commands.run_convert, "between libraries; to ONNX and torch.export"
-    ),
-    "features": Command("maehub.cli.arguments:Features", commands.run_features, "features of a folder of pictures"),
-    "reconstruct": Command(
-        "maehub.cli.arguments:Reconstruct",
-        reconstruct_command.run_reconstruct,
-        "hide part of a picture and draw it anew",
-    ),
+    "cache": Command("cli.arguments:Cache", commands.run_cache, "clean: remove what killed downloads left"),
+    "verify": Command("cli.arguments:Verify", commands.run_verify, "hash a model's files again and compare"),
+    "identify": Command("cli.arguments:Identify", commands.run_identify, "what a stranger's checkpoint is"),
+    "convert": Command("cli.arguments:Convert", commands.run_convert, "between libraries; to ONNX and torch.export"),
+    "features": Command("cli.arguments:Features", commands.run_features, "features of a folder of pictures"),
+    "reconstruct": Command("cli.arguments:Reconstruct", run_reconstruct, "hide part of a picture and draw it anew"),
     "data": Command(
-        "maehub.cli.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
+        "cli.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
     ),
-    "pretrain": Command(
-        "maehub.train.pretraining:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"
-    ),
+    "pretrain": Command("train.pretraining:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"),
     "finetune": Command(
-        "maehub.train.finetuning:FinetuneConfig",
-        commands.run_finetune,
-        "train a classifier on labelled pictures",
+        "train.finetuning:FinetuneConfig", commands.run_finetune, "train a classifier on labelled pictures"
     ),
-    "probe": Command("maehub.train.probing:ProbeConfig", commands.run_probe, "a linear classifier on features"),
-    "knn": Command("maehub.train.probing:KnnConfig", commands.run_knn, "what the nearest features tell of classes"),
+    "probe": Command("train.probing:ProbeConfig", commands.run_probe, "a linear classifier on features"),
+    "knn": Command("train.probing:KnnConfig", commands.measuring("knn"), "what the nearest features tell of classes"),
     "compare": Command(
-        "maehub.train.probing:CompareConfig", commands.run_compare, "several networks by the same protocols"
+        "train.probing:CompareConfig", commands.measuring("compare"), "several networks by the same protocols"
     ),
     "evaluate": Command(
-        "maehub.train.evaluation:EvaluateConfig",
-        commands.run_evaluate,
+        "train.evaluation:EvaluateConfig",
+        commands.measuring("evaluate"),
         "measure a classifier on labelled pictures",
     ),
-    "predict": Command(
-        "maehub.train.evaluation:PredictConfig", commands.run_predict, "what pictures show, by a classifier"
-    ),
-    "push": Command("maehub.cli.arguments:Push", commands.run_push, "publish a model on the Hub"),
-    "plan": Command(
-        "maehub.train.pretraining:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"
-    ),
+    "predict": Command("train.evaluation:PredictConfig", commands.run_predict, "what pictures show, by a classifier"),
+    "push": Command("cli.arguments:Push", commands.run_push, "publish a model on the Hub"),
+    "plan": Command("train.pretraining:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"),
 }
 
 
@@ -143,7 +129,7 @@ def _run(words: list[str], shared: Shared) -> int:
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"there is no command {name[:80]!r}; {hint}")
     module, _, kind = COMMANDS[name].config.partition(":")
-    arguments = getattr(import_module(module), kind)
+    arguments = getattr(import_module(f"maehub.{module}"), kind)
     asked = set(itertools.takewhile(lambda word: word != "--", rest)) & {"-h", "--help", "--help-all"}
     if asked:
         print(help_page(name, arguments, everything="--help-all" in asked))

@@ -6,8 +6,8 @@ torch is imported inside the commands, so that ``list``, a mistyped name and a r
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.cli import arguments
@@ -202,59 +202,47 @@ def run_data(config: arguments.Data, shared: Shared) -> int:
 def run_pretrain(config: Any, shared: Shared) -> int:
     from maehub.train import pretrain
 
-    result = pretrain(replace(config, quiet=config.quiet or shared.quiet))
-    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        report(shared, facts, _ending(result.run, result.step, result.exit_code))
-    return result.exit_code
+    result = pretrain(replace(config, quiet=shared.quiet))
+    return _trained(shared, result, {}, _ending(result))
 
 
 def run_finetune(config: Any, shared: Shared) -> int:
     from maehub.train import finetune
 
-    result = finetune(replace(config, quiet=config.quiet or shared.quiet))
-    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
-    lines = [_ending(result.run, result.step, result.exit_code)]
-    if result.scores is not None:
-        facts |= result.scores.summary()
-        lines = [str(result.scores), "", f"{lines[0]}. {result.run}/report.html shows it"]
-    if os.environ.get("RANK", "0") == "0":
-        report(shared, facts, "\n".join(lines))
-    return result.exit_code
+    result = finetune(replace(config, quiet=shared.quiet))
+    if result.scores is None:
+        return _trained(shared, result, {}, _ending(result))
+    text = f"{result.scores}\n\n{_ending(result)}. {result.run}/report.html shows it"
+    return _trained(shared, result, result.scores.summary(), text)
+
+
+def _trained(shared: Shared, result: Any, scores: dict[str, Any], text: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+        report(shared, {"run": str(result.run), "step": result.step, "exit_code": result.exit_code} | scores, text)
+    return int(result.exit_code)
+
+
+def _ending(result: Any) -> str:
+    if result.exit_code:
+        return f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
+    return f"{result.run}: {result.step} steps done"
+
+
+def measuring(function: str) -> Callable[[Any, Shared], int]:
+    """What a command does that calls a function of `maehub.train` and shows what it found."""
+
+    def run(config: Any, shared: Shared) -> int:
+        from maehub import train
+
+        found = getattr(train, function)(replace(config, quiet=shared.quiet))
+        report(shared, found.to_dict(), str(found))
+        return EXIT_DONE
+
+    return run
 
 
 def run_probe(config: Any, shared: Shared) -> int:
-    from maehub.train import probe
-    from maehub.train.probing import probe_sweep
-
-    quiet = replace(config, quiet=config.quiet or shared.quiet)
-    found = probe_sweep(quiet) if config.sweep else probe(quiet)
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
-
-
-def run_knn(config: Any, shared: Shared) -> int:
-    from maehub.train import knn
-
-    found = knn(replace(config, quiet=config.quiet or shared.quiet))
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
-
-
-def run_compare(config: Any, shared: Shared) -> int:
-    from maehub.train import compare
-
-    found = compare(replace(config, quiet=config.quiet or shared.quiet))
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
-
-
-def run_evaluate(config: Any, shared: Shared) -> int:
-    from maehub.train import evaluate
-
-    found = evaluate(replace(config, quiet=config.quiet or shared.quiet))
-    report(shared, found.to_dict(), str(found))
-    return EXIT_DONE
+    return measuring("probe_sweep" if config.sweep else "probe")(config, shared)
 
 
 def run_predict(config: Any, shared: Shared) -> int:
@@ -290,12 +278,6 @@ def run_plan(config: Any, shared: Shared) -> int:
     found = plan(config)
     report(shared, found.to_dict(), found.describe())
     return EXIT_DONE
-
-
-def _ending(run: Path, step: int, exit_code: int) -> str:
-    if exit_code:
-        return f"{run}: stopped at step {step}; the same line with --resume goes on"
-    return f"{run}: {step} steps done"
 
 
 def report(shared: Shared, facts: dict[str, Any], text: str) -> None:
