@@ -17,13 +17,18 @@ from typing import Any, NamedTuple
 
 from maehub.cli import commands
 from maehub.cli.commands import Shared
-from maehub.cli.help_page import SHARED, help_page
 from maehub.cli.parsing import parsed
 from maehub.cli.reconstruct import run_reconstruct
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
 from maehub.version import __version__
 
 _SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
+_SHARED_HELP = """\
+Every command takes:
+  --json              print one JSON object, the last line of the output
+  -q, --quiet         print nothing but errors
+  --debug             show the traceback of an error
+  -h, --help          show what most runs need; --help-all shows every flag"""
 
 
 class Command(NamedTuple):
@@ -132,7 +137,9 @@ def _run(words: list[str], shared: Shared) -> int:
     arguments = getattr(import_module(f"maehub.{module}"), kind)
     asked = set(itertools.takewhile(lambda word: word != "--", rest)) & {"-h", "--help", "--help-all"}
     if asked:
-        print(help_page(name, arguments, everything="--help-all" in asked))
+        from maehub.cli.help_page import help_page
+
+        print(help_page(name, arguments, _SHARED_HELP, everything="--help-all" in asked))
         return EXIT_DONE
     return COMMANDS[name].run(parsed(name, arguments, rest), shared)
 
@@ -148,7 +155,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            SHARED,
+            _SHARED_HELP,
             "",
             "Try `maehub reconstruct`: a model and a photo come with maehub.",
         ]

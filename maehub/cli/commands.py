@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maehub.cli import arguments
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 from maehub.files import read_words
 from maehub.hub import locate
+
+if TYPE_CHECKING:
+    from maehub.cli import arguments
 
 
 class Shared(NamedTuple):
@@ -24,7 +26,7 @@ class Shared(NamedTuple):
     debug: bool
 
 
-def run_list(config: arguments.List, shared: Shared) -> int:
+def run_list(config: "arguments.List", shared: Shared) -> int:
     from maehub.hub import list_models, model_info
 
     rows = [model_info(name) for name in list_models(config.pattern)]
@@ -44,7 +46,7 @@ def run_list(config: arguments.List, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_info(config: arguments.Info, shared: Shared) -> int:
+def run_info(config: "arguments.Info", shared: Shared) -> int:
     from maehub.hub import model_info
 
     info = model_info(config.name)
@@ -55,7 +57,7 @@ def run_info(config: arguments.Info, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_download(config: arguments.Download, shared: Shared) -> int:
+def run_download(config: "arguments.Download", shared: Shared) -> int:
     from maehub.hub import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
@@ -63,7 +65,7 @@ def run_download(config: arguments.Download, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_cache(config: arguments.Cache, shared: Shared) -> int:
+def run_cache(config: "arguments.Cache", shared: Shared) -> int:
     from maehub.hub import clean_cache
 
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
@@ -71,7 +73,7 @@ def run_cache(config: arguments.Cache, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_verify(config: arguments.Verify, shared: Shared) -> int:
+def run_verify(config: "arguments.Verify", shared: Shared) -> int:
     from maehub.hub import verify
 
     checked = verify(config.source)
@@ -80,7 +82,7 @@ def run_verify(config: arguments.Verify, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_identify(config: arguments.Identify, shared: Shared) -> int:
+def run_identify(config: "arguments.Identify", shared: Shared) -> int:
     from maehub.conversion import identify
 
     found = identify(
@@ -90,7 +92,7 @@ def run_identify(config: arguments.Identify, shared: Shared) -> int:
     return found.exit_code
 
 
-def run_convert(config: arguments.Convert, shared: Shared) -> int:
+def run_convert(config: "arguments.Convert", shared: Shared) -> int:
     from maehub.conversion import convert
 
     result = convert(
@@ -118,7 +120,7 @@ def run_convert(config: arguments.Convert, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_push(config: arguments.Push, shared: Shared) -> int:
+def run_push(config: "arguments.Push", shared: Shared) -> int:
     can_ask = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not shared.json
     if not (config.dry_run or config.yes or can_ask):
         raise UsageError("nobody can be asked here: look at the plan by --dry-run, then say --yes; nothing was sent")
@@ -150,7 +152,7 @@ def run_push(config: arguments.Push, shared: Shared) -> int:
     return EXIT_DONE
 
 
-def run_features(config: arguments.Features, shared: Shared) -> int:
+def run_features(config: "arguments.Features", shared: Shared) -> int:
     size = wanted_size(config.image_size)
     found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.features import extract_features
@@ -181,7 +183,7 @@ def run_features(config: arguments.Features, shared: Shared) -> int:
     return EXIT_SKIPPED if table.skipped else EXIT_DONE
 
 
-def run_data(config: arguments.Data, shared: Shared) -> int:
+def run_data(config: "arguments.Data", shared: Shared) -> int:
     if config.out is not None and config.out.exists() and not config.overwrite:
         raise UsageError(f"{config.out} exists; choose another --out, or replace it with --overwrite")
     from maehub.data import SAMPLE, check_data, data_statistics, tell

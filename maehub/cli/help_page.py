@@ -7,20 +7,13 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-import docstring_parser
 from tyro.conf import Positional, Suppress
 
+from maehub.cli.parsing import docstrings
 from maehub.train.engine import COMMON, Section, annotation, option
 
 _COLUMN = 22  # where the words about a flag begin
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
-
-SHARED = """\
-Every command takes:
-  --json              print one JSON object, the last line of the output
-  -q, --quiet         print nothing but errors
-  --debug             show the traceback of an error
-  -h, --help          show what most runs need; --help-all shows every flag"""
 
 
 class Row(NamedTuple):
@@ -42,8 +35,8 @@ class Row(NamedTuple):
         return [head.ljust(_COLUMN) + lines[0].lstrip(), *lines[1:]]
 
 
-def help_page(command: str, kind: type, *, everything: bool) -> str:
-    """The page of a command. Where no flag is marked as common, all are shown anyway."""
+def help_page(command: str, kind: type, shared: str, *, everything: bool) -> str:
+    """The page of a command, with what is said of flags that all share. Without common flags all are shown anyway."""
     rows = _rows(kind)
     flags = [row for row in rows if row.names]
     shown = [row for row in rows if row.common] or rows
@@ -56,13 +49,8 @@ def help_page(command: str, kind: type, *, everything: bool) -> str:
         under = sorted((row for row in shown if row.section is section), key=lambda row: len(row.names) == 1)
         page += ["", *([section] if section else [])] if under else []
         page += [line for row in under for line in row.lines()]
-    page += ["", SHARED]
+    page += ["", shared]
     return "\n".join([*page, *(["", f"--help-all shows all {len(flags)} flags"] if len(shown) < len(rows) else [])])
-
-
-def docstrings(kind: type) -> dict[str, str]:
-    """Those of the fields that a class itself has."""
-    return {field.arg_name: field.description or "" for field in docstring_parser.parse_from_object(kind).params}
 
 
 def _rows(kind: Any) -> list[Row]:

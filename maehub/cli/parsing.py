@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args
 
+import docstring_parser
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
@@ -16,7 +17,6 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
-from maehub.cli.help_page import docstrings
 from maehub.errors import MaehubError, UsageError
 
 Arguments = TypeVar("Arguments")
@@ -60,6 +60,11 @@ def _join_lines(kind: Any) -> None:
             if "\n" in words:
                 told = tyro.conf.arg(help=" ".join(words.split()))
                 part.__annotations__[name] = Annotated[part.__annotations__[name], told]
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """Those of the fields that a class itself has."""
+    return {field.arg_name: field.description or "" for field in docstring_parser.parse_from_object(kind).params}
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:

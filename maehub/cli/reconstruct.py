@@ -4,18 +4,20 @@ import itertools
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from maehub.cli.arguments import Reconstruct
 from maehub.cli.commands import Shared, report, wanted_size
 from maehub.errors import EXIT_DONE, UsageError
 from maehub.files import write_error
 from maehub.hub import locate
 
+if TYPE_CHECKING:
+    from maehub.cli.arguments import Reconstruct
+
 _PHOTO = Path(__file__).parents[1] / "assets" / "cat.jpg"
 
 
-def run_reconstruct(config: Reconstruct, shared: Shared) -> int:
+def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
     if config.mask_image and config.error_map:
         raise UsageError("--error-map hides every patch in turn, so it takes no --mask-image")
     if not config.mask_ratio:
