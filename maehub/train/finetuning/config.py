@@ -4,28 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from maehub.errors import UsageError
-from maehub.train.engine import (
-    COMMON,
-    Channels,
-    Count,
-    CropScale,
-    Flag,
-    ImageSize,
-    Label,
-    LabelledData,
-    Model,
-    NotNegative,
-    Positive,
-    PositiveShare,
-    RunConfig,
-    Section,
-    Share,
-    SplitGroup,
-    ValShare,
-    default,
-    number,
-    own_first,
-)
+from maehub.train.engine import COMMON, Flag, RunConfig, Section, default, own_first, settings
 
 Recipe = Literal["auto", "official", "paper", "448", "scratch", "linear", "attentive"]
 HeadPool = Literal["cls", "mean"]
@@ -37,8 +16,8 @@ ClassWeights = Literal["none", "balanced"]
 class FinetuneConfig(RunConfig):
     """Fine-tune an encoder as a classifier, by a recipe fitted to the data."""
 
-    data: Annotated[LabelledData, COMMON]
-    model: Annotated[Model, COMMON] = "vit-nano"
+    data: Annotated[settings.LabelledData, COMMON]
+    model: Annotated[settings.Model, COMMON] = "vit-nano"
     """Weights to start from: a catalog name, a Hub id, a folder or a file; timm/NAME for a backbone of timm;
     untrained/NAME for fresh weights."""
     recipe: Annotated[Recipe, Section.TRAINING, COMMON] = "auto"
@@ -47,36 +26,36 @@ class FinetuneConfig(RunConfig):
     probe that pools by attention. auto chooses one of the first four."""
     blocks: Annotated[
         float | None,
-        number(lambda value: value == 0.5 or (value >= 0 and value == int(value)), "of whole blocks, or 0.5"),
+        settings.number(lambda value: value == 0.5 or (value >= 0 and value == int(value)), "of whole blocks, or 0.5"),
         COMMON,
         default("all"),
     ] = None
     """Partial fine-tuning (figure 9): train the last so many blocks and the head; 0.5 is the MLP of the last one."""
     pool: Annotated[HeadPool | None, Section.MODEL, default("the recipe's")] = None
     """What the head sees: the class token, or the mean of the patches."""
-    image_size: Annotated[ImageSize, Section.DATA, COMMON] = ()
-    channels: Channels = None
+    image_size: Annotated[settings.ImageSize, Section.DATA, COMMON] = ()
+    channels: settings.Channels = None
 
-    steps: Annotated[Count | None, Section.TRAINING, default("as --epochs says")] = None
+    steps: Annotated[settings.Count | None, Section.TRAINING, default("as --epochs says")] = None
     """Optimizer steps."""
-    epochs: Annotated[Positive | None, COMMON, default("the recipe's")] = None
+    epochs: Annotated[settings.Positive | None, COMMON, default("the recipe's")] = None
     """Passes over the training pictures; with fewer than 10,000 of them the default is at least 1,000 steps."""
-    batch_size: Annotated[Count | None, COMMON, default("the recipe's, less for small data")] = None
+    batch_size: Annotated[settings.Count | None, COMMON, default("the recipe's, less for small data")] = None
     """Pictures a step, over all processes."""
-    base_lr: Annotated[Positive | None, COMMON, default("the recipe's")] = None
+    base_lr: Annotated[settings.Positive | None, COMMON, default("the recipe's")] = None
     """Learning rate for 256 pictures a step. Scaled by batch_size / 256 from 256 on, by its square root below."""
-    layer_decay: Annotated[PositiveShare | None, default("the recipe's")] = None
+    layer_decay: Annotated[settings.PositiveShare | None, default("the recipe's")] = None
     """Factor of the learning rate from each layer to the one below."""
-    drop_path: Annotated[Share | None, default("the recipe's")] = None
+    drop_path: Annotated[settings.Share | None, default("the recipe's")] = None
     """Share of samples for which the last block is passed over; earlier ones linearly less (Huang et al. 2016)."""
-    weight_decay: Annotated[NotNegative | None, default("the recipe's")] = None
+    weight_decay: Annotated[settings.NotNegative | None, default("the recipe's")] = None
     """The optimizer's, for matrices."""
-    warmup: Annotated[Share | None, default("the recipe's")] = None
+    warmup: Annotated[settings.Share | None, default("the recipe's")] = None
     """Share of the steps over which the rate rises from 0."""
-    clip_grad: Annotated[Positive | None, default("not limited")] = None
+    clip_grad: Annotated[settings.Positive | None, default("not limited")] = None
     """Largest norm of the gradient of all parameters."""
 
-    crop_scale: Annotated[CropScale, Section.AUGMENTATION] = (0.08, 1.0)
+    crop_scale: Annotated[settings.CropScale, Section.AUGMENTATION] = (0.08, 1.0)
     """Share of the picture's area that a random crop covers."""
     hflip: bool = True
     """Mirror half of the crops left to right; --no-hflip leaves them."""
@@ -86,30 +65,30 @@ class FinetuneConfig(RunConfig):
     """Turn crops by a random multiple of 90 degrees; needs square crops."""
     randaugment: Annotated[str | None, default("the recipe's", "POLICY")] = None
     """RandAugment, AugMix or AutoAugment in the words of timm, such as rand-m9-mstd0.5-inc1; none leaves it out."""
-    mixup: Annotated[NotNegative | None, default("the recipe's")] = None
+    mixup: Annotated[settings.NotNegative | None, default("the recipe's")] = None
     """Alpha of mixup (Zhang et al. 2017); 0 leaves it out."""
-    cutmix: Annotated[NotNegative | None, default("the recipe's")] = None
+    cutmix: Annotated[settings.NotNegative | None, default("the recipe's")] = None
     """Alpha of cutmix (Yun et al. 2019); 0 leaves it out. With mixup, half of the batches get each."""
-    smoothing: Annotated[Share | None, Section.TRAINING, default("the recipe's")] = None
+    smoothing: Annotated[settings.Share | None, Section.TRAINING, default("the recipe's")] = None
     """Label smoothing (Szegedy et al. 2015)."""
     erasing: Annotated[
         float | None,
-        number(lambda value: 0 <= value <= 1, "from 0 to 1"),
+        settings.number(lambda value: 0 <= value <= 1, "from 0 to 1"),
         Section.AUGMENTATION,
         default("the recipe's"),
     ] = None
     """Probability of random erasing (Zhong et al. 2017), filled with noise."""
-    ema: Annotated[Share | None, Section.TRAINING, default("the recipe's")] = None
+    ema: Annotated[settings.Share | None, Section.TRAINING, default("the recipe's")] = None
     """Decay of an average of the weights, which is then what is measured and exported; 0 for none."""
     class_weights: ClassWeights = "none"
     """balanced: every class counts alike in the loss, however many pictures it has."""
 
-    val_share: Annotated[ValShare, Section.DATA] = 0.2
-    group: Annotated[SplitGroup, COMMON] = None
-    label: Label = None
+    val_share: Annotated[settings.ValShare, Section.DATA] = 0.2
+    group: Annotated[settings.SplitGroup, COMMON] = None
+    label: settings.Label = None
     skip_twins: Flag = False
     """Do not look for pictures that are on both sides of the split, as is done with up to 20,000 pictures."""
-    validate_every: Annotated[Count | None, Section.VALIDATION, default("a tenth of the run")] = None
+    validate_every: Annotated[settings.Count | None, Section.VALIDATION, default("a tenth of the run")] = None
     """Steps between measurements on the held-out pictures; nothing is chosen by them."""
 
     def __post_init__(self) -> None:

@@ -10,31 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from maehub.errors import UsageError
-from maehub.train.engine import (
-    COMMON,
-    Channels,
-    Count,
-    CountFrom0,
-    CropScale,
-    Device,
-    Flag,
-    ImageSize,
-    LossOn,
-    Model,
-    NotNegative,
-    Positive,
-    PositiveShare,
-    ProperShare,
-    Rule,
-    RunConfig,
-    Section,
-    Seed,
-    Share,
-    default,
-    number,
-    numbers,
-    own_first,
-)
+from maehub.train.engine import COMMON, Flag, RunConfig, Section, default, own_first, settings
 
 Strategy = Literal["random", "block", "grid"]
 Target = Literal["pixels", "normalised_pixels", "pca", "tokens"]
@@ -43,10 +19,10 @@ Augment = Literal["none", "fixed-crop", "random-crop", "colour-jitter"]
 
 
 def _is_corruption(value: Any) -> bool:
-    return numbers(value, 3) and min(value) >= 0 and abs(sum(value) - 1) < 1e-6
+    return settings.numbers(value, 3) and min(value) >= 0 and abs(sum(value) - 1) < 1e-6
 
 
-Corruption = Annotated[tuple[float, float, float], Rule(_is_corruption, "three shares that sum to 1")]
+Corruption = Annotated[tuple[float, float, float], settings.Rule(_is_corruption, "three shares that sum to 1")]
 
 
 @own_first
@@ -57,36 +33,36 @@ class PretrainConfig(RunConfig):
     data: Annotated[Positional[str], Section.DATA, COMMON, arg(metavar="DATA")]
     """A folder of pictures, any nesting; DIR/train and DIR/val are used as such where both exist. Or a .txt list of
     files, tar shards in the webdataset format ("shards/{000..099}.tar", s3://…), a Parquet file or a saved dataset."""
-    model: Annotated[Model, COMMON, arg(metavar="PRESET")] = "vit-nano"
+    model: Annotated[settings.Model, COMMON, arg(metavar="PRESET")] = "vit-nano"
     """Architecture preset to train from scratch: vit-nano, vit-ti, vit-s, vit-b, vit-l, vit-h."""
     from_: Annotated[str, COMMON, default("from scratch", "MODEL"), arg(name="from")] = ""
     """Weights to continue from: a catalog name, a Hub id, a folder or a file. Overrides --model."""
-    image_size: Annotated[ImageSize, Section.DATA, COMMON] = ()
+    image_size: Annotated[settings.ImageSize, Section.DATA, COMMON] = ()
     """Side of the crops, or height and width, in pixels; multiples of the patch."""
-    channels: Channels = None
+    channels: settings.Channels = None
 
-    mask_ratio: Annotated[ProperShare, Section.OBJECTIVE, COMMON] = 0.75
+    mask_ratio: Annotated[settings.ProperShare, Section.OBJECTIVE, COMMON] = 0.75
     """Share of patches hidden from the encoder (figure 5)."""
     strategy: Strategy = "random"
     """Which patches are hidden (table 1f)."""
     target: Annotated[Target | None, COMMON, default("as --from, else normalised_pixels")] = None
     """What the decoder predicts (table 1d). tokens: ViT's 512 mean colours, or a tokenizer given in Python."""
-    pca_components: Count = 96
+    pca_components: settings.Count = 96
     """Coefficients of a patch with --target pca."""
-    loss_on: LossOn = "hidden"
+    loss_on: settings.LossOn = "hidden"
     """Patches that the loss is taken on; "all" lost half a point in the paper (section 4)."""
     corruption: Corruption = (1.0, 0.0, 0.0)
     """Shares of hidden patches that become a mask token, another patch of the picture, or stay (BERT and ViT take
     0.8 0.1 0.1). Other than 1 0 0 needs --mask-tokens encoder."""
-    predict_share: PositiveShare = 1.0
+    predict_share: settings.PositiveShare = 1.0
     """Share of the hidden patches that the decoder predicts; the others are left out of it, which saves its time."""
-    masks_per_image: Count = 1
+    masks_per_image: settings.Count = 1
     """Masks of each decoded picture. The batch counts views; an epoch is this many times the pictures."""
-    decoder_width: Annotated[Count | None, Section.MODEL, default("the preset's")] = None
+    decoder_width: Annotated[settings.Count | None, Section.MODEL, default("the preset's")] = None
     """Width of the decoder (table 1b)."""
-    decoder_depth: Annotated[CountFrom0 | None, default("the preset's")] = None
+    decoder_depth: Annotated[settings.CountFrom0 | None, default("the preset's")] = None
     """Blocks of the decoder (table 1a); 0 is a linear head on an encoder that sees mask tokens."""
-    decoder_heads: Annotated[Count | None, default("the preset's")] = None
+    decoder_heads: Annotated[settings.Count | None, default("the preset's")] = None
     """Heads of the decoder."""
     mask_tokens: Annotated[MaskTokens | None, default("as --from, else decoder")] = None
     """Where mask tokens enter; "encoder" is the ablation of table 1c."""
@@ -94,7 +70,7 @@ class PretrainConfig(RunConfig):
     augment: Annotated[Augment, Section.AUGMENTATION] = "random-crop"
     """What is done to pictures (table 1e). fixed-crop: the short side to 8/7 of the size, a crop at a random place;
     colour-jitter: brightness, contrast and saturation by up to 0.4 besides; none: the centre, not flipped."""
-    crop_scale: CropScale = (0.2, 1.0)
+    crop_scale: settings.CropScale = (0.2, 1.0)
     """Share of the picture's area that a random crop covers."""
     hflip: bool = True
     """Mirror half of the crops left to right; --no-hflip leaves them."""
@@ -102,32 +78,32 @@ class PretrainConfig(RunConfig):
     """Mirror half of the crops upside down: for pictures without an upright, such as slides or aerial ones."""
     rot90: bool = False
     """Turn crops by a random multiple of 90 degrees; needs square crops."""
-    rotate: Annotated[float, number(lambda value: 0 <= value <= 180, "from 0 to 180")] = 0.0
+    rotate: Annotated[float, settings.number(lambda value: 0 <= value <= 180, "from 0 to 180")] = 0.0
     """Turn crops by up to this many degrees either way, the corners filled by mirroring."""
 
-    steps: Annotated[Count | None, Section.TRAINING, COMMON, default("as --epochs says")] = None
+    steps: Annotated[settings.Count | None, Section.TRAINING, COMMON, default("as --epochs says")] = None
     """Optimizer steps; give this or --epochs."""
-    epochs: Annotated[Positive | None, COMMON, default("as --steps says")] = None
+    epochs: Annotated[settings.Positive | None, COMMON, default("as --steps says")] = None
     """Passes over the data; give this or --steps."""
-    batch_size: Annotated[Count, COMMON] = 256
+    batch_size: Annotated[settings.Count, COMMON] = 256
     """Views a step, over all processes; the paper's is 4096."""
-    base_lr: Annotated[Positive, COMMON] = 1.5e-4
+    base_lr: Annotated[settings.Positive, COMMON] = 1.5e-4
     """Learning rate for 256 views a step. Scaled by batch_size / 256 from 256 on (Goyal et al. 2017), by its square
     root below."""
-    weight_decay: NotNegative = 0.05
+    weight_decay: settings.NotNegative = 0.05
     """AdamW's, for matrices; biases and norms have none."""
-    warmup: Annotated[Share, COMMON] = 0.05
+    warmup: Annotated[settings.Share, COMMON] = 0.05
     """Share of the steps over which the rate rises from 0 (the paper: 40 of 800 epochs)."""
-    clip_grad: Annotated[Positive | None, default("not limited")] = None
+    clip_grad: Annotated[settings.Positive | None, default("not limited")] = None
     """Largest norm of the gradient of all parameters."""
 
-    holdout: Annotated[CountFrom0 | None, Section.VALIDATION, default("a twentieth, at most 2000")] = None
+    holdout: Annotated[settings.CountFrom0 | None, Section.VALIDATION, default("a twentieth, at most 2000")] = None
     """Pictures held out of training for the validation loss, where there is no DIR/val; 0 holds none out."""
-    group: Annotated[Count | None, default("none")] = None
+    group: Annotated[settings.Count | None, default("none")] = None
     """Folder level whose members are held out together: 1 is the first folder below DATA, such as a patient or site."""
     knn: Annotated[str | None, default("none", "DIR")] = None
     """A labelled folder: the accuracy of k nearest neighbours on it is measured at every validation."""
-    validate_every: Count = 500
+    validate_every: settings.Count = 500
     """Steps between validations and pictures of reconstructions."""
 
     def __post_init__(self) -> None:
@@ -158,15 +134,15 @@ class PlanConfig(PretrainConfig):
     """The pictures: they are counted, and reading them is timed. Not needed with --images."""
     out: Annotated[Path, Section.OUTPUT, arg(aliases=["-o"])] = Path("run")
     """Run folder that pretrain would write; nothing is written here."""
-    images: Annotated[Count | None, Section.DATA, COMMON, default("counted in DATA")] = None
+    images: Annotated[settings.Count | None, Section.DATA, COMMON, default("counted in DATA")] = None
     """Pictures in the data set."""
     on: Annotated[str, Section.MACHINE, COMMON, arg(metavar="DEVICE")] = "auto"
     """Device to plan for, such as h100, a100-80, l4 or rtx-4090; auto is this machine's."""
-    processes: Annotated[Count, COMMON] = 1
+    processes: Annotated[settings.Count, COMMON] = 1
     """Processes, one a device."""
     resume: Flag = False
     overwrite: Flag = False
-    seed: Annotated[Seed, Section.TRAINING] = 0
-    device: Device = "auto"
-    utilisation: Annotated[PositiveShare | None, default("as measured")] = None
+    seed: Annotated[settings.Seed, Section.TRAINING] = 0
+    device: settings.Device = "auto"
+    utilisation: Annotated[settings.PositiveShare | None, default("as measured")] = None
     """Share of the device's peak rate that training reaches."""

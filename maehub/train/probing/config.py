@@ -7,26 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import UseAppendAction, arg
 
 from maehub.errors import UsageError
-from maehub.train.engine import (
-    BatchSize,
-    Count,
-    Device,
-    Flag,
-    ImageSize,
-    Label,
-    LabelledData,
-    Model,
-    Positive,
-    Quiet,
-    Rule,
-    Section,
-    Seed,
-    SplitGroup,
-    ValShare,
-    Workers,
-    default,
-    settle,
-)
+from maehub.train.engine import Flag, Section, default, settings, settle
 
 Method = Literal["fast", "lars", "attentive"]
 Protocol = Literal["probe", "knn", "finetune"]
@@ -40,20 +21,20 @@ Models = Annotated[UseAppendAction[tuple[str, ...]], Section.MODEL, default(MODE
 class FrozenConfig:
     """How frozen networks are measured on labelled pictures, whatever the protocol."""
 
-    data: LabelledData
+    data: settings.LabelledData
     _: KW_ONLY
-    image_size: ImageSize = ()
-    val_share: ValShare = 0.2
-    group: SplitGroup = None
-    label: Label = None
+    image_size: settings.ImageSize = ()
+    val_share: settings.ValShare = 0.2
+    group: settings.SplitGroup = None
+    label: settings.Label = None
     skip_twins: Flag = False
     """Do not look for test pictures that are in training too; beyond 20,000 pictures it is never done."""
-    batch_size: BatchSize = None
-    workers: Workers = None
-    device: Device = "auto"
+    batch_size: settings.BatchSize = None
+    workers: settings.Workers = None
+    device: settings.Device = "auto"
     overwrite: Annotated[Flag, Section.OUTPUT] = False
     """Replace what --out names."""
-    quiet: Quiet = False
+    quiet: settings.Quiet = False
 
     def __post_init__(self) -> None:
         settle(self)
@@ -79,7 +60,7 @@ class ProbeConfig(FrozenConfig):
     of each model that one alone is measured on the test pictures."""
     out: Annotated[Path | None, default("none"), arg(aliases=["-o"], metavar="FOLDER"), Section.OUTPUT] = None
     """Folder to write: probe.json, and where it can be one network, the classifier as the model folder model/."""
-    seed: Annotated[Seed, Section.PROTOCOL] = 0
+    seed: Annotated[settings.Seed, Section.PROTOCOL] = 0
     """Seed of the splits that are made, and of fresh weights."""
 
     def __post_init__(self) -> None:
@@ -104,16 +85,16 @@ class ProbeConfig(FrozenConfig):
 class KnnConfig(FrozenConfig):
     """Measure how well the nearest neighbours of a feature tell its class."""
 
-    model: Model = MODEL
+    model: settings.Model = MODEL
     """What `maehub probe` takes as --model."""
     neighbours: Annotated[
-        Count | None,
+        settings.Count | None,
         Section.PROTOCOL,
         default("chosen among 1 to 200, leaving one out", "K"),
         arg(aliases=["-k"]),
     ] = None
     """How many training pictures vote."""
-    temperature: Positive = 0.07
+    temperature: settings.Positive = 0.07
     """Each votes with exp(cosine similarity / temperature)."""
     pool: Annotated[str | None, Section.MODEL, default("chosen on the training pictures", "POOL")] = None
     """Which tokens make the feature: cls, mean, cls+mean; own for networks without tokens."""
@@ -121,7 +102,7 @@ class KnnConfig(FrozenConfig):
     """Block whose output to take: 0 is the first, -1 the last."""
     out: Annotated[Path | None, default("none"), arg(aliases=["-o"], metavar="JSON"), Section.OUTPUT] = None
     """A .json file to write."""
-    seed: Annotated[Seed, Section.PROTOCOL] = 0
+    seed: Annotated[settings.Seed, Section.PROTOCOL] = 0
     """Seed of the split, if one is made, and of fresh weights."""
 
     def __post_init__(self) -> None:
@@ -139,13 +120,13 @@ class CompareConfig(FrozenConfig):
     """Columns, with commas between: probe (linear, fast), knn, finetune."""
     seeds: Annotated[
         tuple[int, ...],
-        Rule(lambda seeds: seeds and len(set(seeds)) == len(seeds), "different whole numbers"),
+        settings.Rule(lambda seeds: seeds and len(set(seeds)) == len(seeds), "different whole numbers"),
         arg(aliases=["--seed"], metavar="INT ..."),
     ] = (0,)
     """Each is of a split, where one is made, of fresh weights and of fine-tuning; several are averaged."""
-    epochs: Annotated[Positive | None, default("the recipe's")] = None
+    epochs: Annotated[settings.Positive | None, default("the recipe's")] = None
     """Passes over the training pictures of each fine-tuning."""
-    steps: Annotated[Count | None, default("as --epochs says")] = None
+    steps: Annotated[settings.Count | None, default("as --epochs says")] = None
     """Optimizer steps of each fine-tuning."""
     out: Annotated[Path | None, default("none"), arg(aliases=["-o"], metavar="FOLDER"), Section.OUTPUT] = None
     """Folder to write: compare.json, and a run folder of each fine-tuning, which needs --out."""
