@@ -1,35 +1,32 @@
 """Pictures of how a classifier does: the confusion matrix, and pictures that it gets wrong."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import UsageError
-from maehub.figures import as_picture, heat, new_figure, plot_style
+from maehub.figures import heat
 from maehub.train.evaluation.scores import Scores
-from maehub.train.evaluation.text_tables import percent, printable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from maehub.train.evaluation.text_tables import printable
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Place = tuple[int, int]
+"""Pixels from the left and from the top."""
 
 _GREEN, _RED = (38, 128, 62), (178, 24, 24)
-_INK, _GREY, _PAPER = (20, 20, 20), (95, 95, 95), (255, 255, 255)
-_INK_NAME, _GREY_NAME, _LINE_NAME = "#141414", "#5f5f5f", "#e4e4e4"
+_INK, _GREY, _PAPER, _LINE = (20, 20, 20), (95, 95, 95), (255, 255, 255), (228, 228, 228)
 _SIDE = 1300  # pixels that a matrix should have across
 _LARGEST_CELL = 72
 _NAMED_CELL = 13  # side from which on rows and columns have names
 _RULED_CELL = 5  # side from which on there are lines between cells
 _COUNTED_CELL = 16  # side from which on cells have counts
 _DARK = 0.2  # share from which on a cell is dark
-_LONGEST_NAME = 24  # characters
+_LONGEST_NAME = 180  # pixels
 _MOST_ROWS = 2000  # that are drawn one by one
 _TICKS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # shares that the legend names
 _LEGEND = 240
-_AROUND, _MARGIN = 640, 24  # pixels: what words beside the matrix have, and what is left white around all
+_WORDS = 640  # pixels of what stands above
 _THUMBNAIL, _FRAME = 200, 4
 
 
@@ -49,34 +46,31 @@ def confusion_picture(scores: Scores) -> Image.Image:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cell = max(1, min(_LARGEST_CELL, _SIDE // len(counts)))
     across = cell * len(counts)
-    canvas = across + 2 * _AROUND
-    with plot_style(min(18, max(12, cell // 2))):
-        from matplotlib.colors import ListedColormap, PowerNorm
+    text = min(18, max(12, cell // 2))
+    font, title = ImageFont.load_default(text), ImageFont.load_default(18)
+    labels = _labels([row.name for row in scores.per_class], together, cell, font)
+    room = round(max(font.getlength(label) for label in labels.values()))
+    left, top = 32 + room, 92 + room
+    width = max(left + across + 110, _WORDS)
+    picture = Image.new("RGB", (width, top + max(across, _LEGEND) + 24), _PAPER)
+    draw = ImageDraw.Draw(picture)
 
-        figure = new_figure((canvas, canvas))
-        start, side = _AROUND / canvas, across / canvas
-        axes = figure.add_axes((start, start, side, side))
-        colours = ListedColormap(heat(1 - 0.9 * np.linspace(0, 1, 256)[None])[0] / 255)  # dark is all
-        none = np.ma.masked_equal(shares, 0)
-        drawn = axes.imshow(none, colours, PowerNorm(0.5, 0, 1), interpolation="nearest")
-        axes.spines[["left", "top"]].set_position(("outward", 1))  # not over the first cells, which may be pixels
-        _name_classes(axes, [row.name for row in scores.per_class], together, cell)
-        _write_counts(axes, counts, shares, cell)
-        grouped = f", {together} classes in a row" if together > 1 else ""
-        axes.set_title(f"top-1 {percent(scores.top1)} of {scores.n:,} pictures", loc="left", fontsize=18, pad=14)
-        axes.set_ylabel(f"what pictures show{grouped}", fontsize=14, color=_GREY_NAME, loc="bottom", labelpad=8)
-        axes.set_xlabel("what they are taken for", fontsize=14, color=_GREY_NAME, loc="right", labelpad=8)
-        bar = (start + side + 32 / canvas, start + side - _LEGEND / canvas, 18 / canvas, _LEGEND / canvas)
-        legend = figure.colorbar(
-            drawn, figure.add_axes(bar), ticks=_TICKS, format=lambda share, _: f"{100 * share:.0f} %"
-        )
-        legend.set_label("share of the row", fontsize=13, color=_GREY_NAME)
-        legend.ax.tick_params(labelsize=13, colors=_GREY_NAME)
-        for frame in (axes.spines[:], legend.outline):
-            frame.set(color=_LINE_NAME, linewidth=1)
-        picture = as_picture(figure)
-    left, top, right, bottom = ImageChops.invert(picture).getbbox() or (0, 0, canvas, canvas)
-    return picture.crop((left - _MARGIN, top - _MARGIN, right + _MARGIN, bottom + _MARGIN))
+    picture.paste(_coloured(shares).resize((across, across), Image.Resampling.NEAREST), (left, top))
+    for at in range(0, across, cell) if cell >= _RULED_CELL else ():
+        draw.line((left, top + at, left + across, top + at), _LINE)
+        draw.line((left + at, top, left + at, top + across), _LINE)
+    draw.rectangle((left - 1, top - 1, left + across, top + across), outline=_LINE)
+    _write_counts(draw, counts, shares, cell, (left, top))
+    for place, label in labels.items():
+        middle = place * cell + cell // 2
+        draw.text((left - 8, top + middle), label, _INK, font, anchor="rm")
+        _write_upwards(picture, label, font, (left + middle, top - 8))
+    draw.text((24, 20), f"top-1 {scores.top1:.1f} % of {scores.n:,} pictures", _INK, title)
+    explained = "rows: what a picture shows · columns: what it is taken for · colour: share of the row"
+    grouped = f" · {together} classes in a row" if together > 1 else ""
+    draw.text((24, 46), explained + grouped, _GREY, ImageFont.load_default(14))
+    _write_legend(picture, (left + across + 32, top))
+    return picture
 
 
 def contact_sheet(
@@ -132,29 +126,26 @@ def _drawable(confusion: np.ndarray) -> tuple[np.ndarray, int]:
     return np.add.reduceat(np.add.reduceat(confusion, starts, axis=0), starts, axis=1), together
 
 
-def _name_classes(axes: "Axes", names: Sequence[str], together: int, cell: int) -> None:
-    """What stands beside rows and columns: names, or the places of some."""
-    rows = -(-len(names) // together)
+def _coloured(shares: np.ndarray) -> Image.Image:
+    """Dark is all; white is none."""
+    pixels = heat(1 - 0.9 * np.sqrt(shares))
+    pixels[shares == 0] = _PAPER
+    return Image.fromarray(pixels)
+
+
+def _labels(names: Sequence[str], together: int, cell: int, font: Font) -> dict[int, str]:
+    """What stands beside which rows: names, or the places of some."""
     if cell >= _NAMED_CELL:
-        labels = dict(enumerate(_written(name, index) for index, name in enumerate(names)))
-    else:
-        step = next(size for size in (5, 10, 20, 50, 100, 200, 500) if size * cell >= 40)
-        labels = {index: f"{index * together:,}" for index in range(0, rows, step)}
-    axes.set_xticks(list(labels), list(labels.values()), rotation=90)
-    axes.set_yticks(list(labels), list(labels.values()))
-    axes.tick_params(length=0, pad=7, labelcolor=_INK_NAME, labeltop=True, labelbottom=False)
-    if cell >= _RULED_CELL:
-        edges = np.arange(0.5, rows - 1)
-        axes.hlines(edges, -0.5, rows - 0.5, _LINE_NAME, linewidth=1)
-        axes.vlines(edges, -0.5, rows - 0.5, _LINE_NAME, linewidth=1)
+        return {place: _cut(_written(name, place, font), font, _LONGEST_NAME) for place, name in enumerate(names)}
+    rows = -(-len(names) // together)
+    step = next(size for size in (5, 10, 20, 50, 100, 200, 500) if size * cell >= 40)
+    return {place: f"{place * together:,}" for place in range(0, rows, step)}
 
 
-def _written(name: str, index: int) -> str:
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    font = get_font(findfont(FontProperties()))
-    missing = any(not font.get_char_index(ord(character)) for character in name if character.isprintable())
-    return f"class {index}" if missing else printable(name, _LONGEST_NAME)
+def _written(name: str, place: int, font: Font) -> str:
+    unknown = bytes(font.getmask("\uffff"))
+    missing = any(bytes(font.getmask(character)) == unknown for character in set(name) - {" "})
+    return f"class {place}" if missing else printable(name)
 
 
 def _cut(text: str, font: Font, width: float) -> str:
@@ -165,14 +156,37 @@ def _cut(text: str, font: Font, width: float) -> str:
     return next(cut for length in range(len(text), -1, -1) if font.getlength(cut := f"{text[:length]}…") <= width)
 
 
-def _write_counts(axes: "Axes", counts: np.ndarray, shares: np.ndarray, cell: int) -> None:
+def _write_counts(draw: ImageDraw.ImageDraw, counts: np.ndarray, shares: np.ndarray, cell: int, at: Place) -> None:
     """The counts that are not 0, if all of them fit into their cells."""
-    size = min(18, max(9, cell // 3))
-    if 0.65 * size * len(str(counts.max())) > cell - 4 or cell < _COUNTED_CELL:  # a digit of the font is so wide
+    font = ImageFont.load_default(min(18, max(9, cell // 3)))
+    if font.getlength(str(counts.max())) > cell - 4 or cell < _COUNTED_CELL:
         return
     for row, column in np.argwhere(counts).tolist():
-        colour = "white" if shares[row, column] > _DARK else _INK_NAME
-        axes.text(column, row, str(counts[row, column]), color=colour, size=size, ha="center", va="center_baseline")
+        colour = _PAPER if shares[row, column] > _DARK else _INK
+        middle = at[0] + column * cell + cell // 2, at[1] + row * cell + cell // 2
+        draw.text(middle, str(counts[row, column]), colour, font, anchor="mm")
+
+
+def _write_upwards(picture: Image.Image, text: str, font: Font, at: Place) -> None:
+    """Text that begins at a place and runs upwards, its middle line on it."""
+    height = 2 * (round(font.getbbox("Ág")[3]) // 2 + 2)
+    mask = Image.new("L", (max(1, round(font.getlength(text)) + 1), height))
+    ImageDraw.Draw(mask).text((0, height // 2), text, 255, font, anchor="lm")
+    mask = mask.transpose(Image.Transpose.ROTATE_90)
+    picture.paste(_INK, (at[0] - height // 2, at[1] - mask.height), mask)
+
+
+def _write_legend(picture: Image.Image, at: Place) -> None:
+    """The colours from none to all, beside their shares of a row."""
+    font = ImageFont.load_default(13)
+    draw = ImageDraw.Draw(picture)
+    places = np.linspace(1, 0, _LEGEND)[:, None] ** 2
+    picture.paste(_coloured(places).resize((18, _LEGEND)), at)
+    draw.rectangle((at[0] - 1, at[1] - 1, at[0] + 18, at[1] + _LEGEND), outline=_LINE)
+    for share in _TICKS:
+        y = at[1] + round((1 - share**0.5) * (_LEGEND - 1))
+        draw.line((at[0] + 18, y, at[0] + 22, y), _GREY)
+        draw.text((at[0] + 26, y), f"{100 * share:.0f} %", _GREY, font, anchor="lm")
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
