@@ -3,11 +3,8 @@ from .drawing import compose as compose
 from .drawing import heat as heat
 from .drawing import save_figure as save_figure
 from .plots import Series as Series
-from .plots import as_picture as as_picture
 from .plots import curves_picture as curves_picture
 from .plots import curves_svg as curves_svg
-from .plots import new_figure as new_figure
-from .plots import plot_style as plot_style
 from .plots import raw_and_smooth as raw_and_smooth
 from .reconstruction import AttentionMap as AttentionMap
 from .reconstruction import ErrorMap as ErrorMap

@@ -91,8 +91,8 @@ def curves_svg(title: str, series: Sequence[Series]) -> str:
     if not drawn:
         return ""
     first, last = (number_text(float(drawn[-1].values[at])) for at in (0, -1))
-    with plot_style():
-        figure = new_figure(_INLINE)
+    with _plot_style():
+        figure = _new_figure(_INLINE)
         _draw(_axes(figure, left=46, right=8, top=8, bottom=26), drawn)
         elements = _svg_elements(figure)
     for name, colour in (_PALETTE | _COLOURS).items():
@@ -114,8 +114,8 @@ def curves_picture(title: str, series: Sequence[Series], under: str = "step") ->
     drawn = [one for one in series if len(one.values)]
     if not drawn:
         return None
-    with plot_style(16):
-        figure = new_figure(_PICTURE)
+    with _plot_style(16):
+        figure = _new_figure(_PICTURE)
         axes = _axes(figure, left=74, right=24, top=56, bottom=64)
         _draw(axes, drawn, 99)
         axes.set_title(title, loc="left", fontsize=19, color=_PALETTE["ink"], pad=16)
@@ -123,11 +123,11 @@ def curves_picture(title: str, series: Sequence[Series], under: str = "step") ->
         if any(one.name for one in drawn):
             beside = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=14, columnspacing=1.4)
             beside.set_frame_on(False)
-        return as_picture(figure)
+        return _as_picture(figure)
 
 
 @contextmanager
-def plot_style(font_size: float = 11.5) -> Iterator[None]:
+def _plot_style(font_size: float = 11.5) -> Iterator[None]:
     """matplotlib as it comes, whatever the user's own settings say, with text in SVG as text; restored at the end.
 
     Args:
@@ -141,15 +141,15 @@ def plot_style(font_size: float = 11.5) -> Iterator[None]:
         yield
 
 
-def new_figure(size: tuple[int, int]) -> "Figure":
-    """An empty figure of (width, height) pixels, each of which is a point; draw in `plot_style`."""
+def _new_figure(size: tuple[int, int]) -> "Figure":
+    """An empty figure of (width, height) pixels, each of which is a point; draw in `_plot_style`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
 
 
-def as_picture(figure: "Figure") -> Image.Image:
-    """A figure of `new_figure` as RGB."""
+def _as_picture(figure: "Figure") -> Image.Image:
+    """A figure of `_new_figure` as RGB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from maehub.packing import pack
 from PIL import Image
 
 import maehub
 from maehub.cli import main
+from maehub.packing import pack
 
 assert maehub.__version__ == "0.1.0"
 
