@@ -159,7 +159,7 @@ def test_a_finished_run_is_not_made_longer_by_another_version(monkeypatch, capsy
     """It has weights to start a new run from."""
     words = ["finetune", "drawings", "-m", "pretrained", "--epochs", "2", "-o", "longer", *RUN]
     assert cli.main(words) == 0
-    monkeypatch.setattr(resume, "__version__", "0.2.0")
+    monkeypatch.setattr(resume, "__version__", "9.0.0")
     before = {path: path.read_bytes() for path in Path("longer").rglob("*") if path.is_file()}
     assert cli.main([*words, "--resume"]) == 0
     assert cli.main([*words, "--resume", "--epochs", "4"]) == 2
@@ -170,7 +170,7 @@ def test_a_finished_run_is_not_made_longer_by_another_version(monkeypatch, capsy
 @pytest.mark.parametrize(("run", "words"), [("pretrained", RUNS["pretraining"]), ("finetuned", RUNS["finetuning"])])
 def test_a_finished_run_is_done_and_not_written_over(run, words, monkeypatch, capsys):
     """By every version."""
-    monkeypatch.setattr(resume, "__version__", "0.2.0")
+    monkeypatch.setattr(resume, "__version__", "9.0.0")
     before = {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()}
     line = [*words.replace(" --seed 1", "").split(), "-o", run, *RUN, "--checkpoint-every", "2"]
     assert cli.main(line) == 2
