@@ -29,9 +29,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     The bytes are on the disk before the name is, and the name is before this returns, so after a power cut there is
     the old file or the whole new one. The mode is what the umask says. On any error the temporary file is removed and
     the old file stays; an error of the block itself passes through, unless the disk was full.
-
-    Raises:
-        CheckpointError: the folder does not exist or cannot be written, or the disk is full.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
@@ -96,9 +93,6 @@ def free_space_guard(path: str | os.PathLike[str], needed_bytes: int) -> None:
     Args:
         path: the file or folder to be written; it need not exist yet.
         needed_bytes: how much will be written.
-
-    Raises:
-        CheckpointError: less than that is free; the text names both numbers.
     """
     folder = nearest_folder(path)
     free = _free_bytes(folder)
@@ -167,10 +161,6 @@ def whole_folder(folder: str | Path, *, overwrite: bool, members: Collection[str
 
     Yields:
         The folder to write into.
-
-    Raises:
-        UsageError: the folder is in use.
-        CheckpointError: the disk is full or cannot be written; what was there is untouched.
     """
     check_free(folder, overwrite, members)
     place = Path(os.path.realpath(folder))
@@ -237,11 +227,7 @@ def fill_template(template: Path, values: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size.
-
-    Raises:
-        IntegrityError: it is none.
-    """
+    """A JSON object from a file of bounded size."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise IntegrityError(f"{path} is no configuration: it has {path.stat().st_size:,} bytes")
@@ -258,11 +244,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_words(path: Path) -> str:
-    """A small text that a person wrote.
-
-    Raises:
-        UsageError: there is no such file, it is no text, or a megabyte or more.
-    """
+    """A small text that a person wrote."""
     try:
         if path.stat().st_size >= _MOST_WORDS:
             raise UsageError(f"{path} is too long for a page: it has {path.stat().st_size:,} bytes")

@@ -25,11 +25,7 @@ def sample_seed(seed: int, epoch: int, sample: int, view: int = 0) -> int:
 
 
 def one_seed(seed: int) -> Tensor:
-    """A seed as `make_masks` takes them: (1,) int64.
-
-    Raises:
-        UsageError: it does not fit into 64 bits.
-    """
+    """A seed as `make_masks` takes them: (1,) int64."""
     if not -(2**63) <= seed < 2**63:
         raise UsageError(f"a seed must be a number of 64 bits, from -2**63 to 2**63 - 1, not {seed}")
     return torch.tensor([seed], dtype=torch.int64)

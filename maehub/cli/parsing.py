@@ -26,11 +26,7 @@ _FRAME = set(" ─-╰╯")
 
 
 def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments:
-    """The arguments of a command.
-
-    Raises:
-        UsageError: the words are not what the command takes.
-    """
+    """The arguments of a command."""
     if any(word.startswith("--tyro") for word in words):  # flags of the parser's own, which write files
         raise UsageError(f"maehub {command} has no --tyro flags")
     _join_lines(kind)

@@ -49,10 +49,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Args:
         path: a safetensors file or PyTorch pickle, a model or run folder, or a folder with one such file. Of a run
             without an exported model the newest checkpoint.
-
-    Raises:
-        UsageError: there is no such file, or a folder has none or several.
-        IntegrityError: it is damaged, hostile, or something else; the text says what.
     """
     file, config = find_checkpoint(Path(path))
     if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would block

@@ -92,10 +92,6 @@ def write_exported(encoder: Encoder, folder: Path, form: ExportForm, notes: Mapp
         folder: where.
         form: which graph.
         notes: text for the metadata of an ONNX file.
-
-    Raises:
-        MissingDependencyError: of ONNX the packages are not installed.
-        UsageError: the rule for positions is ``sincos`` and the stored table is another.
     """
     check_exportable(form)
     config = encoder.config
@@ -149,11 +145,7 @@ def run_exported(folder: Path, form: ExportForm) -> Callable[[Tensor], dict[str,
 
 
 def check_exportable(form: ExportForm) -> None:
-    """Refuse before any work what cannot be written or checked here.
-
-    Raises:
-        MissingDependencyError: a package is not installed; the text names it.
-    """
+    """Refuse before any work what cannot be written or checked here."""
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None] if form == "onnx" else []
     if missing:
         raise MissingDependencyError(

@@ -52,11 +52,7 @@ def is_exported(form: str) -> TypeGuard[ExportForm]:
 
 
 def check_foreign_form(config: EncoderConfig | AutoencoderConfig, form: ForeignForm) -> None:
-    """Refuse before any work what a library cannot compute.
-
-    Raises:
-        UsageError: the text says why, and what can be done.
-    """
+    """Refuse before any work what a library cannot compute."""
     encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
     square = encoder.size[0] == encoder.size[1]
     if form == "detectron2":

@@ -64,11 +64,7 @@ class Duplicates:
         return f"{text}; {other} of them with another label there." if other else f"{text}."
 
     def save(self, path: str | Path) -> None:
-        """Write a CSV of kind (exact or near), testing picture, training picture.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Write a CSV of kind (exact or near), testing picture, training picture."""
         with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["kind", "testing", "training"])
@@ -95,9 +91,6 @@ def find_twins(
         training, testing: of a split.
         workers: processes that read; 0 reads in this one, None chooses.
         progress: show a bar on stderr, if that is a terminal.
-
-    Raises:
-        DataError: a picture cannot be read.
     """
     there = _prints(training.samples, workers, progress)
     here = _prints(testing.samples, workers, progress)

@@ -55,10 +55,6 @@ def read_label_source(
 
     Args:
         known: the classes are given, and those without a picture are only warned of.
-
-    Raises:
-        DataError: a picture has no label or is at the wrong level, or a class is empty.
-        UsageError: there is no such column or level.
     """
     if data.lower().endswith(".csv") and not os.path.isdir(data):
         return _csv(data, group, label)
@@ -239,10 +235,6 @@ def read_csv(path: str, *, label: str | None = None, group: str | None = None) -
     Args:
         label: the label's column; None means ``label``.
         group: the column of what belongs together.
-
-    Raises:
-        DataError: the CSV cannot be read, has no rows or no such columns, or a line is wrong; the text names the line.
-        UsageError: there is no column of the name that was given.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -97,11 +97,6 @@ def read_labelled(
         classes: the classes that labels are places in, such as those of a model. None takes those that have a picture,
             sorted by name, or in the order that the data give them.
         index_dir: as in `find_samples`.
-
-    Raises:
-        DataError: pictures without a label or at the wrong level, an empty class, one class only, or a class that is
-            not in ``classes``; or whatever `find_samples` raises.
-        UsageError: there is no such column or level, or the folder holds the two sides of a split.
     """
     return find_labelled(data, group=group, label=label, classes=classes, index_dir=index_dir).labelled
 
@@ -159,11 +154,7 @@ def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:
 
 
 def mapped(labelled: Labelled, classes: tuple[str, ...], data: str) -> Labelled:
-    """The same pictures with labels that are places in ``classes``.
-
-    Raises:
-        DataError: they have classes that are not among those; the text counts their pictures.
-    """
+    """The same pictures with labels that are places in ``classes``."""
     times = Counter(classes)
     counts = dict(zip(labelled.classes, labelled.counts.tolist(), strict=True))
     if unseen := [name for name in labelled.classes if name not in times]:

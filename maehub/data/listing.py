@@ -59,9 +59,6 @@ def search(root: bytes, endings: frozenset[bytes], others: Counter[bytes]) -> It
         root: the folder.
         endings: in lower case, with their dot.
         others: counts the files with each other ending.
-
-    Raises:
-        DataError: a folder may not be read.
     """
     # Each folder with its entries that are left, and the identities of those above it: a link back to one of them
     # would never end.

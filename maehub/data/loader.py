@@ -126,9 +126,6 @@ def batches_of(
         keys: one list a batch, for the data set's ``__getitems__``.
         workers: processes that read; 0 reads in this one.
         pin: put batches into page-locked memory, for a GPU.
-
-    Raises:
-        DataError: a picture cannot be read, or a reading process died or hangs, at any point of the block.
     """
     loader = DataLoader(
         dataset,
@@ -169,9 +166,6 @@ def check_shared_memory(each: int, views: int, workers: int) -> None:
         each: bytes of one batch of this process.
         views: in it.
         workers: processes that read.
-
-    Raises:
-        DataError: not even one batch fits.
     """
     needed = workers * _PREFETCHED * each
     try:

@@ -91,22 +91,14 @@ class Shards(Source):
                     self._fetched[index] = data
 
     def source(self, index: int) -> io.BytesIO:
-        """The bytes of the picture file.
-
-        Raises:
-            DataError: they cannot be read; the text names shard and member.
-        """
+        """The bytes of the picture file."""
         data = self._fetched.pop(index, None)
         if data is None:
             data = self._read(index, self.index.offsets, self.index.sizes)
         return io.BytesIO(data)
 
     def label(self, index: int) -> int | None:
-        """The number in the .cls member with the same key; None if there is no such member.
-
-        Raises:
-            DataError: it holds something else.
-        """
+        """The number in the .cls member with the same key; None if there is no such member."""
         if not self.index.label_sizes[index]:
             return None
         text = self._read(index, self.index.label_offsets, self.index.label_sizes)
@@ -142,10 +134,6 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
         patterns: paths or addresses of .tar files, with ``{000..099}``, ``{a,b}`` or the wildcards * and ?.
         index_dir: where to keep what was found in the headers, for shards that have not changed since. None reads
             them every time.
-
-    Raises:
-        DataError: a shard is missing or cannot be used, or there is no picture in them; see `tar_index`.
-        UsageError: the pattern names too many shards, or one twice.
     """
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     paths = [path for pattern in given for path in shard_paths(pattern)]
@@ -171,12 +159,7 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
 
 
 def shard_paths(pattern: str) -> list[str]:
-    """The files that a pattern with braces and wildcards names, in its order.
-
-    Raises:
-        DataError: a wildcard matches nothing.
-        UsageError: it names too many.
-    """
+    """The files that a pattern with braces and wildcards names, in its order."""
     paths = list(itertools.islice(expanded(pattern), _MOST_SHARDS + 1))
     if len(paths) > _MOST_SHARDS:
         raise UsageError(f"{printable(pattern)} names more than {_MOST_SHARDS:,} shards")
@@ -215,10 +198,6 @@ def tar_index(file: StoredFile, index_dir: Path | None = None) -> TarIndex:
 
     The picture of a sample is the member whose ending, after the first dot of its name, is one of `IMAGE_ENDINGS`;
     a .cls member is its label. Other members are passed over.
-
-    Raises:
-        DataError: the shard is truncated, broken or compressed, a key is used twice, a member is a link or a device,
-            its name leads out of the shard, or it is larger than `LARGEST_MEMBER`. The text names shard and member.
     """
     if index_dir is None or not file.stamp:
         return _read(file)

@@ -39,11 +39,7 @@ class Source(Protocol):
         """Path, shard and member, or file and row: for messages."""
 
     def source(self, index: int) -> ImagePath | BinaryIO:
-        """What `maehub.images.decoding.open_image` takes.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """What `maehub.images.decoding.open_image` takes."""
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Says which samples `source` will be asked for next; those far away are fetched at once."""
@@ -134,12 +130,7 @@ class Subset(Source):
 
 
 def select(samples: Source, indices: np.ndarray) -> Source:
-    """Some samples, in the order of ``indices``: (n,) integers. Costs 8 bytes a sample.
-
-    Raises:
-        DataError: none is selected.
-        UsageError: an index that is not in ``samples``.
-    """
+    """Some samples, in the order of ``indices``: (n,) integers. Costs 8 bytes a sample."""
     chosen = np.asarray(indices, np.int64)
     if not len(chosen):
         raise DataError("no sample is selected")
@@ -158,9 +149,6 @@ def groups(samples: Source, level: int) -> np.ndarray:
 
     Returns:
         (samples,) int64, the number of each sample's group; groups are numbered as they first appear.
-
-    Raises:
-        UsageError: a name has fewer folders.
     """
     if level < 1:
         raise UsageError(f"the level of a group must be 1 or more, not {level}")
@@ -180,9 +168,6 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
 
     A folder is sorted by the bytes of the paths below it. Hidden files and folders are left out; symbolic links are
     followed, except to a folder that is being searched. Files are chosen by their ending, see `IMAGE_ENDINGS`.
-
-    Raises:
-        DataError: there is nothing at the path, no picture in it, or a folder that may not be read.
     """
     if not isinstance(source, str | bytes | Path):
         names = Names.of(map(os.fsencode, source))
@@ -217,11 +202,6 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
     Args:
         index_dir: where to keep what was found in the headers of shards, and copies of Parquet files as Arrow tables.
         column: of a table, the one with the pictures; None finds it.
-
-    Raises:
-        DataError: nothing is there, or it cannot be used; the text names file and line, shard and member.
-        UsageError: several columns of pictures, several splits, or a pattern that cannot be.
-        MissingDependencyError: a package is needed that is not installed.
     """
     text = os.fsdecode(data)
     if os.path.isdir(text):
@@ -275,9 +255,6 @@ def read_list(path: str) -> Samples:
 
     Empty lines and those that begin with # are passed over. Names are as they stand in the list. A file that stands
     there twice counts twice, and is looked at in the same way both times.
-
-    Raises:
-        DataError: the list cannot be read or is empty, or a file is not there; the text names the line.
     """
     root = os.path.dirname(os.fsencode(path))
 
@@ -336,12 +313,7 @@ PictureSource = ImagePath | Image.Image | np.ndarray | Tensor | Sequence[ImagePa
 
 
 def as_samples(source: PictureSource) -> Samples | Pictures:
-    """What `find_images` finds, or the pictures themselves.
-
-    Raises:
-        UsageError: a list of both, or something else.
-        DataError: nothing is there.
-    """
+    """What `find_images` finds, or the pictures themselves."""
     if isinstance(source, ImagePath):
         return find_images(source)
     if isinstance(source, Image.Image):

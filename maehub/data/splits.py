@@ -111,11 +111,6 @@ def split_labelled(
         seed: of the split, if one is made.
         share: of each class to test on, if a split is made.
         group, label: see `read_labelled`.
-
-    Raises:
-        DataError: a class would be left out of a side, a class is only tested on, a group is on both sides; or what
-            `read_labelled` raises.
-        UsageError: the share is not between 0 and 1; or what `read_labelled` raises.
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to measure on must be above 0 and below 1, not {share:g}")
@@ -146,9 +141,6 @@ def measured_part(
 
     Args:
         data, group, label, classes: see `maehub.data.labels.read_labelled`.
-
-    Raises:
-        DataError, UsageError: what `read_labelled` raises, or no row of the CSV is for testing.
     """
     sides = given_folders(os.fsdecode(data))
     place, index_dir = sides.testing if sides else data, cache_folder() / "shards"
@@ -160,9 +152,6 @@ def inner_split(labelled: Labelled, *, share: float = 0.2, seed: int = 0) -> Inn
     """Places of a training part to fit on, and places to choose settings by: a pure function of names, labels and seed.
 
     As in `split_labelled`; a class with one picture, or in one group, is never held out.
-
-    Raises:
-        DataError: nothing can be held out.
     """
     chosen = held_out(SplitGroups.of(labelled, seed, _INNER), share)
     if not chosen.any():
@@ -176,10 +165,6 @@ def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
     Held parts are disjoint, and together they are all pictures but those of a group with a class that no other has:
     these are always fitted on. A class differs by at most one picture from fold to fold, unless there are groups or
     several labels. There are fewer folds than ``count`` where there are fewer groups to hold out.
-
-    Raises:
-        DataError: fewer than two groups can be held out.
-        UsageError: ``count`` is below 2.
     """
     if count < 2:
         raise UsageError(f"cross-validation needs 2 folds or more, not {count}")

@@ -36,12 +36,7 @@ def is_remote(path: str) -> bool:
 
 
 def stored_file(path: str) -> StoredFile:
-    """Look at a file.
-
-    Raises:
-        DataError: it is not there, is no regular file, or may not be read.
-        MissingDependencyError: its protocol needs a package that is not installed.
-    """
+    """Look at a file."""
     if not is_remote(path):
         try:
             facts = os.stat(path)
@@ -59,11 +54,7 @@ def stored_file(path: str) -> StoredFile:
 
 
 def read_range(file: StoredFile, start: int, size: int) -> bytes:
-    """``size`` bytes from ``start`` on; fewer where the file ends.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """``size`` bytes from ``start`` on; fewer where the file ends."""
     end = min(start + size, file.size)
     if start >= end:  # some servers refuse to give nothing
         return b""

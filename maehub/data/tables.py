@@ -60,11 +60,7 @@ class Table(Source):
         return f"{printable(self.parts[part])}, row {row}"
 
     def source(self, index: int) -> io.BytesIO:
-        """The bytes of the picture file.
-
-        Raises:
-            DataError: the row holds none; the text names file and row.
-        """
+        """The bytes of the picture file."""
         cell = self.rows[index][self.column]
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if data is None:
@@ -74,11 +70,7 @@ class Table(Source):
         return io.BytesIO(data)
 
     def values(self, column: str) -> list[Any]:
-        """What another column holds in each row, as Python objects; None where a row holds nothing.
-
-        Raises:
-            UsageError: there is no such column beside the pictures.
-        """
+        """What another column holds in each row, as Python objects; None where a row holds nothing."""
         if column not in self.others.column_names:
             have = ", ".join(self.others.column_names) or "none"
             raise UsageError(f"{printable(self.parts[0])} has no column {column!r} beside the pictures; it has: {have}")
@@ -99,11 +91,6 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
 
     Args:
         column: the one with the pictures; None finds it, see `image_column`.
-
-    Raises:
-        DataError: a file cannot be read, has other columns than the first, or has no column of pictures.
-        UsageError: there are several such columns, or none of that name.
-        MissingDependencyError: the datasets library is not installed.
     """
     datasets = _datasets()
     parquet = importlib.import_module("pyarrow.parquet")
@@ -129,9 +116,6 @@ def find_saved(folder: str, column: str | None = None) -> Table:
 
     Args:
         column: as in `find_parquet`.
-
-    Raises:
-        DataError, UsageError, MissingDependencyError: as in `find_parquet`.
     """
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
@@ -152,10 +136,6 @@ def image_column(features: Any, column: str | None, where: str) -> str:
     Args:
         features: of the datasets library: names to kinds.
         column: a name that is taken in place of a search.
-
-    Raises:
-        DataError: there is none.
-        UsageError: there are several, or none of that name.
     """
     if column is not None and column not in features:
         raise UsageError(f"{where} has no column {column!r}; its columns: {', '.join(features)}")

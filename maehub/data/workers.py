@@ -63,11 +63,7 @@ def core_count() -> int:
 
 
 def reader_count(workers: int | None, pictures: int) -> int:
-    """How many processes to start: what the caller says, else as many as there are cores and work for them.
-
-    Raises:
-        UsageError: a negative number.
-    """
+    """How many processes to start: what the caller says, else as many as there are cores and work for them."""
     if workers is not None:
         if workers < 0:
             raise UsageError(f"workers must be 0 or more, not {workers}; 0 reads in this process")
@@ -164,11 +160,7 @@ class Readers(_Pool):
         self.exact_decode = exact_decode
 
     def read(self, paths: Iterable[bytes]) -> Iterator[Reading]:
-        """One reading a path, in order.
-
-        Raises:
-            DataError: a process died or hangs; the text names the picture where it happened.
-        """
+        """One reading a path, in order."""
         if not self.workers:
             yield from (_reading(path, self.preprocess, self.exact_decode) for path in paths)
             return
@@ -212,9 +204,6 @@ class Examiners(_Pool):
 
         Args:
             pictures: functions that give a path or a binary file, or raise DataError; they are called in threads.
-
-        Raises:
-            DataError: a process hangs.
         """
         if not self.workers:
             return map(self._examined, pictures)

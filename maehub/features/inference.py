@@ -124,9 +124,6 @@ def outputs(
 
     Returns:
         (n, …) float32 on the CPU.
-
-    Raises:
-        DataError: a picture cannot be read; the text names it.
     """
     if batch_size is None:
         tokens = math.prod(grid_size(*preprocess.size, preprocess.patch_size))

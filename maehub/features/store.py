@@ -39,10 +39,6 @@ class FeatureStore:
         run: what the rows depend on; rows of another run are never mixed in.
         row_shape: of one row.
         overwrite: throw away what another run left.
-
-    Raises:
-        UsageError: it holds the work of another run, or another process is at it.
-        CheckpointError: the folder cannot be written.
     """
 
     def __init__(self, out: Path, run: dict[str, Any], row_shape: tuple[int, ...], *, overwrite: bool) -> None:

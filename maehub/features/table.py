@@ -100,12 +100,7 @@ def piece_rows(row_shape: tuple[int, ...]) -> int:
 
 
 def check_ending(path: Path, pool: str | None) -> None:
-    """Whether a file of this ending can hold features of this pool, and what it needs is installed.
-
-    Raises:
-        UsageError: it cannot, or the ending is not known.
-        MissingDependencyError: pyarrow is missing.
-    """
+    """Whether a file of this ending can hold features of this pool, and what it needs is installed."""
     kind = _kind(path)
     if pool in _MANY_DIMENSIONS and not kind.many_dimensions:
         raise UsageError(f"{path.suffix} holds one vector a picture, not pool={pool!r}; take .safetensors or .npz")

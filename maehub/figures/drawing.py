@@ -142,12 +142,7 @@ def save_figure(figure: Image.Image, path: str | Path) -> None:
 
 
 def check_figure(path: str | Path) -> str:
-    """Whether a figure can be written to a path; the format of its ending.
-
-    Raises:
-        UsageError: the ending is unknown, the folder does not exist, or the path is one.
-        CheckpointError: the folder is read-only.
-    """
+    """Whether a figure can be written to a path; the format of its ending."""
     path = Path(path)
     Image.init()
     kind = Image.registered_extensions().get(path.suffix.lower(), "")

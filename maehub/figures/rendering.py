@@ -35,12 +35,7 @@ _DEADLINE = 300.0  # seconds for all of it
 
 
 def open_picture(image: ImageSource, preprocess: Preprocess) -> Image.Image | np.ndarray:
-    """Something that `Preprocess.pixels` takes; files are decoded in full.
-
-    Raises:
-        DataError: it cannot be read, or it is larger than ``MAX_BYTES`` behind an address.
-        HubError: the address cannot be fetched.
-    """
+    """Something that `Preprocess.pixels` takes; files are decoded in full."""
     if isinstance(image, str | Path):
         channels = preprocess.channels
         if isinstance(image, str) and image.lower().startswith(("http://", "https://")):

@@ -214,9 +214,6 @@ def clean_cache(cache_dir: PathLike | None = None, *, dry_run: bool = False) -> 
     Args:
         cache_dir: as in `maehub.hub.fetching.fetch`.
         dry_run: only look.
-
-    Raises:
-        CheckpointError: something cannot be removed; the rest was.
     """
     removed, kept, stuck = [], [], []
     for path in sorted(_candidates(cache_paths(cache_dir, offline=True, verify=False))):

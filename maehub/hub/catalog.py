@@ -218,10 +218,6 @@ def resolve(name: str, want: Want) -> ModelInfo:
     ``vit-b``, ``vit-l``, ``vit-h`` and the same with ``-448``: asked for an encoder, the paper's encoder; for an
     autoencoder, the one on plain pixels, since it draws directly; for pre-training, the one on normalised pixels. Any
     other name is that row; an autoencoder or a classifier can be asked for its encoder.
-
-    Raises:
-        UsageError: no such name, a row that cannot be loaded yet, or one that has no decoder; the text names the row
-            that has.
     """
     short = _table()["short"]
     info = model_info(short[name][want] if name in short else name)

@@ -40,10 +40,6 @@ def locate(
             or what this function returned before. A `Path`, or a string such as ``./vit-b``, is never a name.
         want: what a short catalog name should mean.
         revision, cache_dir, offline, verify: see `maehub.hub.fetching.fetch`.
-
-    Raises:
-        UsageError: there is no such name, folder or file, or it is not what was asked for.
-        HubError, IntegrityError: see `maehub.hub.fetching.fetch`; IntegrityError also for a pickle.
     """
     if isinstance(source, Located):
         return source

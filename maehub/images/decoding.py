@@ -148,9 +148,6 @@ def open_part(
             are then moved to multiples of that scale, so that the part is whole decoded pixels; see `aligned`.
         scaled_to: (height, width) that the part must have at least, if it has as much at full scale.
         max_pixels: larger pictures are refused before they are decoded.
-
-    Raises:
-        DataError: it cannot be read; the text names the path and why.
     """
     return _read(source, lambda file: _part(file, choose, scaled_to, max_pixels))
 

@@ -38,9 +38,6 @@ def read_pixels(
 
     Unless ``exact_decode``, JPEGs are decoded at a smaller size that is large enough, and only the pixels inside the
     crop are resampled, which moves some of them by a grey level or two.
-
-    Raises:
-        DataError: it cannot be read, or the model takes a number of channels that files do not have.
     """
     if preprocess.channels not in (1, 3):
         where = printable(source) if isinstance(source, ImagePath) else "a picture"

@@ -15,11 +15,7 @@ def as_size(size: int | tuple[int, int] | list[int], name: str = "size") -> Size
 
 
 def grid_size(height: int, width: int, patch_size: int) -> Size:
-    """Rows and columns of patches in an image.
-
-    Raises:
-        UsageError: the image is not divisible by the patch; the text names the nearest sizes that are.
-    """
+    """Rows and columns of patches in an image."""
     if height % patch_size or width % patch_size or not height or not width:
         near = [max(patch_size, round(side / patch_size) * patch_size) for side in (height, width)]
         raise UsageError(

@@ -18,11 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def library(name: str) -> ModuleType:
-    """An optional library.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
+    """An optional library."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -44,11 +40,7 @@ def evaluable(network: Network, dtype: torch.dtype) -> Network:
 
 
 def exact_state(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of its tensors under its own names, on the CPU, in `exact_dtype`.
-
-    Raises:
-        UsageError: it lies on the meta device and has no tensors yet.
-    """
+    """Copies of its tensors under its own names, on the CPU, in `exact_dtype`."""
     state, dtype = network.state_dict(), exact_dtype(network)
     if any(value.is_meta for value in state.values()):
         raise UsageError(f"this {type(network).__name__} lies on the meta device: it has no weights yet")
@@ -66,9 +58,6 @@ def check_same(what: str, outputs: Callable[[torch.dtype], Iterable[tuple[Tensor
     Args:
         what: whose outputs, for messages.
         outputs: pairs of ours and theirs, computed in a dtype.
-
-    Raises:
-        UsageError: they differ by more than `LARGEST_DIFFERENCE`, or have other shapes.
     """
     for dtype in (torch.float32, torch.float64):
         with torch.inference_mode():

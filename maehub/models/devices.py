@@ -6,11 +6,7 @@ from maehub.errors import UsageError
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device that a name means; "auto" is a GPU if there is one.
-
-    Raises:
-        UsageError: there is none such here.
-    """
+    """The device that a name means; "auto" is a GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

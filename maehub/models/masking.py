@@ -110,11 +110,7 @@ def _block_mask(seed: int, grid: Size, hidden: int) -> np.ndarray:
 
 
 def visible_count(masked: Tensor) -> int:
-    """K of a batch of masks.
-
-    Raises:
-        DataError: the rows keep different numbers of patches, or one keeps none.
-    """
+    """K of a batch of masks."""
     counts = (~masked).sum(dim=1)
     fewest, most = int(counts.min()), int(counts.max())
     if fewest != most:

@@ -49,9 +49,6 @@ def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdic
     Args:
         folder: the repository as it would be published.
         model: what it was made of, on the CPU and in eval mode.
-
-    Raises:
-        IntegrityError: it does not load, or not one of its outputs is the model's.
     """
     case = _case(model)
     _compare("maehub", _outputs_of(folder, case), case.outputs)

@@ -68,11 +68,7 @@ def find_leaks(files: dict[str, Path], *, token: str | None = None, names: Colle
 
 
 def refuse_leaks(leaks: list[Leak]) -> None:
-    """Raise what was found, if anything.
-
-    Raises:
-        UsageError: the text has files and kinds, never a secret itself.
-    """
+    """Raise what was found, if anything."""
     if not leaks:
         return
     lines = [f"{leak.file}: {leak.what}{f' ({leak.hint:.80})' if leak.hint else ''}" for leak in leaks[:4]]

@@ -29,9 +29,6 @@ def settle_licence(asked: str | None, base: Origin | None) -> Licence:
     Args:
         asked: an identifier of the Hub, such as "apache-2.0"; None takes the base's.
         base: what the weights were trained from; None if they started fresh.
-
-    Raises:
-        UsageError: no licence is known, or not one that the base allows.
     """
     wanted = asked.strip().lower() if asked else ""
     if wanted and not _IDENTIFIER.fullmatch(wanted):

@@ -42,11 +42,7 @@ class Provenance:
 
 
 def read_run(folder: Path) -> Provenance:
-    """What a run folder tells; nothing where it is none.
-
-    Raises:
-        IntegrityError: a file of the run is broken.
-    """
+    """What a run folder tells; nothing where it is none."""
     if not (folder / "run.json").exists():
         return _of_probe(folder) if (folder / "probe.json").exists() else Provenance()
     config = read_json(folder / "config.json")

@@ -64,11 +64,6 @@ def build_repository(
         repo_id: where it will lie, for the card.
         licence, provenance: of the weights.
         words: of the author.
-
-    Raises:
-        IntegrityError: a library computes something else; see `check_repository`.
-        DataError: a picture that the author named cannot be read.
-        CheckpointError: the disk is full.
     """
     write_members(folder, repo_id.rpartition("/")[2], model)
     figures = _draw(folder, model, repo_id.rpartition("/")[2], provenance)

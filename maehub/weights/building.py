@@ -76,10 +76,6 @@ def build_encoder(
         options: the departures from the file, dtype and device.
         origin: where the weights come from.
         where: what the tensors are, for messages.
-
-    Raises:
-        IntegrityError: tensors are missing, too many, misshaped, not floating or not finite.
-        UsageError: a departure that cannot be.
     """
     if isinstance(config, AutoencoderConfig):
         config = config.encoder
@@ -108,11 +104,7 @@ def build_autoencoder(
     origin: Origin | None = None,
     where: str = "these weights",
 ) -> MaskedAutoencoder:
-    """A `MaskedAutoencoder` in eval mode that holds these tensors; arguments and errors as in `build_encoder`.
-
-    Raises:
-        IntegrityError: also where there is an encoder alone.
-    """
+    """A `MaskedAutoencoder` in eval mode that holds these tensors; arguments as in `build_encoder`."""
     if isinstance(config, EncoderConfig):
         raise IntegrityError(
             f"{where}: this is {describe(state)}, without the decoder that an autoencoder needs; "
@@ -163,9 +155,6 @@ def check_finite(state: Mapping[str, Tensor], where: str = "these weights") -> N
     """Refuse NaN and infinity.
 
     One sum a tensor: it is finite only if every value is, or else the values themselves are looked at.
-
-    Raises:
-        IntegrityError: the text names the tensors.
     """
     bad = []
     for name, tensor in state.items():

@@ -57,10 +57,6 @@ def infer_config(
 
     Returns:
         An `AutoencoderConfig` if there is a decoder, else an `EncoderConfig`.
-
-    Raises:
-        IntegrityError: these are not the tensors of a Vision Transformer.
-        UsageError: heads or size cannot be known; the text names the argument that says them.
     """
     shape = {name: tuple(value.shape) for name, value in state.items()}
     kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())
@@ -118,11 +114,7 @@ def infer_config(
 
 
 def with_target(config: AutoencoderConfig, target: Target, where: str = "these weights") -> AutoencoderConfig:
-    """The configuration of unknown target once somebody says it; the head keeps its width.
-
-    Raises:
-        UsageError: such a target needs more than that.
-    """
+    """The configuration of unknown target once somebody says it; the head keeps its width."""
     if target == "pca":
         raise UsageError(f"{where} has no components of a PCA, so its target is not pca; say another target=")
     return replace(config, target=target, outputs=config.prediction_width)

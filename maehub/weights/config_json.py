@@ -106,12 +106,7 @@ def our_block(
 
 
 def read_block(block: Any, where: str) -> Block:
-    """The inverse of `our_block`.
-
-    Raises:
-        IntegrityError: an unknown key, or a value that cannot be.
-        UsageError: a newer maehub wrote it.
-    """
+    """The inverse of `our_block`."""
     known = {"format", "version", "kind", "network", "preprocess", "origin", "dtype", "verified", "sha256"}
     if not isinstance(block, dict):
         raise IntegrityError(f"{where}: the maehub block must be an object, not {type(block).__name__}")
@@ -212,11 +207,7 @@ def crop_fraction(share: float, short: int) -> float:
 
 
 def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """transformers' part, for ViTMAEForPreTraining, ViTForImageClassification or ViTModel.
-
-    Raises:
-        UsageError: transformers would not compute the same.
-    """
+    """transformers' part, for ViTMAEForPreTraining, ViTForImageClassification or ViTModel."""
     encoder = config if isinstance(config, EncoderConfig) else config.encoder
     height, width = encoder.size
     common = {
@@ -285,9 +276,6 @@ def transformers_hints(config: Mapping[str, Any], where: str) -> Hints:
 
     ``layer_norm_eps`` 1e-12 is accepted and read as 1e-6: the published conversions say 1e-12, but the weights were
     trained, and their accuracies measured, with 1e-6.
-
-    Raises:
-        UsageError: a network that ours is not.
     """
     for name, value in _TRANSFORMERS_FIXED.items():
         if config.get(name, value) != value:

@@ -135,11 +135,7 @@ def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
 
 
 def detect(keys: Iterable[str]) -> Dialect:
-    """The dialect of a state dictionary's keys, wrappers allowed.
-
-    Raises:
-        IntegrityError: the names are no dialect that is known here.
-    """
+    """The dialect of a state dictionary's keys, wrappers allowed."""
     stripped = strip_wrappers(keys).values()
     if foreign := detect_foreign(stripped):
         return foreign
@@ -167,9 +163,6 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
     """What each name of a state dictionary is officially, without looking at tensors.
 
     Names that the dialect does not have stay as they are.
-
-    Raises:
-        IntegrityError: the names are no dialect that is known here.
     """
     stripped = strip_wrappers(keys)
     dialect = detect(stripped)
@@ -195,10 +188,6 @@ def to_official(state: Mapping[str, Tensor]) -> OfficialState:
 
     Args:
         state: the tensors of a file or of a module, without an outer ``{"model": …}``.
-
-    Raises:
-        IntegrityError: no known dialect, or two names mean the same tensor.
-        UsageError: a network of another library that no network here computes.
     """
     known = official_names(state)
     renamed: dict[str, Tensor] = {}
@@ -218,9 +207,6 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
     ViTForImageClassification's where there is a head, else ViTModel's; queries, keys and values are views of the
     fused tensors. ``module`` names `MaskedAutoencoder`'s tensors where there is a decoder, else `Encoder`'s. The others
     are those of `maehub.weights.library_keys.to_foreign`.
-
-    Raises:
-        UsageError: the dialect cannot say it (a mean-pooled classifier in transformers' names).
     """
     if dialect == "official":
         return dict(state)

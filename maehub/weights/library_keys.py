@@ -136,9 +136,6 @@ def check_foreign(state: Mapping[str, Tensor], dialect: ForeignDialect) -> None:
 
     Args:
         state: official names.
-
-    Raises:
-        UsageError: the text says why.
     """
     if dialect == "detectron2" and "cls_token" not in state:
         raise UsageError(
@@ -158,9 +155,6 @@ def to_foreign(state: Mapping[str, Tensor], dialect: ForeignDialect) -> dict[str
     ``lightly`` names the modules of its examples since 1.6, with timm's Vision Transformer, and adds the mask token
     of its encoder, zero as lightly has it. ``mmpretrain`` names MAEViT and MAEPretrainDecoder, or VisionTransformer
     and its head. ``detectron2`` is the backbone of ViTDet alone: no class token, no final norm, no decoder, no head.
-
-    Raises:
-        UsageError: the dialect cannot say it.
     """
     if dialect == "detectron2":
         kept = ("pos_embed", "patch_embed.", "blocks.")

@@ -184,10 +184,6 @@ def read_folder(
         decoder_heads: likewise.
         target: what the decoder predicts, where no model folder says it; one that says another is refused.
         whole: whether a decoder is wanted too; False asks nothing about the one of a plain folder.
-
-    Raises:
-        UsageError: there is no model in it, or none that is read here.
-        IntegrityError: a broken configuration, or an unknown key in our block.
     """
     folder = find_model_folder(folder)
     if not (folder / _CONFIG).exists():
@@ -207,11 +203,7 @@ def read_folder(
 
 
 def find_model_folder(folder: str | Path) -> Path:
-    """The folder itself, or the model folder of a run.
-
-    Raises:
-        UsageError: there is no such folder, or the run has no model yet.
-    """
+    """The folder itself, or the model folder of a run."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")

@@ -48,10 +48,6 @@ def read_pickle(path: str | Path) -> Pickled:
 
     Args:
         path: a ``.pth`` or ``.bin`` file: a dictionary of tensors, or one inside ``{"model": …}``.
-
-    Raises:
-        UsageError: this torch is too old to read pickles safely.
-        IntegrityError: the file is broken, or asks for more than tensors.
     """
     version = torch.__version__
     if version < _SAFE_TORCH:  # type: ignore[operator]

@@ -31,10 +31,6 @@ def packed_block(metadata: Mapping[str, str], where: str) -> Block | None:
     Args:
         metadata: of the header.
         where: the file, for messages.
-
-    Raises:
-        IntegrityError: it is broken.
-        UsageError: a newer maehub wrote it.
     """
     if _KEY not in metadata:
         return None

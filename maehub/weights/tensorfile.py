@@ -82,12 +82,7 @@ class TensorFile(NamedTuple):
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and check the header alone; nothing is allocated for the tensors.
-
-    Raises:
-        UsageError: there is no such file.
-        IntegrityError: it is not a whole, well-formed safetensors file; the text says what it is instead.
-    """
+    """Read and check the header alone; nothing is allocated for the tensors."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
             raise UsageError(f"{path} is not a file")
@@ -122,10 +117,6 @@ def read_tensors(path: str | Path) -> TensorFile:
 
     The tensors stay valid when the file is replaced or deleted (as every writer here does), not when another program
     overwrites its bytes in place.
-
-    Raises:
-        UsageError: there is no such file.
-        IntegrityError: it is not a whole, well-formed safetensors file.
     """
     header = read_header(path)
     try:

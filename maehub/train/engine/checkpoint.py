@@ -55,12 +55,7 @@ class Written(NamedTuple):
 def save_checkpoint(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int = 2
 ) -> Path:
-    """Write a checkpoint, then delete older ones, so that ``keep`` are left.
-
-    Raises:
-        DivergedError: weights or optimizer state are not finite; nothing was written.
-        CheckpointError: the disk is full or cannot be written; older checkpoints are untouched.
-    """
+    """Write a checkpoint, then delete older ones, so that ``keep`` are left."""
     parts = {_MODEL: model.state_dict(), _OPTIMIZER: _optimizer_tensors(model, optimizer)}
     for name, tensors in parts.items():
         check_converging(tensors, f"{name} of step {progress.step}")
@@ -76,11 +71,7 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor]) -> Iterator[Path]:
-    """The folder to put a checkpoint together in; when the block ends without an error, it gets its name.
-
-    Raises:
-        CheckpointError: the tensors will not fit on the disk, or it cannot be written; nothing is left behind.
-    """
+    """The folder to put a checkpoint together in; when the block ends without an error, it gets its name."""
     checkpoints = run / "checkpoints"
     for remains in checkpoints.glob(".step-*.partial"):
         if _TORN.fullmatch(remains.name):
@@ -107,11 +98,7 @@ def rotate(run: Path, newest: int, keep: int) -> None:
 
 
 def check_converging(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights or optimizer state with NaN or infinity.
-
-    Raises:
-        DivergedError: the text names the tensors.
-    """
+    """Refuse weights or optimizer state with NaN or infinity."""
     try:
         check_finite(tensors, what)
     except IntegrityError as error:
@@ -122,9 +109,6 @@ def newest_checkpoint(run: Path) -> tuple[Path, Progress] | None:
     """The newest valid checkpoint of a run, or None where none was ever committed.
 
     A damaged one is renamed to ``step-N.corrupt`` with a warning.
-
-    Raises:
-        CheckpointError: checkpoints exist and none of them is valid, or a newer maehub wrote them.
     """
     for step in reversed(_steps(run)):
         folder = run / "checkpoints" / f"step-{step}"
@@ -146,11 +130,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, Progress] | None:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state back.
-
-    Raises:
-        CheckpointError: it is of another network.
-    """
+    """Put a checkpoint's weights and optimizer state back."""
     numbers = {name: number for number, name in enumerate(parameter_names(model, optimizer))}
     state = optimizer.state_dict()
     state["state"] = {number: {} for number in numbers.values()}

@@ -95,10 +95,6 @@ class Group:
 
         Args:
             what: for the error if a process does not come: "saving the checkpoint".
-
-        Raises:
-            MaehubError: of the same class and text in every process.
-            DistributedError: a process failed in another way, or did not come.
         """
         if self.size == 1:
             yield
@@ -127,11 +123,7 @@ class Group:
         return made[0] if made else make()
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Refuse processes that were told, or see, different things.
-
-        Raises:
-            DistributedError: the text names what differs, and who says what.
-        """
+        """Refuse processes that were told, or see, different things."""
         everyone = self.all({name: str(value) for name, value in facts.items()}, "comparing their settings")
         differing = []
         for name in facts:
@@ -265,10 +257,6 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
     Args:
         device: ``auto``, ``cpu`` or ``cuda``; several processes take a GPU each.
         timeout: seconds to wait for the others within a step. To start and to save they have `START_TIMEOUT`.
-
-    Raises:
-        UsageError: the environment says only half.
-        DistributedError: the others cannot be reached.
     """
     told = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     if "RANK" not in told and "WORLD_SIZE" not in told:

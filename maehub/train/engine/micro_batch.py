@@ -30,9 +30,6 @@ def find_micro_batch(
         size: of the pictures, for an error.
         asked: what the user wants; nothing is tried then.
         multiple: what a micro-batch must be a multiple of, where the part is.
-
-    Raises:
-        CheckpointError: not even one view fits.
     """
     if asked:
         return min(asked, part)

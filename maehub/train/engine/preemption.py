@@ -35,9 +35,6 @@ def stop_requests(deadline: float | None = None) -> Iterator[Stop]:
     """Turn the first stop signal into a `Stop` for the end of the step; a second one stops at once.
 
     Outside the main thread, where Python delivers no signals, nothing is changed.
-
-    Raises:
-        KeyboardInterrupt: the second signal.
     """
     stop = Stop(deadline=deadline)
     if threading.current_thread() is not threading.main_thread():

@@ -69,12 +69,6 @@ class Checkpoints:
         Args:
             data: name of the pictures, for an error.
             micro_batch: what the user wants; otherwise as many processes go on with what they had, for equal sums.
-
-        Raises:
-            UsageError: the run was started with other settings, or by another version.
-            DataError: with other pictures.
-            CheckpointError: none of the checkpoints is valid, or it is of another network.
-            DistributedError: a process does not see the checkpoint.
         """
         run, group = self.run.folder, self.group
         with group.together("looking for a checkpoint"):
@@ -141,9 +135,6 @@ class Checkpoints:
 
         Args:
             must: no other will follow, so it has to succeed. Otherwise a first failure is only said.
-
-        Raises:
-            CheckpointError: it cannot be written, and must be, or the one before could not be either.
         """
         begun = time.monotonic()
         progress = replace(self.start, step=step)
@@ -179,11 +170,7 @@ class Checkpoints:
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that is not free, no run to go on with or another version's, none to delete.
-
-    Raises:
-        UsageError: the text says which flag helps.
-    """
+    """Refuse, before any work, a folder that is not free, no run to go on with or another version's, none to delete."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     is_run = run_state(folder) is not None
@@ -197,11 +184,7 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def check_version(run: Path) -> None:
-    """Refuse to go on with a run that another minor version of maehub started.
-
-    Raises:
-        UsageError: the text names the versions, and what to do.
-    """
+    """Refuse to go on with a run that another minor version of maehub started."""
     try:
         config = json.loads((run / "config.json").read_bytes())
         started, kind = str(config["environment"]["maehub"]), config.get("kind")
@@ -226,9 +209,6 @@ def agreed_start(group: Group, settings: Mapping[str, Any], derived: Mapping[str
         settings: of the run, by name.
         derived: what follows from them.
         data: digest of the pictures.
-
-    Raises:
-        DistributedError: processes were told, or see, different things.
     """
     fixed = {name: value for name, value in settings.items() if name not in _FREE} | dict(derived)
     fixed = json.loads(json.dumps(fixed))  # as a checkpoint gives it back

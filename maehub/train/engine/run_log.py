@@ -87,10 +87,6 @@ class RunLog:
 
     Nothing that is in the folder changes before `begin`. An error that ends the block is written to ``run.json``. Of
     the processes of a run one ``is_main`` and writes; the others only look at the numbers, to end where it ends.
-
-    Raises:
-        UsageError: another process writes the folder.
-        CheckpointError: it cannot be written.
     """
 
     def __init__(self, folder: Path, batch_size: int, *, is_main: bool = True) -> None:
@@ -202,12 +198,7 @@ class RunLog:
         self._idle += seconds
 
     def flush(self) -> None:
-        """Write what is remembered, one line a step; a number that is not finite as null.
-
-        Raises:
-            DivergedError: an update was bad. It and those after it were skipped: the weights are those of before.
-            CheckpointError: the disk is full.
-        """
+        """Write what is remembered, one line a step; a number that is not finite as null."""
         if not self._waiting:
             return
         steps, self._waiting = self._waiting, []
@@ -282,11 +273,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Write what is remembered, and do something whose time is not that of a step.
-
-        Raises:
-            DivergedError: an update was bad.
-        """
+        """Write what is remembered, and do something whose time is not that of a step."""
         self.flush()
         yield
         self.restart_clock()

@@ -82,9 +82,6 @@ def settle(config: Any) -> None:
     """Give paths, names and sizes the types of their fields, and refuse a setting that cannot be.
 
     One whose default is None may be left out. Of a Literal the choices are the rule.
-
-    Raises:
-        UsageError: the text names the flag.
     """
     for field in fields(config):
         value = getattr(config, field.name)

@@ -43,13 +43,7 @@ from maehub.weights import read_tensors
 def save_shards(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int, group: Group
 ) -> Path:
-    """Write a checkpoint, every process its shards, then delete older ones, so that ``keep`` are left.
-
-    Raises:
-        DivergedError: weights are not finite; nothing was written.
-        CheckpointError: the disk is full or cannot be written; older checkpoints are untouched.
-        DistributedError: a process failed or does not answer.
-    """
+    """Write a checkpoint, every process its shards, then delete older ones, so that ``keep`` are left."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     local = {name: _local(value) for name, value in weights.items()}
@@ -76,11 +70,7 @@ def save_shards(
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:
-    """Put a sharded checkpoint back, into a model that is sharded otherwise or not at all.
-
-    Raises:
-        CheckpointError: it is of another network.
-    """
+    """Put a sharded checkpoint back, into a model that is sharded otherwise or not at all."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     with _as_checkpoint_errors(folder), warnings.catch_warnings():
@@ -90,11 +80,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def load_whole(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint that is not sharded into a sharded model; see `maehub.train.engine.checkpoint.load_checkpoint`.
-
-    Raises:
-        CheckpointError: it is of another network.
-    """
+    """Put a checkpoint that is not sharded into a sharded model; see `load_checkpoint`."""
     options = StateDictOptions(full_state_dict=True)
     state: dict[str, dict[str, Tensor]] = {}
     for joined, tensor in read_tensors(folder / "optimizer.safetensors").tensors.items():

@@ -64,10 +64,6 @@ def step_errors(views: int, group: Group) -> Iterator[None]:
 
     Args:
         views: that are computed at once.
-
-    Raises:
-        DistributedError: a connection is lost, or a wait is over.
-        CheckpointError: of an allocation that failed, on a device or on the host.
     """
     with group.waiting("the gradients"):
         try:

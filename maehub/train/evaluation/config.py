@@ -90,11 +90,7 @@ class PredictConfig:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Whether predictions can be written to a path, before anything is computed.
-
-    Raises:
-        UsageError: its ending is unknown, its folder does not exist, or it exists already.
-    """
+    """Whether predictions can be written to a path, before anything is computed."""
     if path.suffix not in PREDICTION_ENDINGS:
         raise UsageError(f"{path}: predictions are written as {' or '.join(PREDICTION_ENDINGS)}")
     if path.is_dir():

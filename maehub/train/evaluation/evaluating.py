@@ -144,9 +144,6 @@ def labelled_sheet(
         places: which to draw, in this order.
         channels: 1 or 3, of the model.
         title: above them.
-
-    Raises:
-        DataError: a picture cannot be read.
     """
     shares = probabilities(logits[places], multi_label=labelled.multi_label)
     pictures, captions, right = [], [], []

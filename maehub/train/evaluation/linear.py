@@ -82,11 +82,6 @@ def fit_linear(
         classes: C.
         inner: indices to fit to and indices to choose by, once or more.
         strengths: penalties to try.
-
-    Raises:
-        UsageError: shapes that do not match, or no inner split.
-        DataError: fewer than two classes.
-        DivergedError: a feature is not finite.
     """
     trials = sweep(features, labels, classes, inner, strengths)
     chosen = best(trials)

@@ -36,9 +36,6 @@ def confusion_picture(scores: Scores) -> Image.Image:
     The colour of a cell is its share of the row, on a scale of square roots, so that rare mistakes are seen; white is
     none. Cells have their counts and classes their names where there is room, else classes have their places. A name
     that the font cannot write is its place too.
-
-    Raises:
-        UsageError: a picture may have several classes, so there is no such matrix.
     """
     if scores.confusion is None:
         raise UsageError("where a picture may have several classes there is no confusion matrix")

@@ -190,11 +190,6 @@ def score(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups
             interval is a percentile bootstrap over groups (Efron 1979; 1000 resamples, always the same ones) instead
             of Wilson's. Where all groups have the same share of right ones it would have no width, and Wilson's is
             taken with each group as one trial.
-
-    Raises:
-        UsageError: shapes that do not match, or a label that is no class.
-        DataError: there is no picture, or of many-label ones none with a label.
-        DivergedError: a logit is not finite.
     """
     _check(logits, labels, classes, groups)
     highest = logits.argmax(axis=1)

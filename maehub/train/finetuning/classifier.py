@@ -63,9 +63,6 @@ def freeze(encoder: Encoder, blocks: float) -> None:
 
     Args:
         blocks: 0.5 is the MLP of the last block with its norm, as in the paper.
-
-    Raises:
-        UsageError: there are not so many.
     """
     depth = encoder.config.depth
     if blocks > depth:

@@ -51,7 +51,8 @@ class Mixing:
             self._mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0)
 
     def __call__(self, batch: LabelledBatch, seed: int) -> Mixed:
-        """
+        """The batch as the network sees it: normalised, erased, mixed.
+
         Args:
             batch: on the device.
             seed: of the batch, for its mixup; crops are erased by their own seeds.

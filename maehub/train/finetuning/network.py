@@ -49,10 +49,6 @@ def open_network(
     Args:
         files: what `find_weights` gives.
         seed: of fresh weights.
-
-    Raises:
-        UsageError: a setting that cannot be.
-        HubError: timm's weights cannot be fetched.
     """
     size = pair(image_size)
     if files is not None:
@@ -84,9 +80,6 @@ def build_classifier(
         blocks: see `FinetuneConfig`.
         pool: what the user wants, whatever the recipe.
         seed: of the head.
-
-    Raises:
-        UsageError: a setting that cannot be.
     """
     classes = len(training.classes)
     with torch.random.fork_rng(devices=()):

@@ -107,11 +107,7 @@ class LabelledCrops(Dataset[LabelledBatch | DataError]):
 
 
 def policy_of(words: str, preprocess: Preprocess) -> Policy | None:
-    """A policy of timm by its words, such as ``rand-m9-mstd0.5-inc1``; None for ``none``.
-
-    Raises:
-        UsageError: timm does not know it.
-    """
+    """A policy of timm by its words, such as ``rand-m9-mstd0.5-inc1``; None for ``none``."""
     if words == "none":
         return None
     from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform

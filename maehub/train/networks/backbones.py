@@ -54,9 +54,6 @@ class Backbone:
         Args:
             pool: one of ``pools``; None is the first.
             layer: 0 is the first block, −1 the last.
-
-        Raises:
-            UsageError: it has no such pool or layer.
         """
         return self.pooled(self.compute(images, self.layers([layer])), pool or self.pools[0])[:, 0]
 
@@ -88,11 +85,6 @@ def open_backbone(
         image_size: side or (height, width) in pixels; None is the model's own.
         device: "auto" is a GPU if there is one.
         seed: of fresh weights.
-
-    Raises:
-        UsageError: there is no such model, or not at that size.
-        HubError: its weights cannot be fetched.
-        IntegrityError: a file does not hold what it should.
     """
     device = usable_device(device)
     kind, _, rest = name.partition("/")

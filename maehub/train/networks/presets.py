@@ -18,11 +18,7 @@ class Preset(NamedTuple):
 
 
 def preset(name: str, image_size: tuple[int, ...] = (), channels: int | None = None) -> Preset:
-    """An architecture by name, for pictures of another size or other channels where they are given.
-
-    Raises:
-        UsageError: there is no such preset, or a side that is no multiple of its patch.
-    """
+    """An architecture by name, for pictures of another size or other channels where they are given."""
     if name not in PRESETS:
         raise UsageError(f"--model {name} is not one of {', '.join(PRESETS)}; --from names weights")
     config = PRESETS[name]

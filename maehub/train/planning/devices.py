@@ -65,9 +65,6 @@ def device_row(on: str, device: str = "auto") -> Device:
     Args:
         on: a name of `DEVICES`; "cpu" is this machine's, measured; "auto" is the GPU of this machine or else its CPU.
         device: for "auto", the ``--device`` of the run: "cpu" keeps it off a GPU.
-
-    Raises:
-        UsageError: no such name, or a GPU that is not in the table.
     """
     if on in DEVICES:
         return DEVICES[on]

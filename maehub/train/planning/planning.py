@@ -121,11 +121,7 @@ def plan(config: PlanConfig) -> Plan:
 
 
 def network_of(config: PlanConfig) -> AutoencoderConfig:
-    """The network that a run trains. Of a published model the catalog's row is enough, so nothing is downloaded.
-
-    Raises:
-        UsageError: an unknown preset, or a ``--from`` that is neither in the catalog nor here.
-    """
+    """The network that a run trains. Of a published model the catalog's row is enough, so nothing is downloaded."""
     name = config.from_
     if is_model(name) and model_info(name).sources[0].kind != "package":
         info = model_info(name)

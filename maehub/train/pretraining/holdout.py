@@ -30,10 +30,6 @@ def split_data(data: str, holdout: int | None, group: int | None) -> Split:
         data: see `maehub.data.sources.find_samples`.
         holdout: how many pictures; None means one in twenty, at most 2000.
         group: folder level whose members stay on one side.
-
-    Raises:
-        DataError: there are no pictures, or none would be left to train on.
-        UsageError: pictures have no such folder level, or a ``holdout`` beside DIR/val.
     """
     folder, index_dir = Path(data), cache_folder() / "shards"
     if (folder / "train").is_dir() and (folder / "val").is_dir():

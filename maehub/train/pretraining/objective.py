@@ -236,9 +236,6 @@ def fit_components(pixels: Tensor, preprocess: Preprocess, patch_size: int, coun
         preprocess: see `Objective`.
         patch_size: P, pixels.
         count: how many; the paper's is 96.
-
-    Raises:
-        UsageError: there are fewer patches, or fewer values in a patch.
     """
     rows, columns = grid_size(pixels.shape[1], pixels.shape[2], patch_size)
     values, patches = patch_size**2 * pixels.shape[3], len(pixels) * rows * columns
@@ -262,11 +259,7 @@ def fit_components(pixels: Tensor, preprocess: Preprocess, patch_size: int, coun
 
 @torch.no_grad()
 def store_components(model: MaskedAutoencoder, found: Components) -> None:
-    """Give a model of target ``pca`` its components, which are then saved with it.
-
-    Raises:
-        UsageError: the model is of another target, or of another number of components or values.
-    """
+    """Give a model of target ``pca`` its components, which are then saved with it."""
     config = model.config
     expected = (config.outputs, config.patch_values)
     if config.target != "pca" or found.components.shape != expected:

@@ -124,9 +124,6 @@ def validation_batch(samples: Source, view: View, count: int, seed: int) -> Batc
     """Crops and masks that never change: ``count`` of them, the pictures taken in turn.
 
     Of more pictures than that, ``count`` are chosen by their sample ids. Each is decoded once.
-
-    Raises:
-        DataError: a picture cannot be read.
     """
     chosen = sorted(sorted(range(len(samples)), key=samples.sample_id)[:count])
     pixels, keys = view.empty(count), [Key(0, 0, 0)] * count

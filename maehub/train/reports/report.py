@@ -53,10 +53,6 @@ def write_report(run: Path, kind: type[RunConfig]) -> Path:
 
     Returns:
         The page's path.
-
-    Raises:
-        UsageError: the folder has no ``config.json``.
-        CheckpointError: the page cannot be written.
     """
     config = _json(run / "config.json")
     if not config:
