@@ -1,7 +1,7 @@
 """The folder that is published: a model folder, and beside it figures, numbers, the recipe and checksums.
 
     config.json  model.safetensors  timm/model.safetensors  preprocessor_config.json     see `maehub.weights`
-    README.md                 the card, see `maehub.publishing.card`
+    README.md                 the card, see `maehub.publishing.published_card`
     figures/                  reconstructions of the photos that come with maehub, and curves
     metrics.json              what was measured on held-out pictures, where something was
     metrics.jsonl             loss and rate, a line a step, where a run wrote them
@@ -27,10 +27,10 @@ from maehub.files import atomic_write, read_json, sha256_file, write_json, write
 from maehub.hub import model_info
 from maehub.images import open_image
 from maehub.models import Encoder, MaskedAutoencoder, Origin
-from maehub.publishing.card import Page, published_card
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance
+from maehub.publishing.published_card import Page, published_card
 from maehub.weights import write_members
 
 _PHOTOS = tuple(Path(__file__).parents[1] / "assets" / name for name in ("cat.jpg", "coffee.jpg"))

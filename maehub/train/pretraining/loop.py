@@ -119,9 +119,7 @@ class _Job:
     """What a run is made of."""
 
     model: MaskedAutoencoder  # what is saved
-    empty: (
-        MaskedAutoencoder | None
-    )  # the model without weights, where they are spread over processes that then gather them
+    empty: MaskedAutoencoder | None  # the model without weights, where they are spread over all processes
     objective: Objective  # the model with its target: what is differentiated
     objective_of: Callable[[MaskedAutoencoder], Objective]  # the same for a copy of the model
     module: nn.Module  # the objective, wrapped for this machine: what is called

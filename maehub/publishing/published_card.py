@@ -59,7 +59,7 @@ def published_card(page: Page) -> str:
         "classes": classes if 1 < len(classes) <= _MOST_CLASSES else [],
         "details": details(config, page.preprocess, page.origin, "Started from" if told.kind else "Weights from"),
     }
-    return fill_template(Path(__file__).with_name("card.md.jinja"), values)
+    return fill_template(Path(__file__).with_name("published_card.md.jinja"), values)
 
 
 def _is_classifier(page: Page) -> bool:
