@@ -136,7 +136,8 @@ def _exit_codes(said, names):
     more = {"pretrain": ["--steps", "1"], "evaluate": ["-m", "vit-nano"], "predict": ["-m", "vit-nano"]}
     more |= {"compare": ["-m", "vit-nano", "-m", "vit-nano"]}
     lines = {"": [], "--help": ["--help"], "--version": ["--version"], "unknown command": ["nonsense"]}
-    lines |= {f"{name} --nonsense": [name, "--nonsense"] for name in names}
+    # Behind a word, since older versions of tyro take a flag for a position that is missing.
+    lines |= {f"{name} --nonsense": [name, "missing", "--nonsense"] for name in names}
     for name in (*into, "identify", "knn", "verify", "info", "data stats", "download"):
         out = ["-o", "new" + Path(into[name]).suffix] if name in into else []
         lines[f"{name}, missing input"] = [*name.split(), "missing", *more.get(name, []), *out]
