@@ -32,7 +32,7 @@ ROWS = {
     "from maehub.train.augment import Augmentation, crop; start = time.perf_counter(); "
     "[crop(path, (224, 224), 3, Augmentation(), seed) for seed in range(3) for path in glob.glob('photos/*')]",
     "pretraining steps": "maehub.train.pretrain(maehub.train.PretrainConfig(data='photos', out=Path(f'{os.getpid()}'), "
-    "model='vit-nano', steps=24, batch_size=32, workers=0, image_size=(96,), device='cpu', cache=True, "
+    "model='vit-nano', steps=16, batch_size=8, workers=0, image_size=(96,), device='cpu', cache=True, "
     "validate_every=1000, quiet=True)); start = time.perf_counter() - steps()",
 }
 FRAME = """
@@ -41,7 +41,7 @@ from pathlib import Path
 import maehub, maehub.train
 def steps():
     lines = map(json.loads, open(f"{os.getpid()}/metrics.jsonl"))
-    return 32 / statistics.median([line["images_per_second"] for line in lines if "images_per_second" in line][4:])
+    return 8 / statistics.median([line["images_per_second"] for line in lines if "images_per_second" in line][4:])
 """
 
 
