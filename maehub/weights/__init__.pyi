@@ -12,7 +12,6 @@ from .config_inference import published_decoder_heads as published_decoder_heads
 from .config_inference import published_heads as published_heads
 from .config_inference import size_name as size_name
 from .config_inference import with_target as with_target
-from .config_json import Block as Block
 from .config_json import crop_fraction as crop_fraction
 from .config_json import our_block as our_block
 from .config_json import read_block as read_block

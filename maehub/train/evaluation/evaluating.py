@@ -35,7 +35,6 @@ SEVERAL = "|"
 """Stands between the labels of a picture that has several."""
 
 _MOST_MISTAKES = 16
-_LISTED = 10
 
 
 @dataclass(frozen=True)
