@@ -43,7 +43,7 @@ def hub(hub, monkeypatch):
 @pytest.fixture
 def unread(monkeypatch):
     """No other library reads the repository, which takes seconds for each: those tests are about what comes after."""
-    verdict = Verdict({"maehub": maehub.__version__}, {"timm": "it was not tried"}, {"maehub": 0.0})
+    verdict = Verdict({"maehub": maehub.__version__}, {"timm": "it was not tried"})
     monkeypatch.setattr(repository, "check_repository", lambda folder, model: verdict)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from maehub.errors import MaehubError, UsageError
+from maehub.errors import UsageError
 from maehub.weights import read_header
 
 _TEXTS = {".json", ".jsonl", ".md", ".txt", ".csv", ".sha256", ""}
@@ -43,13 +43,14 @@ class Leak(NamedTuple):
 
 
 def find_leaks(files: dict[str, Path], *, token: str | None = None, names: Collection[str] = ()) -> list[Leak]:
-    """Look through text, the headers of tensor files and what is written inside of pictures.
+    """Look through text, the headers of tensor files and what is written inside of pictures, by name in the repository.
 
-    Args:
-        files: name in the repository to path.
-        token: the one in use, in whatever form it is.
-        names: of the author's files and folders; those of fewer than 4 letters are not looked for.
+    ``token`` is the one in use, in whatever form it is; ``names`` are of the author's files and folders.
     """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a process without a user entry
+        user = ""
     found = []
     for name, path in files.items():
         text = "\n".join(_texts(path))
@@ -62,7 +63,7 @@ def find_leaks(files: dict[str, Path], *, token: str | None = None, names: Colle
             found.append(Leak(name, "the home folder", home))
         known = [one for one in names if len(one) >= _SHORTEST_NAME and one in text]
         found += [Leak(name, "a name of the data", one) for one in known[:3]]
-        if (user := _user()) and re.search(rf"(?<![\w-]){re.escape(user)}@[\w-]+", text):
+        if user and re.search(rf"(?<![\w-]){re.escape(user)}@[\w-]+", text):
             found.append(Leak(name, "a user name and host", user))
     return found
 
@@ -94,10 +95,3 @@ def _texts(path: Path) -> Iterator[str]:
         yield path.read_text(encoding="utf-8", errors="replace")
     else:
         raise UsageError(f"{path.name} is no file that a model repository has; nothing was sent")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, MaehubError):  # a process without a user entry
-        return ""

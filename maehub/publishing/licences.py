@@ -25,10 +25,6 @@ def settle_licence(asked: str | None, base: Origin | None) -> Licence:
 
     Weights that were trained from others inherit their licence. Another one must be asked for, and must be one that the
     base allows: of a permissive licence any; of CC BY-NC the same, or the same with share-alike; of any other none.
-
-    Args:
-        asked: an identifier of the Hub, such as "apache-2.0"; None takes the base's.
-        base: what the weights were trained from; None if they started fresh.
     """
     wanted = asked.strip().lower() if asked else ""
     if wanted and not _IDENTIFIER.fullmatch(wanted):
@@ -50,17 +46,10 @@ def settle_licence(asked: str | None, base: Origin | None) -> Licence:
         return Licence(wanted, f"stated by the author; that of {base.name} is not recorded")
     if not wanted or wanted == theirs:
         return Licence(theirs, f"inherited from {base.name}")
-    if not _allows(theirs, wanted):
+    match = _NON_COMMERCIAL.fullmatch(theirs)
+    if not (_OPEN.fullmatch(theirs) or (match and wanted == f"cc-by-nc-sa-{match[1]}")):
         raise UsageError(
             f"weights trained from {base.name} inherit its licence, {base.licence}, which does not allow {wanted}: "
             "leave --licence out. Nothing was sent"
         )
     return Licence(wanted, f"chosen by the author; {base.name} is under {base.licence}")
-
-
-def _allows(theirs: str, wanted: str) -> bool:
-    if _OPEN.fullmatch(theirs):
-        return True
-    if match := _NON_COMMERCIAL.fullmatch(theirs):
-        return wanted == f"cc-by-nc-sa-{match[1]}"
-    return False

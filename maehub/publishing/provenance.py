@@ -11,12 +11,15 @@ from typing import Any
 
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import read_json
+from maehub.hub import model_info
+from maehub.models import PRESETS, Origin
 from maehub.train.engine import RunConfig, option
 from maehub.train.finetuning import FinetuneConfig
 from maehub.train.pretraining import PretrainConfig
 
 # Settings that say where and how a run was carried out, or name something of the user's.
 _NOT_TOLD = {field.name for field in fields(RunConfig)} - {"precision", "seed"} | {"knn", "quiet"}
+_CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}
 _NAMES_DATA = {"group": "COLUMN", "label": "COLUMN"}  # settings whose values are names in the user's data
 _NUMBERS = (*("step", "loss", "lr", "grad_norm", "val_loss", "mean_fill", "interpolation", "top1", "n"), "val_top1")
 
@@ -42,76 +45,64 @@ class Provenance:
 
 
 def read_run(folder: Path) -> Provenance:
-    """What a run folder tells; nothing where it is none."""
+    """What a run folder tells, or the folder that `maehub probe` writes; nothing where it is neither."""
     if not (folder / "run.json").exists():
         return _of_probe(folder) if (folder / "probe.json").exists() else Provenance()
     config = read_json(folder / "config.json")
     environment = config.get("environment") or {}
     kind = "finetune" if config.get("kind") == "finetune" else "pretrain"
-    curve, seconds, steps = _read_metrics(folder / "metrics.jsonl", config)
+    settings = config.get("settings") or {}
+    entries = _read_lines(folder / "metrics.jsonl")
+    curve = tuple({key: one[key] for key in _NUMBERS if isinstance(one.get(key), int | float)} for one in entries)
+    batch = (settings or config).get("batch_size") or 0
+    speeds = [one.get("images_per_second") for one, numbers in zip(entries, curve, strict=True) if "loss" in numbers]
     scores = read_json(folder / "scores.json") if (folder / "scores.json").exists() else {}
-    recipe: dict[str, Any] = dict(config.get("settings") or {}) if kind == "finetune" else {}
+    twins = set()  # the names stay here
+    if (folder / "twins.csv").exists():
+        with (folder / "twins.csv").open(newline="", encoding="utf-8") as file:
+            twins = {row["testing"] for row in csv.DictReader(file)}
     return Provenance(
         kind,
         _command(kind, config),
-        recipe | _told(kind, config),
+        (settings if kind == "finetune" else {}) | _told(kind, config),
         str(environment.get("device", "")),
         {name: str(environment[name]) for name in ("maehub", "torch", "python") if name in environment},
         int(environment.get("processes", 1)),
-        seconds,
-        steps,
+        sum(batch / speed for speed in speeds if speed),
+        max((int(numbers.get("step", 0)) for numbers in curve), default=0),
         int(scores.get("training_pictures", 0)),
         curve,
         scores.get("scores", {}),
         str(scores.get("split", "")),
-        _twins(folder / "twins.csv"),
+        len(twins),
         _names(config),
     )
 
 
 def _of_probe(folder: Path) -> Provenance:
-    """Of the folder that `maehub probe` writes."""
     results = read_json(folder / "probe.json")
-    scores: dict[str, Any] = {
-        name: results[name] for name in ("n", "top1", "low", "high", "interval", "top5", "loss") if name in results
-    }
+    scored = ("n", "top1", "low", "high", "interval", "top5", "loss")
+    scores: dict[str, Any] = {name: results[name] for name in scored if name in results}
     recipe = {name: results.get(name) for name in ("method", "pool", "layer", "strength")}
     command = f"maehub probe DATA -m MODEL --pool {results.get('pool')}"
     names = _names({"data": results.get("data"), "out": results.get("out")})
     return Provenance("probe", command, recipe, pictures=int(results.get("n_train") or 0), scores=scores, names=names)
 
 
-def _read_metrics(path: Path, config: Mapping[str, Any]) -> tuple[tuple[dict[str, float], ...], float, int]:
-    """The numbers of each line, the seconds of all steps, and the last step."""
-    if not path.exists():
-        return (), 0.0, 0
-    settings = config.get("settings") or config
-    batch = settings.get("batch_size") or 0
-    curve, seconds, last = [], 0.0, 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, none where there is no such file."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            entry = json.loads(line)
+            entries.append(json.loads(line))
         except ValueError as error:
             raise IntegrityError(f"{path} has a line that is no JSON: {line[:60]!r}; nothing was sent") from error
-        numbers = {name: entry[name] for name in _NUMBERS if isinstance(entry.get(name), int | float)}
-        if "loss" in numbers and (speed := entry.get("images_per_second")):
-            seconds += batch / speed
-        last = max(last, int(numbers.get("step", 0)))
-        curve.append(numbers)
-    return tuple(curve), seconds, last
-
-
-def _twins(path: Path) -> int:
-    """How many test pictures the run found in training too; the names stay here."""
-    if not path.exists():
-        return 0
-    with path.open(newline="", encoding="utf-8") as file:
-        return len({row["testing"] for row in csv.DictReader(file)})
+    return entries
 
 
 def _told(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that may be told, by name."""
-    known = {field.name for field in fields(FinetuneConfig if kind == "finetune" else PretrainConfig)} - _NOT_TOLD
+    known = {field.name for field in fields(_CONFIGS[kind])} - _NOT_TOLD
     told = {name.strip("_"): value for name, value in config.items() if name in known and value is not None}
     for name in ("model", "from"):
         if told.get(name):
@@ -121,12 +112,11 @@ def _told(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(kind: str, config: Mapping[str, Any]) -> str:
     """What one would type to train like this."""
-    defaults = {field.name: field.default for field in fields(FinetuneConfig if kind == "finetune" else PretrainConfig)}
     words = ["maehub", kind, "DATA"]
-    for name, default in defaults.items():
-        value = config.get(name)
+    for setting in fields(_CONFIGS[kind]):
+        name, value = setting.name, config.get(setting.name)
         value = tuple(value) if isinstance(value, list) else value
-        if name in _NOT_TOLD or value is None or value == default or value == ():
+        if name in _NOT_TOLD or value in (None, setting.default, ()):
             continue
         if name in _NAMES_DATA:
             value = _NAMES_DATA[name]
@@ -143,9 +133,6 @@ def _command(kind: str, config: Mapping[str, Any]) -> str:
 
 def _public_name(name: str) -> str:
     """The name of weights if it is one that anybody knows, else MODEL."""
-    from maehub.hub import model_info
-    from maehub.models import PRESETS
-
     kind, _, rest = name.partition("/")
     if kind in ("untrained", "timm") and "@" not in rest:
         return name if kind == "timm" or rest in PRESETS else "MODEL"
@@ -154,9 +141,25 @@ def _public_name(name: str) -> str:
     try:
         model_info(name)
     except UsageError:
-        is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-        return name if is_hub_id and kind not in ("runs", "models", "checkpoints") else "MODEL"
+        known = _looks_like_a_hub_id(name) and not Path(name).exists() and kind not in ("runs", "models", "checkpoints")
+        return name if known else "MODEL"
     return name
+
+
+def base_model_of(origin: Origin | None) -> str:
+    """The Hub id of what weights were trained from; empty where it has none."""
+    if origin is None:
+        return ""
+    try:
+        sources = model_info(origin.name).sources
+    except UsageError:
+        name = origin.name.partition("@")[0]
+        return name if _looks_like_a_hub_id(name) else ""
+    return next((source.repo for source in sources if source.kind == "hub"), "")
+
+
+def _looks_like_a_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _names(config: Mapping[str, Any]) -> frozenset[str]:

@@ -1,55 +1,68 @@
 """The model card of a published repository: all that its reader should know, and nothing of the author's data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from maehub.files import fill_template
-from maehub.images import Preprocess
-from maehub.models import AutoencoderConfig, EncoderConfig, Origin
+from maehub.models import Encoder, MaskedAutoencoder
+from maehub.publishing.gate import Verdict
 from maehub.publishing.licences import Licence
-from maehub.publishing.provenance import Provenance, in_words
+from maehub.publishing.provenance import Provenance, base_model_of, in_words
 from maehub.weights import details, summary
 
 _MOST_CLASSES = 30  # rows of the table of classes
-_NAMES = {"timm": "timm", "transformers": "transformers"}
 
 _MEASURES = {"top5": "top-5", "balanced_accuracy": "balanced accuracy", "mean_average_precision": "mean AP"}
 _SPLITS = {"made by seed": "a stratified split by seed", "as given": "a split that was given"}
 
 
-@dataclass(frozen=True)
-class Page:
-    """What a card is made of."""
+def published_card(
+    repo_id: str,
+    model: Encoder | MaskedAutoencoder,
+    licence: Licence,
+    told: Provenance,
+    verdict: Verdict,
+    about: str,
+    dataset: str,
+    figures: Mapping[str, str],
+    pictures: Sequence[str],
+) -> str:
+    """The card, Markdown with the head that the Hub reads; ``about``, Markdown too, and ``dataset`` are the author's.
 
-    repo_id: str
-    config: EncoderConfig | AutoencoderConfig
-    preprocess: Preprocess
-    origin: Origin | None  # what the weights were trained from
-    licence: Licence
-    provenance: Provenance
-    verified: Mapping[str, str]  # library to version; see `maehub.publishing.gate.Verdict`
-    missing: Mapping[str, str]
-    base_model: str = ""  # its Hub id, where it has one
-    about: str = ""  # Markdown by the author: what the data are, what the model is for
-    dataset: str = ""  # what the author calls the data
-    figures: Mapping[str, str] = field(default_factory=dict)  # "reconstruction", "curve", "accuracy" to file name
-    pictures: tuple[str, ...] = ()  # files that the author publishes beside it
-
-
-def published_card(page: Page) -> str:
-    """The card, Markdown with the head that the Hub reads."""
-    name, told, config = page.repo_id.rpartition("/")[2], page.provenance, page.config
+    ``figures`` has the file names of "reconstruction", "curve" and "accuracy", ``pictures`` those of the author's.
+    """
+    name, config = repo_id.rpartition("/")[2], model.config
+    is_classifier = isinstance(model, Encoder) and model.config.classes > 0
+    task = "image-classification" if is_classifier else "image-feature-extraction"
+    origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
+    results = _evaluations(told.scores, dataset, task)
+    libraries = [library for library in ("timm", "transformers") if library in verdict.verified]
+    head = ModelCardData(
+        license=licence.identifier,
+        library_name="maehub",
+        pipeline_tag=task,
+        tags=["mae", "masked-autoencoder", "vision", *libraries],
+        base_model=base_model_of(origin) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
     classes = told.scores.get("per_class") or []
     values = {
-        "page": page,
-        "head": _head(page, name),
+        "repo_id": repo_id,
+        "head": str(head.to_yaml()),
         "name": name,
         "summary": summary(config),
-        "is_classifier": _is_classifier(page),
-        "has_picture": isinstance(config, AutoencoderConfig) and config.has_picture,
+        "is_classifier": is_classifier,
+        "has_picture": isinstance(model, MaskedAutoencoder) and model.config.has_picture,
+        "licence": licence,
+        "origin": origin,
+        "verdict": verdict,
+        "about": about,
+        "dataset": dataset,
+        "figures": figures,
+        "pictures": pictures,
         "told": told,
         "facts": _facts(told),
         "held_out_loss": _held_out_loss(told),
@@ -57,40 +70,20 @@ def published_card(page: Page) -> str:
         "splits": _SPLITS,
         "measures": _MEASURES,
         "classes": classes if 1 < len(classes) <= _MOST_CLASSES else [],
-        "details": details(config, page.preprocess, page.origin, "Started from" if told.kind else "Weights from"),
+        "details": details(config, model.preprocess, origin, "Started from" if told.kind else "Weights from"),
     }
     return fill_template(Path(__file__).with_name("published_card.md.jinja"), values)
 
 
-def _is_classifier(page: Page) -> bool:
-    return isinstance(page.config, EncoderConfig) and page.config.classes > 0
-
-
-def _head(page: Page, name: str) -> str:
-    task = "image-classification" if _is_classifier(page) else "image-feature-extraction"
-    results = _evaluations(page, task)
-    data = ModelCardData(
-        license=page.licence.identifier,
-        library_name="maehub",
-        pipeline_tag=task,
-        tags=["mae", "masked-autoencoder", "vision", *(library for library in _NAMES if library in page.verified)],
-        base_model=page.base_model or None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-    return str(data.to_yaml())
-
-
-def _evaluations(page: Page, task: str) -> list[EvalResult]:
+def _evaluations(scores: Mapping[str, float], dataset: str, task: str) -> list[EvalResult]:
     """``model-index``: what was measured on pictures that were held out."""
-    scores = page.provenance.scores
     named = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy")}
     named |= {"mean_average_precision": ("mAP", "mean average precision"), "macro_f1": ("f1", "macro F1")}
     return [
         EvalResult(
             task_type=task,
             dataset_type="imagefolder",
-            dataset_name=page.dataset or "held-out pictures of the training data",
+            dataset_name=dataset or "held-out pictures of the training data",
             dataset_split="validation",
             metric_type=kind,
             metric_name=words,
@@ -104,17 +97,15 @@ def _evaluations(page: Page, task: str) -> list[EvalResult]:
 
 def _facts(told: Provenance) -> list[str]:
     """On how much and by what it was trained."""
-    facts = []
-    if told.pictures:
-        facts.append(f"{told.pictures:,} training pictures")
-    if told.steps:
-        facts.append(f"{told.steps:,} steps")
-    if told.device:
-        count = f"{told.processes} processes on " if told.processes > 1 else ""
-        facts.append(count + told.device)
-    if told.seconds:
-        facts.append(f"{in_words(told.seconds)} of training")
-    return facts + [f"{library} {version}" for library, version in told.versions.items()]
+    count = f"{told.processes} processes on " if told.processes > 1 else ""
+    facts = {
+        f"{told.pictures:,} training pictures": told.pictures,
+        f"{told.steps:,} steps": told.steps,
+        f"{count}{told.device}": told.device,
+        f"{in_words(told.seconds)} of training": told.seconds,
+    }
+    known = [words for words, value in facts.items() if value]
+    return known + [f"{library} {version}" for library, version in told.versions.items()]
 
 
 def _held_out_loss(told: Provenance) -> str:

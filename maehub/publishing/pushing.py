@@ -7,7 +7,6 @@ the machine but pictures that the author names.
 """
 
 import copy
-import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,19 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 
-from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.errors import HubError, IntegrityError, UsageError, first_names
 from maehub.files import free_space_guard, read_json, sha256_file
-from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder
+from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.publishing.committing import Committed, commit
+from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import find_leaks, refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
-from maehub.publishing.provenance import Provenance, read_run
-from maehub.publishing.remote import Hub, LocalFile, Remote, check_conditions, check_name, look, same, verify_remote
-from maehub.publishing.repository import Words, base_model_of, build_repository, files_of
+from maehub.publishing.provenance import Provenance, base_model_of, read_run
+from maehub.publishing.remote import (
+    Hub,
+    LocalFile,
+    Remote,
+    RemoteFile,
+    check_conditions,
+    check_name,
+    look,
+    same,
+    verify_remote,
+)
+from maehub.publishing.repository import build_repository, files_of
 from maehub.weights import check_finite, find_model_folder, open_autoencoder, open_encoder, read_block
-
-log = logging.getLogger("maehub")
 
 
 @dataclass(frozen=True)
@@ -59,19 +68,19 @@ class Plan:
     def describe(self) -> str:
         """A table, and under it what one should know before saying yes."""
         width = max(len(file.name) for file in self.files)
-        rows = [
-            f"{file.name:<{width}}  {_bytes(file.size):>9}  {file.sha256[:12]}  {file.on_hub}" for file in self.files
-        ]
         checked = ", ".join(f"{library} {version}" for library, version in self.verified.items())
         lines = [
             f"{self.repo_id} ({self.visibility}), branch {self.revision}: {len(self.files)} files, "
             f"{_bytes(sum(file.size for file in self.files))}",
-            *(row.rstrip() for row in rows),
+            *(
+                f"{file.name:<{width}}  {_bytes(file.size):>9}  {file.sha256[:12]}  {file.on_hub}".rstrip()
+                for file in self.files
+            ),
             f"licence {self.licence.identifier}, {self.licence.reason}",
             f"trained from {self.base_model}" if self.base_model else "",
             f"the same outputs in {checked}",
             *(f"not in {library}, since {reason}" for library, reason in self.missing.items()),
-            f"there already and left alone: {_some(self.left_alone)}" if self.left_alone else "",
+            f"there already and left alone: {first_names(self.left_alone, 5)}" if self.left_alone else "",
             *self.notes,
         ]
         return "\n".join(line for line in lines if line)
@@ -97,9 +106,9 @@ class Pushed:
 
     def describe(self) -> str:
         """Where it lies now, in a line or two."""
-        if self.committed is None:
-            return "nothing was sent"
         done = self.committed
+        if done is None:
+            return "nothing was sent"
         if not done.uploaded:
             return f"{done.repo_id}@{done.commit}: all files were there already, nothing was sent"
         where = done.pull_request_url or done.url
@@ -165,29 +174,25 @@ def push(
     origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
     settled = settle_licence(licence, origin)
     provenance = read_run(folder) if folder is not None else Provenance()
-    words = Words(about, dataset, tuple(Path(path) for path in with_pictures))
-    asked: dict[str, Any] = {"revision": revision, "pull_request": pull_request, "token": token}
-    remote = _looked(repo_id, dry_run, parent, private, asked)
+    asked: dict[str, Any] = {"revision": revision, "pull_request": pull_request}
+    remote: Remote | HubError
+    try:
+        remote = look(repo_id, token=token, **asked)
+    except HubError as error:
+        if not dry_run:
+            raise
+        remote = error
+    else:
+        check_conditions(Hub(repo_id, token, None), remote, parent=parent, private=private, **asked)
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
     with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
         staging = Path(name)
         free_space_guard(staging, needed)
-        verdict = build_repository(staging, model, repo_id, settled, provenance, words)
+        verdict = build_repository(staging, model, repo_id, settled, provenance, about, dataset, with_pictures)
         paths = files_of(staging)
-        refuse_leaks(find_leaks(paths, token=token or _token(), names=provenance.names))
+        refuse_leaks(find_leaks(paths, token=token or get_token(), names=provenance.names))
         files = {name: LocalFile(path, path.stat().st_size, sha256_file(path)) for name, path in paths.items()}
-        plan = Plan(
-            repo_id,
-            revision,
-            _visibility(remote, private),
-            tuple(_planned(name, file, remote) for name, file in files.items()),
-            settled,
-            _base(origin),
-            verdict.verified,
-            verdict.missing,
-            () if isinstance(remote, HubError) else tuple(sorted(set(remote.files) - set(files))),
-            _notes(remote, settled, pull_request),
-        )
+        plan = _plan(repo_id, remote, files, settled, origin, verdict, private, **asked)
         agreed = confirm is None or confirm(plan)
         if dry_run or isinstance(remote, HubError) or not agreed:
             return Pushed(plan, None)
@@ -199,6 +204,7 @@ def push(
             private=private,
             message=message or f"maehub push: {_what(model)}",
             progress=progress,
+            token=token,
             **asked,
         )
         verify_remote(repo_id, made.commit, files, token=token)
@@ -250,72 +256,53 @@ def _check_weights(model: Encoder | MaskedAutoencoder) -> None:
         raise IntegrityError("the model computes NaN or infinity of a grey picture; nothing was sent")
 
 
-def _looked(
-    repo_id: str, dry_run: bool, parent: str | None, private: bool | None, asked: dict[str, Any]
-) -> Remote | HubError:
-    """The repository as it is, if it can be written as asked; of a dry run the error that hides it."""
-    try:
-        remote = look(repo_id, **asked)
-    except HubError as error:
-        if not dry_run:
-            raise
-        return error
-    hub = Hub(repo_id, asked["token"], None)
-    revision, pull_request = asked["revision"], asked["pull_request"]
-    check_conditions(hub, remote, revision=revision, parent=parent, private=private, pull_request=pull_request)
-    return remote
-
-
-def _planned(name: str, file: LocalFile, remote: Remote | HubError) -> PlannedFile:
+def _plan(
+    repo_id: str,
+    remote: Remote | HubError,
+    files: dict[str, LocalFile],
+    licence: Licence,
+    origin: Origin | None,
+    verdict: Verdict,
+    private: bool | None,
+    revision: str,
+    pull_request: bool,
+) -> Plan:
+    """What would be sent; ``remote`` is the error of a dry run that could not look at the Hub."""
+    there: dict[str, RemoteFile] = {}
+    visibility = {True: "private", False: "public", None: "as its owner's settings say"}[private]
     if isinstance(remote, HubError):
-        on_hub = ""
-    elif name not in remote.files:
-        on_hub = "new"
+        notes = [f"the Hub was not looked at: {str(remote).splitlines()[0]}"]
     else:
-        on_hub = "same" if same(file, remote.files[name]) else "changed"
-    return PlannedFile(name, file.size, file.sha256, on_hub)
-
-
-def _visibility(remote: Remote | HubError, private: bool | None) -> str:
-    new = {True: "private", False: "public", None: "as its owner's settings say"}[private]
-    if isinstance(remote, HubError):
-        return new
-    if remote.exists:
-        return "private" if remote.private else "public"
-    return f"new, {new}"
-
-
-def _notes(remote: Remote | HubError, licence: Licence, pull_request: bool) -> tuple[str, ...]:
-    if isinstance(remote, HubError):
-        return (f"the Hub was not looked at: {str(remote).splitlines()[0]}",)
-    notes = []
-    if remote.licence and remote.licence != licence.identifier:
-        notes.append(f"NOTE: the card there says licence {remote.licence}, this one says {licence.identifier}")
-    if pull_request:
-        notes.append("proposed as a pull request")
-    if remote.commit:
-        notes.append(f"on top of {remote.commit[:12]}")
-    return tuple(notes)
-
-
-def _base(origin: Any) -> str:
-    return "" if origin is None else base_model_of(origin) or origin.name
+        there, notes = remote.files, []
+        visibility = f"new, {visibility}" if not remote.exists else "private" if remote.private else "public"
+        if remote.licence and remote.licence != licence.identifier:
+            notes.append(f"NOTE: the card there says licence {remote.licence}, this one says {licence.identifier}")
+        if pull_request:
+            notes.append("proposed as a pull request")
+        if remote.commit:
+            notes.append(f"on top of {remote.commit[:12]}")
+    planned = []
+    for name, file in files.items():
+        on_hub = "new" if name not in there else "same" if same(file, there[name]) else "changed"
+        planned.append(PlannedFile(name, file.size, file.sha256, "" if isinstance(remote, HubError) else on_hub))
+    return Plan(
+        repo_id,
+        revision,
+        visibility,
+        tuple(planned),
+        licence,
+        base_model_of(origin) or origin.name if origin else "",
+        verdict.verified,
+        verdict.missing,
+        tuple(sorted(set(there) - set(files))),
+        tuple(notes),
+    )
 
 
 def _what(model: Encoder | MaskedAutoencoder) -> str:
     if isinstance(model, MaskedAutoencoder):
         return "a masked autoencoder"
     return f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _bytes(count: int) -> str:

@@ -13,39 +13,24 @@ Only these files, and pictures that the author names, are ever in it: nothing is
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from maehub.errors import UsageError
 from maehub.figures import Series, curves_picture, raw_and_smooth, reconstruct
 from maehub.figures import grid as figure_grid
 from maehub.files import atomic_write, read_json, sha256_file, write_json, write_text
-from maehub.hub import model_info
 from maehub.images import open_image
-from maehub.models import Encoder, MaskedAutoencoder, Origin
+from maehub.models import Encoder, MaskedAutoencoder
 from maehub.publishing.gate import Verdict, check_repository
 from maehub.publishing.licences import Licence
 from maehub.publishing.provenance import Provenance
-from maehub.publishing.published_card import Page, published_card
+from maehub.publishing.published_card import published_card
 from maehub.weights import write_members
 
 _PHOTOS = tuple(Path(__file__).parents[1] / "assets" / name for name in ("cat.jpg", "coffee.jpg"))
-_CHECKSUMS = "checksums.sha256"
-_BASELINES = {"mean_fill": "mean colour", "interpolation": "interpolation"}
-_PICTURES = "pictures"
-
-
-@dataclass(frozen=True)
-class Words:
-    """What the author says."""
-
-    about: str = ""
-    dataset: str = ""
-    pictures: tuple[Path, ...] = ()
 
 
 def build_repository(
@@ -54,47 +39,38 @@ def build_repository(
     repo_id: str,
     licence: Licence,
     provenance: Provenance,
-    words: Words,
+    about: str,
+    dataset: str,
+    pictures: Sequence[str | Path],
 ) -> Verdict:
     """Write the repository into an empty folder, and let every library that is named in it read it back.
 
-    Args:
-        folder: exists and is empty.
-        model: on the CPU, in eval mode.
-        repo_id: where it will lie, for the card.
-        licence, provenance: of the weights.
-        words: of the author.
+    The model is on the CPU, in eval mode; ``about``, ``dataset`` and ``pictures`` are what the author says.
     """
-    write_members(folder, repo_id.rpartition("/")[2], model)
-    figures = _draw(folder, model, repo_id.rpartition("/")[2], provenance)
+    name = repo_id.rpartition("/")[2]
+    write_members(folder, name, model)
+    figures = _draw(folder, model, name, provenance)
     if provenance.scores:
         write_json(folder / "metrics.json", provenance.scores)
     if provenance.curve:
         write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in provenance.curve))
     if provenance.recipe:
         write_json(folder / "recipe.json", {"command": provenance.command, "settings": provenance.recipe})
-    pictures = _copy_pictures(folder, words.pictures)
+    names = [f"pictures/{number + 1}.png" for number in range(len(pictures))]
+    for source, target in zip(pictures, names, strict=True):
+        picture = open_image(source)  # written anew, so that nothing else that a file holds goes along
+        (folder / target).parent.mkdir(exist_ok=True)
+        picture.save(folder / target)
     verdict = check_repository(folder, model)
-    origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
-    page = Page(
-        repo_id,
-        model.config,
-        model.preprocess,
-        origin,
-        licence,
-        provenance,
-        verdict.verified,
-        verdict.missing,
-        base_model_of(origin),
-        words.about,
-        words.dataset,
-        figures,
-        pictures,
-    )
-    _rewrite(folder / "README.md", published_card(page))
-    _record_verified(folder / "config.json", verdict, licence)
+    card = published_card(repo_id, model, licence, provenance, verdict, about, dataset, figures, names)
+    _rewrite(folder / "README.md", card)
+    config = read_json(folder / "config.json")
+    config["maehub"]["verified"] = {library: at for library, at in verdict.verified.items() if library != "maehub"}
+    if "pretrained_cfg" in config:
+        config["pretrained_cfg"]["license"] = licence.identifier
+    _rewrite(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     lines = [f"{sha256_file(path)}  {name}" for name, path in files_of(folder).items()]
-    write_text(folder / _CHECKSUMS, "\n".join(lines) + "\n")
+    write_text(folder / "checksums.sha256", "\n".join(lines) + "\n")
     return verdict
 
 
@@ -103,72 +79,30 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def base_model_of(origin: Origin | None) -> str:
-    """The Hub id of what weights were trained from; empty where it has none."""
-    if origin is None:
-        return ""
-    try:
-        sources = model_info(origin.name).sources
-    except UsageError:
-        name = origin.name.partition("@")[0]
-        return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else ""
-    return next((source.repo for source in sources if source.kind == "hub"), "")
-
-
 def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenance: Provenance) -> dict[str, str]:
     """The figures of the card: role to name in the repository."""
-    drawn: dict[str, Image.Image] = {}
+    curve = provenance.curve
+    drawn: dict[str, Image.Image | None] = {}
     if isinstance(model, MaskedAutoencoder) and model.config.has_picture and model.config.encoder.channels in (1, 3):
         drawn["reconstruction"] = figure_grid([replace(reconstruct(model, photo), name=name) for photo in _PHOTOS])
-    if curve := curves_picture("Loss", _loss(provenance.curve)):
-        drawn["curve"] = curve
-    accuracy = _series(provenance.curve, "val_top1", "top-1, % of the held-out pictures", 1)
-    if accuracy and (curve := curves_picture("Accuracy", accuracy)):
-        drawn["accuracy"] = curve
-    if drawn:
-        (folder / "figures").mkdir()
+    loss = raw_and_smooth("training", *_numbers(curve, "loss"), 0)
+    for number, (key, words) in enumerate({"mean_fill": "mean colour", "interpolation": "interpolation"}.items()):
+        loss.append(Series(words, *_numbers(curve, key), 2 + number))
+    loss.append(Series("validation", *_numbers(curve, "val_loss"), 1, "points"))
+    accuracy = Series("top-1, % of the held-out pictures", *_numbers(curve, "val_top1"), 1, "points")
+    drawn |= {"curve": curves_picture("Loss", loss), "accuracy": curves_picture("Accuracy", [accuracy])}
+    figures = {}
     for role, picture in drawn.items():
-        picture.save(folder / "figures" / f"{role}.png")
-    return {role: f"figures/{role}.png" for role in drawn}
-
-
-def _loss(curve: Sequence[Mapping[str, float]]) -> list[Series]:
-    steps, values = _numbers(curve, "loss")
-    series = raw_and_smooth("training", steps, values, 0)
-    for number, (key, words) in enumerate(_BASELINES.items()):
-        steps, values = _numbers(curve, key)
-        series.append(Series(words, steps, values, 2 + number))
-    return [*series, *_series(curve, "val_loss", "validation", 1)]
-
-
-def _series(curve: Sequence[Mapping[str, float]], key: str, words: str, colour: int) -> list[Series]:
-    steps, values = _numbers(curve, key)
-    return [Series(words, steps, values, colour, "points")] if len(values) else []
+        if picture:
+            figures[role] = f"figures/{role}.png"
+            (folder / "figures").mkdir(exist_ok=True)
+            picture.save(folder / figures[role])
+    return figures
 
 
 def _numbers(curve: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(line["step"], line[key]) for line in curve if key in line and "step" in line]
     return np.array([step for step, _ in points], float), np.array([value for _, value in points], float)
-
-
-def _copy_pictures(folder: Path, pictures: Sequence[Path]) -> tuple[str, ...]:
-    """Pictures that the author named, decoded and written anew, so that nothing else that a file holds goes along."""
-    names = []
-    for number, path in enumerate(pictures):
-        picture = open_image(path)
-        names.append(f"{_PICTURES}/{number + 1}.png")
-        (folder / _PICTURES).mkdir(exist_ok=True)
-        picture.save(folder / names[-1])
-    return tuple(names)
-
-
-def _record_verified(path: Path, verdict: Verdict, licence: Licence) -> None:
-    """``config.json`` names the libraries that read this very folder, and the licence."""
-    values: dict[str, Any] = read_json(path)
-    values["maehub"]["verified"] = {name: known for name, known in verdict.verified.items() if name != "maehub"}
-    if "pretrained_cfg" in values:
-        values["pretrained_cfg"]["license"] = licence.identifier
-    _rewrite(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _rewrite(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ JSON file with ``library``, ``repo`` (a Hub id that lies in the cache of this pr
 
 import json
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Tensors = Mapping[str, Tensor]
 
-
-def with_timm(repo: str, inputs: Tensors) -> dict[str, Tensor]:
+def with_timm(repo: str, images: Tensor) -> dict[str, Tensor]:
     """The encoder or classifier: ``images`` (B, C, H, W) to ``forward``, logits or the pooled feature."""
     import timm
 
-    network = timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()
-    return {"forward": network(inputs["images"])}
+    return {"forward": timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()(images)}
 
 
-def with_transformers(repo: str, inputs: Tensors) -> dict[str, Tensor]:
+def with_transformers(repo: str, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """The autoencoder: ``images`` and ``noise`` (B, N), whose smallest values stay visible, to ``prediction``.
 
     And as what reads the encoder alone, ``tokens`` (B, N + 1, D) without masking.
@@ -39,25 +35,19 @@ def with_transformers(repo: str, inputs: Tensors) -> dict[str, Tensor]:
     if any(unknown.values()):
         raise ValueError(f"transformers does not find its tensors: {unknown}")
     encoder = AutoModel.from_pretrained(repo, mask_ratio=0.0).eval()
-    ascending = torch.arange(inputs["noise"].shape[1], dtype=torch.float32).expand_as(inputs["noise"])
+    ascending = torch.arange(noise.shape[1], dtype=torch.float32).expand_as(noise)
     return {
-        "prediction": autoencoder.eval()(inputs["images"], noise=inputs["noise"]).logits,
-        "tokens": encoder(inputs["images"], noise=ascending).last_hidden_state,
+        "prediction": autoencoder.eval()(images, noise=noise).logits,
+        "tokens": encoder(images, noise=ascending).last_hidden_state,
     }
 
 
-LIBRARIES: dict[str, Callable[[str, Tensors], dict[str, Tensor]]] = {
-    "timm": with_timm,
-    "transformers": with_transformers,
-}
-
-
-def main(job: Path) -> None:
-    settings = json.loads(job.read_text())
-    with torch.inference_mode():
-        outputs = LIBRARIES[settings["library"]](settings["repo"], load_file(settings["inputs"]))
-    save_file({name: tensor.float().contiguous() for name, tensor in outputs.items()}, settings["outputs"])
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    inputs = load_file(settings["inputs"])
+    with torch.inference_mode():
+        if settings["library"] == "timm":
+            outputs = with_timm(settings["repo"], inputs["images"])
+        else:
+            outputs = with_transformers(settings["repo"], inputs["images"], inputs["noise"])
+    save_file({name: tensor.float().contiguous() for name, tensor in outputs.items()}, settings["outputs"])
