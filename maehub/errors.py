@@ -77,7 +77,7 @@ class DistributedError(MaehubError, RuntimeError):
     exit_code = 8
 
 
-def first_names(names: Sequence[str], most: int) -> str:
-    """The first of some names for the text of an error, and how many more there are; empty where there are none."""
+def first_names(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first of some names or lines for the text of an error, and how many more there are; empty where there are none."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return between.join(names[:most]) + rest

@@ -21,7 +21,7 @@ from maehub.conversion import conversion
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import catalog
 from maehub.hub import loading as hub_module
-from maehub.hub.locating import locate
+from maehub.hub.fetching import locate
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.weights.keys import from_official

@@ -30,8 +30,8 @@ LIGHT = {
         "cli.help_page",
         "cli.reconstruct",
     ),
-    *("hub.catalog", "hub.disk_space", "hub.cache", "hub.downloading", "hub.fetching", "hub.client", "hub.urls"),
-    *("hub.verification", "hub.locating", "publishing.remote", "publishing.committing"),
+    *("hub.catalog", "hub.cache", "hub.downloading", "hub.fetching", "hub.client", "hub.urls"),
+    *("hub.verification", "publishing.remote", "publishing.committing"),
     *("train.engine.settings", "train.pretraining.config", "train.finetuning.config"),
     *("train.probing.config", "train.evaluation.config", "__main__", ""),
 }

@@ -19,10 +19,10 @@ from .client import root as root
 from .client import scrub as scrub
 from .client import status_of as status_of
 from .client import why as why
+from .fetching import Located as Located
 from .fetching import download as download
+from .fetching import locate as locate
 from .fetching import verify as verify
 from .loading import load as load
 from .loading import load_autoencoder as load_autoencoder
-from .locating import Located as Located
-from .locating import locate as locate
 from .verification import file_hashes as file_hashes

@@ -17,10 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.errors import CheckpointError, MaehubError, UsageError
+from maehub.errors import CheckpointError, MaehubError, UsageError, first_names
 from maehub.files import byte_text, cache_folder, expand
-from maehub.hub.client import RemoteMetadata, get_from_hub, hub_constants
-from maehub.hub.disk_space import DownloadLabel, check_disk_space, disk_trouble
+from maehub.hub.client import (
+    DownloadLabel,
+    RemoteMetadata,
+    check_disk_space,
+    disk_trouble,
+    get_from_hub,
+    hub_constants,
+)
 
 logger = logging.getLogger("maehub")
 
@@ -63,13 +69,7 @@ def repo_folder(cache: Path, repo: str) -> Path:
 def fetch_to_cache(
     repo: str, filename: str, revision: str, stated: RemoteMetadata, paths: CachePaths, label: DownloadLabel
 ) -> Path:
-    """A file of a repository in the Hub's cache, downloaded if it is not there: its path.
-
-    Args:
-        repo, filename, revision: what was asked for.
-        stated: what the Hub answered; the file is taken at this commit.
-        paths: the caches.
-        label: for texts.
+    """A file of a repository in the Hub's cache, downloaded at the stated commit if it is not there: its path.
 
     Errors are those of `maehub.hub.client.get_from_hub`; CheckpointError also where the cache may not be written.
     """
@@ -81,7 +81,7 @@ def fetch_to_cache(
             folder.mkdir(parents=True, exist_ok=True)
             with file_lock(lock, label, paths.lock_timeout), _staging(folder) as own:
                 if not path.is_file():  # another process may have brought it meanwhile
-                    _fill(path, own, repo, filename, stated, label)
+                    _fill(path, Path(own), repo, filename, stated, label)
             with contextlib.suppress(OSError), (cache / "CACHEDIR.TAG").open("x") as tag:
                 tag.write(_TAG)  # tells backup tools that this is a cache, as the client does
         except MaehubError:
@@ -100,24 +100,19 @@ def file_lock(lock: Path, label: DownloadLabel, timeout: float) -> Iterator[None
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     with contextlib.ExitStack() as stack:
-
-        def taken(seconds: float) -> bool:
-            try:
-                stack.enter_context(WeakFileLock(lock, timeout=max(seconds, 0.01)))  # at 0 it does not even try
-            except TimeoutError:
-                return False
-            return True
-
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            if not taken(0):
+            try:
+                stack.enter_context(WeakFileLock(lock, timeout=0.01))  # at 0 it does not even try
+            except TimeoutError:
                 logger.info("%s: waiting at most %g s for %s, held%s", label, timeout, lock, _holder(lock))
-                if not timeout or not taken(timeout):
-                    logger.warning(
-                        "%s: after %g s, %s is still held%s; going on without it, which may download the file twice\n"
-                        "if no such process is at work any more, delete the lock file",
-                        *(label, timeout, lock, _holder(lock)),
-                    )
+                stack.enter_context(WeakFileLock(lock, timeout=timeout or 0.01))
+        except TimeoutError:
+            logger.warning(
+                "%s: after %g s, %s is still held%s; going on without it, which may download the file twice\n"
+                "if no such process is at work any more, delete the lock file",
+                *(label, timeout, lock, _holder(lock)),
+            )
         except OSError as error:  # it may lie where nothing can be written, or belong to another user
             logger.debug("%s cannot be locked: %s", lock, error)
         yield
@@ -139,14 +134,9 @@ def _holder(lock: Path) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
+def _staging(folder: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder of one's own, gone afterwards."""
-    own = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
-    try:
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True)
 
 
 def _fill(path: Path, own: Path, repo: str, filename: str, stated: RemoteMetadata, label: DownloadLabel) -> None:
@@ -176,8 +166,8 @@ def _note(folder: Path, revision: str, commit: str) -> None:
         if not reference.is_file() or reference.read_text().strip() != commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
             with _staging(folder) as own:
-                (own / "ref").write_text(commit)
-                os.replace(own / "ref", reference)
+                Path(own, "ref").write_text(commit)
+                os.replace(Path(own, "ref"), reference)
     except OSError as error:
         logger.info("that %s is at commit %s cannot be noted in %s: %s", revision, commit[:12], folder, error.strerror)
 
@@ -209,16 +199,15 @@ def clean_cache(cache_dir: PathLike | None = None, *, dry_run: bool = False) -> 
     """Remove what killed downloads left, unless something was written to it within the last hour.
 
     These are ``*.incomplete`` files of the Hub's client, by whichever library they were begun, and maehub's own folders
-    and temporary files. Whole files, stamps and locks stay.
-
-    Args:
-        cache_dir: as in `maehub.hub.fetching.fetch`.
-        dry_run: only look.
+    and temporary files. Whole files, stamps and locks stay. A ``dry_run`` only looks.
     """
     removed, kept, stuck = [], [], []
     for path in sorted(_candidates(cache_paths(cache_dir, offline=True, verify=False))):
         try:
-            size, written = _state(path)
+            files = [path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)]
+            states = [one.lstat() for one in files]
+            size = sum(state.st_size for one, state in zip(files, states, strict=True) if not one.is_dir())
+            written = max(state.st_mtime for state in states)  # seconds since 1970
             if time.time() - written <= AGE:
                 kept.append((path, size))
                 continue
@@ -231,8 +220,7 @@ def clean_cache(cache_dir: PathLike | None = None, *, dry_run: bool = False) -> 
             stuck.append(f"{path} cannot be removed: {error.strerror}")
     if stuck:
         raise CheckpointError(
-            "\n".join(stuck[:3])
-            + (f"\n… and {len(stuck) - 3} more" if len(stuck) > 3 else "")
+            first_names(stuck, 3, "\n")
             + f"\n{len(removed)} others were removed, {byte_text(_total(removed))}; run this as the user who owns these"
         )
     return Cleaned(removed, kept, dry_run)
@@ -246,14 +234,6 @@ def _candidates(paths: CachePaths) -> Iterator[Path]:
         *(path for path in paths.own.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)),
     ]
     return (path for path in candidates if not path.is_symlink() and (path.is_file() or path.name.startswith(STAGING)))
-
-
-def _state(path: Path) -> tuple[int, float]:
-    """Bytes, and when something in it was last written, in seconds since 1970."""
-    files = [path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)]
-    states = [one.lstat() for one in files]
-    size = sum(state.st_size for one, state in zip(files, states, strict=True) if not one.is_dir())
-    return size, max(state.st_mtime for state in states)
 
 
 def _total(some: list[tuple[Path, int]]) -> int:

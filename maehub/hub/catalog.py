@@ -28,6 +28,7 @@ Want = Literal["encoder", "autoencoder", "pretrain"]
 FAIR_BASE = "https://dl.fbaipublicfiles.com/"
 """Where the relative addresses of the table begin."""
 
+_UNSAID = {"target": None, "classes": 0, "pool": "cls", "parameters": 0, "licence_note": "", "note": ""}
 LARGE = 448  # pixels; the size in names that end in -448
 
 
@@ -105,7 +106,7 @@ class ModelInfo:
     sources: tuple[Source, ...]
     numbers: tuple[Number, ...]
     note: str
-    unsupported: str  # why it cannot be loaded yet; empty if it can
+    unsupported: str = ""  # why it cannot be loaded yet; empty if it can
     gated: bool = False  # whether its repository is given only to those who were let in
 
     @property
@@ -126,32 +127,29 @@ class ModelInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
-        places = [source.where() for source in self.sources]
-        return asdict(self) | {"pinned": self.pinned, "places": places}
+        return asdict(self) | {"pinned": self.pinned, "places": [source.where() for source in self.sources]}
 
     def describe(self) -> str:
         """All of it as text for a person."""
-        facts = {
-            "what": f"{self.title} ({self.role})",
-            "target": _target_words(self.target),
-            "network": f"{self.depth} blocks of width {self.width}, {self.heads} heads, patch {self.patch_size}",
-            "size": f"{_size_words(self)} pixels",
-            "weights": f"{self.parameters:,} values, {self.parameters * 4 / 1e6:,.0f} MB in float32",
-            "classes": str(self.classes),
-            "pooling": "class token" if self.pool == "cls" else "mean of the patch tokens",
-            "licence": " — ".join(text for text in (self.licence, self.licence_note) if text),
-        }
-        left_out = {"target": not self.target, "weights": not self.parameters, "classes": not self.classes}
-        lines = [self.name, *(f"  {key:<9}{text}" for key, text in facts.items() if not left_out.get(key))]
+        size = f"{self.parameters:,} values, {self.parameters * 4 / 1e6:,.0f} MB in float32"
+        facts = [
+            ("what", f"{self.title} ({self.role})"),
+            ("target", self.target and _target_words(self.target)),
+            ("network", f"{self.depth} blocks of width {self.width}, {self.heads} heads, patch {self.patch_size}"),
+            ("size", f"{_size_words(self)} pixels"),
+            ("weights", self.parameters and size),
+            ("classes", self.classes),
+            ("pooling", "class token" if self.pool == "cls" else "mean of the patch tokens"),
+            ("licence", " — ".join(text for text in (self.licence, self.licence_note) if text)),
+        ]
         for source in self.sources:
             state = "pinned" if source.pinned else "unpinned"
             detail = f"{source.where()} {source.filename}" if source.kind == "hub" else source.where()
-            lines.append(f"  {'source':<9}{detail} ({source.format}, {state})")
-        lines += [f"  {'result':<9}{number.value:g} % {number.metric} ({number.source})" for number in self.numbers]
-        lines += [f"  {'access':<9}gated: {self.access}"] if self.gated else []
-        lines += [f"  {'note':<9}{self.note}"] if self.note else []
-        lines += [f"  {'note':<9}cannot be loaded yet: {self.unsupported}"] if self.unsupported else []
-        return "\n".join(lines)
+            facts.append(("source", f"{detail} ({source.format}, {state})"))
+        facts += [("result", f"{number.value:g} % {number.metric} ({number.source})") for number in self.numbers]
+        facts += [("access", self.gated and f"gated: {self.access}"), ("note", self.note)]
+        facts.append(("note", self.unsupported and f"cannot be loaded yet: {self.unsupported}"))
+        return "\n".join([self.name, *(f"  {key:<9}{text}" for key, text in facts if text)])
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -205,11 +203,10 @@ def published_as(sha256: str, md5: str) -> ModelInfo | None:
 
 def architecture_heads(width: int, depth: int, patch_size: int) -> int | None:
     """Attention heads of the architecture of the catalog with these numbers; None if there is none."""
-    rows = _table()["architectures"].values()
-    same = (
-        row["heads"] for row in rows if (row["width"], row["depth"], row["patch_size"]) == (width, depth, patch_size)
-    )
-    return next(same, None)
+    for row in _table()["architectures"].values():
+        if (row["width"], row["depth"], row["patch_size"]) == (width, depth, patch_size):
+            return int(row["heads"])
+    return None
 
 
 def resolve(name: str, want: Want) -> ModelInfo:
@@ -223,12 +220,11 @@ def resolve(name: str, want: Want) -> ModelInfo:
     info = model_info(short[name][want] if name in short else name)
     check_supported(info)
     if want != "encoder" and info.role != "autoencoder":
-        siblings = short.get(info.architecture)
-        others = (
-            f"{siblings['autoencoder']} has one on plain pixels, {siblings['pretrain']} one on normalised pixels"
-            if siblings
-            else "no row of its architecture has one"
-        )
+        others = "no row of its architecture has one"
+        if siblings := short.get(info.architecture):
+            others = (
+                f"{siblings['autoencoder']} has one on plain pixels, {siblings['pretrain']} one on normalised pixels"
+            )
         kind = "a classifier" if info.role == "classifier" else "an encoder alone"
         raise UsageError(f"{name} is {kind}, without a decoder; {others}")
     return info
@@ -288,29 +284,16 @@ def _models() -> dict[str, ModelInfo]:
 
 
 def _row(name: str, row: dict[str, Any]) -> ModelInfo:
-    network: dict[str, Any] = dict(_table()["architectures"][row["architecture"]])
-    native = network.pop("image_size")
-    side = row.get("image_size", native)
-    return ModelInfo(
-        name=name,
-        title=row["title"],
-        architecture=row["architecture"],
-        role=row["role"],
-        target=row.get("target"),
-        image_size=(side, side),
-        native_size=(side, side),
-        **network,
-        classes=row.get("classes", 0),
-        pool=row.get("pool", "cls"),
-        parameters=row.get("parameters", 0),
-        licence=row["licence"],
-        licence_note=row.get("licence_note", ""),
-        sources=tuple(Source(**source) for source in row["sources"]),
-        numbers=tuple(Number(**number) for number in row.get("numbers", ())),
-        note=row.get("note", ""),
-        unsupported=row.get("unsupported", ""),
-        gated=row.get("gated", False),
-    )
+    network = _table()["architectures"][row["architecture"]]
+    side = row.get("image_size", network["image_size"])
+    own: dict[str, Any] = {
+        "name": name,
+        "image_size": (side, side),
+        "native_size": (side, side),
+        "sources": tuple(Source(**source) for source in row["sources"]),
+        "numbers": tuple(Number(**number) for number in row.get("numbers", ())),
+    }
+    return ModelInfo(**_UNSAID | network | row | own)
 
 
 def _at_large(base: ModelInfo, row: dict[str, Any]) -> ModelInfo:
@@ -341,6 +324,5 @@ def _size_words(info: ModelInfo) -> str:
 
 def _link(source: Source) -> str:
     if source.kind == "hub":
-        at = "" if source.revision in ("", "main") else f"@{source.revision[:12]}"
-        return f"[{source.repo}{at}](https://huggingface.co/{source.repo})"
+        return f"[{source.where()}](https://huggingface.co/{source.repo})"
     return f"[{source.filename.rsplit('/', 1)[-1]}]({source.url})" if source.kind == "url" else "inside maehub"

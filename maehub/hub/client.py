@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,9 +16,8 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError
-from maehub.files import byte_text, is_disk_full
-from maehub.hub.disk_space import DownloadLabel, disk_trouble
+from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, first_names
+from maehub.files import byte_text, is_disk_full, nearest_folder
 from maehub.version import __version__
 
 logger = logging.getLogger("maehub")
@@ -33,6 +33,16 @@ _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EE
 _PLAIN = re.compile(r"\w[\w.+-]{0,127}")  # of commits and hashes, which become names in the cache
 
 
+class DownloadLabel(NamedTuple):
+    """What is being fetched, for texts: a catalog name or Hub id, and the file."""
+
+    name: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.file})"
+
+
 class NotThere(HubError):
     """The place answered that it does not have, or does not give, what was asked for."""
 
@@ -43,6 +53,10 @@ class NoFile(NotThere):
 
 class Unreachable(HubError):
     """The place did not answer, or not in a usable way; a copy on this machine may do."""
+
+
+class NoDiskSpace(CheckpointError):
+    """The disk below a cache is full, or the cache may not be written."""
 
 
 class RemoteMetadata(NamedTuple):
@@ -80,31 +94,6 @@ def host_of(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2] or url
 
 
-def retry(
-    call: Callable[[], Answer], tell: Callable[[Exception], str], passes: Callable[[Exception], bool] | None = None
-) -> Answer:
-    """The answer to what may be asked more than once, honouring Retry-After; the last error where there is none.
-
-    Args:
-        call: asks.
-        tell: for the log, what is done after an error; the pause is added.
-        passes: whether the same question may be answered a moment later; None is `may_pass`.
-    """
-    waited = 0.0
-    for attempt in range(1, TRIES + 1):
-        try:
-            return call()
-        except Exception as error:
-            asked = _asked_wait(error)
-            pause = float(attempt if asked is None else asked)
-            if not (passes or may_pass)(error) or attempt == TRIES or waited + pause > LONGEST_WAIT:
-                raise
-            logger.warning("%s in %g s", tell(error), pause)
-        time.sleep(pause)
-        waited += pause
-    raise AssertionError("the last try returns or raises")
-
-
 def may_pass(error: Exception) -> bool:
     """Whether the same question may be answered a moment later: not if nobody ever answered."""
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
@@ -113,6 +102,28 @@ def may_pass(error: Exception) -> bool:
         return status in PASSING
     broke = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
     return broke and not isinstance(error, httpx.ConnectError)
+
+
+def retry(
+    call: Callable[[], Answer], tell: Callable[[Exception], str], passes: Callable[[Exception], bool] = may_pass
+) -> Answer:
+    """The answer to what may be asked more than once, honouring Retry-After; the last error where there is none.
+
+    ``tell`` says for the log what is done after an error; the pause is added.
+    """
+    waited = 0.0
+    for attempt in range(1, TRIES + 1):
+        try:
+            return call()
+        except Exception as error:
+            asked = _asked_wait(error)
+            pause = float(attempt if asked is None else asked)
+            if not passes(error) or attempt == TRIES or waited + pause > LONGEST_WAIT:
+                raise
+            logger.warning("%s in %g s", tell(error), pause)
+        time.sleep(pause)
+        waited += pause
+    raise AssertionError("the last try returns or raises")
 
 
 def _asked_wait(error: BaseException) -> int | None:
@@ -153,15 +164,11 @@ def why(error: BaseException, host: str, about: str = "") -> str:
     if (status := status_of(error)) is not None:
         return f"{host} answered with HTTP {status}{about}"
     if "Timeout" in type(error).__name__:
-        return f"no data for {_limit(error):g} s from {host}{about}"
+        # of the question that timed out; requests, which asks plain addresses, does not keep it
+        limits = getattr(getattr(error, "request", None), "extensions", {}).get("timeout", {})
+        return f"no data for {float(limits.get('read') or SILENCE):g} s from {host}{about}"
     system = re.search(r"\[Errno -?\d+\] [\w ]+", str(error))  # the kernel's words, without the wrapping around them
     return f"{host} cannot be reached{about}: {system[0] if system else scrub(error)}"
-
-
-def _limit(error: Any) -> float:
-    """The wait that a timeout ended, in seconds; requests, which asks plain addresses, does not keep it."""
-    extensions = getattr(getattr(error, "request", None), "extensions", {})
-    return float(extensions.get("timeout", {}).get("read") or SILENCE)
 
 
 def scrub(error: BaseException | str) -> str:
@@ -250,11 +257,6 @@ def list_hub_files(repo: str, revision: str) -> list[str]:
     return names
 
 
-def _revisions(repo: str) -> list[str]:
-    answers = _listed(repo, lambda api: [api.list_repo_refs(repo)])
-    return [one.name for refs in answers for one in (*refs.branches, *refs.tags)]
-
-
 def _listed(repo: str, ask: Callable[[Any], Iterable[Any]]) -> list[Any]:
     hub_constants()
     from huggingface_hub import HfApi
@@ -324,11 +326,12 @@ def _refused(error: Any, repo: str, filename: str, revision: str, label: Downloa
             f"check the name at {page}; if it is private, run `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        known = ", ".join(_revisions(repo)[:12]) or "not to be had"
+        answers = _listed(repo, lambda api: [api.list_repo_refs(repo)])
+        names = [one.name for refs in answers for one in (*refs.branches, *refs.tags)]
+        known = first_names(names, 12) or "not to be had"
         return NotThere(f"{repo} on {host} has no revision {revision!r} (HTTP 404)\nknown revisions: {known}")
     if isinstance(error, errors.EntryNotFoundError):
-        names = list_hub_files(repo, revision)
-        known = ", ".join(names[:12]) + (" …" if len(names) > 12 else "") if names else "not to be had"
+        known = first_names(list_hub_files(repo, revision), 12) or "not to be had"
         return NoFile(f"{repo}@{revision[:12]} on {host} has no file {filename!r} (HTTP 404)\nits files: {known}")
     if status in (404, 410):
         return NotThere(f"there is no repository {repo} on {host} (HTTP {status})\ncheck the name; see {page}")
@@ -352,3 +355,30 @@ def local_trouble(error: OSError, folder: Path, label: DownloadLabel, received: 
             "a proxy or a login page (HTML) may answer in the server's place; sign in to the network, then try again"
         )
     return HubError(f"{label} could not be downloaded: {scrub(error)}\nnothing half is kept; try again")
+
+
+def check_disk_space(folder: Path, needed: int | None, label: DownloadLabel) -> None:
+    """Refuse before a download below ``folder`` what will not fit, in bytes; None where the size is unknown."""
+    if needed is not None and shutil.disk_usage(nearest_folder(folder)).free < needed:
+        raise _full(folder, needed, label, "nothing was downloaded")
+
+
+def disk_trouble(error: Exception, folder: Path, label: DownloadLabel, size: int | None) -> NoDiskSpace:
+    """The error to raise, from ``error``, where a download cannot be written below ``folder``."""
+    if is_disk_full(error):
+        return _full(folder, size, label, "the part that had come was removed")
+    reason = getattr(error, "strerror", None) or error
+    return NoDiskSpace(
+        f"{label} cannot be written below {folder}: {reason}\n"
+        "nothing half is kept; set HF_HOME (MAEHUB_CACHE for official files) to a folder that can be written, or give\n"
+        f"one to `maehub download {label.name} --cache-dir FOLDER` (cache_dir= in Python)"
+    )
+
+
+def _full(folder: Path, needed: int | None, label: DownloadLabel, kept: str) -> NoDiskSpace:
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    return NoDiskSpace(
+        f"{label} needs {byte_text(needed)}, {byte_text(free)} free at {folder}\n"
+        f"{kept}; free some space (`maehub cache clean` removes what killed downloads left), or take another disk:\n"
+        f"set HF_HOME (MAEHUB_CACHE for official files), or `maehub download {label.name} --cache-dir FOLDER`"
+    )

@@ -14,10 +14,9 @@ from urllib.parse import urlsplit
 from maehub.errors import HubError, IntegrityError
 from maehub.hub.cache import CachePaths, fetch_to_cache, file_lock, repo_folder
 from maehub.hub.catalog import Source
-from maehub.hub.client import RemoteMetadata, remote_metadata
-from maehub.hub.disk_space import DownloadLabel
+from maehub.hub.client import DownloadLabel, RemoteMetadata, remote_metadata
 from maehub.hub.urls import get_from_url
-from maehub.hub.verification import Differs, check, discard, expected_bytes, expected_here, stated_hash
+from maehub.hub.verification import Differs, Expected, check, discard, expected_bytes, expected_here, stated_hash
 
 logger = logging.getLogger("maehub")
 
@@ -49,10 +48,9 @@ def from_here(name: str, source: Source, paths: CachePaths) -> Fetched | None:
             raise IntegrityError(f"{source.filename} is missing from the installed maehub; install the package again")
         return None
     try:
-        expected = expected_here(source, path, paths.own)
-        return _fetched(name, source, path, check(path, expected, paths.own, paths.verify))
+        return _verified(name, source, path, expected_here(source, path, paths.own), paths)
     except Differs as difference:
-        report = _mismatch(name, path, difference, "the file")
+        report = f"{name}: the file is damaged: {difference} ({path})"
         if source.kind == "package":
             raise IntegrityError(f"{report}\ninstall maehub again") from None
         if paths.offline:
@@ -69,13 +67,21 @@ def from_there(name: str, source: Source, paths: CachePaths) -> Fetched:
     if source.kind != "hub" and (fetched := from_here(name, source, paths)):
         return fetched  # an address has no revision to ask for
     label = DownloadLabel(name, source.url or f"{source.repo} {source.filename}")
+    asked = (source.repo, source.filename, source.revision or "main")
     for last in (False, True):
-        path, etag = (_from_url if source.kind == "url" else _from_hub)(source, paths, label)
+        if source.kind == "url":
+            path, etag = _url_path(source, paths), ""
+            with file_lock(paths.own / "locks" / f"{path.name}.lock", label, paths.lock_timeout):
+                if not path.is_file():  # another process may have brought it meanwhile
+                    get_from_url(source.url, path, label)
+        else:
+            stated = remote_metadata(*asked, label)
+            _check_pin(source, stated, label)
+            path, etag = fetch_to_cache(*asked, stated, paths, label), stated.etag
         try:
-            sha256 = check(path, expected_bytes(source, stated_hash(path) or etag), paths.own, paths.verify)
-            return _fetched(name, source, path, sha256)
+            return _verified(name, source, path, expected_bytes(source, stated_hash(path) or etag), paths)
         except Differs as difference:
-            report = _mismatch(name, path, difference, source.where())
+            report = f"{name}: {source.where()} is damaged: {difference} ({path})"
             discard(path, paths.own)
             if last:
                 raise IntegrityError(
@@ -86,19 +92,20 @@ def from_there(name: str, source: Source, paths: CachePaths) -> Fetched:
     raise AssertionError("both tries return or raise")
 
 
-def _from_url(source: Source, paths: CachePaths, label: DownloadLabel) -> tuple[Path, str]:
-    path = _url_path(source, paths)
-    with file_lock(paths.own / "locks" / f"{path.name}.lock", label, paths.lock_timeout):
-        if not path.is_file():  # another process may have brought it meanwhile
-            get_from_url(source.url, path, label)
-    return path, ""
-
-
-def _from_hub(source: Source, paths: CachePaths, label: DownloadLabel) -> tuple[Path, str]:
-    asked = (source.repo, source.filename, source.revision or "main")
-    stated = remote_metadata(*asked, label)
-    _check_pin(source, stated, label)
-    return fetch_to_cache(*asked, stated, paths, label), stated.etag
+def _verified(name: str, source: Source, path: Path, expected: Expected, paths: CachePaths) -> Fetched:
+    """The file, or `Differs`."""
+    depth = len(PurePosixPath(source.filename).parts)
+    return Fetched(
+        name=name,
+        path=path,
+        format=source.format,
+        sha256=check(path, expected, paths.own, paths.verify),
+        repo=source.repo,
+        filename=source.filename,
+        revision=path.parents[depth - 1].name if source.kind == "hub" else "",
+        url=source.url,
+        dialect=source.dialect,
+    )
 
 
 def _check_pin(source: Source, stated: RemoteMetadata, label: DownloadLabel) -> None:
@@ -136,26 +143,6 @@ def cached_path(source: Source, paths: CachePaths) -> Path | None:
 def _url_path(source: Source, paths: CachePaths) -> Path:
     address = urlsplit(source.url)
     return paths.own / "files" / address.netloc.replace(":", "_") / address.path.lstrip("/")
-
-
-def _fetched(name: str, source: Source, path: Path, sha256: str) -> Fetched:
-    depth = len(PurePosixPath(source.filename).parts)
-    return Fetched(
-        name=name,
-        path=path,
-        format=source.format,
-        sha256=sha256,
-        repo=source.repo,
-        filename=source.filename,
-        revision=path.parents[depth - 1].name if source.kind == "hub" else "",
-        url=source.url,
-        dialect=source.dialect,
-    )
-
-
-def _mismatch(name: str, path: Path, difference: Differs, what: str) -> str:
-    expected, actual, by = difference.args
-    return f"{name}: {what} is damaged: {by} has hash {expected[:12]}, the bytes have {actual[:12]} ({path})"
 
 
 def not_here(name: str, source: Source, paths: CachePaths) -> HubError:

@@ -1,21 +1,22 @@
-"""From a catalog row or a Hub id to a verified file on this machine.
+"""From a catalog name, a Hub id, a folder or a file to verified files on this machine. Imports no torch.
 
 Only safetensors are taken from the Hub. Nothing here reads a tensor or runs code that came with a model: config.json is
 read as plain values, to find the weights beside it.
 """
 
+import contextlib
 import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.errors import HubError, IntegrityError, UsageError
+from maehub.errors import HubError, IntegrityError, UsageError, first_names
 from maehub.files import read_json
 from maehub.hub.cache import LOCK_TIMEOUT, CachePaths, PathLike, cache_paths
-from maehub.hub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info
+from maehub.hub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info, no_model, resolve
 from maehub.hub.client import NoFile, NotThere, Unreachable, check_filename, list_hub_files
 from maehub.hub.downloading import COMMIT, Fetched, cached_path, from_here, from_there, not_here
 from maehub.hub.verification import Differs, check, expected_bytes, expected_here, stated_hash
@@ -23,6 +24,7 @@ from maehub.hub.verification import Differs, check, expected_bytes, expected_her
 logger = logging.getLogger("maehub")
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
@@ -34,6 +36,16 @@ class Verified(NamedTuple):
     compared_with: str  # "the catalog", "the Hub", "the first download", or "nothing"
 
 
+@dataclass(frozen=True)
+class Located:
+    """Files of a model on this machine."""
+
+    name: str
+    path: Path  # a folder, or a file of weights
+    info: ModelInfo | None = None  # the catalog's row
+    fetched: Fetched | None = None  # where it was downloaded from
+
+
 def fetch(
     info: ModelInfo,
     *,
@@ -42,23 +54,43 @@ def fetch(
     offline: bool = False,
     verify: bool = False,
     lock_timeout: float = LOCK_TIMEOUT,
+    look_here: bool = True,
 ) -> Fetched:
     """The file of a catalog row: from the cache if it is there, else from the first source that has it.
 
-    Args:
-        info: the row.
-        revision: branch, tag or commit of the row's Hub repository, instead of the catalog's; nothing is pinned then.
-        cache_dir: the Hub's cache folder; None is its own ($HF_HOME, $HF_HUB_CACHE).
-        offline: use no network. $HF_HUB_OFFLINE says the same.
-        verify: hash the file even if its stamp is unchanged.
-        lock_timeout: the longest wait for another process that downloads the same file, in seconds; then it is
-            downloaded beside that one.
+    At another ``revision`` (branch, tag or commit) of the row's Hub repository nothing is pinned. ``cache_dir`` is the
+    Hub's cache folder, by default its own ($HF_HOME, $HF_HUB_CACHE). ``verify`` hashes the file even if its stamp is
+    unchanged. The wait for another process that downloads the same file ends after ``lock_timeout`` seconds; then it is
+    downloaded beside that one. Unless it is to ``look_here`` first, a Hub is asked even for what is in the cache.
 
     A HubError says that no source has it or answers, an IntegrityError that the bytes are not the expected ones twice,
     a CheckpointError that the disk is full or the cache may not be written.
     """
-    paths = cache_paths(cache_dir, offline, verify, lock_timeout)
-    return _first_source(info, _asked(info, revision), paths, look_here=True)
+    paths, sources = cache_paths(cache_dir, offline, verify, lock_timeout), list(info.sources)
+    if revision is not None:
+        _check_revision(revision)
+        bare = [replace(one, revision=revision, commit="", sha256="") for one in sources if one.kind == "hub"]
+        if not bare:
+            raise UsageError(
+                f"{info.name} does not come from the Hub, so it has no revision {revision!r}; leave it out"
+            )
+        sources = list(dict.fromkeys(bare))
+    for source in sources if look_here or paths.offline else []:
+        if cached := from_here(info.name, source, paths):
+            return _told(replace(cached, licence=info.licence))
+    if paths.offline:
+        raise not_here(info.name, sources[0], paths)
+    missing: list[NotThere] = []
+    for source in sources:
+        try:
+            return _told(replace(from_there(info.name, source, paths), licence=info.licence))
+        except NotThere as error:
+            missing.append(error)
+            logger.info("%s: %s", info.name, str(error).splitlines()[0])
+    if len(missing) == 1:
+        raise missing[0]
+    lines = [str(error).splitlines()[0] for error in missing]
+    raise HubError(f"no source of {info.name} has it any more:\n" + "\n".join(lines)) from missing[0]
 
 
 def fetch_repo(
@@ -72,38 +104,73 @@ def fetch_repo(
     verify: bool = False,
     lock_timeout: float = LOCK_TIMEOUT,
 ) -> Fetched:
-    """Weights and config.json of any repository on the Hub, at one commit.
+    """Weights and config.json of any repository on the Hub, ``user/repo`` or ``user/repo@revision``, at one commit.
 
-    Args:
-        repo_id: ``user/repo`` or ``user/repo@revision``.
-        filenames: weight files to try, in order. Empty means: asked for an encoder, the one with fused qkv that
-            config.json names for timm, if it does; then ``model.safetensors``.
-        want: see above.
-        revision, cache_dir, offline, verify, lock_timeout: as in `fetch`. A branch is looked up on the Hub at each
-            call, and taken from the cache, with a warning, where the Hub does not answer.
+    Of the weight files ``filenames`` the first that is there is taken. Without any: asked for an encoder, the one with
+    fused qkv that config.json names for timm, if it does; then ``model.safetensors``. A branch is looked up on the Hub
+    at each call, and taken from the cache, with a warning, where the Hub does not answer. The rest is as in `fetch`.
 
     Errors are those of `fetch`; IntegrityError also for a repository without safetensors, or with names that lead out
     of its folder.
     """
     paths = cache_paths(cache_dir, offline, verify, lock_timeout)
     repo, revision = _split(repo_id, revision)
-    try:
+    config, pretrained = None, None
+    with contextlib.suppress(NoFile):
         config = _repo_file(repo_id, Source("hub", "config.json", "safetensors", repo, revision), paths)
-    except NoFile:
-        config = None
-    content = _read_config(config.path, repo) if config else {}
-    at = config.revision if config else revision
-    candidates = list(filenames) or _weight_names(content, want)
+    if config:
+        try:  # whatever it asks to import or run is ignored: it is only read
+            pretrained = read_json(config.path).get("pretrained_cfg")
+        except IntegrityError as error:
+            raise IntegrityError(f"config.json of {repo} cannot be read: {error}\nnothing of it was loaded") from error
+    pretrained = pretrained if isinstance(pretrained, dict) else {}
+    candidates = list(filenames) or _weight_names(pretrained, want)
     for filename in candidates:
         check_filename(filename, repo)
         if not filename.endswith(".safetensors"):
             raise _only_safetensors(repo, [filename])
-    sources = [Source("hub", filename, "safetensors", repo, at) for filename in candidates]
-    weights = _first_file(repo_id, sources, paths)
-    pretrained = content.get("pretrained_cfg")
-    licence = pretrained.get("license") if isinstance(pretrained, dict) else None
+    at = config.revision if config else revision
+    weights = _first_file(repo_id, [Source("hub", one, "safetensors", repo, at) for one in candidates], paths)
+    licence = pretrained.get("license")
     licence = licence if isinstance(licence, str) else ""
     return _told(replace(weights, licence=licence, config=config.path if config else None))
+
+
+def locate(
+    source: PathLike | Located,
+    want: Want,
+    *,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    offline: bool = False,
+    verify: bool = False,
+) -> Located:
+    """Find a model, downloading and verifying it where it is not on this machine.
+
+    ``source`` is a catalog name, whose meaning if it is short follows from ``want``, a Hub id ``user/repo[@revision]``,
+    a model or run folder, or a ``.safetensors`` file; or what this function returned before. A `Path`, or a string such
+    as ``./vit-b``, is never a name. The rest is as in `fetch`.
+    """
+    if isinstance(source, Located):
+        return source
+    name, path = os.fspath(source), Path(os.path.expanduser(source))
+    if isinstance(source, str) and is_model(name):
+        info = resolve(name, want)
+        fetched = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+        return Located(info.name, fetched.path, info, fetched)
+    if path.suffix in PICKLE_ENDINGS and os.path.isfile(path):
+        raise IntegrityError(
+            f"{path} is a pickle, which can run code when it is opened, so it is not loaded. Nothing was read.\n"
+            f"Convert it once, which does not run code: maehub convert {path} -o {path.with_suffix('')}"
+        )
+    if os.path.exists(path):  # unlike the method of a path, False for a name that is too long
+        return Located(name, path)
+    if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in (".safetensors", *PICKLE_ENDINGS):
+        fetched = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+        return Located(name, fetched.path, fetched=fetched)
+    if not isinstance(source, str) or path.suffix in (".safetensors", *PICKLE_ENDINGS) or "/" in name:
+        raise UsageError(f"there is no file or folder {name}, and it is no Hub id, which looks like user/repo")
+    raise no_model(name)
 
 
 def download(
@@ -126,9 +193,8 @@ def download(
         UsageError: no such name, or a row whose file is not fetched by itself.
     """
     if "/" not in name:
-        info, paths = model_info(name), cache_paths(cache_dir, False, False, lock_timeout)
-        check_supported(info)
-        return _first_source(info, _asked(info, revision), paths, look_here=False).path
+        check_supported(info := model_info(name))
+        return fetch(info, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout, look_here=False).path
     encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
     if encoder.filename != "model.safetensors":
         fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
@@ -147,18 +213,17 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
         IntegrityError: some files are not what they should be; the text names them. They are left as they are.
     """
     paths = cache_paths(cache_dir, offline=True, verify=True)
-    text = os.fspath(source)
-    if Path(text).exists():
-        below = sorted(Path(text).rglob("*.safetensors")) if Path(text).is_dir() else [Path(text)]
+    text, path = os.fspath(source), Path(source)
+    if path.exists() or not is_model(text):
+        if path.exists():
+            below = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        else:
+            config = cached_path(Source("hub", "config.json", "safetensors", *_split(text, None)), paths)
+            below = sorted(path for path in config.parent.rglob("*") if path.is_file()) if config else []
         files = [(path, expected_bytes(None, stated_hash(path))) for path in below]
-    elif is_model(text):
+    else:
         rows = [(cached_path(one, paths), one) for one in model_info(text).sources]
         files = [(path, expected_here(one, path, paths.own)) for path, one in rows if path]
-    else:
-        repo, revision = _split(text, None)
-        config = cached_path(Source("hub", "config.json", "safetensors", repo, revision), paths)
-        below = sorted(path for path in config.parent.rglob("*") if path.is_file()) if config else []
-        files = [(path, expected_bytes(None, stated_hash(path))) for path in below]
     if not files:
         raise HubError(f"nothing of {text} is on this machine, so there is nothing to verify; `maehub download {text}`")
     checked, wrong = [], []
@@ -166,42 +231,10 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
         try:
             checked.append(Verified(path, check(path, expected, paths.own, paths.verify), expected.by))
         except Differs as difference:
-            begins, actual, by = difference.args
-            wrong.append(f"{path}: the bytes have hash {actual[:12]}, but {by} has {begins[:12]}")
+            wrong.append(f"{path}: {difference}")
     if wrong:
-        more = f"\n… and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise IntegrityError("\n".join(wrong[:3]) + f"{more}\ndelete what differs; it is downloaded again when needed")
+        raise IntegrityError(first_names(wrong, 3, "\n") + "\ndelete what differs; it is downloaded again when needed")
     return checked
-
-
-def _asked(info: ModelInfo, revision: str | None) -> list[Source]:
-    """The sources of a row, or its Hub repositories at another revision."""
-    if revision is None:
-        return list(info.sources)
-    _check_revision(revision)
-    bare = [replace(one, revision=revision, commit="", sha256="") for one in info.sources if one.kind == "hub"]
-    if not bare:
-        raise UsageError(f"{info.name} does not come from the Hub, so it has no revision {revision!r}; leave it out")
-    return list(dict.fromkeys(bare))
-
-
-def _first_source(info: ModelInfo, sources: list[Source], paths: CachePaths, look_here: bool) -> Fetched:
-    for source in sources if look_here or paths.offline else []:
-        if cached := from_here(info.name, source, paths):
-            return _told(replace(cached, licence=info.licence))
-    if paths.offline:
-        raise not_here(info.name, sources[0], paths)
-    missing: list[NotThere] = []
-    for source in sources:
-        try:
-            return _told(replace(from_there(info.name, source, paths), licence=info.licence))
-        except NotThere as error:
-            missing.append(error)
-            logger.info("%s: %s", info.name, str(error).splitlines()[0])
-    if len(missing) == 1:
-        raise missing[0]
-    lines = [str(error).splitlines()[0] for error in missing]
-    raise HubError(f"no source of {info.name} has it any more:\n" + "\n".join(lines)) from missing[0]
 
 
 def _told(files: Fetched) -> Fetched:
@@ -248,7 +281,7 @@ def _first_file(name: str, sources: list[Source], paths: CachePaths) -> Fetched:
     if pickles := [one for one in names if one.endswith(PICKLE_ENDINGS)]:
         raise _only_safetensors(repo, pickles)
     asked = " or ".join(source.filename for source in sources)
-    raise HubError(f"{repo}@{revision[:12]} has no {asked}\nits files: {', '.join(names[:12]) or 'not to be had'}")
+    raise HubError(f"{repo}@{revision[:12]} has no {asked}\nits files: {first_names(names, 12) or 'not to be had'}")
 
 
 def _only_safetensors(repo: str, names: Iterable[str]) -> IntegrityError:
@@ -275,19 +308,10 @@ def _check_revision(revision: str) -> str:
     return revision
 
 
-def _read_config(path: Path, repo: str) -> dict[str, Any]:
-    """config.json as plain values. Whatever it asks to import or run is ignored: it is only read."""
-    try:
-        return read_json(path)
-    except IntegrityError as error:
-        raise IntegrityError(f"config.json of {repo} cannot be read: {error}\nnothing of it was loaded") from error
-
-
-def _weight_names(config: dict[str, Any], want: Want) -> list[str]:
+def _weight_names(pretrained: dict[str, Any], want: Want) -> list[str]:
     """Weight files to try: the one with fused qkv, which needs no renaming, if an encoder is enough."""
     names = ["model.safetensors"]
-    pretrained = config.get("pretrained_cfg")
-    if want == "encoder" and isinstance(pretrained, dict):
+    if want == "encoder":
         other = pretrained.get("hf_hub_filename")
         if isinstance(other, str) and other.endswith(".bin"):  # timm, too, looks for the safetensors file beside it
             other = f"{other.removesuffix('.bin')}.safetensors"

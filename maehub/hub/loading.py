@@ -1,7 +1,7 @@
 """Load a model by name: from the catalog, the Hub, a folder or a file, to an encoder or an autoencoder."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,18 +10,11 @@ from maehub.errors import UsageError
 from maehub.files import atomic_write, cache_folder, write_error
 from maehub.hub.cache import PathLike
 from maehub.hub.catalog import Want
-from maehub.hub.locating import Located, locate
+from maehub.hub.fetching import Located, locate
 from maehub.hub.verification import known_finite, mark_finite
 from maehub.images import Size
 from maehub.models import Encoder, MaskedAutoencoder, Origin, ResizeRule, Target, usable_device
-from maehub.weights import (
-    LoadOptions,
-    open_autoencoder,
-    open_encoder,
-    read_pickle,
-    to_official,
-    write_tensors,
-)
+from maehub.weights import LoadOptions, open_autoencoder, open_encoder, read_pickle, to_official, write_tensors
 
 log = logging.getLogger("maehub")
 
@@ -68,11 +61,10 @@ def load(
         HubError: it cannot be downloaded.
         IntegrityError: the bytes are wrong, the file is broken or not safe, or holds other tensors than it should.
     """
-    device = usable_device(device)
-    files = resolve_model(source, "encoder", revision, cache_dir, offline, verify)
-    options = _options(files, image_size, channels, classes, positions, dtype, device)
+    options = LoadOptions(image_size, channels, classes, positions, dtype, usable_device(device))
+    files = resolve_model(source, "encoder", options, revision, cache_dir, offline, verify)
     heads = heads or files.heads
-    encoder = open_encoder(files.path, config=files.config, heads=heads, options=options, origin=files.origin)
+    encoder = open_encoder(files.path, config=files.config, heads=heads, options=files.options, origin=files.origin)
     if classes is None:  # the file's own head was looked at too
         files.loaded()
     return encoder
@@ -113,17 +105,17 @@ def load_autoencoder(
     Raises:
         UsageError, HubError, IntegrityError: as in `load`; IntegrityError also for a file without a decoder.
     """
-    device = usable_device(device)
-    files = resolve_model(source, "autoencoder", revision, cache_dir, offline, verify)
-    if target and files.target and target != files.target:
-        raise UsageError(f"{files.name} was trained to predict {files.target}, not {target}; leave target= out")
+    options = LoadOptions(image_size, channels, classes, positions, dtype, usable_device(device))
+    files = resolve_model(source, "autoencoder", options, revision, cache_dir, offline, verify)
+    if files.origin and target and files.target not in (None, target):
+        raise UsageError(f"{files.origin.name} was trained to predict {files.target}, not {target}; leave target= out")
     autoencoder = open_autoencoder(
         files.path,
         config=files.config,
         heads=heads or files.heads,
         decoder_heads=decoder_heads,
         target=target or files.target,
-        options=_options(files, image_size, channels, classes, positions, dtype, device),
+        options=files.options,
         origin=files.origin,
     )
     files.loaded()
@@ -132,34 +124,29 @@ def load_autoencoder(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files and what is known about it beside them."""
+    """A model's files, and what is known about it beside them and asked of it."""
 
-    name: str
     path: Path
     config: Path | None
-    origin: Origin | None
+    origin: Origin | None  # where the file was downloaded
     want: Want
     heads: int | None
     target: Target | None
-    image_size: Size | None  # where it is not that of the file
-    stamps: Path | None  # maehub's cache, where the file was downloaded
-
-    @property
-    def finite(self) -> bool:
-        """Whether NaN and infinity were looked for before, and the file is unchanged."""
-        return self.stamps is not None and known_finite(self.path, self.stamps, self.want)
+    options: LoadOptions
+    cache: Path  # maehub's own
 
     def loaded(self) -> None:
         """At the first load of a download say what its licence forbids; remember that its weights are finite."""
-        if self.stamps is not None:
-            if self.origin and "-nc" in self.origin.licence.lower() and not self.finite:
-                log.warning("%s: licence %s, no commercial use", self.name, self.origin.licence)
-            mark_finite(self.path, self.stamps, self.want)
+        if self.origin:
+            if "-nc" in self.origin.licence.lower() and self.options.check_finite:
+                log.warning("%s: licence %s, no commercial use", self.origin.name, self.origin.licence)
+            mark_finite(self.path, self.cache, self.want)
 
 
 def resolve_model(
     source: PathLike | Located,
     want: Want,
+    options: LoadOptions,
     revision: str | None,
     cache_dir: PathLike | None,
     offline: bool,
@@ -167,41 +154,24 @@ def resolve_model(
 ) -> ModelFiles:
     """Locate a model, convert the official pickles of the catalog once, and gather what the catalog knows."""
     located = locate(source, want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
-    info, fetched, path = located.info, located.fetched, located.path
+    info, fetched, path, cache = located.info, located.fetched, located.path, cache_folder(cache_dir)
     if fetched and fetched.format == "pickle":
-        path = _converted(path, fetched.sha256, cache_folder(cache_dir), verify)
+        path = _converted(path, fetched.sha256, cache, verify)
     if info and info.note:
         log.info("%s: %s", info.name, info.note)
+    if info and info.image_size != info.native_size and options.image_size is None:
+        options = replace(options, image_size=info.image_size)
+    if options.positions == "bicubic":
+        options = replace(options, positions=None)
     return ModelFiles(
-        located.name,
         path,
         config=fetched.config if fetched else None,
         origin=Origin(located.name, fetched.revision, fetched.sha256, fetched.licence) if fetched else None,
         want=want,
         heads=info.heads if info else None,
         target=info.target if info and info.role == "autoencoder" else None,
-        image_size=info.image_size if info and info.image_size != info.native_size else None,
-        stamps=cache_folder(cache_dir) if fetched else None,
-    )
-
-
-def _options(
-    files: ModelFiles,
-    image_size: int | Size | None,
-    channels: int | None,
-    classes: int | None,
-    positions: ResizeRule,
-    dtype: torch.dtype | None,
-    device: torch.device,
-) -> LoadOptions:
-    return LoadOptions(
-        image_size=files.image_size if image_size is None else image_size,
-        channels=channels,
-        classes=classes,
-        positions=None if positions == "bicubic" else positions,
-        dtype=dtype,
-        device=device,
-        check_finite=not files.finite,
+        options=replace(options, check_finite=not (fetched and known_finite(path, cache, want))),
+        cache=cache,
     )
 
 

@@ -11,8 +11,12 @@ from maehub.hub.client import (
     PASSING,
     SILENCE,
     TRIES,
+    DownloadLabel,
+    NoDiskSpace,
     NotThere,
     Unreachable,
+    check_disk_space,
+    disk_trouble,
     host_of,
     local_trouble,
     no_answer,
@@ -21,7 +25,6 @@ from maehub.hub.client import (
     status_of,
     why,
 )
-from maehub.hub.disk_space import DownloadLabel, NoDiskSpace, check_disk_space, disk_trouble
 from maehub.version import __version__
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ that was hashed once is not hashed again as long as its size, time and inode sta
 cache folder keeps them, which makes loading a verified 2.5 GB file take no longer than mapping it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -38,7 +39,7 @@ class Expected(NamedTuple):
 
 
 class Differs(Exception):
-    """The bytes of a file are not the expected ones; args: what was expected, what was found."""
+    """The bytes of a file are not the expected ones; the text has both hashes."""
 
 
 def file_hashes(path: Path, other: Literal["md5", "git", None] = None) -> FileHashes:
@@ -63,13 +64,11 @@ def file_state(path: Path) -> list[int]:
 
 def read_stamp(path: Path, cache: Path, changed: bool = False) -> dict[str, Any]:
     """What was recorded of a file; empty where that is nothing, or where it changed since, unless ``changed``."""
-    try:
-        record = json.loads(_stamp(path, cache).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    whole = isinstance(record, dict) and isinstance(record.get("sha256"), str) and isinstance(record.get("state"), list)
-    known = whole and record.get("path") == os.path.realpath(path) and (changed or record["state"] == file_state(path))
-    return record if known else {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or not whole
+        record: dict[str, Any] = json.loads(_stamp(path, cache).read_bytes())
+        same = record["path"] == os.path.realpath(path) and (changed or record["state"] == file_state(path))
+        return record if same and isinstance(record["sha256"], str) else {}
+    return {}
 
 
 def _write(path: Path, cache: Path, record: dict[str, Any]) -> None:
@@ -103,7 +102,7 @@ def check(path: Path, expected: Expected, cache: Path, afresh: bool = False) -> 
     hashes = file_hashes(path, None if expected.kind == "sha256" else expected.kind)
     actual = hashes.sha256 if expected.kind == "sha256" else hashes.other
     if not actual.startswith(expected.begins):
-        raise Differs(expected.begins, actual, expected.by)
+        raise Differs(f"{expected.by} has hash {expected.begins[:12]}, the bytes have {actual[:12]}")
     _write(path, cache, {"path": os.path.realpath(path), "state": hashes.state, "sha256": hashes.sha256})
     return hashes.sha256
 

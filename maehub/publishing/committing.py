@@ -14,6 +14,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,18 +54,9 @@ def commit(
 ) -> Committed:
     """Publish files in one commit; makes the repository and the branch where they are missing. Nothing is deleted.
 
-    Args:
-        files: name in the repository → file here.
-        repo_id: ``user/name``.
-        remote: the repository as `look` found it; the commit goes on top of that, or nowhere.
-        parent: the head that is expected, all or the beginning of its 40 digits; None takes it from ``remote``.
-        revision: the branch, the one that ``remote`` is of.
-        private: who may see a repository that is made; None leaves it to the Hub's settings of its owner. One that
-            exists must be so already.
-        pull_request: propose the commit instead of making it.
-        message: the commit's first line.
-        progress: show bars while files are sent.
-        token, endpoint: as in `look`.
+    The commit goes on top of ``remote``, as `look` found the repository and branch, or nowhere. ``parent`` is the head
+    that is expected there, all or the beginning of its 40 digits. ``private`` says who may see a repository that is
+    made, by default what its owner's settings say; one that exists must be so already. ``message`` is the first line.
 
     Nothing is published where the repository cannot be written that way (UsageError), or a file here changed meanwhile
     (IntegrityError) or cannot be read (CheckpointError). After a refusal or no answer a HubError says what is there.
@@ -81,16 +73,17 @@ def commit(
             f"making the branch {revision} of {repo_id}",
             lambda: hub.api.create_branch(repo_id, branch=revision, revision=remote.commit, exist_ok=True),
         )
-    if not fresh:
+    made, request = remote.commit, None
+    if fresh:
+        with _quiet_client(progress):
+            _upload(hub, operations, fresh, revision, pull_request)
+            if pull_request:
+                made, request = _propose(hub, operations, fresh, remote, message)
+            else:
+                made = _send(hub, operations, fresh, remote, message)
+    else:
         logger.info("%s: all %d files are on %s already, nothing was sent", repo_id, len(files), hub.host)
-        return Committed(repo_id, remote.commit, _page(hub, remote.commit), None, (), known)
-    with _progress(progress), _plain_words():
-        _upload(hub, operations, fresh, revision, pull_request)
-        if pull_request:
-            made, request = _propose(hub, operations, fresh, remote, message)
-        else:
-            made, request = _send(hub, operations, fresh, remote, message), None
-    return Committed(repo_id, made, _page(hub, made), request, tuple(fresh), known)
+    return Committed(repo_id, made, f"{hub.endpoint}/{repo_id}/tree/{made}", request, tuple(fresh), known)
 
 
 def _create(hub: Hub, revision: str, private: bool | None) -> Remote:
@@ -252,10 +245,8 @@ def _propose(
 
 
 def _requests(hub: Hub) -> list[Any]:
-    refs = hub.ask(
-        "the question for pull requests", lambda: hub.api.list_repo_refs(hub.repo_id, include_pull_requests=True)
-    )
-    return list(refs.pull_requests or [])
+    listed = partial(hub.api.list_repo_refs, hub.repo_id, include_pull_requests=True)
+    return hub.ask("the question for pull requests", listed).pull_requests or []
 
 
 def _create_commit(hub: Hub, operations: list[Any], remote: Remote, message: str, proposed: bool) -> Any:
@@ -296,50 +287,36 @@ def _changed(name: str) -> IntegrityError:
     )
 
 
-def _page(hub: Hub, commit: str) -> str:
-    return f"{hub.endpoint}/{hub.repo_id}/tree/{commit}"
-
-
 @contextlib.contextmanager
-def _progress(shown: bool) -> Iterator[None]:
-    """Keep the client's bars off where they are not wanted; what the environment says about them stays."""
+def _quiet_client(progress: bool) -> Iterator[None]:
+    """What the client says on the way, without signed addresses; its warnings as lines of the log.
+
+    Its bars stay off where they are not wanted; what the environment says about them stays.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
+        httpx,
     )
-
-    switch = not shown and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
-    if switch:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if switch:
-            enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _plain_words() -> Iterator[None]:
-    """What the client says on the way, without signed addresses; its warnings as lines of the log."""
 
     def scrubbed(record: logging.LogRecord) -> bool:
         record.msg, record.args = scrub(record.getMessage()), ()
         return True
 
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    speakers = [*logging.getLogger("huggingface_hub").handlers, logging.getLogger(httpx.__name__)]
-    for speaker in speakers:
-        speaker.addFilter(scrubbed)
-    try:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always", UserWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the client's own ways
+    with contextlib.ExitStack() as stack:
+        if not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled():
+            disable_progress_bars()
+            stack.callback(enable_progress_bars)
+        for speaker in (*logging.getLogger("huggingface_hub").handlers, logging.getLogger(httpx.__name__)):
+            speaker.addFilter(scrubbed)
+            stack.callback(speaker.removeFilter, scrubbed)
+        told = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the client's own ways
+        try:
             yield
-    finally:
-        for speaker in speakers:
-            speaker.removeFilter(scrubbed)
-        for one in told:
-            logger.warning("%s", scrub(str(one.message)))
+        finally:
+            for one in told:
+                logger.warning("%s", scrub(str(one.message)))

@@ -24,7 +24,6 @@ from maehub.weights import open_autoencoder, open_encoder, read_tensors, why_not
 
 _REPO, _COMMIT = "maehub/gate", "0" * 40
 _SECONDS = 900  # that a library may take to read and compute
-_ROUND_TRIP = Path(__file__).with_name("round_trip.py")
 
 
 class Verdict(NamedTuple):
@@ -34,31 +33,32 @@ class Verdict(NamedTuple):
     missing: dict[str, str]  # library to why it is not among them, as the end of "since …"
 
 
-class _Case(NamedTuple):
-    """A fixed input, and what comes out of the model that is published."""
-
-    inputs: dict[str, Tensor]
-    masked: Tensor | None
-    outputs: dict[str, Tensor]
-
-
+@torch.inference_mode()
 def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdict:
     """Load a folder again with maehub and every library that could compute it, and compare on a fixed input.
 
     ``model``, on the CPU and in eval mode, is what the folder was made of.
     """
-    inputs, masked, expected = _case(model)
-    with torch.inference_mode():
-        outputs = {"forward": open_encoder(folder)(inputs["images"])}
-        if masked is not None:
-            outputs["prediction"] = open_autoencoder(folder)(inputs["images"], masked).prediction
-    _compare("maehub", outputs, expected)
+    encoder = model if isinstance(model, Encoder) else model.encoder
+    config = encoder.config
+    # Noise as the picture, since every value of it differs.
+    images = torch.randn(2, config.channels, *config.size, generator=torch.Generator().manual_seed(0))
+    inputs, expected, read = {"images": images}, {"forward": encoder(images)}, {"forward": open_encoder(folder)(images)}
     verified, missing = {"maehub": __version__}, {}
-    reason: str | None = "this folder has an encoder in timm's layout"
-    if isinstance(model, MaskedAutoencoder):
-        reason = why_not_transformers(model.config)
-    if reason:
-        missing["transformers"] = reason
+    if isinstance(model, Encoder):
+        missing["transformers"] = "this folder has an encoder in timm's layout"
+    else:
+        rows, columns = (side // config.patch_size for side in config.size)
+        masked = make_masks("random", torch.tensor([0, 1]), (rows, columns), 0.75)
+        # transformers keeps the patches with the least noise, in its order; this is ours.
+        inputs["noise"] = masked.float() + torch.arange(rows * columns) / (2 * rows * columns)
+        tokens = encoder.features(images, pool="tokens")
+        first = encoder.features(images, pool="cls")[:, None] if config.pool == "cls" else tokens[:, :1]
+        expected |= {"prediction": model(images, masked).prediction, "tokens": torch.cat([first, tokens], dim=1)}
+        read["prediction"] = open_autoencoder(folder)(images, masked).prediction
+        if reason := why_not_transformers(model.config):
+            missing["transformers"] = reason
+    _compare("maehub", read, expected)
     for library in ("timm", "transformers"):
         if library in missing:
             continue
@@ -72,26 +72,6 @@ def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdic
     return Verdict(verified, missing)
 
 
-@torch.inference_mode()
-def _case(model: Encoder | MaskedAutoencoder) -> _Case:
-    """Noise as the picture, since every value of it differs."""
-    encoder = model if isinstance(model, Encoder) else model.encoder
-    config = encoder.config
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, config.channels, *config.size, generator=generator)
-    outputs = {"forward": encoder(images)}
-    if isinstance(model, Encoder):
-        return _Case({"images": images}, None, outputs)
-    rows, columns = (side // config.patch_size for side in config.size)
-    masked = make_masks("random", torch.tensor([0, 1]), (rows, columns), 0.75)
-    # transformers keeps the patches with the least noise, in its order; this is ours.
-    noise = masked.float() + torch.arange(rows * columns) / (2 * rows * columns)
-    tokens = encoder.features(images, pool="tokens")
-    first = encoder.features(images, pool="cls")[:, None] if config.pool == "cls" else tokens[:, :1]
-    outputs |= {"prediction": model(images, masked).prediction, "tokens": torch.cat([first, tokens], dim=1)}
-    return _Case({"images": images, "noise": noise}, masked, outputs)
-
-
 def _read_back(folder: Path, library: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What another library computes, in a process whose Hub is a cache with this repository alone."""
     with tempfile.TemporaryDirectory(prefix="maehub-gate-") as name:
@@ -102,15 +82,14 @@ def _read_back(folder: Path, library: str, inputs: dict[str, Tensor]) -> dict[st
         (repo / "snapshots").mkdir()
         (repo / "snapshots" / _COMMIT).symlink_to(folder.resolve(), target_is_directory=True)
         write_tensors(home / "inputs.safetensors", inputs, {}, torch.float32)
-        job = home / "job.json"
-        settings = {"library": library, "repo": _REPO}
-        settings |= {side: str(home / f"{side}.safetensors") for side in ("inputs", "outputs")}
-        job.write_text(json.dumps(settings))
+        files = {side: str(home / f"{side}.safetensors") for side in ("inputs", "outputs")}
+        (home / "job.json").write_text(json.dumps({"library": library, "repo": _REPO} | files))
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
+        script = str(Path(__file__).resolve().with_name("round_trip.py"))
         try:
             done = subprocess.run(
-                [sys.executable, "-P", str(_ROUND_TRIP), str(job)],  # -P: its neighbours must not hide other modules
+                [sys.executable, "-P", script, "job.json"],  # -P: its neighbours must not hide other modules
                 env=environment | offline | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_TELEMETRY": "1"},
                 cwd=home,
                 capture_output=True,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from maehub.errors import UsageError
+from maehub.errors import UsageError, first_names
 from maehub.weights import read_header
 
 _TEXTS = {".json", ".jsonl", ".md", ".txt", ".csv", ".sha256", ""}
@@ -70,14 +70,12 @@ def find_leaks(files: dict[str, Path], *, token: str | None = None, names: Colle
 
 def refuse_leaks(leaks: list[Leak]) -> None:
     """Raise what was found, if anything."""
-    if not leaks:
-        return
-    lines = [f"{leak.file}: {leak.what}{f' ({leak.hint:.80})' if leak.hint else ''}" for leak in leaks[:4]]
-    more = f" and {len(leaks) - 4} more" if len(leaks) > 4 else ""
-    raise UsageError(
-        f"this must not be published; nothing was sent:\n{chr(10).join(lines)}{more}\n"
-        "Take it out of the text that you give or of the folder's files, then push again"
-    )
+    lines = [f"{leak.file}: {leak.what}{f' ({leak.hint:.80})' if leak.hint else ''}" for leak in leaks]
+    if lines:
+        raise UsageError(
+            "this must not be published; nothing was sent:\n" + first_names(lines, 4, "\n") + "\n"
+            "Take it out of the text that you give or of the folder's files, then push again"
+        )
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -24,17 +24,7 @@ from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import find_leaks, refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, base_model_of, read_run
-from maehub.publishing.remote import (
-    Hub,
-    LocalFile,
-    Remote,
-    RemoteFile,
-    check_conditions,
-    check_name,
-    look,
-    same,
-    verify_remote,
-)
+from maehub.publishing.remote import Hub, LocalFile, Remote, check_conditions, check_name, look, same, verify_remote
 from maehub.publishing.repository import build_repository, files_of
 from maehub.weights import check_finite, find_model_folder, open_autoencoder, open_encoder, read_block
 
@@ -268,12 +258,12 @@ def _plan(
     pull_request: bool,
 ) -> Plan:
     """What would be sent; ``remote`` is the error of a dry run that could not look at the Hub."""
-    there: dict[str, RemoteFile] = {}
+    there = {} if isinstance(remote, HubError) else remote.files
     visibility = {True: "private", False: "public", None: "as its owner's settings say"}[private]
     if isinstance(remote, HubError):
         notes = [f"the Hub was not looked at: {str(remote).splitlines()[0]}"]
     else:
-        there, notes = remote.files, []
+        notes = []
         visibility = f"new, {visibility}" if not remote.exists else "private" if remote.private else "public"
         if remote.licence and remote.licence != licence.identifier:
             notes.append(f"NOTE: the card there says licence {remote.licence}, this one says {licence.identifier}")

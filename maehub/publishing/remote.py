@@ -7,10 +7,11 @@ waits, asks again where that may help, and says what is safe. No text holds a to
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError
+from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError, first_names
 from maehub.files import byte_text
 from maehub.hub import (
     LIBRARY,
@@ -71,12 +72,8 @@ def look(
 ) -> Remote:
     """A repository before anything is hashed or sent to it, and whether the token may write there.
 
-    Args:
-        repo_id: ``user/name``; it need not exist.
-        revision: the branch that is to be written; it need not exist.
-        pull_request: the writing is to be proposed only, which needs no right to write there.
-        token: a token of the Hub; None is that of the login, or $HF_TOKEN.
-        endpoint: address of the Hub; None is $HF_ENDPOINT, else the Hub's own.
+    Neither ``user/name`` nor the branch ``revision`` need exist. A ``pull_request`` needs no right to write there. The
+    token is by default that of the login, or $HF_TOKEN, the endpoint $HF_ENDPOINT, else the Hub's own.
 
     A UsageError says that this names no repository or no branch, a HubError that there is no answer, or no token that
     may write there, a CheckpointError that the file that keeps the login cannot be read.
@@ -117,19 +114,24 @@ def verify_remote(
     An IntegrityError names each that is missing or another one; a HubError says that the Hub does not tell.
     """
     hub = Hub(repo_id, token, endpoint)
-    safe = f"the commit {commit[:12]} was made; whether it holds the right bytes is not known"
     listed = hub.ask(
         f"reading {repo_id}@{commit[:12]} back",
         lambda: hub.api.get_paths_info(repo_id, list(files), revision=commit),
-        safe,
+        safe=f"the commit {commit[:12]} was made; whether it holds the right bytes is not known",
     )
-    stated = {one.path: _stated(one) for one in listed if hasattr(one, "blob_id")}
-    other = [name for name, file in files.items() if not same(file, stated.get(name))]
-    wrong = [f"{name}: {_difference(files[name], stated.get(name))}" for name in other]
+    there = {one.path: _stated(one) for one in listed if hasattr(one, "blob_id")}
+    wrong = []
+    for name, file in files.items():
+        if (stated := there.get(name)) is None:
+            wrong.append(f"{name}: it is not there")
+        elif stated.size != file.size:
+            wrong.append(f"{name}: {stated.size} B there, {byte_text(file.size)} ({file.size} B) here")
+        elif not same(file, stated):
+            here = f"{file.sha256[:12]} here" if stated.sha256 else "another here"
+            wrong.append(f"{name}: its hash is {(stated.sha256 or stated.git)[:12]} there, {here}")
     if wrong:
-        rest = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise IntegrityError(
-            f"{repo_id}@{commit[:12]} on {hub.host} does not hold what was sent: {'; '.join(wrong[:3])}{rest}\n"
+            f"{repo_id}@{commit[:12]} on {hub.host} does not hold what was sent: {first_names(wrong, 3, '; ')}\n"
             "the files here are unchanged; nobody should load that commit: run this again, and tell the Hub if it stays"
         )
 
@@ -162,7 +164,8 @@ def state(hub: "Hub", revision: str) -> Remote:
                 raise UsageError(f"{revision!r} is a tag of {hub.repo_id}, which stays where it is: give a branch")
             branch = revision if revision.startswith("refs/pr/") else "main"
             branch = revision if revision in [one.name for one in refs.branches] else branch
-        info = hub.ask(f"the look at {hub.repo_id}", lambda: hub.info(branch))
+        facts = partial(hub.api.model_info, hub.repo_id, revision=branch, files_metadata=True, timeout=hub.patience)
+        info = hub.ask(f"the look at {hub.repo_id}", facts)
     except HubError as error:
         missing = isinstance(error.__cause__, errors.RepositoryNotFoundError)
         if missing and not isinstance(error.__cause__, errors.GatedRepoError):
@@ -219,13 +222,7 @@ class Hub:
         self.api = HfApi(self.endpoint, self.token, **LIBRARY)
 
     def ask(self, doing: str, call: Callable[[], Answer], safe: str = UNTOUCHED) -> Answer:
-        """The answer to a question that may be asked more than once.
-
-        Args:
-            doing: what it is for, for texts.
-            call: asks.
-            safe: what is known to be so if there is no answer, which is a HubError.
-        """
+        """The answer to a question that may be asked again; a HubError says what it was for, and what is safe."""
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
         def bounded() -> Answer:
@@ -236,10 +233,6 @@ class Hub:
             return retry(bounded, lambda _: f"{doing}: {self.host} did not deliver, asking again")
         except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
             raise self.trouble(error, doing, safe) from error
-
-    def info(self, revision: str) -> Any:
-        """The Hub's facts about the repository at a revision, with those of its files."""
-        return self.api.model_info(self.repo_id, revision=revision, files_metadata=True, timeout=self.patience)
 
     @contextlib.contextmanager
     def bounded(self, seconds: float) -> Iterator[None]:
@@ -297,13 +290,7 @@ class Hub:
 def check_conditions(
     hub: Hub, remote: Remote, *, revision: str, parent: str | None, private: bool | None, pull_request: bool
 ) -> None:
-    """Refuse what cannot be done with a repository as it is, known from one look; nothing is asked.
-
-    Args:
-        hub: who publishes, and where.
-        remote: the repository as it was found.
-        revision, parent, private, pull_request: as in `maehub.publishing.committing.commit`.
-    """
+    """Refuse what cannot be done with a repository as it is, known from one look; nothing is asked."""
     if (remote.repo_id, remote.revision) != (hub.repo_id, revision):
         raise UsageError(f"{remote.repo_id}, {remote.revision} was looked at, not {hub.repo_id}, {revision}")
     if pull_request and not remote.exists:
@@ -316,11 +303,8 @@ def check_conditions(
             f"{hub.repo_id} on {hub.host} is {now}, and {asked} was asked for; {UNTOUCHED}\n"
             f"publish it as it is, change it at {hub.endpoint}/{hub.repo_id}/settings, or take another name"
         )
-    if parent is not None:
-        _check_parent(hub, remote, parent)
-
-
-def _check_parent(hub: Hub, remote: Remote, parent: str) -> None:
+    if parent is None:
+        return
     if not re.fullmatch(r"[0-9a-f]{6,40}", parent):
         raise UsageError(f"{parent[:60]!r} is no commit: give at least 6 of its hexadecimal digits")
     if not remote.exists:
@@ -377,13 +361,3 @@ def _stated(one: Any) -> RemoteFile:
     """What the client found out about a file; without a size and a hash, which no file equals, if it was not told."""
     large = one.lfs.sha256 if one.lfs else ""
     return RemoteFile(int(one.size or 0), large, "" if large else str(one.blob_id or ""))
-
-
-def _difference(file: LocalFile, stated: RemoteFile | None) -> str:
-    if stated is None:
-        return "it is not there"
-    if stated.size != file.size:
-        return f"{stated.size} B there, {byte_text(file.size)} ({file.size} B) here"
-    return f"its hash is {(stated.sha256 or stated.git)[:12]} there" + (
-        f", {file.sha256[:12]} here" if stated.sha256 else ", another here"
-    )
