@@ -50,7 +50,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path: a safetensors file or PyTorch pickle, a model or run folder, or a folder with one such file. Of a run
             without an exported model the newest checkpoint.
     """
-    file, config = find_checkpoint(Path(path))
+    file, config = _find(Path(path))
     if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would block
         raise UsageError(f"{file} is not a file")
     try:
@@ -61,22 +61,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if start[8:9] == b"{" or not start.startswith((b"PK", b"\x80")):
         _check_start(file, start)
         header = read_header(file)
-        shapes = {
-            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-            for name, entry in _few(file, header.tensors).items()
-        }
+        shapes = _on_meta(file, header.tensors)
         return Checkpoint(
             file, config, "safetensors", shapes, lambda: read_tensors(file).tensors, header.metadata, "", ()
         )
     if start.startswith(b"PK"):
         _check_archive(file)
     tensors, beside, entry = read_pickle(file)
-    _check_sizes(file, _few(file, tensors))
-    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
+    shapes = _on_meta(file, tensors)
+    for name, value in tensors.items():
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():  # which a pickle can make of strides
+            raise IntegrityError(
+                f"{file}: {name[:80]!r} claims {value.numel():,} values and has {value.untyped_storage().nbytes():,} "
+                "bytes; it is damaged or hostile"
+            )
     return Checkpoint(file, config, "pickle", shapes, lambda: tensors, {}, entry, beside)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path | None]:
+def _find(path: Path) -> tuple[Path, Path | None]:
     """The file of weights that a path means, and the ``config.json`` that belongs to it."""
     if not os.path.exists(path):  # unlike the method of a path, False for a name that is too long
         hint = f"; a model is called so, and `maehub info {path}` says what it is" if is_model(str(path)) else ""
@@ -84,18 +86,13 @@ def find_checkpoint(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         beside = path.parent / "config.json"
         return path, beside if path.name in _USUAL and beside.is_file() else None
-    folder = _newest_step(path) if (path / "run.json").exists() else find_model_folder(path)
+    # Of a run without an exported model the newest checkpoint.
+    steps = [] if (path / "model" / "config.json").exists() else path.glob("checkpoints/step-*/model.safetensors")
+    numbers = {int(name): step for step in steps if (name := step.parent.name[5:]).isdecimal() and step.is_file()}
+    is_run = (path / "run.json").exists()
+    folder = numbers[max(numbers)].parent if numbers and is_run else find_model_folder(path)
     config = folder / "config.json"
     return _only_one(folder), config if config.is_file() else None
-
-
-def _newest_step(run: Path) -> Path:
-    """The exported model of a run, or its newest checkpoint."""
-    if (run / "model" / "config.json").exists():
-        return run / "model"
-    steps = {int(entry.name[5:]): entry for entry in run.glob("checkpoints/step-*") if entry.name[5:].isdecimal()}
-    whole = [steps[number] for number in sorted(steps) if (steps[number] / "model.safetensors").is_file()]
-    return whole[-1] if whole else find_model_folder(run)
 
 
 def _only_one(folder: Path) -> Path:
@@ -154,20 +151,11 @@ def _check_archive(file: Path) -> None:
         raise IntegrityError(f"{file} is a damaged zip archive ({error}); download or copy it again") from error
 
 
-def _few(file: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+def _on_meta(file: Path, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors, or the entries of a header, without their values."""
     if len(tensors) > _MOST_TENSORS:
         raise IntegrityError(f"{file} holds {len(tensors):,} tensors, more than any network of vision has")
-    return tensors
-
-
-def _check_sizes(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that claim more values than they have bytes, which a pickle can make of strides."""
-    for name, value in tensors.items():
-        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise IntegrityError(
-                f"{file}: {name[:80]!r} claims {value.numel():,} values and has {value.untyped_storage().nbytes():,} "
-                "bytes; it is damaged or hostile"
-            )
+    return {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in tensors.items()}
 
 
 def _some(paths: Iterable[Path]) -> str:

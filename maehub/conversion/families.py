@@ -45,18 +45,8 @@ _STEM = re.compile(r"(patch_embed\.(\d+\.)?proj|patch_embed\.projection|patch_em
 def families() -> tuple[Family, ...]:
     """Every row, in the order of the table."""
     table = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
-    return tuple(
-        Family(
-            row["name"],
-            row["title"],
-            row["advice"],
-            tuple(row.get("signs", ())),
-            tuple(row.get("absent", ())),
-            tuple(row.get("stem", ())),
-            row.get("stem_rank", 0),
-        )
-        for row in table["families"]
-    )
+    rows = ({key: tuple(v) if isinstance(v, list) else v for key, v in row.items()} for row in table["families"])
+    return tuple(Family(**row) for row in rows)
 
 
 def recognise(shapes: Shapes) -> Family | None:

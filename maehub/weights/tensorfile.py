@@ -49,9 +49,10 @@ _KINDS = (
     (b"\x1f\x8b", "is a gzip archive; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "is a zstd archive; unpack it first"),
     (b"PK\x03\x04", "is a PyTorch pickle (a zip archive); convert it once with `maehub convert FILE -o FOLDER`"),
-    (b"\x80\x02", "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`"),
-    (b"\x80\x04", "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`"),
-    (b"\x80\x05", "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`"),
+    (
+        (b"\x80\x02", b"\x80\x04", b"\x80\x05"),
+        "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`",
+    ),
     (b"\x89HDF\r\n", "is an HDF5 file; only safetensors files are read"),
     (b"<", "is an HTML or XML page, which a server may send instead of a file; download it again"),
     (b"{", "is JSON text, perhaps a server's error message; download it again"),
