@@ -23,11 +23,10 @@ from maehub.figures.rendering import (
     ImageSource,
     Statistics,
     check_target,
-    drawn,
     model_name,
     network_input,
     open_picture,
-    patch_errors,
+    painted,
     picture_size,
 )
 from maehub.images import Preprocess, grid_size
@@ -234,21 +233,18 @@ def reconstruct(
     preprocess = preprocess or autoencoder.preprocess
     picture = open_picture(image, preprocess)
     pixels = preprocess.pixels(picture)
-    size, patch_size = (pixels.shape[0], pixels.shape[1]), autoencoder.config.encoder.patch_size
-    grid = grid_size(*size, patch_size)
+    size = picture_size(pixels)
+    grid = grid_size(*size, autoencoder.config.encoder.patch_size)
     if mask is None:
         masked = make_masks(strategy, one_seed(seed), grid, mask_ratio)
     else:
-        hidden = given_mask(mask, picture_size(picture), preprocess, size, grid)
-        masked = torch.tensor(hidden).flatten()[None]
+        masked = torch.tensor(given_mask(mask, picture_size(picture), preprocess, size, grid)).flatten()[None]
     if not masked.any():
         raise UsageError("the mask hides no patch, so there is nothing to reconstruct; hide at least one")
     images = network_input(autoencoder, preprocess, pixels)
-    output = autoencoder(images, masked.to(images.device))
-    reconstruction = drawn(autoencoder, preprocess, images, output.prediction, masked, grid, statistics)
-    errors = patch_errors(autoencoder, preprocess, images, output.prediction, reconstruction)
+    reconstruction, errors = painted(autoencoder, preprocess, images, masked, grid, statistics)
     hidden = masked[0].reshape(grid).numpy()
-    where = hidden.repeat(patch_size, axis=0).repeat(patch_size, axis=1)[:, :, None]
+    where = over_patches(hidden[:, :, None], size)
     return Panels(
         original=pixels,
         masked=np.where(where, np.uint8(_MASK_GREY), pixels),
@@ -292,16 +288,13 @@ def error_map(
     check_target(autoencoder)
     preprocess = preprocess or autoencoder.preprocess
     pixels = preprocess.pixels(open_picture(image, preprocess))
-    patch_size = autoencoder.config.encoder.patch_size
-    grid = grid_size(pixels.shape[0], pixels.shape[1], patch_size)
+    grid = grid_size(*picture_size(pixels), autoencoder.config.encoder.patch_size)
     masks = covering_masks(seed, grid[0] * grid[1], mask_ratio)  # (M, N)
     images = network_input(autoencoder, preprocess, pixels)
     error = np.zeros(grid, dtype=np.float64)
     colours = np.zeros(pixels.shape, dtype=np.float64)
     for masked in masks[:, None]:  # one by one: many patches or a high ratio would need much memory
-        prediction = autoencoder(images, masked.to(images.device)).prediction
-        picture = drawn(autoencoder, preprocess, images, prediction, masked, grid, "visible")
-        squared = patch_errors(autoencoder, preprocess, images, prediction, picture)
+        picture, squared = painted(autoencoder, preprocess, images, masked, grid, "visible")
         hidden = masked[0].reshape(grid).numpy()
         error += squared.reshape(grid).cpu().numpy() * hidden
         colours += picture * over_patches(hidden[:, :, None], picture_size(pixels))
@@ -371,16 +364,15 @@ def attention_overlay(
         raise UsageError(f"head={head} must be from 0 to {heads - 1}, or None for the mean of all")
     preprocess = preprocess or encoder.preprocess
     pixels = preprocess.pixels(open_picture(image, preprocess))
-    rows, columns = grid_size(pixels.shape[0], pixels.shape[1], encoder.config.patch_size)
+    grid = grid_size(*picture_size(pixels), encoder.config.patch_size)
     weights = encoder.attention(network_input(encoder, preprocess, pixels), layer=layer)[0, :, 0, 1:]  # (heads, N)
     chosen = weights.mean(dim=0) if head is None else weights[head]
-    attention = chosen.float().reshape(rows, columns).cpu().numpy()
+    attention = chosen.float().reshape(grid).cpu().numpy()
     colours = Image.fromarray(heat(attention / attention.max()))
-    smooth = np.asarray(colours.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BILINEAR))
+    smooth = np.asarray(colours.resize(picture_size(pixels)[::-1], Image.Resampling.BILINEAR))
     grey = np.asarray(as_rgb(pixels).convert("L"))[:, :, None]
     overlay = (0.35 * grey + 0.65 * smooth).round().astype(np.uint8)
-    number = layer % encoder.config.depth
-    return AttentionMap(pixels, attention, overlay, number, head, model_name(encoder))
+    return AttentionMap(pixels, attention, overlay, layer % encoder.config.depth, head, model_name(encoder))
 
 
 def _percent(share: float) -> str:

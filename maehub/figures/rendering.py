@@ -3,7 +3,7 @@
 import io
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -76,52 +76,46 @@ def network_input(model: Encoder | MaskedAutoencoder, preprocess: Preprocess, pi
     return preprocess.normalise(torch.from_numpy(pixels)[None].to(weight.device)).to(weight.dtype)
 
 
-def drawn(
+class Painted(NamedTuple):
+    """What a model makes of a picture of which it sees a part, every patch as the model gives it."""
+
+    picture: np.ndarray  # (H, W, C) uint8
+    errors: Tensor  # (1, N) float32, the squared error of every patch in the space of the target, mean over its values
+
+
+def painted(
     autoencoder: MaskedAutoencoder,
     preprocess: Preprocess,
     images: Tensor,
-    prediction: Tensor,
     masked: Tensor,
     grid: Size,
     statistics: Statistics,
-) -> np.ndarray:
-    """A prediction (1, N, outputs) as a picture (H, W, C) uint8, every patch as the model gives it.
+) -> Painted:
+    """A network's input (1, C, H, W) under a mask (1, N) on a grid of (rows, columns) patches.
 
-    Coefficients of ``pca`` give the pixels that have them and no others; tokens the colour of the most likely one.
+    Coefficients of ``pca`` give the pixels that have them and no others; tokens the colour of the most likely one, and
+    since these have no squares, their errors are those of the colours in preprocessed pixels.
     """
     config, patch_size = autoencoder.config, autoencoder.config.encoder.patch_size
-    prediction = prediction.float()
+    output = autoencoder(images, masked.to(images.device)).prediction  # (1, N, outputs)
+    prediction, patches = output.float(), patchify(images, patch_size)
     if not prediction.isfinite().all():
         raise DataError("the model's prediction holds NaN or infinity; run it in float32, or check its weights")
     if config.target == "tokens":
         colours = mean_colour_of(prediction.argmax(dim=2), config.encoder.channels)  # (1, N, C)
-        picture = unpatchify(colours.repeat(1, 1, patch_size**2), grid, patch_size)
-        return _as_pixels(picture)
+        picture = _as_pixels(unpatchify(colours.repeat(1, 1, patch_size**2), grid, patch_size))
+        shown = preprocess.normalise(torch.from_numpy(picture)[None].to(images.device))
+        return Painted(picture, squared_error(patchify(shown, patch_size), patches.float()))
+    errors = squared_error(output, autoencoder.target(patches))
     if config.target == "pca":
         prediction = autoencoder.decoder.centre.float() + prediction @ autoencoder.decoder.components.float()
     if config.target == "normalised_pixels":
-        patches = patchify(images, patch_size)
         if statistics == "true":
             found = true_statistics(patches)
         else:
             found = estimate_statistics(patches, prediction, masked, grid, patch_size)
         prediction = denormalise_patches(prediction, found.mean, found.variance)
-    return _as_pixels(preprocess.denormalise(unpatchify(prediction, grid, patch_size)))
-
-
-def patch_errors(
-    autoencoder: MaskedAutoencoder, preprocess: Preprocess, images: Tensor, prediction: Tensor, picture: np.ndarray
-) -> Tensor:
-    """The squared error of every patch in the space of the target, mean over its values: (1, N) float32.
-
-    Tokens have no squares: for them it is that of the drawn ``picture`` (H, W, C) uint8, in preprocessed pixels.
-    """
-    patch_size = autoencoder.config.encoder.patch_size
-    patches = patchify(images, patch_size)
-    if autoencoder.config.target == "tokens":
-        colours = preprocess.normalise(torch.from_numpy(picture)[None].to(images.device))
-        return squared_error(patchify(colours, patch_size), patches.float())
-    return squared_error(prediction, autoencoder.target(patches))
+    return Painted(_as_pixels(preprocess.denormalise(unpatchify(prediction, grid, patch_size))), errors)
 
 
 def _as_pixels(picture: Tensor) -> np.ndarray:

@@ -61,11 +61,7 @@ def printable(path: ImagePath) -> str:
 
 
 def open_image(
-    source: ImagePath | BinaryIO,
-    *,
-    channels: int = 3,
-    scaled_to: Size | None = None,
-    max_pixels: int = MAX_PIXELS,
+    source: ImagePath | BinaryIO, *, channels: int = 3, scaled_to: Size | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Open a picture file, fully decoded, upright, as RGB or greyscale of 8 bits.
 
@@ -131,23 +127,15 @@ class Part(NamedTuple):
 
 
 def open_part(
-    source: ImagePath | BinaryIO,
-    choose: Callable[[Size], Box],
-    scaled_to: Size,
-    max_pixels: int = MAX_PIXELS,
+    source: ImagePath | BinaryIO, choose: Callable[[Size], Box], scaled_to: Size, max_pixels: int = MAX_PIXELS
 ) -> Part:
     """A part of a picture file, decoded no further than it needs.
 
-    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 at which the part still has enough pixels (a 4:2:2
-    one at 1/2 and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in
-    `open_image`, in the channels that the file has.
-
-    Args:
-        source: a path, or a binary file. In messages the file is called by its ``name``, if it has one.
-        choose: is told the (height, width) of the upright picture and says which part of it, inside of it. The edges
-            are then moved to multiples of that scale, so that the part is whole decoded pixels; see `aligned`.
-        scaled_to: (height, width) that the part must have at least, if it has as much at full scale.
-        max_pixels: larger pictures are refused before they are decoded.
+    ``choose`` is told the (height, width) of the upright picture and says which part of it, inside of it; the edges
+    are then moved to whole decoded pixels, see `aligned`. A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8
+    at which the part still has the (height, width) ``scaled_to``, if it has as much at full scale (a 4:2:2 one at 1/2
+    and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in `open_image`,
+    in the channels that the file has.
     """
     return _read(source, lambda file: _part(file, choose, scaled_to, max_pixels))
 

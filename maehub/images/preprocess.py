@@ -91,7 +91,9 @@ class Preprocess:
         The short side is scaled to ``round(S / 0.875)`` up to 224 pixels, to S itself above; bicubic; centre crop;
         ImageNet statistics. Other than 3 channels get the average of ImageNet's three numbers each.
         """
-        mean, std = _statistics(channels)
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if channels != 3:
+            mean, std = (sum(mean) / 3,) * channels, (sum(std) / 3,) * channels
         size = as_size(size)
         fraction = 0.875 if max(size) <= _LARGEST_CROPPED else 1.0
         return cls(size, patch_size, "centre-crop", fraction, "bicubic", mean, std)
@@ -128,7 +130,10 @@ class Preprocess:
     @property
     def decode_size(self) -> Size | None:
         """(height, width) that a scaled decoding must not fall below; None where every pixel counts."""
-        return None if self.resize == "native" else self._cover_size()
+        if self.resize == "native":
+            return None
+        fraction = self.crop_fraction if self.resize == "centre-crop" else 1
+        return round(self.size[0] / fraction), round(self.size[1] / fraction)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """One picture, as `pixels` takes it, to a network's input: (C, H, W) float32."""
@@ -167,10 +172,9 @@ class Preprocess:
         low, high = self.value_range
         if self.clip and (pixels.is_floating_point() or self.value_range != (0.0, 255.0)):
             images.clamp_(low, high)
+        statistics = zip(self.mean, self.std, strict=True)
         scale = images.new_tensor([1 / ((high - low) * std) for std in self.std])
-        shift = images.new_tensor(
-            [(-low / (high - low) - mean) / std for mean, std in zip(self.mean, self.std, strict=True)]
-        )
+        shift = images.new_tensor([(-low / (high - low) - mean) / std for mean, std in statistics])
         return images.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
     def denormalise(self, images: Tensor) -> Tensor:
@@ -193,11 +197,8 @@ class Preprocess:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise IntegrityError(f"unknown keys in the preprocessing: {', '.join(unknown)}; known: {', '.join(known)}")
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
         try:
-            return cls(**given)
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         except (UsageError, TypeError, ValueError) as error:
             raise IntegrityError(f"the preprocessing cannot be used: {error}") from error
 
@@ -246,7 +247,7 @@ class Preprocess:
     def _cropped(self, decoded: Decoded, method: Image.Resampling, exact: bool) -> Image.Image:
         """Scale to cover and crop."""
         image, (height, width), content = decoded
-        rows, columns = self._cover_size()
+        rows, columns = (round(side / self.crop_fraction) for side in self.size)  # which the scaled picture covers
         # One side is met exactly, the other rounded down, as torchvision does.
         if rows * width <= columns * height:
             scaled = max(rows, columns * height // width), columns
@@ -263,13 +264,6 @@ class Preprocess:
         shifted = (box[0] + content[0], box[1] + content[1], box[2] + content[0], box[3] + content[1])
         return image.resize(self.size[::-1], method, box=shifted)
 
-    def _cover_size(self) -> Size:
-        """(rows, columns) that the scaled picture covers before it is cropped."""
-        if self.resize != "centre-crop":
-            return self.size
-        rows, columns = (round(side / self.crop_fraction) for side in self.size)
-        return rows, columns
-
     def _fill(self, mode: str, band: int | None) -> int | tuple[int, ...]:
         """The mean colour, which becomes zero when normalised."""
         low, high = self.value_range
@@ -277,9 +271,3 @@ class Preprocess:
         if band is not None:
             return colour[band]
         return tuple(colour) if mode == "RGB" else round(sum(colour) / len(colour))
-
-
-def _statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if channels == 3:
-        return IMAGENET_MEAN, IMAGENET_STD
-    return (sum(IMAGENET_MEAN) / 3,) * channels, (sum(IMAGENET_STD) / 3,) * channels
