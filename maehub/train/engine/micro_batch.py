@@ -11,12 +11,12 @@ from maehub.errors import CheckpointError
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
 from maehub.train.engine.parallel import autocast
-from maehub.train.engine.settings import Precision
+from maehub.train.engine.settings import RunConfig
 
 log = logging.getLogger("maehub")
 
 _ADAM = 2  # tensors of the size of the weights that the optimizer will add
-MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
+_MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
 
 
 def find_micro_batch(
@@ -46,32 +46,34 @@ def find_micro_batch(
 
 
 def pictures_fit(
-    objective: nn.Module,
-    blank: Callable[[int], Sequence[Tensor]],
-    group: Group,
-    *,
-    precision: Precision = "auto",
-    shard: bool = False,
+    objective: nn.Module, blank: Callable[[int], Sequence[Tensor]], group: Group, config: RunConfig
 ) -> Callable[[int], bool]:
     """Whether training any network on so many pictures at once fits.
 
     On a GPU forward and backward are tried; on a CPU what the forward of two pictures keeps for the backward is
-    counted.
-
-    Args:
-        objective: gives a loss.
-        blank: arguments of the objective for so many pictures.
+    counted. ``objective`` gives a loss, and ``blank`` its arguments for so many pictures.
     """
-    device, precise = group.device, autocast(precision, group.device)
-    if device.type == "cuda" and not shard:
-        return lambda size: pass_fits(objective, blank(size), device, precise)
-    free = available_bytes() / group.local_size
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
     trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
-    free -= (_ADAM + 1) * trained / (group.size if shard else 1)
-    each = _kept_bytes(objective, blank(2), precise) / 2
-    return lambda size: size * each <= MEMORY_SHARE * free
+    fixed = (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
+    precise = autocast(config.precision, group.device)
+    return batch_fits(objective, blank, group, config, lambda: (fixed, _kept_bytes(objective, blank(2), precise) / 2))
+
+
+def batch_fits(
+    objective: nn.Module,
+    blank: Callable[[int], Sequence[Tensor]],
+    group: Group,
+    config: RunConfig,
+    estimate: Callable[[], tuple[float, float]],
+) -> Callable[[int], bool]:
+    """Whether so many pictures fit: tried where a device says no, else by an ``estimate``, bytes that a process needs
+    beside what its pictures need, and bytes that each of them needs."""
+    device = group.device
+    if device.type == "cuda" and not config.fsdp:
+        return lambda size: pass_fits(objective, blank(size), device, autocast(config.precision, device))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes() / group.local_size
+    fixed, each = estimate()
+    return lambda size: size * each <= _MEMORY_SHARE * (free - fixed)
 
 
 def pass_fits(objective: nn.Module, arguments: Sequence[Tensor], device: torch.device, precise: Any) -> bool:
