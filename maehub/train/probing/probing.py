@@ -33,7 +33,7 @@ from maehub.train.evaluation import (
     sweep,
     vote,
 )
-from maehub.train.finetuning import FinetuneConfig, as_classifier
+from maehub.train.finetuning import FinetuneConfig, with_head
 from maehub.train.networks import Backbone, open_backbone
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
@@ -297,18 +297,6 @@ def why_no_model(backbone: Backbone, pool: str, layer: int) -> str:
     return ""
 
 
-def as_model(backbone: Backbone, fit: LinearFit, labelled: Labelled) -> Encoder:
-    """The encoder with the probe as its head."""
-    encoder = backbone.module
-    assert isinstance(encoder, Encoder)
-    pool, classes = encoder.config.pool, labelled.classes
-    model = as_classifier(encoder.cpu(), classes, pool=pool, multi_label=labelled.multi_label)
-    with torch.no_grad():
-        model.head.weight.copy_(fit.weight)
-        model.head.bias.copy_(fit.bias)
-    return model.eval()
-
-
 def _write(
     config: ProbeConfig, backbone: Backbone, split: LabelledSplit, result: ProbeResult, fit: LinearFit
 ) -> ProbeResult:
@@ -324,7 +312,10 @@ def _write(
                 f"{result.strength:.2g}, chosen on a part of them).\n\nTop-1 {scores.top1:.1f} % (95 % interval "
                 f"{scores.low:.1f} to {scores.high:.1f}) on {scores.n:,} other pictures."
             )
-            save(as_model(backbone, fit, split.training), staging / "model", card=card)
+            assert isinstance(backbone.module, Encoder)
+            several = split.training.multi_label
+            model = with_head(backbone.module, split.training.classes, fit.weight, fit.bias, multi_label=several)
+            save(model, staging / "model", card=card)
         write_text(staging / "probe.json", _json(result.to_dict()))
     return result
 
