@@ -34,7 +34,7 @@ from maehub.train.evaluation import (
     vote,
 )
 from maehub.train.finetuning import FinetuneConfig, with_head
-from maehub.train.networks import Backbone, open_backbone
+from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.weights import save
@@ -149,8 +149,7 @@ def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
 
 def open_for(config: ProbeConfig | KnnConfig | FrozenConfig, name: str, seed: int) -> Backbone:
     """A network as a configuration wants it; one that lacks the pool that was named is refused."""
-    size = config.image_size
-    backbone = open_backbone(name, image_size=(size[0], size[-1]) if size else None, device=config.device, seed=seed)
+    backbone = open_backbone(name, image_size=pair(config.image_size), device=config.device, seed=seed)
     if isinstance(config, ProbeConfig | KnnConfig):
         _pools(config, backbone)
         backbone.layers(config.layer if isinstance(config, ProbeConfig) else [config.layer])
@@ -257,20 +256,9 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
 
 def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> FinetuneConfig:
     """A run of fine-tuning on the same pictures and the same split."""
-    return FinetuneConfig(
-        config.data,
-        out,
-        model=model,
-        image_size=config.image_size,
-        val_share=config.val_share,
-        group=config.group,
-        label=config.label,
-        seed=seed,
-        device=config.device,
-        workers=config.workers,
-        overwrite=config.overwrite,
-        quiet=config.quiet,
-    )
+    names = ("image_size", "val_share", "group", "label", "device", "workers", "overwrite", "quiet")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return FinetuneConfig(config.data, out, model=model, seed=seed, **shared)
 
 
 def inner_parts(training: Labelled, seed: int) -> Inner:
