@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 from maehub.files import read_words
 from maehub.hub import locate
+from maehub.train.evaluation import text_table
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
+    from maehub.train import Scores
 
 
 class Shared(NamedTuple):
@@ -32,17 +34,13 @@ def run_list(config: "arguments.List", shared: Shared) -> int:
     rows = [model_info(name) for name in list_models(config.pattern)]
     if not rows:
         raise UsageError(f"no model is called {config.pattern!r}; `maehub list` shows all of them")
-    if shared.json:
-        _print_json({"models": [row.to_dict() for row in rows]})
-        return EXIT_DONE
-    table = [("NAME", "SIZE", "ROLE", "TARGET", "LICENCE", "SOURCE")]
-    table += [
-        (row.name, _side(row.image_size), row.role, row.target or "–", row.licence, row.sources[0].where())
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    header = ("NAME", "SIZE", "ROLE", "TARGET", "LICENCE", "SOURCE")
+    table = []
+    for row in rows:
+        size = "×".join(map(str, dict.fromkeys(row.image_size)))  # of a square one side
+        table.append((row.name, size, row.role, row.target or "–", row.licence, row.sources[0].where()))
+    text = text_table(header, table, left=range(len(header)))
+    report(shared._replace(quiet=False), {"models": [row.to_dict() for row in rows]}, text)
     return EXIT_DONE
 
 
@@ -50,10 +48,7 @@ def run_info(config: "arguments.Info", shared: Shared) -> int:
     from maehub.hub import model_info
 
     info = model_info(config.name)
-    if shared.json:
-        _print_json(info.to_dict())
-    else:
-        print(info.describe())
+    report(shared._replace(quiet=False), info.to_dict(), info.describe())
     return EXIT_DONE
 
 
@@ -204,30 +199,27 @@ def run_data(config: "arguments.Data", shared: Shared) -> int:
 def run_pretrain(config: Any, shared: Shared) -> int:
     from maehub.train import pretrain
 
-    result = pretrain(replace(config, quiet=shared.quiet))
-    return _trained(shared, result, {}, _ending(result))
+    return _trained(pretrain(replace(config, quiet=shared.quiet)), None, shared)
 
 
 def run_finetune(config: Any, shared: Shared) -> int:
     from maehub.train import finetune
 
     result = finetune(replace(config, quiet=shared.quiet))
-    if result.scores is None:
-        return _trained(shared, result, {}, _ending(result))
-    text = f"{result.scores}\n\n{_ending(result)}. {result.run}/report.html shows it"
-    return _trained(shared, result, result.scores.summary(), text)
+    return _trained(result, result.scores, shared)
 
 
-def _trained(shared: Shared, result: Any, scores: dict[str, Any], text: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        report(shared, {"run": str(result.run), "step": result.step, "exit_code": result.exit_code} | scores, text)
-    return int(result.exit_code)
-
-
-def _ending(result: Any) -> str:
+def _trained(result: Any, scores: "Scores | None", shared: Shared) -> int:
+    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
+    text = f"{result.run}: {result.step} steps done"
     if result.exit_code:
-        return f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
-    return f"{result.run}: {result.step} steps done"
+        text = f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
+    if scores is not None:
+        facts |= scores.summary()
+        text = f"{scores}\n\n{text}. {result.run}/report.html shows it"
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+        report(shared, facts, text)
+    return int(result.exit_code)
 
 
 def measuring(function: str) -> Callable[[Any, Shared], int]:
@@ -285,17 +277,9 @@ def run_plan(config: Any, shared: Shared) -> int:
 def report(shared: Shared, facts: dict[str, Any], text: str) -> None:
     """Say what came of a command: as JSON, in words, or not at all."""
     if shared.json:
-        _print_json(facts)
+        print(json.dumps(facts, allow_nan=False))
     elif not shared.quiet:
         print(text)
-
-
-def _print_json(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, allow_nan=False))
-
-
-def _side(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}×{size[1]}"
 
 
 def wanted_size(sides: tuple[int, ...]) -> int | tuple[int, int] | None:

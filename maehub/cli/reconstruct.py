@@ -31,7 +31,12 @@ def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
         raise UsageError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
     found = locate(config.model, "autoencoder")
     if one_each:
-        _make_folder(config.out)
+        if config.out.is_file():
+            raise UsageError(f"{config.out} is a file; name a folder, or a figure by its ending such as .png")
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(config.out, error) from error
 
     from maehub.figures import check_figure, error_map, grid, reconstruct, save_figure
     from maehub.hub import load_autoencoder
@@ -80,15 +85,6 @@ def _figure_paths(images: list[str], folder: Path) -> list[Path]:
         numbered = (f"{stem}-{number}" for number in itertools.count(2))
         names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = None
     return [folder / f"{name}_mae.png" for name in names]
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def _numbers(figure: Any) -> dict[str, Any]:

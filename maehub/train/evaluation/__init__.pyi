@@ -1,5 +1,6 @@
 from .config import EvaluateConfig as EvaluateConfig
 from .config import PredictConfig as PredictConfig
+from .config import check_target as check_target
 from .evaluating import Evaluation as Evaluation
 from .evaluating import evaluate as evaluate
 from .evaluating import labelled_sheet as labelled_sheet

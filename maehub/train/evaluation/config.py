@@ -22,8 +22,6 @@ from maehub.train.engine import (
     settle,
 )
 
-PREDICTION_ENDINGS = (".csv", ".json")
-
 Classifier = Annotated[
     Model, arg(help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file.")
 ]
@@ -89,10 +87,12 @@ class PredictConfig:
             check_target(self.out, self.overwrite)
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Whether predictions can be written to a path, before anything is computed."""
-    if path.suffix not in PREDICTION_ENDINGS:
-        raise UsageError(f"{path}: predictions are written as {' or '.join(PREDICTION_ENDINGS)}")
+def check_target(
+    path: Path, overwrite: bool, what: str = "predictions", endings: tuple[str, ...] = (".csv", ".json")
+) -> None:
+    """Whether results can be written to a path, before anything is computed."""
+    if path.suffix not in endings:
+        raise UsageError(f"{path}: {what} are written as {' or '.join(endings)}")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
     if not path.parent.is_dir():

@@ -74,14 +74,9 @@ def fit_linear(
     loss. Accuracy is what one wants; where it is flat a few pictures would decide for a strength that fits too closely,
     and loss alone can be lowest where hardly anything is told apart, as with histograms that have rare bins.
 
-    Deterministic. Constant, repeated and linearly dependent columns are fine, and so is n < D.
-
-    Args:
-        features: (n, D) floating.
-        labels: (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class.
-        classes: C.
-        inner: indices to fit to and indices to choose by, once or more.
-        strengths: penalties to try.
+    Deterministic. Features are (n, D) floating; constant, repeated and linearly dependent columns are fine, and so is
+    n < D. Labels are (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class. ``inner`` are
+    indices to fit to and indices to choose by, once or more.
     """
     trials = sweep(features, labels, classes, inner, strengths)
     chosen = best(trials)
@@ -128,9 +123,13 @@ def fit_at(
 
 
 def accuracy(logits: Tensor, labels: np.ndarray) -> float:
-    """Top-1 in percent of (n, C) and (n,); of (n, C) bool the mean average precision of the classes that occur."""
+    """Top-1 in percent of (n, C) and (n,); of (n, C) bool the mean average precision of the classes that occur.
+
+    In place of logits it also takes (n,), which class is the highest.
+    """
     if labels.ndim == 1:
-        return 100 * float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
+        highest = logits.argmax(dim=1) if logits.ndim == 2 else logits
+        return 100 * float((highest.cpu().numpy() == labels).mean())
     values = logits.float().cpu().numpy()
     scores = [average_precision(values[:, column], labels[:, column]) for column in np.flatnonzero(labels.any(axis=0))]
     return 100 * float(np.mean(scores)) if scores else 0.0

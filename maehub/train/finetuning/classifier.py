@@ -23,15 +23,10 @@ _HEAD_WIDTH = 64  # of the attention that pools
 def as_classifier(
     encoder: Encoder, classes: Sequence[str], *, pool: Pool, multi_label: bool = False, seed: int = 0
 ) -> Encoder:
-    """An encoder with a head to be fine-tuned: its weights, and fresh ones for what they lack.
+    """An encoder on the CPU with a head to be fine-tuned: its weights, and fresh ones for what they lack.
 
     With the mean the final norm is a fresh ``fc_norm``, unless the weights have one. The head is kept where it is one
     of the same classes, else drawn with the published small deviation. Positions are trained, as published.
-
-    Args:
-        encoder: on the CPU.
-        classes: their names.
-        pool: what the head sees.
     """
     old = encoder.config
     names = tuple(classes)
@@ -49,20 +44,29 @@ def as_classifier(
     return model
 
 
-def drop_paths(blocks: Sequence[Block], rate: float) -> None:
+def with_head(encoder: Encoder, classes: Sequence[str], weight: Tensor, bias: Tensor, *, multi_label: bool) -> Encoder:
+    """The encoder as it is, on the CPU and in eval mode, with a head of these weights (C, D) and biases (C,)."""
+    model = as_classifier(encoder.cpu(), classes, pool=encoder.config.pool, multi_label=multi_label)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
+    return model.eval()
+
+
+def drop_paths(blocks: Sequence[nn.Module], rate: float, names: Sequence[str] = ("drop_path",)) -> None:
     """Put stochastic depth into blocks: the first is never passed over, the last for ``rate`` of the samples."""
     from timm.layers.drop import DropPath
 
     for number, block in enumerate(blocks):
         share = rate * number / max(1, len(blocks) - 1)
-        block.drop_path = DropPath(share) if share else nn.Identity()
+        for name in names:
+            setattr(block, name, DropPath(share) if share else nn.Identity())
 
 
 def freeze(encoder: Encoder, blocks: float) -> None:
     """Leave the last so many blocks, the final norm and the head to be trained (He et al. 2021, figure 9).
 
-    Args:
-        blocks: 0.5 is the MLP of the last block with its norm, as in the paper.
+    Half a block is the MLP of the last one with its norm, as in the paper.
     """
     depth = encoder.config.depth
     if blocks > depth:
@@ -155,14 +159,10 @@ class LinearProbe(_Probe):
             return None
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
-        model = as_classifier(encoder.cpu(), classes, pool=encoder.config.pool, multi_label=multi_label)
         scale = (self.norm.running_var.double().cpu() + self.norm.eps).rsqrt()
         weight = self.head.weight.detach().double().cpu() * scale
         bias = self.head.bias.detach().double().cpu() - weight @ self.norm.running_mean.double().cpu()
-        with torch.no_grad():
-            model.head.weight.copy_(weight)
-            model.head.bias.copy_(bias)
-        return model
+        return with_head(encoder, classes, weight, bias, multi_label=multi_label)
 
 
 class AttentiveProbe(_Probe):
@@ -186,16 +186,14 @@ class AttentiveProbe(_Probe):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to logits (B, classes)."""
-        with torch.no_grad():
-            tokens = self._tokens(images)
+        network: Any = self.trunk
+        with torch.no_grad():  # patch tokens (B, N, D) after the final norm; of a convolutional network its last map
+            if isinstance(network, Encoder):
+                tokens = network.features(images, pool="tokens")
+            else:
+                tokens = network.forward_features(images)
+                maps = tokens.ndim == 4
+                tokens = tokens.flatten(2).transpose(1, 2) if maps else tokens[:, network.num_prefix_tokens :]
         query = self.query.expand(len(tokens), -1, -1)
         pooled, _ = self.attention(query, tokens, tokens, need_weights=False)
         return self.head(self.norm(pooled[:, 0]))
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        """Patch tokens (B, N, D) after the final norm; of a convolutional network its last map."""
-        if isinstance(self.trunk, Encoder):
-            return self.trunk.features(images, pool="tokens")
-        network: Any = self.trunk
-        found = network.forward_features(images)
-        return found.flatten(2).transpose(1, 2) if found.ndim == 4 else found[:, network.num_prefix_tokens :]

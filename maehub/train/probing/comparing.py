@@ -153,7 +153,10 @@ def compare(config: CompareConfig) -> Comparison:
     first = splits[config.seeds[0]]
     comparison = Comparison(config.data, (), len(first.training), first.made, config.out)
     if config.out is not None:  # not sooner: data or a model that is not there leaves no folder behind
-        _make_folder(config.out)
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(config.out, error) from error
     _write(comparison)
     for name in config.model:
         runs = _frozen_runs(config, name, splits)
@@ -206,10 +209,3 @@ def _write(comparison: Comparison) -> None:
     if comparison.out is not None:
         with atomic_write(comparison.out / MEMBERS[0]) as temporary:
             temporary.write_text(json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error

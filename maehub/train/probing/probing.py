@@ -33,8 +33,8 @@ from maehub.train.evaluation import (
     sweep,
     vote,
 )
-from maehub.train.finetuning import FinetuneConfig, as_classifier
-from maehub.train.networks import Backbone, open_backbone
+from maehub.train.finetuning import FinetuneConfig, with_head
+from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.weights import save
@@ -149,8 +149,7 @@ def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
 
 def open_for(config: ProbeConfig | KnnConfig | FrozenConfig, name: str, seed: int) -> Backbone:
     """A network as a configuration wants it; one that lacks the pool that was named is refused."""
-    size = config.image_size
-    backbone = open_backbone(name, image_size=(size[0], size[-1]) if size else None, device=config.device, seed=seed)
+    backbone = open_backbone(name, image_size=pair(config.image_size), device=config.device, seed=seed)
     if isinstance(config, ProbeConfig | KnnConfig):
         _pools(config, backbone)
         backbone.layers(config.layer if isinstance(config, ProbeConfig) else [config.layer])
@@ -257,20 +256,9 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
 
 def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> FinetuneConfig:
     """A run of fine-tuning on the same pictures and the same split."""
-    return FinetuneConfig(
-        config.data,
-        out,
-        model=model,
-        image_size=config.image_size,
-        val_share=config.val_share,
-        group=config.group,
-        label=config.label,
-        seed=seed,
-        device=config.device,
-        workers=config.workers,
-        overwrite=config.overwrite,
-        quiet=config.quiet,
-    )
+    names = ("image_size", "val_share", "group", "label", "device", "workers", "overwrite", "quiet")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return FinetuneConfig(config.data, out, model=model, seed=seed, **shared)
 
 
 def inner_parts(training: Labelled, seed: int) -> Inner:
@@ -297,18 +285,6 @@ def why_no_model(backbone: Backbone, pool: str, layer: int) -> str:
     return ""
 
 
-def as_model(backbone: Backbone, fit: LinearFit, labelled: Labelled) -> Encoder:
-    """The encoder with the probe as its head."""
-    encoder = backbone.module
-    assert isinstance(encoder, Encoder)
-    pool, classes = encoder.config.pool, labelled.classes
-    model = as_classifier(encoder.cpu(), classes, pool=pool, multi_label=labelled.multi_label)
-    with torch.no_grad():
-        model.head.weight.copy_(fit.weight)
-        model.head.bias.copy_(fit.bias)
-    return model.eval()
-
-
 def _write(
     config: ProbeConfig, backbone: Backbone, split: LabelledSplit, result: ProbeResult, fit: LinearFit
 ) -> ProbeResult:
@@ -324,7 +300,10 @@ def _write(
                 f"{result.strength:.2g}, chosen on a part of them).\n\nTop-1 {scores.top1:.1f} % (95 % interval "
                 f"{scores.low:.1f} to {scores.high:.1f}) on {scores.n:,} other pictures."
             )
-            save(as_model(backbone, fit, split.training), staging / "model", card=card)
+            assert isinstance(backbone.module, Encoder)
+            several = split.training.multi_label
+            model = with_head(backbone.module, split.training.classes, fit.weight, fit.bias, multi_label=several)
+            save(model, staging / "model", card=card)
         write_text(staging / "probe.json", _json(result.to_dict()))
     return result
 
