@@ -19,12 +19,13 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from maehub.errors import DataError, UsageError
 from maehub.images.jpeg import fast_rows, first_rows
 from maehub.images.sizes import Size
+from maehub.images.tiff import open_tiff
 
 ImagePath = str | Path | bytes
 _Result = TypeVar("_Result")
@@ -239,7 +240,7 @@ def _opened(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
     head = file.read(16)
     file.seek(start)
     # Not `Image.open`: its limit on pixels is a global setting and half of it a global warning filter.
-    image = decoder_of(head)(file)
+    image = open_tiff(file) if (decoder := decoder_of(head)) is TiffImageFile else decoder(file)
     if isinstance(image, PngImageFile):
         image.verify()  # the checksums of the pixels, which loading passes over
         file.seek(start)
@@ -329,6 +330,8 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
     if values.min() < 0:
         raise DataError(f"its integers go down to {values.min()}, and what a negative brightness means is not known")
     largest = 65535 if values.max() <= 65535 else np.iinfo(values.dtype).max
+    if isinstance(image, TiffImageFile) and image.tag_v2[BITSPERSAMPLE] == (12,):
+        largest = 4095
     return (np.multiply(values, np.float32(255 / largest), dtype=np.float32) + np.float32(0.5)).astype(np.uint8)
 
 
