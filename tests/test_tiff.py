@@ -4,22 +4,21 @@ The files are written here, tag by tag, since no library writes all that is foun
 """
 
 import io
-import itertools
 import random
 import struct
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from maehub.errors import DataError
 from maehub.images import open_image
-from pathlib import Path
-DATA = Path(__file__).parent / "data"
 
-CASES = DATA / "tiff"
+CASES = Path(__file__).parent / "data" / "tiff"
 RAW, DEFLATE = 1, 8
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
@@ -45,9 +44,7 @@ def written(layout: Layout, values: np.ndarray, palette: np.ndarray | None = Non
     bands, height, width = values.shape
     planes = [values.transpose(1, 2, 0)] if layout.planar == 1 else [plane[:, :, None] for plane in values]
     strips = [
-        _strip(layout, plane[row : row + layout.rows])
-        for plane in planes
-        for row in range(0, height, layout.rows)
+        _strip(layout, plane[row : row + layout.rows]) for plane in planes for row in range(0, height, layout.rows)
     ]
     number = "Q" if layout.big else "I"
     tags = {
@@ -118,7 +115,9 @@ def drawn(source: random.Random) -> tuple[Layout, np.ndarray, np.ndarray | None]
     """A layout out of the product of all tags, and values for it."""
     meaning = source.choice([WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB, None])
     kinds = [(bits, UNSIGNED) for bits in (1, 2, 4, 8, 8, 12, 16, 16, 32)]
-    bits, format = source.choice([*kinds, *((bits, SIGNED) for bits in (8, 16, 32)), (16, FLOAT), (32, FLOAT), (64, FLOAT)])
+    bits, format = source.choice(
+        [*kinds, *((bits, SIGNED) for bits in (8, 16, 32)), (16, FLOAT), (32, FLOAT), (64, FLOAT)]
+    )
     own = {RGB: 3, YCBCR: 3, LAB: 3, CMYK: 4}.get(meaning, 1) if source.random() < 0.7 else source.randint(1, 5)
     added = source.choice([0, 0, 0, 1, 1, 2])
     layout = Layout(
@@ -209,6 +208,63 @@ def fuzzed(seed: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(400))
-def test_a_drawn_layout_is_read_right_or_refused(seed):
-    fuzzed(seed)
+def test_drawn_layouts_are_read_right_or_refused():
+    read = sum(map(fuzzed, range(1500)))
+    assert read > 40  # of the product of all tags most is refused
+
+
+@pytest.mark.slow
+def test_many_drawn_layouts_are_read_right_or_refused():
+    assert sum(map(fuzzed, range(1500, 20_000))) > 500
+
+
+RAMP = np.broadcast_to(np.arange(64)[None], (64, 64))
+READ = {
+    "a_minwhite_u8": 255 - 4 * RAMP,
+    "d_rgb16_planar_deflate": np.stack([1040 * RAMP / 257, 0 * RAMP, 520 * RAMP / 257], axis=2),
+    "j_f32_be_raw": 4 * RAMP / 256 * 255,
+}
+REFUSED = {
+    "b_minwhite_u16": "grey whose zero is white, 1 band of 16-bit unsigned integers",
+    "c_rgb16_planar": "RGB, 3 bands of 16-bit unsigned integers, plane after plane",
+    "e_5band_u16_planar_deflate": "5 bands of 16-bit unsigned integers, plane after plane, with extra samples",
+    "f_5band_u16_planar_raw": "5 bands of 16-bit unsigned integers, plane after plane",
+    "g_3band_u8_planar_deflate": "3 bands of 8-bit unsigned integers, plane after plane",
+    "h_int8_negative": "1 band of 8-bit signed integers",
+    "n_f32_minwhite": "grey whose zero is white, 1 band of 32-bit floating-point numbers",
+    "o_5band_u8_contig": "5 bands of 8-bit unsigned integers, with extra samples",
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_cases_that_are_certain_are_read(name):
+    pixels = np.asarray(open_image(CASES / f"{name}.tif", channels=3 if READ[name].ndim == 3 else 1), float)
+    assert np.abs(pixels - READ[name]).max() <= 1
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_cases_that_are_not_are_refused_by_their_layout(name):
+    with pytest.raises(DataError) as caught:
+        open_image(CASES / f"{name}.tif")
+    assert REFUSED[name] in str(caught.value)
+    assert "not read with certainty" in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "YCbCr", "CMYK"])
+def test_damage_of_a_jpeg_inside_is_seen(mode):
+    file = io.BytesIO()
+    ramp = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    ramp.convert(mode).save(file, "TIFF", compression="jpeg")
+    data = bytearray(file.getvalue())
+    assert not isinstance(read(bytes(data)), str)
+    tags = Image.open(file).tag_v2
+    middle = tags[273][0] + tags[279][0] // 2
+    data[middle : middle + 2] = b"\xff\xd9"
+    assert "its picture data is damaged" in read(bytes(data))
+
+
+def test_a_cut_file_says_so():
+    whole = written(Layout("<", BLACK_IS_ZERO, 1, 8, UNSIGNED, 1, RAW), np.zeros((1, 8, 8), int))
+    assert not isinstance(read(whole), str)
+    for length in range(len(whole)):
+        assert isinstance(read(whole[:length]), str)
