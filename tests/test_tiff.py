@@ -221,7 +221,7 @@ def test_many_drawn_layouts_are_read_right_or_refused():
 RAMP = np.broadcast_to(np.arange(64)[None], (64, 64))
 READ = {
     "a_minwhite_u8": 255 - 4 * RAMP,
-    "d_rgb16_planar_deflate": np.stack([1040 * RAMP / 257, 1040 * RAMP.T / 257, 520 * RAMP / 257], axis=2),
+    "d_rgb16_planar_deflate": np.stack([1040 * RAMP / 257, 1040 * RAMP.T / 257, 520 * (RAMP + RAMP.T) / 257], axis=2),
     "j_f32_be_raw": 4 * RAMP / 256 * 255,
 }
 REFUSED = {
