@@ -38,13 +38,12 @@ def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
         except OSError as error:
             raise write_error(config.out, error) from error
 
-    from maehub.figures import check_figure, error_map, grid, reconstruct, save_figure
+    from maehub.figures import check_figure, error_map, grid, open_mask, reconstruct, save_figure
     from maehub.hub import load_autoencoder
-    from maehub.images import open_image
 
     check_figure(outs[0])
     model = load_autoencoder(found, image_size=size, device=config.device)
-    mask = open_image(config.mask_image, channels=1) if config.mask_image else None
+    mask = open_mask(config.mask_image) if config.mask_image else None
 
     def drawn(image: str, ratio: float) -> Any:
         if config.error_map:

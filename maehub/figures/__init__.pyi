@@ -2,6 +2,7 @@ from .drawing import check_figure as check_figure
 from .drawing import compose as compose
 from .drawing import heat as heat
 from .drawing import save_figure as save_figure
+from .masks import open_mask as open_mask
 from .plots import Series as Series
 from .plots import curves_picture as curves_picture
 from .plots import curves_svg as curves_svg

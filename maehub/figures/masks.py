@@ -9,7 +9,16 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.errors import UsageError
-from maehub.images import Preprocess, Size
+from maehub.images import MAX_PIXELS, ImagePath, Preprocess, Size, decode
+
+
+def open_mask(path: ImagePath) -> Image.Image:
+    """A mask picture as `mask_from_image` sees it, mode L; opened as safely as any picture.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return decode(path, None, MAX_PIXELS, background=0).image.convert("L")
 
 
 def mask_from_image(image: Image.Image | np.ndarray, grid: Size) -> np.ndarray:
@@ -20,11 +29,19 @@ def mask_from_image(image: Image.Image | np.ndarray, grid: Size) -> np.ndarray:
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == bool else image)
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    shares = image.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
+    shares = _grey(image).resize((grid[1], grid[0]), Image.Resampling.BOX)
     return np.asarray(shares) > 127
+
+
+def _grey(mask: Image.Image) -> Image.Image:
+    """Mode L; what is transparent is black."""
+    if mask.has_transparency_data:
+        black = Image.new("RGBA", mask.size, (0, 0, 0, 255))
+        mask = Image.alpha_composite(black, mask.convert("RGBA"))
+    mask = mask.convert("L")
+    if mask.getextrema()[1] == 1:
+        raise UsageError("the mask's values are 0 and 1, which both count as black; the white that hides is 255")
+    return mask
 
 
 def mask_from_boxes(boxes: Sequence[Sequence[float]], image_size: Size, grid: Size) -> np.ndarray:
@@ -54,9 +71,7 @@ def given_mask(mask: MaskSource, picture: Size, preprocess: Preprocess, pixels: 
     if isinstance(mask, Image.Image):
         if mask.size == picture[::-1] and picture != pixels:
             # Painted over the whole picture, so it is resized and cropped with it; what padding adds stays visible.
-            black = Image.new("RGBA", mask.size, (0, 0, 0, 255))
-            flat = Image.alpha_composite(black, mask.convert("RGBA")).convert("L")
-            mask = Image.fromarray(replace(preprocess, mean=(0.0,), std=(1.0,)).pixels(flat)[:, :, 0])
+            mask = Image.fromarray(replace(preprocess, mean=(0.0,), std=(1.0,)).pixels(_grey(mask))[:, :, 0])
         return mask_from_image(mask, grid)
     array = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
     if isinstance(array, np.ndarray):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +15,21 @@ from typing import BinaryIO, NamedTuple, Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from maehub.errors import DataError, UsageError
-from maehub.images.jpeg import fast_rows, first_rows
+from maehub.images.jpeg import Jpeg, decode_rows, read_jpeg
+from maehub.images.png import open_png, transparent_pixels
 from maehub.images.sizes import Size
+from maehub.images.tiff import open_tiff
 
 ImagePath = str | Path | bytes
 _Result = TypeVar("_Result")
@@ -32,14 +37,17 @@ _Result = TypeVar("_Result")
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 2 GiB/4 of 24-bit pixels
 
 # By first bytes, never by name: what is not here (EPS, PDF, FITS, …) never reaches a decoder.
-_DECODERS: tuple[tuple[str, tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
-    ("JPEG", (b"\xff\xd8\xff",), JpegImageFile),
-    ("PNG", (b"\x89PNG\r\n\x1a\n",), PngImageFile),
-    ("WebP", (b"RIFF",), WebPImageFile),
-    ("GIF", (b"GIF87a", b"GIF89a"), GifImageFile),
-    ("BMP", (b"BM",), BmpImageFile),
-    ("TIFF", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
-    ("PNM", (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), PpmImageFile),
+_DECODERS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile] | None], ...] = (
+    ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
+    ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
+    ("BMP", re.compile(rb"BM"), BmpImageFile),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
+    ("PNM", re.compile(rb"P[1-6]"), PpmImageFile),
+    ("AVIF", re.compile(rb"....ftypavi[fs]", re.DOTALL), AvifImageFile),
+    ("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"), Jpeg2KImageFile),
+    ("HEIC", re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL), None),  # by the extra "formats"
 )
 _ORIENTATION = 0x0112  # the EXIF tag
 _FLIPS_X, _FLIPS_Y = (2, 3, 6, 7), (3, 4, 7, 8)  # its values where the upright picture starts at the stored end
@@ -65,9 +73,10 @@ def open_image(
 ) -> Image.Image:
     """Open a picture file, fully decoded, upright, as RGB or greyscale of 8 bits.
 
-    JPEG, PNG, WebP, GIF, BMP, TIFF and PNM, recognised by content; of an animation the first frame. EXIF orientation
-    is applied, transparency is laid over white, 16- and 32-bit integers are scaled to 8 bits (values of a 32-bit file
-    that never exceed 65535 count as 16-bit), floats must lie in [0, 1]. Colour profiles are ignored.
+    JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, AVIF, JPEG 2000 and, with the extra ``formats``, HEIC, recognised by content;
+    of an animation the first frame. EXIF orientation is applied, transparency is laid over white, 16- and 32-bit
+    integers are scaled to 8 bits (values of a 32-bit file that never exceed 65535 count as 16-bit), floats must lie in
+    [0, 1]. Colour profiles are ignored. A picture with missing data is refused, never filled up with grey.
 
     Args:
         source: a path, or a binary file.
@@ -92,6 +101,7 @@ class Decoded(NamedTuple):
     full_size: Size  # (height, width) had it not been decoded scaled
     content: tuple[float, float, float, float]
     """Left, top, right, bottom of the picture in ``image``: scaled decoding rounds up to whole pixels."""
+    warnings: tuple[str, ...] = ()  # what is odd about the file, and harmless
 
     @classmethod
     def whole(cls, image: Image.Image) -> Self:
@@ -99,9 +109,9 @@ class Decoded(NamedTuple):
         return cls(image, (image.height, image.width), (0, 0, image.width, image.height))
 
 
-def decode(source: ImagePath | BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
-    """What `open_image` does, in the channels that the file has."""
-    return _read(source, lambda file: _decode_file(file, scaled_to, max_pixels))
+def decode(source: ImagePath | BinaryIO, scaled_to: Size | None, max_pixels: int, background: int = 255) -> Decoded:
+    """What `open_image` does, in the channels that the file has; what is transparent shows a grey of 0 to 255."""
+    return _read(source, lambda file: _decode_file(file, scaled_to, max_pixels, background))
 
 
 class Box(NamedTuple):
@@ -172,10 +182,9 @@ def _read(source: ImagePath | BinaryIO, action: Callable[[BinaryIO], _Result]) -
 
 
 def _part(file: BinaryIO, choose: Callable[[Size], Box], scaled_to: Size, max_pixels: int) -> Part:
-    start = file.tell()
-    image = _opened(file, max_pixels)
-    if not isinstance(image, JpegImageFile):
-        return part_of(plain(image), choose, scaled_to)
+    image, jpeg = _opened(file, max_pixels)
+    if jpeg is None:
+        return part_of(_whole(image), choose, scaled_to)
     orientation = _orientation(image)
     turned = orientation >= 5
     upright = image.size if turned else image.size[::-1]
@@ -185,11 +194,8 @@ def _part(file: BinaryIO, choose: Callable[[Size], Box], scaled_to: Size, max_pi
     stored, scale = aligned(box, scaled_to, image.size[::-1])
     if scale > 2 and image.mode == "RGB" and get_sampling(image) not in (0, 2):
         scale //= 2  # 4:2:2: scaled decoding halves the width of the colours once more
-    file.seek(start)
-    data = file.read()
-    rows = fast_rows(data, image, stored.bottom, scale)
+    rows, _ = decode_rows(jpeg, scale, stored.bottom)
     if rows is None:
-        image = JpegImageFile(io.BytesIO(first_rows(data, stored.bottom) or data))
         image.draft(None, (image.width // scale, image.height // scale))
         rows = np.asarray(_flat(image))
     left, top, right, bottom = (edge // scale for edge in stored)
@@ -221,47 +227,61 @@ def _swapped(box: Box) -> Box:
     return Box(box.top, box.left, box.bottom, box.right)
 
 
-def _opened(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
-    """A picture whose header was read and found good."""
+def _opened(file: BinaryIO, max_pixels: int) -> tuple[ImageFile.ImageFile, Jpeg | None]:
+    """A picture whose header was read and found good; what is decoded of a JPEG."""
     start = file.tell()
     head = file.read(16)
     file.seek(start)
     # Not `Image.open`: its limit on pixels is a global setting and half of it a global warning filter.
-    image = decoder_of(head)(file)
-    if isinstance(image, PngImageFile):
-        image.verify()  # the checksums of the pixels, which loading passes over
-        file.seek(start)
-        image = PngImageFile(file)
+    decoder, jpeg = decoder_of(head), None
+    if decoder is JpegImageFile:
+        jpeg = read_jpeg(file.read())
+        image = JpegImageFile(io.BytesIO(jpeg.data))
+    elif decoder is PngImageFile:
+        image = open_png(file.read())
+    else:
+        image = open_tiff(file) if decoder is TiffImageFile else decoder(file)
     width, height = image.size
     if width < 1 or height < 1:
         raise DataError(f"it has {width}×{height} pixels")
     if width * height > max_pixels:
         megapixels = width * height / 1e6
         raise DataError(f"{width}×{height} pixels are {megapixels:.0f} MP, over the limit of {max_pixels / 1e6:.0f} MP")
-    return image
+    return image, jpeg
 
 
-def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
-    image = _opened(file, max_pixels)
-    if not scaled_to or not isinstance(image, JpegImageFile):
-        return Decoded.whole(plain(image))
+def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int, background: int) -> Decoded:
+    image, jpeg = _opened(file, max_pixels)
+    if jpeg is None:
+        return Decoded.whole(_whole(image, background))
     width, height = image.size
     orientation = _orientation(image)
     turned = orientation >= 5
-    rows, columns = reversed(scaled_to) if turned else scaled_to
-    drafted = image.draft(None, (columns, rows))
-    right, bottom = drafted[1][2:] if drafted else image.size
+    rows, columns = scaled_to or (height, width)
     if turned:
-        right, bottom, width, height = bottom, right, height, width
-    upright = plain(image)
+        rows, columns = columns, rows
+    scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
+    pixels, warnings = decode_rows(jpeg, scale)
+    if pixels is None:
+        image.draft(None, (columns, rows))
+    upright = _upright(_flat(image) if pixels is None else Image.fromarray(pixels), orientation)
+    if turned:
+        width, height = height, width
+    right, bottom = width / scale, height / scale
     left = upright.width - right if orientation in _FLIPS_X else 0
     top = upright.height - bottom if orientation in _FLIPS_Y else 0
-    return Decoded(upright, (height, width), (left, top, left + right, top + bottom))
+    return Decoded(upright, (height, width), (left, top, left + right, top + bottom), warnings)
 
 
 def decoder_of(head: bytes) -> type[ImageFile.ImageFile]:
-    for name, beginnings, decoder in _DECODERS:
-        if head.startswith(beginnings) and (name != "WebP" or head[8:12] == b"WEBP"):
+    """What reads a file that begins with these bytes, at least 16 of a longer file."""
+    for name, beginning, decoder in _DECODERS:
+        if beginning.match(head):
+            if decoder is None:
+                try:
+                    from pillow_heif import HeifImageFile as decoder
+                except ImportError:
+                    raise DataError(f"it is {name}, which takes: pip install 'maehub[formats]'") from None
             return decoder
     if not head:
         raise DataError("the file is empty")
@@ -278,26 +298,39 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def plain(image: Image.Image) -> Image.Image:
-    """Any picture as L or RGB: upright, alpha over white, wide numbers scaled."""
+def _whole(image: ImageFile.ImageFile, background: int = 255) -> Image.Image:
+    """A picture whose header was read, as `plain`."""
+    hidden = transparent_pixels(image) if isinstance(image, PngImageFile) else None
+    if hidden is None:
+        return plain(image, background)
+    del image.info["transparency"]
+    pixels = np.array(_flat(image))
+    pixels[hidden] = background
+    return _upright(Image.fromarray(pixels), _orientation(image))
+
+
+def plain(image: Image.Image, background: int = 255) -> Image.Image:
+    """Any picture as L or RGB: upright, alpha over white or another grey, wide numbers scaled."""
     image.load()  # turns a TIFF itself, and takes its orientation away
-    turn = _UPRIGHT.get(_orientation(image))
-    image = _flat(image)
-    if turn is None:
+    return _upright(_flat(image, background), _orientation(image))
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation not in _UPRIGHT:
         return image
-    image = image.transpose(turn)
+    image = image.transpose(_UPRIGHT[orientation])
     image.info.clear()  # Pillow keeps the orientation in there, and it would be applied a second time
     return image
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def _flat(image: Image.Image, background: int = 255) -> Image.Image:
     """Any picture as L or RGB, not turned."""
     image.load()
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return Image.fromarray(_to_8_bits(image))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        below = Image.new("RGBA", image.size, (background, background, background, 255))
+        return Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
     if image.mode not in ("L", "RGB"):
         return image.convert("L" if image.mode == "1" else "RGB")
     return image
@@ -317,6 +350,8 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
     if values.min() < 0:
         raise DataError(f"its integers go down to {values.min()}, and what a negative brightness means is not known")
     largest = 65535 if values.max() <= 65535 else np.iinfo(values.dtype).max
+    if isinstance(image, TiffImageFile) and image.tag_v2[BITSPERSAMPLE] == (12,):
+        largest = 4095
     return (np.multiply(values, np.float32(255 / largest), dtype=np.float32) + np.float32(0.5)).astype(np.uint8)
 
 

@@ -1,50 +1,150 @@
-"""The first rows of a JPEG, scaled: what a crop needs, and no more.
+"""JPEG: decoded whole or in its first rows, scaled, and never with grey where data is missing.
 
-A JPEG is one stream from top to bottom, so what lies below a crop need not be decoded. No decoder that installs from a
-package index offers that, but every one stops where the header says that the picture ends: `first_rows` writes a
-smaller height into it. simplejpeg, a thin layer over libjpeg-turbo, is the fast decoder, if it is installed.
+simplejpeg, a thin layer over libjpeg-turbo, tells of the first flaw that the library sees; Pillow decodes the same
+pixels, but what is missing is filled up without a word. A JPEG is one stream from top to bottom, so what lies below a
+crop need not be decoded: every decoder stops where the header says that the picture ends, and `first_rows` writes a
+smaller height into it.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from PIL.JpegImagePlugin import JpegImageFile
+from typing import NamedTuple
 
-try:
-    import simplejpeg
-except ImportError:  # the extra "fast"
-    simplejpeg = None
+import numpy as np
+import simplejpeg
+
+from maehub.errors import DataError
 
 _BASELINE = (0xC0, 0xC1)  # frame headers of coding in one pass, by Huffman codes
+_ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+_TABLES = (0xC4, 0xCC, 0xDB)  # of codes, of their conditioning, of quantisation
+_INTERVAL = 0xDD  # of restarts
+_JFIF, _EXIF, _ADOBE = 0xE0, 0xE1, 0xEE  # the first and the last decide on the colour space
 _SCAN = 0xDA  # a row of all blocks begins
 _END = b"\xff\xd9"
 _BELOW = 16  # rows that colour of half the resolution is smoothed over, and more
+_SCANS = 16  # of a progressive picture, more than encoders write
+_SCANNED = 1_000_000_000  # pixels times scans past which a picture with more scans is an attack
 
 
-def first_rows(data: bytes, rows: int) -> bytearray | None:
+class Jpeg(NamedTuple):
+    """A JPEG without what its pixels do not depend on."""
+
+    data: bytes  # the segments that count, the orientation among them, then all scans
+    frame: int  # where the frame header begins
+    scan: int  # where the header of the first scan begins
+    restarts: int  # after how many groups of blocks the codes begin anew; 0 is never
+    warnings: tuple[str, ...]  # what is odd about it, and harmless
+
+    @property
+    def baseline(self) -> bool:
+        return self.data[self.frame + 1] in _BASELINE
+
+
+def read_jpeg(data: bytes) -> Jpeg:
+    """Passes over metadata, which may hold anything, and over bytes between the segments, which some cameras write.
+
+    Raises:
+        DataError: there is no picture in it, or one in which damage cannot be seen, or one that costs too much.
+    """
+    kept, warnings = bytearray(b"\xff\xd8"), []
+    offset, frame, channels, restarts = 2, 0, 3, 0
+    while True:
+        start = data.find(b"\xff", offset)
+        at = start + 1
+        while 0 < at < len(data) and data[at] == 0xFF:  # padding
+            at += 1
+        length = int.from_bytes(data[at + 1 : at + 3], "big")
+        if start < 0 or at + 3 > len(data) or data[at] == _END[1]:
+            raise DataError("it ends before its picture")
+        code = data[at]
+        if start > offset or code == 0:
+            warnings.append("bytes between its segments")
+        if code <= 1 or code & 0xF8 == 0xD0:  # no segment
+            offset = at + 1
+            continue
+        segment = bytearray(b"\xff") + data[at : at + 1 + length]
+        if code == _SCAN:
+            break
+        if code in _ARITHMETIC:
+            raise DataError(
+                "it is a JPEG of arithmetic coding, in which damage cannot be seen; save it as another JPEG"
+            )
+        if code >> 4 == 0xC and code not in _TABLES:
+            frame, channels = len(kept), segment[9]
+        elif code == _INTERVAL:
+            restarts = int.from_bytes(segment[4:6], "big")
+        elif code == _JFIF and segment[4:9] == b"JFIF\0":
+            segment[9] = 1  # the only version there is; libjpeg complains of others, and then of nothing else
+        elif code == _ADOBE and segment[4:9] == b"Adobe" and segment[15] > 2:
+            segment[15] = 1 if channels == 3 else 2  # what libjpeg takes an unknown transform for
+        elif code not in _TABLES and not (code == _EXIF and segment[4:10] == b"Exif\0\0"):
+            segment.clear()
+        kept += segment
+        offset = at + 1 + length
+    if not frame:
+        raise DataError("it ends before its picture")
+    _check_scans(data[start:], kept[frame:], channels)
+    if data.find(_END, at) + len(_END) < len(data):
+        warnings.append("bytes after its end")
+    return Jpeg(bytes(kept + data[start:]), frame, len(kept), restarts, tuple(dict.fromkeys(warnings)))
+
+
+def _check_scans(data: bytes, frame: bytes, channels: int) -> None:
+    """Each scan adds bits of coefficients of some channels: in the end all of them must have come.
+
+    Args:
+        data: from the first scan on.
+        frame: begins with the frame header.
+    """
+    height, width = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big")
+    scans = data.count(b"\xff\xda")
+    if scans > _SCANS and scans * height * width > _SCANNED:
+        raise DataError(f"it is a JPEG of {width}×{height} pixels in {scans:,} scans, which take too long to decode")
+    bits_left = np.full((256, 64), 16)  # by the number of a channel; of each coefficient, lowest frequency first
+    at = data.find(b"\xff\xda")
+    while at >= 0:
+        count = data[at + 4] if at + 4 < len(data) else 0
+        if int.from_bytes(data[at + 2 : at + 4], "big") == 6 + 2 * count <= len(data) - at - 2:
+            *names, first, last, bits = data[at + 5 : at + 8 + 2 * count]
+            bits_left[names[::2], first : last + 1] = bits & 15
+        at = data.find(b"\xff\xda", at + 2)
+    if bits_left[list(frame[10 : 10 + 3 * channels : 3])].any():
+        raise DataError("its picture data is damaged: scans are missing")
+
+
+def first_rows(jpeg: Jpeg, rows: int) -> bytearray | None:
     """A JPEG whose header says that it ends a little below ``rows``, so that decoders stop there.
 
-    The rows asked for are decoded exactly as in the whole picture. None where nothing is gained, and where the file is
-    not one scan from its header to its end marker: it is truncated, damaged, progressive or followed by something, and
-    a decoder that stops early would not see that.
+    The rows asked for are decoded exactly as in the whole picture.
+
+    Returns:
+        None where nothing is gained, and where the file is not one scan from its header to its end marker: it is
+        truncated, damaged, progressive or followed by something, and a decoder that stops early would not see that.
     """
-    if not data.endswith(_END):
+    data, frame = jpeg.data, jpeg.frame
+    if not (data.endswith(_END) and jpeg.baseline and _end(rows) < int.from_bytes(data[frame + 5 : frame + 7], "big")):
         return None
-    offset, frame = 2, 0
-    while offset + 9 < len(data) and data[offset] == 0xFF and data[offset + 1] != _SCAN:
-        if data[offset + 1] in _BASELINE:
-            frame = offset
-        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-    if not frame or _end(rows) >= int.from_bytes(data[frame + 5 : frame + 7], "big"):
+    begin = jpeg.scan + 2 + int.from_bytes(data[jpeg.scan + 2 : jpeg.scan + 4], "big")
+    scan = np.frombuffer(data, np.uint8)[begin : -len(_END)]
+    markers = np.flatnonzero((scan[:-1] == 0xFF) & (scan[1:] != 0))
+    if not np.all((scan[markers + 1] & 0xF8) == 0xD0):  # one that is no restart of the codes
         return None
-    offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-    scan = np.frombuffer(data, np.uint8)[offset : -len(_END)]
-    markers = scan[1:][scan[:-1] == 0xFF]
-    if not np.all((markers == 0) | ((markers & 0xF8) == 0xD0)):  # a byte that is no marker, or a restart of the codes
-        return None
-    shortened = bytearray(data)
+    end = len(data) - len(_END)
+    if jpeg.restarts:  # whole runs of blocks between restarts are enough
+        needed = -(-_blocks(data[frame:], _end(rows)) // jpeg.restarts)
+        if needed <= len(markers):
+            end = begin + int(markers[needed - 1])
+    shortened = bytearray(data[:end]) + _END
     shortened[frame + 5 : frame + 7] = _end(rows).to_bytes(2, "big")
     return shortened
+
+
+def _blocks(frame: bytes, rows: int) -> int:
+    """How many groups of blocks the first rows of a picture have, by its frame header."""
+    samplings = frame[11 : 10 + 3 * frame[9] : 3] if frame[9] > 1 else b"\x11"  # across and down, 4 bits each
+    across, down = (8 * max(sampling >> shift & 15 for sampling in samplings) for shift in (4, 0))
+    return -(-int.from_bytes(frame[7:9], "big") // across) * -(-rows // down)
 
 
 def _end(rows: int) -> int:
@@ -52,28 +152,44 @@ def _end(rows: int) -> int:
     return -(-(rows + _BELOW) // 8) * 8
 
 
-def fast_rows(data: bytes, header: JpegImageFile, rows: int, scale: int) -> np.ndarray | None:
-    """At least the first ``rows`` of a stored JPEG at 1/``scale`` by the fast decoder; ``header`` is Pillow's.
+class Rows(NamedTuple):
+    """Decoded rows of a JPEG."""
 
-    (h, w) or (h, w, 3) uint8, h at least ``rows / scale``, w as the picture's width divided by ``scale``, rounded up.
-    None where Pillow has to decide: the fast decoder is not installed, does not take the kind, or complains.
+    pixels: np.ndarray | None  # (h, w) or (h, w, 3) uint8; None of four channels, which only Pillow decodes
+    warnings: tuple[str, ...]
+
+
+def decode_rows(jpeg: Jpeg, scale: int, rows: int | None = None) -> Rows:
+    """A JPEG, or at least its first rows.
+
+    Args:
+        jpeg: the file.
+        scale: 1, 2, 4 or 8; the picture is decoded at 1/scale, width and height rounded up.
+        rows: of the stored picture that are needed; None is all.
+
+    Raises:
+        DataError: picture data is missing or damaged.
     """
-    if simplejpeg is None or header.mode not in ("L", "RGB"):
-        return None
-    less = first_rows(data, rows)
-    shape = -(-(header.height if less is None else _end(rows)) // scale), -(-header.width // scale)
+    less = None if rows is None else first_rows(jpeg, rows)
+    frame = (less or jpeg.data)[jpeg.frame :]
+    height, width, channels = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big"), frame[9]
+    pixels = np.empty((-(-height // scale), -(-width // scale), channels), np.uint8)
+    warnings = jpeg.warnings
     try:
-        # The bytes that are left over below count as a flaw, so strict is only what was not shortened.
-        pixels = simplejpeg.decode_jpeg(
-            data if less is None else less,
-            "GRAY" if header.mode == "L" else "RGB",
-            min_height=shape[0],
-            min_width=shape[1],
+        simplejpeg.decode_jpeg(
+            less or jpeg.data,
+            {1: "GRAY", 3: "RGB"}.get(channels, "CMYK"),
+            min_height=pixels.shape[0],
+            min_width=pixels.shape[1],
             min_factor=scale,
-            strict=less is None,
+            buffer=pixels,
         )
-    except ValueError:
-        return None
-    if pixels.shape[:2] != shape:
-        return None
-    return pixels[:, :, 0] if header.mode == "L" else pixels
+    except ValueError as error:
+        # All pixels are there when the end marker is met; what a shortened picture has left over counts as such bytes.
+        if not str(error).endswith("extraneous bytes before marker 0xd9"):
+            raise DataError(f"its picture data is damaged: {error}") from error
+        if less is None:
+            warnings = (*warnings, "bytes before its end")
+    if channels > 3:
+        return Rows(None, warnings)
+    return Rows(pixels[:, :, 0] if channels == 1 else pixels, warnings)

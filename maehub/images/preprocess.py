@@ -226,7 +226,7 @@ class Preprocess:
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
     def _resized(self, decoded: Decoded, exact: bool, band: int | None = None) -> Image.Image:
-        image, (height, width), content = decoded
+        image, (height, width), content, _ = decoded
         method = Image.Resampling.BICUBIC if self.interpolation == "bicubic" else Image.Resampling.BILINEAR
         if self.resize == "centre-crop":
             return self._cropped(decoded, method, exact)
@@ -246,7 +246,7 @@ class Preprocess:
 
     def _cropped(self, decoded: Decoded, method: Image.Resampling, exact: bool) -> Image.Image:
         """Scale to cover and crop."""
-        image, (height, width), content = decoded
+        image, (height, width), content, _ = decoded
         rows, columns = (round(side / self.crop_fraction) for side in self.size)  # which the scaled picture covers
         # One side is met exactly, the other rounded down, as torchvision does.
         if rows * width <= columns * height:
