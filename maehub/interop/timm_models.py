@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +12,12 @@ from maehub.errors import UsageError
 from maehub.images import Preprocess
 from maehub.interop.agreement import check_same, evaluable, exact_dtype, exact_state, finish, images_for
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
-from maehub.weights import Hints, LoadOptions, build, crop_fraction, infer_config, timm_config
+from maehub.weights import Hints, LoadOptions, build, infer_config, timm_config, timm_transform, with_class_names
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 log = logging.getLogger("maehub")
-
-_RESIZES = {"center": "centre-crop", "squash": "squash", "border": "pad"}
 
 
 def to_timm(encoder: Encoder) -> "VisionTransformer":
@@ -100,10 +97,8 @@ def from_timm(
     hints = Hints(heads=first.attn.num_heads if first else 1, image_size=(int(height), int(width)))
     config = infer_config(state, hints, name)
     assert isinstance(config, EncoderConfig)  # a VisionTransformer has no decoder
-    words = settings.get("label_names") or ()
-    if config.classes and len(words) == config.classes:
-        config = replace(config, class_names=tuple(words))
-    transform = preprocess or _preprocess(settings, config, name)
+    config = with_class_names(config, {"pretrained_cfg": dict(settings)}, name)
+    transform = preprocess or timm_transform(settings, config, name)
     options = LoadOptions(dtype=exact_dtype(model))
     encoder = build(Encoder, state, config, transform, options=options, origin=origin, where=name)
     _check_same(encoder, model, name)
@@ -200,19 +195,3 @@ def _why_not_block(block: nn.Module) -> str | None:
     with torch.inference_mode():  # by what it computes: several classes are one
         differs = list(mlp.act.parameters()) or (mlp.act(points.clone()) - F.gelu(points)).abs().max() > 1e-6
     return f"its activation is {type(mlp.act).__name__}, not the exact GELU" if differs else None
-
-
-def _preprocess(settings: Mapping[str, Any], config: EncoderConfig, name: str) -> Preprocess:
-    """timm's evaluation transform as ours: the inverse of what `to_timm` writes."""
-    mean, std = settings.get("mean"), settings.get("std")
-    if mean is None or std is None or len(mean) != config.channels or len(std) != config.channels:
-        return Preprocess.evaluation(config.size, config.channels, config.patch_size)
-    mode, share = settings.get("crop_mode") or "center", float(settings.get("crop_pct") or 0.875)
-    interpolation = settings.get("interpolation") or "bicubic"
-    if interpolation not in ("bicubic", "bilinear") or mode not in _RESIZES or (mode != "center" and share != 1):
-        raise UsageError(
-            f"{name}: timm's transform (interpolation={interpolation!r}, crop_mode={mode!r}, crop_pct={share:g}) is "
-            "none that maehub has; say preprocess="
-        )
-    fraction = crop_fraction(share, min(config.size))
-    return Preprocess(config.size, config.patch_size, _RESIZES[mode], fraction, interpolation, tuple(mean), tuple(std))  # type: ignore[arg-type]

@@ -13,7 +13,6 @@ from .config_inference import published_decoder_heads as published_decoder_heads
 from .config_inference import published_heads as published_heads
 from .config_inference import size_name as size_name
 from .config_inference import with_target as with_target
-from .config_json import crop_fraction as crop_fraction
 from .config_json import our_block as our_block
 from .config_json import read_block as read_block
 from .config_json import timm_config as timm_config
@@ -31,6 +30,9 @@ from .keys import to_official as to_official
 from .library_keys import LIGHTLY_MASK_TOKEN as LIGHTLY_MASK_TOKEN
 from .library_keys import ForeignDialect as ForeignDialect
 from .library_keys import is_foreign as is_foreign
+from .library_settings import crop_fraction as crop_fraction
+from .library_settings import timm_transform as timm_transform
+from .library_settings import with_class_names as with_class_names
 from .model_card import details as details
 from .model_card import summary as summary
 from .model_folder import MEMBERS as MEMBERS

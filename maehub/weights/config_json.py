@@ -182,12 +182,6 @@ def _crop_share(preprocess: Preprocess) -> float:
     return preprocess.crop_fraction if exact_enough else short / (cover + 0.5)
 
 
-def crop_fraction(share: float, short: int) -> float:
-    """Our fraction for timm's ``crop_pct``, the inverse of what `timm_config` writes, at a shorter side in pixels."""
-    cover = max(short, math.floor(short / share))  # timm rounds down
-    return share if round(short / share) == cover else short / cover
-
-
 def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """transformers' part, for ViTMAEForPreTraining, ViTForImageClassification or ViTModel."""
     encoder = config if isinstance(config, EncoderConfig) else config.encoder

@@ -41,6 +41,7 @@ from maehub.weights.config_json import (
     why_not_transformers,
 )
 from maehub.weights.keys import from_official, to_official
+from maehub.weights.library_settings import timm_transform, transformers_transform, with_class_names
 from maehub.weights.model_card import model_card
 from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
 
@@ -327,29 +328,23 @@ def _read_foreign(
     where = str(config)
     if values.get("model_type") in ("vit_mae", "vit"):
         said = transformers_hints(values, where)
-        processor = config.with_name(_PROCESSOR)
-        statistics = read_json(processor) if processor.exists() else {}
-        mean, std = statistics.get("image_mean"), statistics.get("image_std")
     elif "model_type" in values:
         raise UsageError(f"{where} is of model_type {values['model_type']!s:.60}; vit_mae and vit are read here")
     elif "architecture" in values:
         said = timm_hints(values, where)
-        pretrained = values.get("pretrained_cfg") or {}
-        mean, std = pretrained.get("mean"), pretrained.get("std")
     else:
         raise UsageError(f"{where} is of no model that is read here: maehub, timm's ViT, transformers' ViTMAE and ViT")
     said = said._replace(image_size=_fitting_size(state, said.image_size))
     inferred = infer_config(state, Hints(*(mine or theirs for mine, theirs in zip(hints, said, strict=True))), where)
+    if isinstance(inferred, EncoderConfig):
+        inferred = with_class_names(inferred, values, where)
     encoder = inferred if isinstance(inferred, EncoderConfig) else inferred.encoder
-    preprocess = Preprocess.evaluation(encoder.size, encoder.channels, encoder.patch_size)
-    if mean is not None and std is not None:
-        if not all(isinstance(v, list) and all(isinstance(n, int | float) for n in v) for v in (mean, std)):
-            raise IntegrityError(f"{where}: mean and std must be lists of numbers")
-        if len(mean) == len(std) == encoder.channels:
-            try:
-                preprocess = replace(preprocess, mean=tuple(mean), std=tuple(std))
-            except UsageError as error:
-                raise IntegrityError(f"{where}: {error}") from error
+    if "model_type" in values:
+        processor = config.with_name(_PROCESSOR)
+        settings = read_json(processor) if processor.exists() else {}
+        preprocess = transformers_transform(settings, encoder, str(processor))
+    else:
+        preprocess = timm_transform(values.get("pretrained_cfg") or {}, encoder, where)
     return ModelFolder(inferred, preprocess, None, tensors, tensors, state=state)
 
 

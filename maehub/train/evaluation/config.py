@@ -41,6 +41,9 @@ class EvaluateConfig:
     """Replace the evaluation in an existing folder."""
     image_size: Annotated[ImageSize, Section.DATA] = ()
     label: Label = None
+    classes_from: Annotated[Path | None, default("by name", "FILE")] = None
+    """Which class is which output, where names do not tell: a text file whose line i is the folder name of output i, or
+    a .csv of folder,class (class: a name or number of the model) for some of them; only those are scored."""
     group: Annotated[str | None, default("none", "COLUMN|LEVEL")] = None
     """Column of a table, or folder level, of what belongs together, such as a patient: the interval is over groups."""
     batch_size: BatchSize = None

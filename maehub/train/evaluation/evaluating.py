@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from maehub.files import check_free, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
 from maehub.models import Encoder, usable_device
+from maehub.train.evaluation.class_matching import match_classes, used_outputs
 from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
@@ -53,6 +54,7 @@ class Evaluation:
         return {
             "model": self.model,
             "data": self.data,
+            "classes_used": list(self.scores.classes),
             **self.scores.to_dict(),
             "files": [str(path) for path in self.files],
         }
@@ -77,6 +79,14 @@ class Evaluation:
         return page
 
 
+class Measured(NamedTuple):
+    """What is evaluated on."""
+
+    labelled: Labelled
+    folder: str
+    outputs: list[int]
+
+
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measure a classifier on labelled pictures, each through the model's own transform, in fp32.
 
@@ -98,7 +108,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             f"{config.model} has no head, so it names no classes. Train one by `maehub finetune DATA -m {config.model} "
             f"-o RUN` and evaluate RUN; `maehub probe DATA -m {config.model}` measures its features as they are"
         )
-    labelled, measured_on = _read(config, encoder)
+    labelled, measured_on, used = _read(config, encoder)
     native = encoder.preprocess.resize == "native"  # every picture has its own size, so they are computed one by one
     logits = outputs(
         encoder,
@@ -109,6 +119,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         workers=config.workers,
         progress=not config.quiet,
     ).numpy()
+    logits = used_outputs(logits, used)
     scores = score(logits, labelled.labels, labelled.classes, labelled.groups)
     wrong = worst_mistakes(logits, labelled.labels)
     title = f"the {len(wrong)} worst mistakes of {config.model}" if len(wrong) > 1 else f"a mistake of {config.model}"
@@ -149,18 +160,18 @@ def labelled_sheet(
     return contact_sheet(pictures, captions, right, title=title)
 
 
-def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
-    """The labelled pictures, their classes in the order of the head; and where they are."""
+def _read(config: EvaluateConfig, encoder: Encoder) -> Measured:
+    """The labelled pictures, where they are, and which outputs of the head their classes are."""
     if (own := _held_out_by(config)) is not None:
-        return own, config.data
+        return Measured(own, config.data, list(range(encoder.config.classes)))
     sides, held_out = given_folders(config.data), os.path.join(config.data, "val")
     folder = sides.testing if sides else held_out if os.path.isdir(held_out) else config.data
-    known = encoder.config.class_names
-    labelled = measured_part(folder, group=config.group, label=config.label, classes=known or None)
+    labelled = measured_part(folder, group=config.group, label=config.label)
     if folder != config.data or folder.endswith(".csv"):
         log.info("measured on %s, %d pictures", folder, len(labelled))
-    if not known:
-        labelled = _by_order(labelled, encoder.config.classes, config.model, folder)
+    labelled, used = match_classes(
+        labelled, encoder.config.class_names, encoder.config.classes, config.classes_from, config.model, folder
+    )
     several = encoder.config.multi_label
     if labelled.multi_label and not several:
         raise UsageError(
@@ -169,7 +180,7 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
         )
     if several and not labelled.multi_label:  # one label each is a case of several
         labelled = replace(labelled, labels=np.eye(len(labelled.classes), dtype=bool)[labelled.labels])
-    return labelled, folder
+    return Measured(labelled, folder, used)
 
 
 def _held_out_by(config: EvaluateConfig) -> Labelled | None:
@@ -192,24 +203,6 @@ def _held_out_by(config: EvaluateConfig) -> Labelled | None:
         len(split.testing),
     )
     return split.testing
-
-
-def _by_order(labelled: Labelled, classes: int, model: str, folder: str) -> Labelled:
-    """Labels for a head whose classes have no names: by their order, if there are as many."""
-    if len(labelled.classes) != classes:
-        raise DataError(
-            f"{model} has {classes} classes without names, and {folder} has {len(labelled.classes)}: they can only be "
-            f"matched by their order, so all of them must be there"
-        )
-    log.warning(
-        "%s does not name its %d classes: they are taken for those of %s in the order of their names, from %s to %s",
-        model,
-        classes,
-        folder,
-        printable(labelled.classes[0]),
-        printable(labelled.classes[-1]),
-    )
-    return labelled
 
 
 def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:

@@ -1,0 +1,198 @@
+"""What timm's and transformers' folders say beside the network: names of classes, and the transform of pictures.
+
+Every setting of theirs is known here. One that changes pixels in a way that our transform has not is refused by name;
+one that nobody knows is warned of.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from maehub.errors import IntegrityError, UsageError
+from maehub.images import Preprocess, Size
+from maehub.models import EncoderConfig
+
+log = logging.getLogger("maehub")
+
+_RESIZES = {"center": "centre-crop", "squash": "squash", "border": "pad"}  # timm's crop_mode
+_RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+# Settings of transformers' ViTImageProcessor and BitImageProcessor, old and fast: read below, or no pixel's business.
+_PROCESSOR = {
+    *("do_resize", "size", "default_to_square", "resample", "do_center_crop", "crop_size", "do_rescale"),
+    *("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),
+    *("image_processor_type", "feature_extractor_type", "processor_class", "image_seq_length", "return_tensors"),
+    *("data_format", "input_data_format", "device", "disable_grouping", "_valid_processor_keys", "auto_map"),
+}
+# And of timm's pretrained_cfg. What begins with test_ is used only when asked for, not by default.
+_PRETRAINED = {
+    *("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "label_names"),
+    *("label_descriptions", "test_input_size", "test_crop_pct", "min_input_size", "fixed_input_size", "pool_size"),
+    *("test_pool_size", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag"),
+    *("custom_load", "first_conv", "classifier", "license", "description", "origin_url", "paper_name", "paper_ids"),
+    *("notes", "label_offset"),
+}
+
+
+def with_class_names(config: EncoderConfig, values: Mapping[str, Any], where: str) -> EncoderConfig:
+    """The network with the names of its classes, and whether a picture may have several, where the folder tells.
+
+    transformers' ``id2label`` or ``label2id``; timm's ``label_names``, or else its ``label_descriptions``.
+    """
+    if not config.classes:
+        return config
+    pretrained = values.get("pretrained_cfg") or {}
+    told: dict[str, Any] = {}
+    for key in ("label_names", "label_descriptions"):
+        told[key] = values.get(key) or (pretrained.get(key) if isinstance(pretrained, dict) else None)
+    by_number = values.get("id2label") or {
+        str(number): name for name, number in _mapping(values, "label2id", where).items()
+    }
+    names: Any = told["label_names"]
+    if not names and isinstance(told["label_descriptions"], dict | list):
+        names = list(told["label_descriptions"])
+    if not names and by_number:
+        numbers = [str(number) for number in range(config.classes)]
+        by_number = {str(number): name for number, name in by_number.items()}
+        names = [by_number.get(number) for number in numbers] if sorted(by_number) == sorted(numbers) else by_number
+    names = list(names) if isinstance(names, tuple) else names
+    if not names or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):  # which say nothing
+        return config
+    if not isinstance(names, list) or len(names) != config.classes or not all(isinstance(name, str) for name in names):
+        log.warning("%s names %d classes and the head has %d: they are not read", where, len(names), config.classes)
+        return config
+    several = values.get("problem_type") == "multi_label_classification"
+    return replace(config, class_names=tuple(names), multi_label=several)
+
+
+def timm_transform(settings: Mapping[str, Any], config: EncoderConfig, where: str) -> Preprocess:
+    """timm's evaluation transform as ours: the inverse of what `timm_config` writes, with timm's own defaults.
+
+    Args:
+        settings: ``pretrained_cfg``; without mean and std, the published evaluation.
+        config: of the encoder.
+        where: for messages.
+    """
+    _warn_of_unknown(settings, _PRETRAINED, where)
+    published = Preprocess.evaluation(config.size, config.channels, config.patch_size)
+    statistics = _statistics(settings.get("mean"), settings.get("std"), config.channels, where)
+    if statistics is None:
+        return published
+    mode, share = settings.get("crop_mode") or "center", float(settings.get("crop_pct") or 0.875)
+    interpolation = settings.get("interpolation") or "bicubic"
+    if interpolation not in ("bicubic", "bilinear") or mode not in _RESIZES or (mode != "center" and share != 1):
+        raise UsageError(
+            f"{where}: timm's transform (interpolation={interpolation!r}, crop_mode={mode!r}, crop_pct={share:g}) is "
+            "none that maehub has; say preprocess="
+        )
+    fraction = crop_fraction(share, min(config.size))
+    changes: dict[str, Any] = {"resize": _RESIZES[mode], "crop_fraction": fraction, "interpolation": interpolation}
+    return replace(published, mean=statistics[0], std=statistics[1], **changes)
+
+
+def crop_fraction(share: float, short: int) -> float:
+    """Our fraction for timm's ``crop_pct``: the inverse of what `timm_config` writes.
+
+    Args:
+        share: ``crop_pct``.
+        short: the shorter side in pixels.
+    """
+    cover = max(short, math.floor(short / share))  # timm rounds down
+    return share if round(short / share) == cover else short / cover
+
+
+def transformers_transform(settings: Mapping[str, Any], config: EncoderConfig, where: str) -> Preprocess:
+    """The transform of transformers' ViTImageProcessor or BitImageProcessor as ours.
+
+    Args:
+        settings: ``preprocessor_config.json``; empty is the published evaluation.
+        config: of the encoder.
+        where: for messages.
+
+    Raises:
+        UsageError: it does to pixels what no transform here does.
+    """
+    published = Preprocess.evaluation(config.size, config.channels, config.patch_size)
+    if not settings:
+        return published
+    for name in sorted(set(settings) - _PROCESSOR):
+        if name.startswith("do_") and settings[name]:
+            raise UsageError(f"{where}: {name} changes pixels in a way that is not known here; say preprocess=")
+    _warn_of_unknown(settings, _PROCESSOR, where)
+    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViT")
+    crops = bool(settings.get("do_center_crop", kind.startswith("Bit")))
+    changes: dict[str, Any] = {"resize": "native"}
+    if settings.get("do_resize", True):
+        resample = settings.get("resample", 3 if kind.startswith("Bit") else 2)
+        if resample not in _RESAMPLES:
+            raise UsageError(f"{where}: resample={resample!r} is neither 2 (bilinear) nor 3 (bicubic); say preprocess=")
+        changes = _resize(settings, config.size, crops, where) | {"interpolation": _RESAMPLES[resample]}
+    elif crops:
+        raise UsageError(f"{where}: do_center_crop without do_resize is no transform that maehub has; say preprocess=")
+    # Values times the factor, then mean and deviation; ours are for values divided by 255.
+    factor = 255 * float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 255.0
+    half = (0.5,) if kind.startswith("ViT") else None
+    mean, std = settings.get("image_mean") or half, settings.get("image_std") or half
+    if not settings.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    statistics = _statistics(mean, std, config.channels, where)
+    if statistics is not None:
+        changes |= {"mean": tuple(value / factor for value in statistics[0])}
+        changes |= {"std": tuple(value / factor for value in statistics[1])}
+    return replace(published, **changes)
+
+
+def _resize(settings: Mapping[str, Any], target: Size, crops: bool, where: str) -> dict[str, Any]:
+    """Squash to the input size, or cover and crop."""
+    size = settings.get("size", target[0])
+    if isinstance(size, dict) and "shortest_edge" in size:
+        short: Any = size["shortest_edge"]
+    elif crops and not isinstance(size, dict):
+        short = size
+    else:
+        height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
+        if crops or (height, width) != target:
+            crop = " and do_center_crop" if crops else ""
+            raise UsageError(
+                f"{where}: size={size!r}{crop} is no transform to {target[0]}×{target[1]}; say preprocess="
+            )
+        return {"resize": "squash", "crop_fraction": 1.0}
+    crop = settings.get("crop_size", target[0])
+    cropped = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
+    if not crops or cropped != target or type(short) is not int or short < min(target):
+        raise UsageError(
+            f"{where}: size={size!r} with crop_size={crop!r} is no transform to {target[0]}×{target[1]}; say preprocess="
+        )
+    return {"resize": "centre-crop", "crop_fraction": min(target) / short}
+
+
+def _statistics(mean: Any, std: Any, channels: int, where: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Of each channel, where one number stands for all; None where there are none for these channels."""
+    if mean is None or std is None:
+        return None
+    both = [list(value) if isinstance(value, Sequence) else [value] for value in (mean, std)]
+    if not all(type(number) in (int, float) and math.isfinite(number) for values in both for number in values):
+        raise IntegrityError(
+            f"{where}: mean and std must be numbers or lists of numbers, not {mean!r:.60}, {std!r:.60}"
+        )
+    if any(number <= 0 for number in both[1]):
+        raise IntegrityError(f"{where}: std must be above 0, not {std!r:.60}")
+    means, stds = (tuple(map(float, values * channels if len(values) == 1 else values)) for values in both)
+    if len(means) == len(stds) == channels:
+        return means, stds
+    log.warning("%s: mean and std are of %d channels and the network takes %d: not read", where, len(means), channels)
+    return None
+
+
+def _warn_of_unknown(settings: Mapping[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(set(settings) - known):
+        log.warning("%s: nothing is known here of its %s", where, ", ".join(unknown)[:200])
+
+
+def _mapping(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    value = values.get(name) or {}
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{where}: {name} must be an object")
+    return value
