@@ -78,6 +78,6 @@ class DistributedError(MaehubError, RuntimeError):
 
 
 def first_names(names: Sequence[str], most: int, between: str = ", ") -> str:
-    """The first of some names or lines for the text of an error, and how many more there are; empty where there are none."""
+    """The first of some names or lines of an error, and how many more there are; empty if there are none."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + rest

@@ -1,6 +1,5 @@
 """Files that are whole or not there: atomic writing, hashing, free space."""
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -8,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from maehub.errors import CheckpointError, IntegrityError, MaehubError, UsageErr
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RENAME = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-
-
 _MOST_WORDS = 1_000_000  # bytes
 _MAX_JSON_BYTES = 10_000_000  # a configuration with labels for 20,000 classes has a tenth of it
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path in the same folder; when the block ends without an error, it becomes ``path``.
 
@@ -54,20 +51,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         except OSError as error:
             raise write_error(target, error) from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(temporary)
 
 
 def write_error(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     """The error to raise, from ``error``, where ``path`` could not be written."""
-    safe = "What was there before is unchanged."
+    reason, remedy = getattr(error, "strerror", None) or str(error), "Choose a folder that can be written."
     if is_disk_full(error):
-        free = _megabytes(_free_bytes(Path(path).parent))
-        return CheckpointError(f"{path} cannot be written: the disk is full, {free} free. {safe} Free some space.")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if getattr(error, "errno", None) in _NO_RENAME:
-        reason += "; this file system cannot rename, as buckets mounted as folders cannot: choose a folder on a disk"
-    return CheckpointError(f"{path} cannot be written: {reason}. {safe}")
+        reason, remedy = f"the disk is full, {_megabytes(free_bytes(path))} free", "Free some space."
+    elif getattr(error, "errno", None) in _NO_RENAME:
+        reason += "; this file system cannot rename, as buckets mounted as folders cannot"
+        remedy = "Choose a folder on a disk."
+    return CheckpointError(f"{path} cannot be written: {reason}. What was there before is unchanged. {remedy}")
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -88,27 +84,21 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def free_space_guard(path: str | os.PathLike[str], needed_bytes: int) -> None:
-    """Refuse before the work what will not fit on the disk.
-
-    Args:
-        path: the file or folder to be written; it need not exist yet.
-        needed_bytes: how much will be written.
-    """
-    folder = nearest_folder(path)
-    free = _free_bytes(folder)
+    """Refuse before the work what will not fit on the disk of a file or folder, which need not exist yet."""
+    free = free_bytes(path)
     if free < needed_bytes:
         raise CheckpointError(
-            f"{path} needs {_megabytes(needed_bytes)}, and {_megabytes(free)} are free in {folder}. "
+            f"{path} needs {_megabytes(needed_bytes)}, and {_megabytes(free)} are free there. "
             "Nothing was written. Free some space or choose another folder."
         )
 
 
-def nearest_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """What is free on the disk of a file or folder, which need not exist yet."""
     folder = Path(path)
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    return folder
+    return shutil.disk_usage(folder).free
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -122,10 +112,6 @@ def byte_text(size: float | None) -> str:
     if size is None:
         return "an unknown size"
     return f"{size:.0f} B" if size < 1000 else f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:,.0f} MB"
-
-
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def _megabytes(count: int) -> str:
@@ -152,15 +138,10 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def whole_folder(folder: str | Path, *, overwrite: bool, members: Collection[str]) -> Iterator[Path]:
-    """Write a folder beside its place and rename it when it is finished; an error leaves nothing behind.
+    """Write into the folder given, beside its place; it is renamed when it is finished, an error leaves nothing behind.
 
-    Args:
-        folder: must not exist or be empty, unless ``overwrite``.
-        overwrite: replace a folder that holds one of ``members``. Everything else in it is kept.
-        members: the names that make such a folder.
-
-    Yields:
-        The folder to write into.
+    ``folder`` must not exist or be empty, unless ``overwrite`` says to replace one that holds one of ``members``, the
+    names that make such a folder. Everything else in it is kept.
     """
     check_free(folder, overwrite, members)
     place = Path(os.path.realpath(folder))
@@ -172,12 +153,7 @@ def whole_folder(folder: str | Path, *, overwrite: bool, members: Collection[str
     except OSError as error:
         if isinstance(error, MaehubError):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space or choose another disk" if full else "choose a folder that can be written"
-        reason = error.strerror or error
-        raise CheckpointError(
-            f"{folder} cannot be written: {reason}; what was there before is untouched; {remedy}"
-        ) from error
+        raise write_error(folder, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -19,14 +19,7 @@ from typing import Any, NamedTuple
 
 from maehub.errors import CheckpointError, MaehubError, UsageError, first_names
 from maehub.files import byte_text, cache_folder, expand
-from maehub.hub.client import (
-    DownloadLabel,
-    RemoteMetadata,
-    check_disk_space,
-    disk_trouble,
-    get_from_hub,
-    hub_constants,
-)
+from maehub.hub.client import DownloadLabel, RemoteMetadata, check_disk_space, disk_trouble, get_from_hub, hub_constants
 
 logger = logging.getLogger("maehub")
 

@@ -28,7 +28,6 @@ Want = Literal["encoder", "autoencoder", "pretrain"]
 FAIR_BASE = "https://dl.fbaipublicfiles.com/"
 """Where the relative addresses of the table begin."""
 
-_UNSAID = {"target": None, "classes": 0, "pool": "cls", "parameters": 0, "licence_note": "", "note": ""}
 LARGE = 448  # pixels; the size in names that end in -448
 
 
@@ -106,7 +105,7 @@ class ModelInfo:
     sources: tuple[Source, ...]
     numbers: tuple[Number, ...]
     note: str
-    unsupported: str = ""  # why it cannot be loaded yet; empty if it can
+    unsupported: str  # why it cannot be loaded yet; empty if it can
     gated: bool = False  # whether its repository is given only to those who were let in
 
     @property
@@ -222,9 +221,7 @@ def resolve(name: str, want: Want) -> ModelInfo:
     if want != "encoder" and info.role != "autoencoder":
         others = "no row of its architecture has one"
         if siblings := short.get(info.architecture):
-            others = (
-                f"{siblings['autoencoder']} has one on plain pixels, {siblings['pretrain']} one on normalised pixels"
-            )
+            others = "{autoencoder} has one on plain pixels, {pretrain} one on normalised pixels".format(**siblings)
         kind = "a classifier" if info.role == "classifier" else "an encoder alone"
         raise UsageError(f"{name} is {kind}, without a decoder; {others}")
     return info
@@ -286,14 +283,16 @@ def _models() -> dict[str, ModelInfo]:
 def _row(name: str, row: dict[str, Any]) -> ModelInfo:
     network = _table()["architectures"][row["architecture"]]
     side = row.get("image_size", network["image_size"])
-    own: dict[str, Any] = {
+    unsaid: dict[str, Any] = dict.fromkeys(("licence_note", "note", "unsupported"), "")
+    unsaid |= {"target": None, "classes": 0, "pool": "cls", "parameters": 0}
+    own = {
         "name": name,
         "image_size": (side, side),
         "native_size": (side, side),
         "sources": tuple(Source(**source) for source in row["sources"]),
         "numbers": tuple(Number(**number) for number in row.get("numbers", ())),
     }
-    return ModelInfo(**_UNSAID | network | row | own)
+    return ModelInfo(**unsaid | network | row | own)
 
 
 def _at_large(base: ModelInfo, row: dict[str, Any]) -> ModelInfo:

@@ -8,7 +8,6 @@ import errno
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, first_names
-from maehub.files import byte_text, is_disk_full, nearest_folder
+from maehub.files import byte_text, free_bytes, is_disk_full
 from maehub.version import __version__
 
 logger = logging.getLogger("maehub")
@@ -359,7 +358,7 @@ def local_trouble(error: OSError, folder: Path, label: DownloadLabel, received: 
 
 def check_disk_space(folder: Path, needed: int | None, label: DownloadLabel) -> None:
     """Refuse before a download below ``folder`` what will not fit, in bytes; None where the size is unknown."""
-    if needed is not None and shutil.disk_usage(nearest_folder(folder)).free < needed:
+    if needed is not None and free_bytes(folder) < needed:
         raise _full(folder, needed, label, "nothing was downloaded")
 
 
@@ -376,9 +375,8 @@ def disk_trouble(error: Exception, folder: Path, label: DownloadLabel, size: int
 
 
 def _full(folder: Path, needed: int | None, label: DownloadLabel, kept: str) -> NoDiskSpace:
-    free = shutil.disk_usage(nearest_folder(folder)).free
     return NoDiskSpace(
-        f"{label} needs {byte_text(needed)}, {byte_text(free)} free at {folder}\n"
+        f"{label} needs {byte_text(needed)}, {byte_text(free_bytes(folder))} free at {folder}\n"
         f"{kept}; free some space (`maehub cache clean` removes what killed downloads left), or take another disk:\n"
         f"set HF_HOME (MAEHUB_CACHE for official files), or `maehub download {label.name} --cache-dir FOLDER`"
     )

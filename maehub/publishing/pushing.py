@@ -174,6 +174,9 @@ def push(
         remote = error
     else:
         check_conditions(Hub(repo_id, token, None), remote, parent=parent, private=private, **asked)
+    kind = "a masked autoencoder"
+    if isinstance(model, Encoder):
+        kind = f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
     with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
         staging = Path(name)
@@ -192,7 +195,7 @@ def push(
             remote=remote,
             parent=parent,
             private=private,
-            message=message or f"maehub push: {_what(model)}",
+            message=message or f"maehub push: {kind}",
             progress=progress,
             token=token,
             **asked,
@@ -287,12 +290,6 @@ def _plan(
         tuple(sorted(set(there) - set(files))),
         tuple(notes),
     )
-
-
-def _what(model: Encoder | MaskedAutoencoder) -> str:
-    if isinstance(model, MaskedAutoencoder):
-        return "a masked autoencoder"
-    return f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
 
 
 def _bytes(count: int) -> str:

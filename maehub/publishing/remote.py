@@ -13,18 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError, first_names
 from maehub.files import byte_text
-from maehub.hub import (
-    LIBRARY,
-    file_hashes,
-    host_of,
-    hub_constants,
-    no_login,
-    retry,
-    root,
-    scrub,
-    status_of,
-    why,
-)
+from maehub.hub import LIBRARY, file_hashes, host_of, hub_constants, no_login, retry, root, scrub, status_of, why
 from maehub.hub import endpoint as hub_address
 
 Answer = TypeVar("Answer")
