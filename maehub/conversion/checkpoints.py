@@ -44,11 +44,9 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a file of weights, or the one of a folder.
+    """Open a safetensors file or PyTorch pickle, or the one of a model, run or other folder.
 
-    Args:
-        path: a safetensors file or PyTorch pickle, a model or run folder, or a folder with one such file. Of a run
-            without an exported model the newest checkpoint.
+    Of a run without an exported model it is the newest checkpoint.
     """
     file, config = _find(Path(path))
     if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would block
@@ -86,7 +84,6 @@ def _find(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         beside = path.parent / "config.json"
         return path, beside if path.name in _USUAL and beside.is_file() else None
-    # Of a run without an exported model the newest checkpoint.
     steps = [] if (path / "model" / "config.json").exists() else path.glob("checkpoints/step-*/model.safetensors")
     numbers = {int(name): step for step in steps if (name := step.parent.name[5:]).isdecimal() and step.is_file()}
     is_run = (path / "run.json").exists()

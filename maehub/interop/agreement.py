@@ -55,9 +55,7 @@ def images_for(config: EncoderConfig, dtype: torch.dtype) -> Tensor:
 def check_same(what: str, outputs: Callable[[torch.dtype], Iterable[tuple[Tensor, Tensor]]]) -> None:
     """Compare outputs in float32 and, where they differ, in float64, in which deep networks do not differ by rounding.
 
-    Args:
-        what: whose outputs, for messages.
-        outputs: pairs of ours and theirs, computed in a dtype.
+    ``outputs`` gives pairs of ours and theirs, computed in a dtype; ``what`` they are of, for messages.
     """
     for dtype in (torch.float32, torch.float64):
         with torch.inference_mode():

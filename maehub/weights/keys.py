@@ -188,12 +188,8 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
 def to_official(state: Mapping[str, Tensor]) -> OfficialState:
     """Rename any dialect to the official names; separate queries, keys and values become one tensor.
 
-    The BatchNorm of a linear probe, as MAE publishes it, becomes part of the linear layer behind it.
-
-    Names that the dialect does not have stay as they are, so that the strict check lists them.
-
-    Args:
-        state: the tensors of a file or of a module, without an outer ``{"model": …}``.
+    The BatchNorm of a linear probe, as MAE publishes it, becomes part of the linear layer behind it. Names that the
+    dialect does not have stay as they are, so that the strict check lists them.
     """
     known = official_names(state)
     renamed: dict[str, Tensor] = {}
@@ -264,8 +260,7 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
             fused[name] = value
             continue
         stem, part, leaf = match.groups()
-        parts = [state.get(f"{stem}.{one}.{leaf}") for one in ("query", "key", "value")]
-        whole = [tensor for tensor in parts if tensor is not None]
+        whole = [state[one] for one in parts(f"{stem}.qkv.{leaf}") if one in state]
         if len(whole) < 3 or len({(tensor.shape, tensor.dtype) for tensor in whole}) > 1 or not value.ndim:
             fused[name] = value  # a part is missing or does not fit: left for the strict check to name
         elif part == "query":
