@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,8 @@ ExportForm = Literal["onnx", "torch-export"]
 
 EXPORTED: dict[ExportForm, str] = {"onnx": "encoder.onnx", "torch-export": "encoder.pt2"}
 """The file of each form. Of an encoder over 2 GB the weights are in ``encoder.onnx.data``, which ONNX needs then."""
+
+OUTPUTS = ("features", "tokens", "logits")
 
 OPSET = 20
 """The first with GELU as an operator of its own."""
@@ -50,7 +52,7 @@ class AnySize(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.names = ("features", "tokens", "logits")[: 3 if encoder.config.classes else 2]
+        self.names = OUTPUTS[: 3 if encoder.config.classes else 2]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W) to the outputs of this module, in the order of ``names``."""
@@ -103,41 +105,41 @@ def write_exported(encoder: Encoder, folder: Path, form: ExportForm) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         shapes: Any = {"images": {0: Dim("batch", min=1)} | sizes}
         program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-        _forget(program)
+        # Where on this machine it was made, and in which order sizes happened to be looked at, is not kept.
+        for node in program.graph_module.graph.nodes:
+            for note in _NOTES:
+                node.meta.pop(note, None)
+        ranges = sorted(program.range_constraints.items(), key=lambda item: str(item[0]))
+        program.range_constraints.clear()
+        program.range_constraints.update(ranges)
         if form == "torch-export":
             torch.export.save(program, folder / EXPORTED[form])
         else:
             _write_onnx(program, module, folder / EXPORTED[form])
 
 
-def run_exported(folder: Path, form: ExportForm) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The graph of a folder, as a function of images (B, C, H, W)."""
+def run_exported(folder: Path, form: ExportForm, pictures: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """What the graph of a folder gives for each of some images (B, C, H, W)."""
     path = folder / EXPORTED[form]
     if form == "torch-export":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.10
             module = torch.export.load(path).module()
-
-        def run_torch(images: Tensor) -> dict[str, Tensor]:
-            return dict(zip(("features", "tokens", "logits"), module(images), strict=False))
-
-        return run_torch
+        yield from (dict(zip(OUTPUTS, module(images), strict=False)) for images in pictures)
+        return
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-
-    def run_onnx(images: Tensor) -> dict[str, Tensor]:
+    for images in pictures:
         values = session.run(names, {"images": images.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
-
-    return run_onnx
+        yield {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
 
-def check_exportable(form: ExportForm) -> None:
-    """Refuse before any work what cannot be written or checked here."""
+def check_exportable(form: str) -> None:
+    """Refuse before any work a form that cannot be written or checked here."""
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None] if form == "onnx" else []
     if missing:
         raise MissingDependencyError(
@@ -164,16 +166,6 @@ def _other_size(config: EncoderConfig) -> tuple[int, int]:
     """A small size that is not the native one and not square, so that nothing is mistaken for a constant."""
     rows, columns = config.grid
     return (rows // 2 + 2) * config.patch_size, (columns // 2 + 3) * config.patch_size
-
-
-def _forget(program: ExportedProgram) -> None:
-    """Take out of a graph where on this machine it was made, and in which order sizes happened to be looked at."""
-    for node in program.graph_module.graph.nodes:
-        for note in _NOTES:
-            node.meta.pop(note, None)
-    ranges = sorted(program.range_constraints.items(), key=lambda item: str(item[0]))
-    program.range_constraints.clear()
-    program.range_constraints.update(ranges)
 
 
 def _write_onnx(program: ExportedProgram, module: AnySize, path: Path) -> None:

@@ -72,9 +72,6 @@ class AutoencoderConfig:
                 "decoder_depth=0 is a linear head on the encoder, which must see the mask tokens: "
                 "say mask_tokens='encoder', or a depth of at least 1"
             )
-        self._check_outputs()
-
-    def _check_outputs(self) -> None:
         outputs, pixels = self.outputs, self.patch_values
         if self.target in ("pca", "tokens"):
             if not outputs:

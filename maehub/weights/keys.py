@@ -117,7 +117,6 @@ _PROBE_PARTS = {
     "head.1.weight": ("head.weight", "head.bias"),
     "head.1.bias": ("head.bias",),
 }
-_PROBE_COUNTER = "head.0.num_batches_tracked"
 
 HARMLESS_EXTRAS = {
     "pooler.dense.weight": "the tanh pooler of transformers' ViTModel, which MAE does not train",
@@ -179,7 +178,7 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
         bare = {name: name.removeprefix("vit.") for name in stripped.values()}
         dropped = {name: HARMLESS_EXTRAS[short] for name, short in bare.items() if short in HARMLESS_EXTRAS}
     names = {key: _official_name(name, dialect) for key, name in stripped.items() if name not in dropped}
-    if counter := next((key for key, name in names.items() if name == _PROBE_COUNTER), None):
+    if counter := next((key for key, name in names.items() if name == "head.0.num_batches_tracked"), None):
         dropped[stripped[counter]] = "how many batches a linear probe was trained on"
         del names[counter]
     return OfficialNames(names, dialect, dropped)
