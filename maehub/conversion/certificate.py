@@ -7,13 +7,11 @@ times, no paths.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maehub.files import sha256_file, write_json
 from maehub.weights import OfficialNames, is_decoder, parts
 
 CERTIFICATE = "certificate.json"
@@ -81,10 +79,6 @@ class Certificate:
             "sha256": {"read": dict(self.read), "written": dict(self.written)},
         }
 
-    def save(self, folder: Path) -> None:
-        """Write it into the folder that it is about."""
-        write_json(folder / CERTIFICATE, self.to_dict())
-
 
 def fixed_images(shape: tuple[int, ...]) -> Tensor:
     """Images that are the same everywhere and no two values of which repeat: float32 of ``shape`` (B, C, H, W)."""
@@ -140,9 +134,3 @@ def left_out(read: OfficialNames, kept: Iterable[str], beside: Iterable[str], to
             reason = "the class token, which ViTDet does not use"
         reasons[name] = reason
     return dict(sorted(reasons.items()))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below a folder but the certificate, by name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CERTIFICATE)
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}

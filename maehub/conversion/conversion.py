@@ -20,11 +20,11 @@ from maehub.conversion.certificate import (
     Difference,
     difference,
     fixed_images,
-    hashes,
     largest,
     left_out,
     names_table,
 )
+from maehub.conversion.checkpoints import USUAL
 from maehub.conversion.exporting import (
     EXPORTED,
     ExportForm,
@@ -43,7 +43,7 @@ from maehub.conversion.library_folders import (
     write_foreign,
 )
 from maehub.errors import IntegrityError, UsageError
-from maehub.files import check_free, sha256_file, whole_folder
+from maehub.files import check_free, sha256_file, whole_folder, write_json
 from maehub.hub import file_hashes, is_model, load, load_autoencoder, locate, model_info, published_as
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, MaskedAutoencoder, Origin, Target, patchify
@@ -117,7 +117,7 @@ class _Source(NamedTuple):
 
 class _Compared(NamedTuple):
     differences: dict[str, Difference]  # by output
-    words: str
+    compared: str  # what with what, in words
     inputs: tuple[tuple[int, ...], ...]
     bound: float
 
@@ -165,8 +165,7 @@ def convert(
     if to not in FORMS:
         raise UsageError(f"to={to!r} is not one of {', '.join(FORMS)}")
     check_free(folder, overwrite, _MEMBERS)
-    if is_exported(to):
-        check_exportable(to)
+    check_exportable(to)
     read = _read(source, Hints(heads, decoder_heads, target))
     if is_foreign_form(to):
         check_foreign_form(read.config, to)
@@ -192,7 +191,7 @@ def convert(
                 f"{certificate.difference.relative:.1e}, more than {certificate.bound:.0e} of the largest output; "
                 "nothing was written"
             )
-        certificate.save(staging)
+        write_json(staging / CERTIFICATE, certificate.to_dict())
     dropped = (*read.beside, *read.names.dropped)
     return Conversion(Path(folder), certificate.difference.relative, dropped, certificate)
 
@@ -266,24 +265,23 @@ def _find(path: Path) -> tuple[Path | None, Path]:
     if not path.is_dir():
         return None, path
     folder = find_model_folder(path)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    if not weights.exists():
-        pickles = pickles_in(folder)
-        usual = [entry for entry in pickles if entry.name == "pytorch_model.bin"] or pickles
-        if len(usual) != 1:
-            names = ", ".join(entry.name for entry in usual)
-            several = f"several pickles ({names}); name one of them" if usual else "no pickle (.pth, .pt, .bin, .ckpt)"
-            raise UsageError(f"{folder} has no model.safetensors, and {several}")
-        weights = usual[0]
-    return config if config.exists() else None, weights
+    config = folder / "config.json"
+    weights = [folder / name for name in USUAL if (folder / name).exists()][:1] or pickles_in(folder)
+    if len(weights) != 1:
+        names = ", ".join(entry.name for entry in weights)
+        several = f"several pickles ({names}); name one of them" if weights else "no pickle (.pth, .pt, .bin, .ckpt)"
+        raise UsageError(f"{folder} has no model.safetensors, and {several}")
+    return config if config.exists() else None, weights[0]
 
 
 def _certify(read: _Source, model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> Certificate:
     """Read back what was written, compare it, and gather what became of every tensor."""
     compared = _compare(model, staging, to)
+    written = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     tables = {
-        file.relative_to(staging).as_posix(): names_table(read.names, official_names(read_header(file).tensors))
-        for file in sorted(staging.rglob("*.safetensors"))
+        name: names_table(read.names, official_names(read_header(staging / name).tensors))
+        for name in written
+        if name.endswith(".safetensors")
     }
     if is_exported(to):  # a graph has tensors of its own; the names are those of the network in it
         tables[EXPORTED[to]] = names_table(read.names, official_names(model.state_dict()))
@@ -300,15 +298,12 @@ def _certify(read: _Source, model: Encoder | MaskedAutoencoder, staging: Path, t
     return Certificate(
         source=read.names.dialect,
         to=to,
-        compared=compared.words,
-        inputs=compared.inputs,
-        bound=compared.bound,
-        differences=compared.differences,
+        **compared._asdict(),
         names=tables,
         left_out=left_out(read.names, kept, read.beside, to),
         added=added,
         read=dict(sorted(read.files.items())),
-        written=hashes(staging),
+        written={name: sha256_file(staging / name) for name in written},
         versions=versions,
     )
 
@@ -342,11 +337,9 @@ def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Com
 def _compare_graph(encoder: Encoder, staging: Path, form: ExportForm) -> _Compared:
     """A graph with the encoder that it was made from, at two sizes and two batch sizes."""
     shapes = checked_shapes(encoder.config)
-    run = run_exported(staging, form)
+    pictures = [fixed_images(shape) for shape in shapes]
     differences: dict[str, Difference] = {}
-    for shape in shapes:
-        images = fixed_images(shape)
-        theirs = run(images)
+    for images, theirs in zip(pictures, run_exported(staging, form, pictures), strict=True):
         for name, ours in _outputs(encoder, images).items():
             one = difference(theirs[name], ours)
             differences[name] = largest([differences.get(name, one), one])

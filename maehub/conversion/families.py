@@ -50,11 +50,7 @@ def families() -> tuple[Family, ...]:
 
 
 def recognise(shapes: Shapes) -> Family | None:
-    """The family that tensors are of, None if no row fits.
-
-    Args:
-        shapes: of every tensor, by its name, without wrappers such as ``module.``.
-    """
+    """The family that tensors are of, by names without wrappers such as ``module.``; None if no row fits."""
     tokens = (shape for name, shape in shapes.items() if re.search(r"(^|\.)cls_token$", name) and len(shape) == 3)
     count = next(tokens, (0, 0, 0))[1]
     if count > 1:

@@ -90,7 +90,8 @@ class Identification:
 
     def describe(self) -> str:
         """All of it as a short table for a person."""
-        network, decoder = self.network, self.network.decoder if self.network else None
+        network = self.network.describe() if self.network else {}
+        head = network.pop("head", "")
         kind = "safetensors" if self.format == "safetensors" else "PyTorch pickle, read without running code"
         around = {
             f"inside {self.entry!r}": self.entry,
@@ -103,11 +104,9 @@ class Identification:
                 [kind, *(words for words, there in around.items() if there), f"{self.bytes / 1e6:,.1f} MB"]
             ),
             "names": self.dialect or "of no dialect that maehub reads",
-            "network": network.describe() if network else "",
-            "size": network.describe_size() if network else "",
-            "decoder": decoder.describe() if decoder else "",
+            **network,
             "target": f"{self.target.replace('_', ' ')} ({self.target_from})" if self.target else "",
-            "head": network.describe_head() if network else "",
+            "head": head,
             "weights": f"{self.parameters:,} values in {self.tensors:,} tensors, {self.dtype}",
             "sha256": self.sha256,
             "published": f"{self.published}, licence {self.licence}" if self.published else "",

@@ -71,10 +71,6 @@ class DecoderShape:
     depth: int
     heads: int | None
 
-    def describe(self) -> str:
-        """A line of the table for a person."""
-        return f"{self.depth} blocks of width {self.width}, {_heads_words(self.heads)}"
-
 
 @dataclass(frozen=True)
 class Network:
@@ -99,25 +95,23 @@ class Network:
         """What a file of it holds."""
         return "autoencoder" if self.decoder else "classifier" if self.classes else "encoder"
 
-    def describe(self) -> str:
-        """A line of the table for a person."""
-        size = f"{self.depth} blocks of width {self.width}, {_heads_words(self.heads)}"
-        return f"{size}, patch {self.patch_size}, {self.positions} positions"
-
-    def describe_size(self) -> str:
-        """Likewise: of its pictures."""
+    def describe(self) -> dict[str, str]:
+        """Rows of a table for a person: network, size, decoder and head; empty is what it does not have."""
         channels = f"{self.channels} channel{'s' if self.channels > 1 else ''}"
-        if self.image_size is None:
-            return f"not told by a position table that is no square; {channels}"
-        return f"{self.image_size[0]}×{self.image_size[1]} pixels ({_SIZE_WORDS[self.size_from]}), {channels}"
-
-    def describe_head(self) -> str:
-        """Likewise: of its head, and of a missing one."""
-        if self.tuning == "none":
-            averages = "none; tokens are averaged, then fc_norm: it was or is to be fine-tuned"
-            return "" if self.pool == "cls" else averages
-        pool = "mean of the patch tokens" if self.pool == "mean" else "class token"
-        return f"{self.classes} classes from the {pool} ({_TUNING_WORDS[self.tuning]})"
+        size = f"not told by a position table that is no square; {channels}"
+        if self.image_size:
+            rows, columns = self.image_size
+            size = f"{rows}×{columns} pixels ({_SIZE_WORDS[self.size_from]}), {channels}"
+        head = "none; tokens are averaged, then fc_norm: it was or is to be fine-tuned" if self.pool == "mean" else ""
+        if self.tuning != "none":
+            pool = "mean of the patch tokens" if self.pool == "mean" else "class token"
+            head = f"{self.classes} classes from the {pool} ({_TUNING_WORDS[self.tuning]})"
+        return {
+            "network": f"{_blocks_words(self)}, patch {self.patch_size}, {self.positions} positions",
+            "size": size,
+            "decoder": _blocks_words(self.decoder) if self.decoder else "",
+            "head": head,
+        }
 
 
 @dataclass(frozen=True)
@@ -142,8 +136,9 @@ class PlainVit:
         return self.misfit.missing == ["cls_token"] and not self.misfit.unexpected
 
 
-def _heads_words(heads: int | None) -> str:
-    return f"{heads} heads" if heads else "a number of heads that tensors do not tell"
+def _blocks_words(stack: Network | DecoderShape) -> str:
+    heads = f"{stack.heads} heads" if stack.heads else "a number of heads that tensors do not tell"
+    return f"{stack.depth} blocks of width {stack.width}, {heads}"
 
 
 def read_plain(checkpoint: Checkpoint, hints: Hints) -> tuple[PlainVit | None, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import UsageError
+from maehub.errors import MissingDependencyError, UsageError
 from maehub.images import Preprocess
 from maehub.interop.agreement import (
     check_same,
@@ -15,7 +15,6 @@ from maehub.interop.agreement import (
     exact_state,
     finish,
     images_for,
-    library,
     names_there,
 )
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, MaskedAutoencoder, Origin
@@ -31,9 +30,6 @@ from maehub.weights import (
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
-
-# what config.json says beside the network
-_OF_A_FILE = ("model_type", "dtype", "image_processor_type")
 
 _TAKEN = ("ViTMAEForPreTraining", "ViTModel", "ViTForImageClassification")
 
@@ -71,11 +67,15 @@ def to_transformers(
             )
     elif model.config.pool == "mean":
         raise UsageError("transformers' ViT pools the class token, and this encoder the mean; to_timm takes it")
-    transformers = library("transformers")
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(f"this needs transformers: pip install transformers ({error})") from error
     state, dtype = to_official(exact_state(model)).state, exact_dtype(model)
     described = transformers_config(model.config, dtype)
     (name,) = described.pop("architectures")
-    described = {key: value for key, value in described.items() if key not in _OF_A_FILE}
+    for of_a_file in ("model_type", "dtype"):
+        del described[of_a_file]
     kind = getattr(transformers, name)
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     with torch.random.fork_rng(devices=()):  # fresh weights are drawn, only to be replaced
@@ -124,15 +124,9 @@ def from_transformers(
     }
     state = to_official(exact_state(model)).state
     config = infer_config(state, transformers_hints(settings, where), where)
-    ours: Any = build(
-        Encoder if isinstance(config, EncoderConfig) else MaskedAutoencoder,
-        state,
-        config,
-        preprocess,
-        options=LoadOptions(dtype=exact_dtype(model)),
-        origin=origin,
-        where=where,
-    )
+    kind: Any = Encoder if isinstance(config, EncoderConfig) else MaskedAutoencoder
+    options = LoadOptions(dtype=exact_dtype(model))
+    ours = build(kind, state, config, preprocess, options=options, origin=origin, where=where)
     _set_eps(ours, settings.get("layer_norm_eps", 1e-12))
     _check_same(ours, model, where)
     _set_eps(ours, LAYER_NORM_EPS)

@@ -54,10 +54,8 @@ def infer_config(state: Mapping[str, Tensor], hints: Hints = NO_HINTS, where: st
 
     Of what shapes do not tell and no hint says, heads are those of the published network with the same width, depth and
     patch, and 16 in a decoder of width 512; the target is unknown, unless there are the components of ``pca``, which
-    nothing else has; and the image is square. ``where`` is what the tensors are, for messages.
-
-    Returns:
-        An `AutoencoderConfig` if there is a decoder, else an `EncoderConfig`.
+    nothing else has; and the image is square. Where there is a decoder, an `AutoencoderConfig` comes back. ``where`` is
+    what the tensors are, for messages.
     """
     shape = {name: tuple(value.shape) for name, value in state.items()}
     kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())

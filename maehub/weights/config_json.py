@@ -62,17 +62,14 @@ class Block:
 def why_not_transformers(config: AutoencoderConfig) -> str | None:
     """Why transformers' ViTMAEForPreTraining would not compute the same, or None if it does."""
     height, width = config.encoder.size
-    if height != width:
-        return "its ViTMAE takes square images alone"
-    if config.mask_tokens == "encoder":
-        return "its encoder never sees mask tokens"
-    if config.decoder_depth == 0:
-        return "its decoder has at least one block"
-    if config.target == "unknown":
-        return "what this decoder was trained to predict is unknown"
-    if config.target in ("pca", "tokens"):
-        return "its decoder predicts pixels"
-    return None
+    reasons = {
+        "its ViTMAE takes square images alone": height != width,
+        "its encoder never sees mask tokens": config.mask_tokens == "encoder",
+        "its decoder has at least one block": config.decoder_depth == 0,
+        "what this decoder was trained to predict is unknown": config.target == "unknown",
+        "its decoder predicts pixels": config.target in ("pca", "tokens"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def our_block(

@@ -117,7 +117,6 @@ _PROBE_PARTS = {
     "head.1.weight": ("head.weight", "head.bias"),
     "head.1.bias": ("head.bias",),
 }
-_PROBE_COUNTER = "head.0.num_batches_tracked"
 
 HARMLESS_EXTRAS = {
     "pooler.dense.weight": "the tanh pooler of transformers' ViTModel, which MAE does not train",
@@ -179,7 +178,7 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
         bare = {name: name.removeprefix("vit.") for name in stripped.values()}
         dropped = {name: HARMLESS_EXTRAS[short] for name, short in bare.items() if short in HARMLESS_EXTRAS}
     names = {key: _official_name(name, dialect) for key, name in stripped.items() if name not in dropped}
-    if counter := next((key for key, name in names.items() if name == _PROBE_COUNTER), None):
+    if counter := next((key for key, name in names.items() if name == "head.0.num_batches_tracked"), None):
         dropped[stripped[counter]] = "how many batches a linear probe was trained on"
         del names[counter]
     return OfficialNames(names, dialect, dropped)
@@ -188,12 +187,8 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
 def to_official(state: Mapping[str, Tensor]) -> OfficialState:
     """Rename any dialect to the official names; separate queries, keys and values become one tensor.
 
-    The BatchNorm of a linear probe, as MAE publishes it, becomes part of the linear layer behind it.
-
-    Names that the dialect does not have stay as they are, so that the strict check lists them.
-
-    Args:
-        state: the tensors of a file or of a module, without an outer ``{"model": …}``.
+    The BatchNorm of a linear probe, as MAE publishes it, becomes part of the linear layer behind it. Names that the
+    dialect does not have stay as they are, so that the strict check lists them.
     """
     known = official_names(state)
     renamed: dict[str, Tensor] = {}
@@ -264,8 +259,7 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
             fused[name] = value
             continue
         stem, part, leaf = match.groups()
-        parts = [state.get(f"{stem}.{one}.{leaf}") for one in ("query", "key", "value")]
-        whole = [tensor for tensor in parts if tensor is not None]
+        whole = [state[one] for one in parts(f"{stem}.qkv.{leaf}") if one in state]
         if len(whole) < 3 or len({(tensor.shape, tensor.dtype) for tensor in whole}) > 1 or not value.ndim:
             fused[name] = value  # a part is missing or does not fit: left for the strict check to name
         elif part == "query":

@@ -137,16 +137,8 @@ def write_tensors(
     """Write a new safetensors file and flush it to the disk; the same content always gives the same bytes.
 
     The safetensors package writes metadata in random order and needs every tensor at once, so the file is put together
-    here, one tensor at a time.
-
-    Args:
-        path: must not exist yet.
-        tensors: any devices, any layout.
-        metadata: text for the header.
-        dtype: of the floating tensors on disk; None keeps theirs.
-
-    Returns:
-        The sha256 of the file, hexadecimal.
+    here, one tensor at a time, of any device and layout. ``dtype`` is that of the floating tensors on disk, None keeps
+    theirs. What comes back is the sha256 of the file, hexadecimal.
     """
     dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # the widest first keeps all aligned
