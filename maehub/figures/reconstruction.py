@@ -39,8 +39,23 @@ _SPACES = {"normalised_pixels": " (normalised patches)", "pca": " (coefficients)
 _LEAK = "leaks hidden statistics: the true mean and variance of every hidden patch were used to draw it"
 
 
+class _Drawn:
+    """What a model made of a picture, with a figure of it."""
+
+    def figure(self) -> Image.Image:
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write the figure in the format of the path's ending.
+
+        Raises:
+            UsageError: the folder does not exist or the ending is unknown; nothing was written.
+        """
+        save_figure(self.figure(), path)
+
+
 @dataclass(frozen=True, eq=False)
-class Panels:
+class Panels(_Drawn):
     """The four pictures of a reconstruction and what was measured.
 
     ``mse`` is the training loss: the mean squared error over hidden patches in the space of the target, which is
@@ -102,21 +117,13 @@ class Panels:
         titles = ["Original", f"Masked {_percent(self.mask_ratio)}", "Reconstruction", "Pasted"]
         return compose([self.row()], titles, self.caption, notice=self.notice)
 
-    def save(self, path: str | Path) -> None:
-        """Write the figure in the format of the path's ending.
-
-        Raises:
-            UsageError: the folder does not exist or the ending is unknown; nothing was written.
-        """
-        save_figure(self.figure(), path)
-
     def row(self) -> list[np.ndarray]:
         """The pictures of the figure, from left to right."""
         return [self.original, self.masked, self.reconstruction, self.pasted]
 
 
 @dataclass(frozen=True, eq=False)
-class ErrorMap:
+class ErrorMap(_Drawn):
     """What a model could not guess.
 
     ``error`` is the squared error of a patch, the mean over its values and over the masks in which it was hidden, in
@@ -164,17 +171,9 @@ class ErrorMap:
         colours = heat(self.error / (largest or 1.0))
         return [self.original, self.reconstruction, over_patches(colours, picture_size(self.original))]
 
-    def save(self, path: str | Path) -> None:
-        """Write the figure in the format of the path's ending.
-
-        Raises:
-            UsageError: the folder does not exist or the ending is unknown; nothing was written.
-        """
-        save_figure(self.figure(), path)
-
 
 @dataclass(frozen=True, eq=False)
-class AttentionMap:
+class AttentionMap(_Drawn):
     """How much the class token of one block attends to each patch."""
 
     original: np.ndarray  # (H, W, C) uint8, the preprocessed picture
@@ -190,10 +189,6 @@ class AttentionMap:
         caption = f"attention of the class token, block {self.layer}, {heads}, brightest {self.attention.max():.2g}"
         caption = " · ".join(part for part in (self.name, caption) if part)
         return compose([[self.original, self.overlay]], ["Original", "Attention"], caption)
-
-    def save(self, path: str | Path) -> None:
-        """Write the figure in the format of the path's ending."""
-        save_figure(self.figure(), path)
 
 
 @torch.inference_mode()

@@ -9,9 +9,10 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self, TypeVar
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -32,7 +33,6 @@ from maehub.images.sizes import Size
 from maehub.images.tiff import open_tiff
 
 ImagePath = str | Path | bytes
-_Result = TypeVar("_Result")
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 2 GiB/4 of 24-bit pixels
 
@@ -111,7 +111,27 @@ class Decoded(NamedTuple):
 
 def decode(source: ImagePath | BinaryIO, scaled_to: Size | None, max_pixels: int, background: int = 255) -> Decoded:
     """What `open_image` does, in the channels that the file has; what is transparent shows a grey of 0 to 255."""
-    return _read(source, lambda file: _decode_file(file, scaled_to, max_pixels, background))
+    with _file(source) as file:
+        image, jpeg = _opened(file, max_pixels)
+        if jpeg is None:
+            return Decoded.whole(_whole(image, background))
+        width, height = image.size
+        orientation = _orientation(image)
+        turned = orientation >= 5
+        rows, columns = scaled_to or (height, width)
+        if turned:
+            rows, columns = columns, rows
+        scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
+        pixels, warnings = decode_rows(jpeg, scale)
+        if pixels is None:
+            image.draft(None, (columns, rows))
+        upright = _upright(_flat(image) if pixels is None else Image.fromarray(pixels), orientation)
+        if turned:
+            width, height = height, width
+        right, bottom = width / scale, height / scale
+        left = upright.width - right if orientation in _FLIPS_X else 0
+        top = upright.height - bottom if orientation in _FLIPS_Y else 0
+        return Decoded(upright, (height, width), (left, top, left + right, top + bottom), warnings)
 
 
 class Box(NamedTuple):
@@ -147,7 +167,29 @@ def open_part(
     and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in `open_image`,
     in the channels that the file has.
     """
-    return _read(source, lambda file: _part(file, choose, scaled_to, max_pixels))
+    with _file(source) as file:
+        image, jpeg = _opened(file, max_pixels)
+        if jpeg is None:
+            return part_of(_whole(image), choose, scaled_to)
+        orientation = _orientation(image)
+        turned = orientation >= 5
+        upright = image.size if turned else image.size[::-1]
+        box = _mirrored(choose(upright), upright, orientation)
+        if turned:
+            box, scaled_to = _swapped(box), scaled_to[::-1]
+        stored, scale = aligned(box, scaled_to, image.size[::-1])
+        if scale > 2 and image.mode == "RGB" and get_sampling(image) not in (0, 2):
+            scale //= 2  # 4:2:2: scaled decoding halves the width of the colours once more
+        rows, _ = decode_rows(jpeg, scale, stored.bottom)
+        if rows is None:
+            image.draft(None, (image.width // scale, image.height // scale))
+            rows = np.asarray(_flat(image))
+        left, top, right, bottom = (edge // scale for edge in stored)
+        pixels = rows[top:bottom, left:right]
+        if turned:
+            pixels = pixels.swapaxes(0, 1)
+        pixels = pixels[:: -1 if orientation in _FLIPS_Y else 1, :: -1 if orientation in _FLIPS_X else 1]
+        return Part(pixels, _mirrored(_swapped(stored) if turned else stored, upright, orientation), scale)
 
 
 def aligned(box: Box, scaled_to: Size, picture: Size) -> tuple[Box, int]:
@@ -163,47 +205,24 @@ def aligned(box: Box, scaled_to: Size, picture: Size) -> tuple[Box, int]:
     return Box(left * scale, top * scale, (left + width) * scale, (top + height) * scale), scale
 
 
-def _read(source: ImagePath | BinaryIO, action: Callable[[BinaryIO], _Result]) -> _Result:
-    """What an action makes of a file; whatever it raises becomes one error that names the file."""
+@contextmanager
+def _file(source: ImagePath | BinaryIO) -> Iterator[BinaryIO]:
+    """An open file; whatever is raised while it is read becomes one error that names it."""
     try:
         if not isinstance(source, ImagePath):
-            return action(source)
+            yield source
+            return
         # A pipe or a device would block or never end.
         if not stat.S_ISREG(os.stat(source).st_mode):
             raise DataError("it is not a regular file")
         with open(source, "rb") as file:
-            return action(file)
+            yield file
     except Exception as error:
         # Decoders raise nearly every type there is on broken bytes, so no list of types would be complete.
         path = source if isinstance(source, ImagePath) else getattr(source, "name", None)
         name = printable(path) if isinstance(path, ImagePath) else "the picture"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{name} cannot be read: {reason or type(error).__name__}") from error
-
-
-def _part(file: BinaryIO, choose: Callable[[Size], Box], scaled_to: Size, max_pixels: int) -> Part:
-    image, jpeg = _opened(file, max_pixels)
-    if jpeg is None:
-        return part_of(_whole(image), choose, scaled_to)
-    orientation = _orientation(image)
-    turned = orientation >= 5
-    upright = image.size if turned else image.size[::-1]
-    box = _mirrored(choose(upright), upright, orientation)
-    if turned:
-        box, scaled_to = _swapped(box), scaled_to[::-1]
-    stored, scale = aligned(box, scaled_to, image.size[::-1])
-    if scale > 2 and image.mode == "RGB" and get_sampling(image) not in (0, 2):
-        scale //= 2  # 4:2:2: scaled decoding halves the width of the colours once more
-    rows, _ = decode_rows(jpeg, scale, stored.bottom)
-    if rows is None:
-        image.draft(None, (image.width // scale, image.height // scale))
-        rows = np.asarray(_flat(image))
-    left, top, right, bottom = (edge // scale for edge in stored)
-    pixels = rows[top:bottom, left:right]
-    if turned:
-        pixels = pixels.swapaxes(0, 1)
-    pixels = pixels[:: -1 if orientation in _FLIPS_Y else 1, :: -1 if orientation in _FLIPS_X else 1]
-    return Part(pixels, _mirrored(_swapped(stored) if turned else stored, upright, orientation), scale)
 
 
 def part_of(picture: Image.Image, choose: Callable[[Size], Box], scaled_to: Size) -> Part:
@@ -248,29 +267,6 @@ def _opened(file: BinaryIO, max_pixels: int) -> tuple[ImageFile.ImageFile, Jpeg 
         megapixels = width * height / 1e6
         raise DataError(f"{width}×{height} pixels are {megapixels:.0f} MP, over the limit of {max_pixels / 1e6:.0f} MP")
     return image, jpeg
-
-
-def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int, background: int) -> Decoded:
-    image, jpeg = _opened(file, max_pixels)
-    if jpeg is None:
-        return Decoded.whole(_whole(image, background))
-    width, height = image.size
-    orientation = _orientation(image)
-    turned = orientation >= 5
-    rows, columns = scaled_to or (height, width)
-    if turned:
-        rows, columns = columns, rows
-    scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
-    pixels, warnings = decode_rows(jpeg, scale)
-    if pixels is None:
-        image.draft(None, (columns, rows))
-    upright = _upright(_flat(image) if pixels is None else Image.fromarray(pixels), orientation)
-    if turned:
-        width, height = height, width
-    right, bottom = width / scale, height / scale
-    left = upright.width - right if orientation in _FLIPS_X else 0
-    top = upright.height - bottom if orientation in _FLIPS_Y else 0
-    return Decoded(upright, (height, width), (left, top, left + right, top + bottom), warnings)
 
 
 def decoder_of(head: bytes) -> type[ImageFile.ImageFile]:

@@ -154,13 +154,25 @@ class Preprocess:
         Raises:
             DataError: an array of another type or with other channels than the model takes.
         """
-        if isinstance(image, np.ndarray):
-            return self._array_pixels(image)
-        if not isinstance(image, Image.Image):
+        if isinstance(image, Image.Image):
+            if self.channels not in (1, 3):
+                raise DataError(f"a picture has 1 or 3 channels and the model takes {self.channels}; give an array")
+            return self._fit(Decoded.whole(plain(image)), exact=True)
+        if not isinstance(image, np.ndarray):
             raise UsageError(f"a picture is a PIL image or an (H, W, C) uint8 array, not {type(image).__name__}")
-        if self.channels not in (1, 3):
-            raise DataError(f"a picture has 1 or 3 channels and the model takes {self.channels}; give an array")
-        return self._fit(Decoded.whole(plain(image)), exact=True)
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+            raise DataError(f"an array must be (H, W, C) or (H, W) uint8, not {image.shape} {image.dtype}")
+        if image.ndim == 3 and image.shape[2] == 1:
+            image = image[:, :, 0]
+        bands = 1 if image.ndim == 2 else image.shape[2]
+        if bands == self.channels and bands not in (1, 3):
+            # Pillow would take a fourth channel for transparency.
+            pictures = [Decoded.whole(Image.fromarray(image[:, :, band])) for band in range(bands)]
+            parts = [self._resized(picture, True, band) for band, picture in enumerate(pictures)]
+            return np.stack([np.asarray(part) for part in parts], axis=2)
+        if bands in (1, 3, 4) and self.channels in (1, 3):
+            return self._fit(Decoded.whole(plain(Image.fromarray(np.ascontiguousarray(image)))), exact=True)
+        raise DataError(f"an array with {bands} channels does not fit a model that takes {self.channels}")
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels (B, H, W, C), uint8 or any other type, to a network's input (B, C, H, W) float32, on their device."""
@@ -201,21 +213,6 @@ class Preprocess:
             return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         except (UsageError, TypeError, ValueError) as error:
             raise IntegrityError(f"the preprocessing cannot be used: {error}") from error
-
-    def _array_pixels(self, array: np.ndarray) -> np.ndarray:
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
-            raise DataError(f"an array must be (H, W, C) or (H, W) uint8, not {array.shape} {array.dtype}")
-        if array.ndim == 3 and array.shape[2] == 1:
-            array = array[:, :, 0]
-        bands = 1 if array.ndim == 2 else array.shape[2]
-        if bands == self.channels and bands not in (1, 3):
-            # Pillow would take a fourth channel for transparency.
-            pictures = [Decoded.whole(Image.fromarray(array[:, :, band])) for band in range(bands)]
-            parts = [self._resized(picture, True, band) for band, picture in enumerate(pictures)]
-            return np.stack([np.asarray(part) for part in parts], axis=2)
-        if bands in (1, 3, 4) and self.channels in (1, 3):
-            return self._fit(Decoded.whole(plain(Image.fromarray(np.ascontiguousarray(array)))), exact=True)
-        raise DataError(f"an array with {bands} channels does not fit a model that takes {self.channels}")
 
     def _fit(self, decoded: Decoded, *, exact: bool) -> np.ndarray:
         """A picture, possibly decoded scaled, to (H, W, C) uint8."""
