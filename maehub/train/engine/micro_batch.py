@@ -22,14 +22,10 @@ _MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not 
 def find_micro_batch(
     part: int, group: Group, fits: Callable[[int], bool], size: str, *, asked: int | None = None, multiple: int = 1
 ) -> int:
-    """The largest divisor of this process's part of the batch that fits, the same in every process.
+    """The largest divisor of this process's ``part`` of the batch that ``fits``, the same in every process.
 
-    Args:
-        part: views of a step in this process.
-        fits: whether so many fit.
-        size: of the pictures, for an error.
-        asked: what the user wants; nothing is tried then.
-        multiple: what a micro-batch must be a multiple of, where the part is.
+    Nothing is tried where the user ``asked`` for one. It is a multiple of ``multiple``, where the part is. An error
+    tells the ``size`` of the pictures.
     """
     if asked:
         return min(asked, part)

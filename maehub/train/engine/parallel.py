@@ -109,9 +109,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
 def single_network(network: Network, empty: Network | None, group: Group) -> Network | None:
     """The network as one process can call it alone; where weights are spread, in rank 0 a copy, None elsewhere.
 
-    Args:
-        network: as it is trained.
-        empty: the network without weights, where they are spread over all processes; else None.
+    ``empty`` is the network without weights, where they are spread over all processes; else None.
     """
     if empty is None:
         return network

@@ -24,20 +24,11 @@ from maehub.version import __version__
 log = logging.getLogger("maehub")
 
 # What may be another when a run is resumed: it changes nothing that is computed, or only how fast.
-_FREE = {"out", "data", "resume", "overwrite", "allow_data_change", "quiet", "device", "workers", "cache"} | {
-    "checkpoint_every",
-    "checkpoint_activations",
-    "deterministic",
+_FREE = {
+    *("out", "data", "resume", "overwrite", "allow_data_change", "quiet", "device", "workers", "cache"),
+    *("checkpoint_every", "checkpoint_activations", "deterministic", "fsdp", "keep", "knn", "skip_twins"),
+    *("micro_batch", "tensorboard", "time_limit", "timeout", "validate_every"),
     "epochs",  # its steps count
-    "fsdp",
-    "keep",
-    "knn",
-    "skip_twins",
-    "micro_batch",
-    "tensorboard",
-    "time_limit",
-    "timeout",
-    "validate_every",
 }
 
 _GRACE = 30  # seconds between torchrun's SIGTERM and its SIGKILL
@@ -186,13 +177,8 @@ def check_version(run: Path) -> None:
 
 
 def agreed_start(group: Group, settings: Mapping[str, Any], derived: Mapping[str, Any], data: str) -> Progress:
-    """Step 0 of a run, with what must be the same when it is resumed, after all processes agreed on it.
-
-    Args:
-        settings: of the run, by name.
-        derived: what follows from them.
-        data: digest of the pictures.
-    """
+    """Step 0 of a run, with what must be the same when it is resumed, after all processes agreed on it: its settings by
+    name, what is derived from them, and the digest of the data."""
     fixed = {name: value for name, value in settings.items() if name not in _FREE} | dict(derived)
     fixed = json.loads(json.dumps(fixed))  # as a checkpoint gives it back
     group.agree(

@@ -36,14 +36,14 @@ def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -
         batch = next(batches)
     except (DataError, RuntimeError) as error:  # of many processes, the others must hear of it before they wait
         failure = error
-    run.idled(time.perf_counter() - begun)
-    agreement = group.exchange(stop.exit_code, failure is not None)
-    if agreement.failed:
+    run.idle += time.perf_counter() - begun
+    stop_signal, failed = group.exchange(stop.exit_code, failure is not None)
+    if failed:
         with group.together("reading pictures"):
             if failure is not None:
                 raise failure
     assert batch is not None
-    return batch, agreement.stop
+    return batch, stop_signal
 
 
 def stop_after(agreed: int, group: Group, stop: Stop) -> int:
@@ -60,11 +60,8 @@ def parts(batch: Parts, size: int) -> Iterator[tuple[Parts, bool]]:
 
 @contextlib.contextmanager
 def step_errors(views: int, group: Group) -> Iterator[None]:
-    """Say who is lost where a process does not come, and what helps where memory runs out in a step.
-
-    Args:
-        views: that are computed at once.
-    """
+    """Say who is lost where a process does not come, and what helps where memory runs out in a step that computes so
+    many ``views`` at once."""
     with group.waiting("the gradients"):
         try:
             yield

@@ -106,15 +106,17 @@ def activation_bytes(network: AutoencoderConfig, work: Work, precision: Precisio
     blocks = _blocks(network, work)
     if checkpoint:
         stored = sum(_FP32 * block.tokens * block.width for block in blocks)
+        passing = [_block_bytes(block, half) for block in blocks]
     else:
         stored = sum(_block_bytes(block, half) for block in blocks)
+        # what lives for a moment: gradients of both sides of a block's MLP and of the stream
+        passing = [2 * half * block.leaving * block.hidden + 2 * _FP32 * block.tokens * block.width for block in blocks]
     for rows, inputs, _ in _products(network, work):
         stored += (half + _FP32) * rows * inputs  # what the product reads, and what made it
     pixels = math.prod(network.encoder.size) * network.encoder.channels
     stored += pixels + 2 * _FP32 * pixels  # uint8, normalised, cut into patches
     # prediction, the same in float32, target, difference, and the gradient of the prediction
     loss = (2 * half + 3 * _FP32) * work.predicted * network.prediction_width
-    passing = [(_block_bytes if checkpoint else _working_bytes)(block, half) for block in blocks]
     return stored + max([loss, *passing])
 
 
@@ -189,8 +191,3 @@ def _block_bytes(block: _Block, half: int) -> int:
     before = (_FP32 + half + 2 * half) * tokens * width  # input of norm1, its output, keys, values
     after = (half + half + _FP32 + half) * leaving * width  # queries, mixed, input of norm2, its output
     return before + after + 2 * half * leaving * hidden + _FP32 * leaving * heads
-
-
-def _working_bytes(block: _Block, half: int) -> int:
-    """What lives for a moment in a block's backward pass: gradients of both sides of its MLP and of the stream."""
-    return 2 * half * block.leaving * block.hidden + 2 * _FP32 * block.tokens * block.width

@@ -32,13 +32,8 @@ def baselines(objective: Objective, pixels: Tensor, masked: Tensor) -> Baselines
     to their counts, the tokens of all visible patches of the sample are added with a weight of √K patches, and to these
     every token once.
 
-    Args:
-        objective: says what is predicted.
-        pixels: (B, H, W, C) uint8, or floating in the same range; on any device.
-        masked: (B, N) bool, True where hidden; each row keeps the same number, at least one.
-
-    Raises:
-        UsageError: the components of a model of target ``pca`` were never fitted.
+    Pixels are (B, H, W, C) uint8, or floating in the same range, on any device; ``masked`` is (B, N) bool, True where
+    hidden, and each row keeps the same number, at least one.
     """
     config = objective.model.config
     if config.target == "tokens":
@@ -70,14 +65,8 @@ def interpolated(patches: Tensor, masked: Tensor, grid: Size, patch_size: int) -
     brightness rises evenly is restored between its visible patches. Where a patch sees no visible one in its row or its
     column, what was filled so is used in the same way.
 
-    Args:
-        patches: (B, N, P·P·C) floating. Hidden ones are not read.
-        masked: (B, N) bool, True where hidden; each row has a visible patch.
-        grid: (rows, columns) of patches.
-        patch_size: P, pixels.
-
-    Returns:
-        (B, N, P·P·C), the visible patches unchanged.
+    Patches are (B, N, P·P·C) floating, in a grid of (rows, columns); visible ones are unchanged, hidden ones not read.
+    ``masked`` is (B, N) bool, True where hidden; each row has a visible patch.
     """
     batch = len(patches)
     cells = patches.masked_fill(masked[:, :, None], 0).reshape(batch, *grid, patch_size, patch_size, -1)

@@ -26,10 +26,8 @@ def split_data(data: str, holdout: int | None, group: int | None) -> Split:
     DIR/train and DIR/val are used as such where both exist. Otherwise pictures are held out by the hash of their names,
     or groups of pictures by the hash of theirs, so that adding pictures moves none from one side to the other.
 
-    Args:
-        data: see `maehub.data.sources.find_samples`.
-        holdout: how many pictures; None means one in twenty, at most 2000.
-        group: folder level whose members stay on one side.
+    ``holdout`` is how many pictures, None one in twenty, at most 2000; ``group`` the folder level whose members stay on
+    one side.
     """
     folder, index_dir = Path(data), cache_folder() / "shards"
     if (folder / "train").is_dir() and (folder / "val").is_dir():
@@ -60,11 +58,6 @@ def _whole_groups(samples: Source, members: np.ndarray, wanted: int) -> np.ndarr
     """Groups in the order of a hash of their first member's name, until so many pictures are held out: (n,) bool."""
     numbers, firsts, sizes = np.unique(members, return_index=True, return_counts=True)
     order = sorted(range(len(numbers)), key=lambda place: sample_id(b"group" + samples.name(int(firsts[place]))))
-    taken: list[int] = []
-    count = 0
-    for place in order[:-1]:  # one group is left to train on
-        if count >= wanted:
-            break
-        taken.append(int(numbers[place]))
-        count += int(sizes[place])
-    return np.isin(members, taken)
+    taken = np.array(order[:-1], dtype=int)  # one group is left to train on
+    before = np.cumsum(sizes[taken]) - sizes[taken]  # pictures held out when a group's turn comes
+    return np.isin(members, numbers[taken[before < wanted]])

@@ -52,16 +52,13 @@ from maehub.train.engine import (
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.holdout import Split, split_data
 from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
-from maehub.train.pretraining.objective import Objective, fit_components, store_components
+from maehub.train.pretraining.objective import Objective, TokenizerFunction, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
 from maehub.train.pretraining.views import Batch, Crops, View, validation_batch
 from maehub.train.reports import update_report
 from maehub.weights import save
 
 log = logging.getLogger("maehub")
-
-Tokenizer = Callable[[Tensor], Tensor]
-"""Pictures (B, C, H, W) in [0, 1] to (B, N) integers, one a patch; ``vocabulary`` is how many there are."""
 
 _PCA_PICTURES = 1000  # pictures that the components of patches are fitted on
 
@@ -74,7 +71,7 @@ class PretrainResult(NamedTuple):
     exit_code: int
 
 
-def pretrain(config: PretrainConfig, *, tokenizer: Tokenizer | None = None) -> PretrainResult:
+def pretrain(config: PretrainConfig, *, tokenizer: TokenizerFunction | None = None) -> PretrainResult:
     """Pretrain a masked autoencoder, in this process or, started by torchrun, in many.
 
     The run folder gets ``config.json``, ``run.json`` (state), ``metrics.jsonl`` (one object a step), ``pictures/``,
@@ -113,9 +110,8 @@ class _Job:
 
     model: MaskedAutoencoder  # what is saved
     empty: MaskedAutoencoder | None  # the model without weights, where they are spread over all processes
-    objective: Objective  # the model with its target: what is differentiated
-    objective_of: Callable[[MaskedAutoencoder], Objective]  # the same for a copy of the model
-    module: nn.Module  # the objective, wrapped for this machine: what is called
+    objective_of: Callable[[MaskedAutoencoder], Objective]  # a model with its target
+    module: nn.Module  # the objective, wrapped for this machine: what is called and differentiated
     optimizer: torch.optim.Optimizer
     view: View
     split: Split
@@ -125,14 +121,14 @@ class _Job:
     precision: contextlib.AbstractContextManager[Any]
 
 
-def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -> _Job:
+def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction | None) -> _Job:
     """Everything before the first step; nothing is written."""
     if config.batch_size % (group.size * config.masks_per_image):
         raise UsageError(
             f"--batch-size {config.batch_size} counts the views of all processes: it must be a multiple of "
             f"{group.size} processes times {config.masks_per_image} masks of a picture"
         )
-    vocabulary = 0 if tokenizer is None else getattr(tokenizer, "vocabulary", None)
+    vocabulary: Any = 0 if tokenizer is None else getattr(tokenizer, "vocabulary", None)
     if tokenizer is not None and (type(vocabulary) is not int or vocabulary < 1):
         raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
     files = group.host_first(lambda: find_weights(config.from_), "downloading the weights")
@@ -143,7 +139,9 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     views = len(split.training) * config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
-        _fit_pca(model, split, view, config, group)
+        sample = validation_batch(split.training, view, min(len(split.training), _PCA_PICTURES), config.seed)
+        components = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
+        store_components(model, group.first(components, "the principal components"))  # the same in every process
     start = agreed_start(group, asdict(config), {"steps": steps}, split.training.digest())
     preprocess = replace(model.preprocess, size=view.size)
     empty = copy.deepcopy(model).to("meta") if config.fsdp and group.size > 1 else None
@@ -169,7 +167,6 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     return _Job(
         model=model,
         empty=empty,
-        objective=objective,
         objective_of=objective_of,
         module=module,
         optimizer=adamw(model, config.weight_decay),
@@ -231,7 +228,10 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 break
 
     if not stop_signal:
-        _export(group, job, run)
+        with group.together("exporting the model"):
+            model = single_network(job.model, job.empty, group)
+            if group.is_main and model is not None:
+                save(model.eval(), run.folder / "model", overwrite=True)
     run.finish(stop_signal)
     report()
     return PretrainResult(config.out, done, stop_signal)
@@ -258,21 +258,13 @@ def _validate(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step
         model = single_network(job.model, job.empty, group)
         if model is None or job.validation is None:
             return
-        objective = job.objective if model is job.model else job.objective_of(model).to(group.device)
-        numbers = job.validation.measure(objective, job.precision)
+        numbers = job.validation.measure(job.objective_of(model).to(group.device), job.precision)
         if numbers:
             run.note(step, **numbers)
         if step:
             job.validation.draw(model, run.folder / "pictures" / f"step-{step}.png")
         else:
             tell_start(numbers, config.from_)
-
-
-def _export(group: Group, job: _Job, run: RunLog) -> None:
-    with group.together("exporting the model"):
-        model = single_network(job.model, job.empty, group)
-        if group.is_main and model is not None:
-            save(model.eval(), run.folder / "model", overwrite=True)
 
 
 def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micro: int) -> None:
@@ -286,11 +278,3 @@ def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micr
         peak,
         group.device,
     )
-
-
-def _fit_pca(model: MaskedAutoencoder, split: Split, view: View, config: PretrainConfig, group: Group) -> None:
-    """Give the decoder the principal components of patches of some training pictures, the same in every process."""
-    count = min(len(split.training), _PCA_PICTURES)
-    sample = validation_batch(split.training, view, count, config.seed)
-    components = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
-    store_components(model, group.first(components, "the principal components"))

@@ -3,23 +3,22 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from maehub.data import Source, find_samples, groups, naming
+from maehub.data import Source, find_samples, groups
 from maehub.errors import DataError
 from maehub.figures import grid as figure_grid
 from maehub.figures import reconstruct
 from maehub.files import atomic_write
-from maehub.images import Preprocess, open_image
+from maehub.images import Preprocess
 from maehub.models import MaskedAutoencoder
 from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.objective import Objective
-from maehub.train.pretraining.views import Batch, View, validation_batch
+from maehub.train.pretraining.views import Batch, View, first_by_id, opened, validation_batch
 
 log = logging.getLogger("maehub")
 
@@ -33,11 +32,8 @@ _VIEWS_AT_ONCE = 64
 class Validation:
     """Fixed crops with fixed masks of pictures that are not trained on; only rank 0 has one.
 
-    Args:
-        objective: of the run; its settings decide what the loss is.
-        shown: pictures to draw, held-out ones where there are any.
-        heldout: None measures nothing.
-        labelled: a folder for the accuracy of nearest neighbours, or None.
+    Of the pictures that are ``shown`` some are drawn: held-out ones where there are any. Without those nothing is
+    measured but, on a ``labelled`` folder if one is given, the accuracy of nearest neighbours.
     """
 
     def __init__(
@@ -61,15 +57,10 @@ class Validation:
             count = max(_FEWEST_CROPS, min(len(heldout), _CROPS))
             self.batch = validation_batch(heldout, view, count, seed)
             device = next(objective.model.parameters()).device
-            simple = [
-                baselines(objective, part.pixels.to(device), part.masked.to(device))
-                for part in self.batch.split(_VIEWS_AT_ONCE)
-            ]
-            shares = [len(part.pixels) / count for part in self.batch.split(_VIEWS_AT_ONCE)]
-            self._baselines = {
-                name: sum(getattr(one, name) * share for one, share in zip(simple, shares, strict=True))
-                for name in ("mean_fill", "interpolation")
-            }
+            for part in self.batch.split(_VIEWS_AT_ONCE):
+                simple = baselines(objective, part.pixels.to(device), part.masked.to(device))
+                for name, value in simple._asdict().items():
+                    self._baselines[name] = self._baselines.get(name, 0.0) + value * (len(part.pixels) / count)
         if labelled is not None:
             self._labelled = _labelled(labelled, self.preprocess)
 
@@ -77,14 +68,15 @@ class Validation:
     def measure(self, objective: Objective, autocast: contextlib.AbstractContextManager[object]) -> dict[str, float]:
         """The loss beside what filling holes without a network would give, and signals of the features' quality.
 
-        Returns:
-            ``val_loss``, ``mean_fill``, ``interpolation`` in the target's units and ``effective_rank``;
-            ``knn_top1`` in percent where there is a labelled folder.
+        ``val_loss``, ``mean_fill``, ``interpolation`` in the target's units and ``effective_rank``; ``knn_top1`` in
+        percent where there is a labelled folder.
         """
         model = objective.model
         device = next(model.parameters()).device
         numbers: dict[str, float] = {}
-        with _evaluating(model):
+        with contextlib.ExitStack() as after:
+            after.callback(model.train, model.training)
+            model.eval()
             if self.batch is not None:
                 total, features = 0.0, []
                 for part in self.batch.split(_VIEWS_AT_ONCE):
@@ -110,13 +102,11 @@ class Validation:
         if not model.config.has_picture:
             return  # what a caller's tokens look like is not known
         panels = []
-        for index in sorted(range(len(self.shown)), key=self.shown.sample_id)[:_SHOWN]:
-            with naming(self.shown, index):
-                picture = open_image(self.shown.source(index), channels=model.config.encoder.channels)
+        for index in first_by_id(self.shown, _SHOWN):
             panels.append(
                 reconstruct(
                     model,
-                    picture,
+                    opened(self.shown, index, model.config.encoder.channels),
                     strategy=self.view.strategy,
                     mask_ratio=self.view.mask_ratio,
                     seed=self.seed,
@@ -129,11 +119,9 @@ class Validation:
 
 
 def tell_start(numbers: dict[str, float], name: str) -> None:
-    """Say what is measured before the first step; warn where loaded weights do worse than the mean colour.
+    """Say what `Validation.measure` gave before the first step; warn where weights do worse than the mean colour.
 
-    Args:
-        numbers: of `Validation.measure`.
-        name: of the weights; empty for fresh ones, of which nothing is expected.
+    Their ``name`` is empty for fresh ones, of which nothing is expected.
     """
     if "val_loss" not in numbers:
         return
@@ -155,20 +143,7 @@ def _labelled(folder: str, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
     classes = groups(samples, 1)
     if classes.max() < 1:
         raise DataError(f"{folder} has one class; --knn needs DIR/CLASS/pictures with at least two")
-    chosen = sorted(sorted(range(len(samples)), key=samples.sample_id)[:_LABELLED])
-    pixels = []
-    for index in chosen:
-        with naming(samples, index):
-            picture = open_image(samples.source(index), channels=preprocess.channels)
-        pixels.append(torch.from_numpy(preprocess.pixels(picture)))
+    chosen = sorted(first_by_id(samples, _LABELLED))
+    pictures = (opened(samples, index, preprocess.channels) for index in chosen)
+    pixels = [torch.from_numpy(preprocess.pixels(picture)) for picture in pictures]
     return torch.stack(pixels), torch.from_numpy(classes[chosen])
-
-
-@contextlib.contextmanager
-def _evaluating(model: MaskedAutoencoder) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
