@@ -40,32 +40,28 @@ def run_list(config: "arguments.List", shared: Shared) -> int:
         size = "×".join(map(str, dict.fromkeys(row.image_size)))  # of a square one side
         table.append((row.name, size, row.role, row.target or "–", row.licence, row.sources[0].where()))
     text = text_table(header, table, left=range(len(header)))
-    report(shared._replace(quiet=False), {"models": [row.to_dict() for row in rows]}, text)
-    return EXIT_DONE
+    return report(shared._replace(quiet=False), {"models": [row.to_dict() for row in rows]}, text)
 
 
 def run_info(config: "arguments.Info", shared: Shared) -> int:
     from maehub.hub import model_info
 
     info = model_info(config.name)
-    report(shared._replace(quiet=False), info.to_dict(), info.describe())
-    return EXIT_DONE
+    return report(shared._replace(quiet=False), info.to_dict(), info.describe())
 
 
 def run_download(config: "arguments.Download", shared: Shared) -> int:
     from maehub.hub import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
-    report(shared, {"path": str(path)}, f"{config.name} is at {path}")
-    return EXIT_DONE
+    return report(shared, {"path": str(path)}, f"{config.name} is at {path}")
 
 
 def run_cache(config: "arguments.Cache", shared: Shared) -> int:
     from maehub.hub import clean_cache
 
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
-    report(shared, cleaned.to_dict(), cleaned.describe())
-    return EXIT_DONE
+    return report(shared, cleaned.to_dict(), cleaned.describe())
 
 
 def run_verify(config: "arguments.Verify", shared: Shared) -> int:
@@ -73,8 +69,8 @@ def run_verify(config: "arguments.Verify", shared: Shared) -> int:
 
     checked = verify(config.source)
     lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
-    report(shared, {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}, "\n".join(lines))
-    return EXIT_DONE
+    facts = {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}
+    return report(shared, facts, "\n".join(lines))
 
 
 def run_identify(config: "arguments.Identify", shared: Shared) -> int:
@@ -83,8 +79,7 @@ def run_identify(config: "arguments.Identify", shared: Shared) -> int:
     found = identify(
         config.file, heads=config.heads, decoder_heads=config.decoder_heads, decide_target=config.decide_target or None
     )
-    report(shared, found.to_dict(), found.describe())
-    return found.exit_code
+    return report(shared, found.to_dict(), found.describe(), found.exit_code)
 
 
 def run_convert(config: "arguments.Convert", shared: Shared) -> int:
@@ -111,8 +106,7 @@ def run_convert(config: "arguments.Convert", shared: Shared) -> int:
         f"{result.folder}: largest difference after reloading {largest.absolute:.1e}, {largest.relative:.1e} of the "
         f"largest output; {certificate} says what was compared, renamed and left out"
     )
-    report(shared, facts, text)
-    return EXIT_DONE
+    return report(shared, facts, text)
 
 
 def run_push(config: "arguments.Push", shared: Shared) -> int:
@@ -143,8 +137,7 @@ def run_push(config: "arguments.Push", shared: Shared) -> int:
         message=config.message,
         progress=not shared.quiet,
     )
-    report(shared, done.to_dict(), done.describe())
-    return EXIT_DONE
+    return report(shared, done.to_dict(), done.describe())
 
 
 def run_features(config: "arguments.Features", shared: Shared) -> int:
@@ -174,8 +167,8 @@ def run_features(config: "arguments.Features", shared: Shared) -> int:
         "shape": list(table.features.shape),
     }
     skipped = f", {len(table.skipped)} skipped (see bad_files.csv)" if table.skipped else ""
-    report(shared, facts, f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}")
-    return EXIT_SKIPPED if table.skipped else EXIT_DONE
+    text = f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}"
+    return report(shared, facts, text, EXIT_SKIPPED if table.skipped else EXIT_DONE)
 
 
 def run_data(config: "arguments.Data", shared: Shared) -> int:
@@ -186,14 +179,12 @@ def run_data(config: "arguments.Data", shared: Shared) -> int:
     if config.what == "stats":
         sample = SAMPLE if config.sample is None else config.sample
         found = data_statistics(config.data, sample=sample, workers=config.workers, progress=not shared.quiet)
-        report(shared, found.to_dict(), found.describe())
-        return EXIT_DONE
+        return report(shared, found.to_dict(), found.describe())
     told = None if shared.json or shared.quiet else tell
     checked = check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
     if config.out is not None:
         checked.save(config.out)
-    report(shared, checked.to_dict(), checked.describe())
-    return DataError.exit_code if checked.bad else EXIT_DONE
+    return report(shared, checked.to_dict(), checked.describe(), DataError.exit_code if checked.bad else EXIT_DONE)
 
 
 def run_pretrain(config: Any, shared: Shared) -> int:
@@ -229,8 +220,7 @@ def measuring(function: str) -> Callable[[Any, Shared], int]:
         from maehub import train
 
         found = getattr(train, function)(replace(config, quiet=shared.quiet))
-        report(shared, found.to_dict(), str(found))
-        return EXIT_DONE
+        return report(shared, found.to_dict(), str(found))
 
     return run
 
@@ -262,24 +252,23 @@ def run_predict(config: Any, shared: Shared) -> int:
         found.save(config.out, overwrite=config.overwrite)
         facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
         text = f"{config.out}: {len(found)} images" + (f", {len(found.skipped)} skipped" if found.skipped else "")
-    report(shared, facts, text)
-    return EXIT_SKIPPED if found.skipped else EXIT_DONE
+    return report(shared, facts, text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
 
 
 def run_plan(config: Any, shared: Shared) -> int:
     from maehub.train.planning import plan
 
     found = plan(config)
-    report(shared, found.to_dict(), found.describe())
-    return EXIT_DONE
+    return report(shared, found.to_dict(), found.describe())
 
 
-def report(shared: Shared, facts: dict[str, Any], text: str) -> None:
-    """Say what came of a command: as JSON, in words, or not at all."""
+def report(shared: Shared, facts: dict[str, Any], text: str, code: int = EXIT_DONE) -> int:
+    """Say what came of a command: as JSON, in words, or not at all. Gives its exit code."""
     if shared.json:
         print(json.dumps(facts, allow_nan=False))
     elif not shared.quiet:
         print(text)
+    return code
 
 
 def wanted_size(sides: tuple[int, ...]) -> int | tuple[int, int] | None:

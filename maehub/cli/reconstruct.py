@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maehub.cli.commands import Shared, report, wanted_size
-from maehub.errors import EXIT_DONE, UsageError
+from maehub.errors import UsageError
 from maehub.files import write_error
 from maehub.hub import locate
 
@@ -64,8 +64,7 @@ def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
         save_figure(rows[0].figure() if len(rows) == 1 else grid(rows), out)
         names = [image for image in share for _ in config.mask_ratio]
         numbers += [{"image": image, **_numbers(row)} for image, row in zip(names, rows, strict=True)]
-    report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
-    return EXIT_DONE
+    return report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
 
 
 def _pictures(source: str) -> list[str]:

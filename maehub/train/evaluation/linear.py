@@ -53,34 +53,10 @@ class LinearFit:
     bias: Tensor
     """(C,) float32."""
     strength: float
-    inner: tuple[Trial, ...] = ()
-    """What the strength was chosen by, from strong to weak."""
 
     def logits(self, features: Tensor) -> Tensor:
         """(n, D) to (n, C), for a softmax; for a sigmoid each where it was fitted to several labels a picture."""
         return F.linear(features.float(), self.weight, self.bias)
-
-
-def fit_linear(
-    features: Tensor,
-    labels: np.ndarray,
-    classes: int,
-    inner: Sequence[tuple[np.ndarray, np.ndarray]],
-    strengths: Sequence[float] = STRENGTHS,
-) -> LinearFit:
-    """Fit at every strength, choose by the inner splits, fit the chosen one to all.
-
-    Chosen is, of the strengths whose accuracy on what is held out is within half a point of the best, the one of least
-    loss. Accuracy is what one wants; where it is flat a few pictures would decide for a strength that fits too closely,
-    and loss alone can be lowest where hardly anything is told apart, as with histograms that have rare bins.
-
-    Deterministic. Features are (n, D) floating; constant, repeated and linearly dependent columns are fine, and so is
-    n < D. Labels are (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class. ``inner`` are
-    indices to fit to and indices to choose by, once or more.
-    """
-    trials = sweep(features, labels, classes, inner, strengths)
-    chosen = best(trials)
-    return fit_at(features, labels, classes, chosen.strength, trials)
 
 
 def sweep(
@@ -90,7 +66,12 @@ def sweep(
     inner: Sequence[tuple[np.ndarray, np.ndarray]],
     strengths: Sequence[float] = STRENGTHS,
 ) -> tuple[Trial, ...]:
-    """How well each strength does on what is held out of the inner splits; arguments and errors as in `fit_linear`."""
+    """How well each strength does, from strong to weak, on what is held out of the inner splits.
+
+    Deterministic. Features are (n, D) floating; constant, repeated and linearly dependent columns are fine, and so is
+    n < D. Labels are (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class. ``inner`` are
+    indices to fit to and indices to choose by, once or more.
+    """
     _check(features, labels, classes)
     ordered = sorted(strengths, reverse=True)
     if not inner or not ordered or ordered[-1] <= 0:
@@ -107,19 +88,21 @@ def sweep(
 
 
 def best(trials: Iterable[Trial]) -> Trial:
-    """Of the most accurate, within half a point, the one of least loss; of equal ones the strongest."""
+    """Of the most accurate, within half a point, the one of least loss; of equal ones the strongest.
+
+    Accuracy is what one wants; where it is flat a few pictures would decide for a strength that fits too closely, and
+    loss alone can be lowest where hardly anything is told apart, as with histograms that have rare bins.
+    """
     known = list(trials)
     enough = max(trial.accuracy for trial in known) - _AS_ACCURATE
     return min((trial for trial in known if trial.accuracy >= enough), key=lambda trial: (trial.loss, -trial.strength))
 
 
-def fit_at(
-    features: Tensor, labels: np.ndarray, classes: int, strength: float, inner: tuple[Trial, ...] = ()
-) -> LinearFit:
-    """Fit at one strength; arguments and errors as in `fit_linear`."""
+def fit_at(features: Tensor, labels: np.ndarray, classes: int, strength: float) -> LinearFit:
+    """Fit at one strength; arguments and errors as in `sweep`."""
     _check(features, labels, classes)
     (fit,) = _path(features, labels, classes, [strength], torch.float64)
-    return LinearFit(fit.weight, fit.bias, strength, inner)
+    return fit
 
 
 def accuracy(logits: Tensor, labels: np.ndarray) -> float:

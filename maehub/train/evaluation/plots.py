@@ -125,16 +125,15 @@ def _coloured(shares: np.ndarray) -> Image.Image:
 def _labels(names: Sequence[str], together: int, cell: int, font: Font) -> dict[int, str]:
     """What stands beside which rows: names, or the places of some."""
     if cell >= _NAMED_CELL:
-        return {place: _cut(_written(name, place, font), font, _LONGEST_NAME) for place, name in enumerate(names)}
+        unknown = bytes(font.getmask("\uffff"))
+        labels = {}
+        for place, name in enumerate(names):
+            missing = any(bytes(font.getmask(character)) == unknown for character in set(name) - {" "})
+            labels[place] = _cut(f"class {place}" if missing else printable(name), font, _LONGEST_NAME)
+        return labels
     rows = -(-len(names) // together)
     step = next(size for size in (5, 10, 20, 50, 100, 200, 500) if size * cell >= 40)
     return {place: f"{place * together:,}" for place in range(0, rows, step)}
-
-
-def _written(name: str, place: int, font: Font) -> str:
-    unknown = bytes(font.getmask("\uffff"))
-    missing = any(bytes(font.getmask(character)) == unknown for character in set(name) - {" "})
-    return f"class {place}" if missing else printable(name)
 
 
 def _cut(text: str, font: Font, width: float) -> str:

@@ -268,11 +268,8 @@ def _one_label(scores: Scores, logits: np.ndarray, labels: np.ndarray, classes: 
         most = int(wrong[number].argmax())
         times = int(wrong[number, most])
         recall, precision = _share(right[number], shown[number]), _share(right[number], said[number])
-        rows.append(
-            ClassScore(
-                name, shown[number], said[number], recall, precision, None, classes[most] if times else None, times
-            )
-        )
+        taken_for = classes[most] if times else None
+        rows.append(ClassScore(name, shown[number], said[number], recall, precision, None, taken_for, times))
     bins = _bins(logits, predicted == labels)
     own = logits[np.arange(len(labels)), labels][:, None]
     higher = (logits > own) | ((logits == own) & (np.arange(count) < labels[:, None]))  # than the true class

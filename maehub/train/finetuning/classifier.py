@@ -1,13 +1,15 @@
-"""Encoders with a head, as they are trained: pooling, stochastic depth, frozen parts, probes on a frozen network."""
+"""What is trained, and its loss: encoders with a head, stochastic depth, frozen parts, probes on a frozen network."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from maehub.errors import UsageError
 from maehub.models import Block, Encoder, Pool
@@ -18,6 +20,33 @@ from maehub.weights import HEAD_STD
 _PROBE_STD = 0.01  # of a linear probe's fresh weights, as published
 _BATCH_NORM_EPS = 1e-6
 _HEAD_WIDTH = 64  # of the attention that pools
+
+
+class Objective(nn.Module):
+    """A classifier and its loss: soft-target cross-entropy, or binary cross-entropy of each label."""
+
+    def __init__(self, network: nn.Module, positive: Tensor | None, *, multi_label: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.multi_label = multi_label
+        self.positive: Tensor | None
+        self.register_buffer("positive", positive, persistent=False)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Images (B, C, H, W) and targets (B, classes) to the mean loss, () float32."""
+        logits = self.network(images).float()
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive)
+        return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1).mean()
+
+
+def class_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """(classes,) float32. What makes every class count alike; of several labels, how much more a present one counts."""
+    if labels.ndim == 2:
+        present = labels.sum(axis=0)
+        return torch.from_numpy(((len(labels) - present) / np.maximum(present, 1)).astype(np.float32))
+    counts = np.bincount(labels, minlength=classes)
+    return torch.from_numpy((len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32))
 
 
 def as_classifier(
@@ -90,6 +119,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     does not run on a CPU.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, width: int, group: Group) -> None:
         super().__init__(width, eps=_BATCH_NORM_EPS, affine=False)
         self.group = group
@@ -98,9 +131,6 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         """(B, D) to (B, D)."""
         if not self.training or self.group.size == 1:
             return super().forward(features)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         with torch.no_grad():
             x = features.double()
             sums = torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])])
@@ -157,8 +187,6 @@ class LinearProbe(_Probe):
         encoder = self.trunk
         if not isinstance(encoder, Encoder) or self.pool != encoder.config.pool:
             return None
-        assert self.norm.running_mean is not None
-        assert self.norm.running_var is not None
         scale = (self.norm.running_var.double().cpu() + self.norm.eps).rsqrt()
         weight = self.head.weight.detach().double().cpu() * scale
         bias = self.head.bias.detach().double().cpu() - weight @ self.norm.running_mean.double().cpu()

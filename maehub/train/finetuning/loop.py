@@ -58,11 +58,11 @@ from maehub.train.engine import (
     wrapped,
 )
 from maehub.train.evaluation import Scores, score
+from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.measuring import export, logits_of, show
 from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
 from maehub.train.finetuning.network import Classifier, build_classifier, find_weights, open_network, optimizer_of
-from maehub.train.finetuning.objective import Objective, class_weights
 from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
 from maehub.train.finetuning.views import LabelledBatch, LabelledCrops, TrainTransform, policy_of
 from maehub.train.networks import Backbone
@@ -180,6 +180,7 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
     if average is not None and spreads:
         wrapped(average.module, group, replace(config, compile=False, checkpoint_activations=False))
     augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
+    policy = policy_of(settings.randaugment, classifier.preprocess)
     return _Job(
         classifier=classifier,
         kept=kept,
@@ -188,9 +189,7 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
         module=module,
         optimizer=optimizer_of(classifier, settings),
         mixing=mixing,
-        transform=TrainTransform(
-            classifier.preprocess, augmentation, policy_of(settings.randaugment, classifier.preprocess)
-        ),
+        transform=TrainTransform(classifier.preprocess, augmentation, policy),
         split=split,
         facts=facts,
         settings=settings,
@@ -327,11 +326,11 @@ def _settled(config: FinetuneConfig, backbone: Backbone, training: Labelled, gro
 def _micro_batch(
     config: FinetuneConfig, objective: Objective, classifier: Classifier, settings: Settings, classes: int, group: Group
 ) -> int:
-    height, width = classifier.preprocess.size
+    channels, (height, width) = classifier.preprocess.channels, classifier.preprocess.size
 
     def blank(count: int) -> tuple[Tensor, Tensor]:
-        shape = (count, classifier.preprocess.channels, height, width)
-        return torch.zeros(shape, device=group.device), torch.zeros(count, classes, device=group.device)
+        images = torch.zeros(count, channels, height, width, device=group.device)
+        return images, torch.zeros(count, classes, device=group.device)
 
     part, size = settings.batch_size // group.size, f"{height}×{width}"
     with seeded_torch(0, group.device):

@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,6 @@ from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import LabelledBatch, seeded
 
 _MIXING, _STEP, _ERASING = 6, 7, 8  # views of `sample_seed`
-
-
-class Mixed(NamedTuple):
-    """What a network and its loss are given."""
-
-    images: Tensor  # (B, C, H, W) float32, normalised
-    targets: Tensor  # (B, classes) float32
 
 
 class Mixing:
@@ -47,8 +40,11 @@ class Mixing:
             # With as many "classes" as pictures its target says in which shares pictures are mixed.
             self._mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0)
 
-    def __call__(self, batch: LabelledBatch, seed: int) -> Mixed:
-        """A batch on the device as the network sees it; ``seed`` is of its mixup, crops are erased by their own."""
+    def __call__(self, batch: LabelledBatch, seed: int) -> tuple[Tensor, Tensor]:
+        """A batch on the device as the network and its loss see it: (B, C, H, W) and (B, classes), float32.
+
+        The seed is of its mixup; crops are erased by their own.
+        """
         images, targets = self.preprocess.normalise(batch.pixels), batch.targets
         if self._erase is not None:  # timm's erasing draws from the global generators
             with seeded(0), seeded_torch(0, images.device):
@@ -64,7 +60,7 @@ class Mixing:
             targets = shares.to(targets.dtype) @ targets
         if smoothing := self.settings.smoothing:
             targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
-        return Mixed(images, targets if self.class_weights is None else targets * self.class_weights)
+        return images, targets if self.class_weights is None else targets * self.class_weights
 
 
 @contextlib.contextmanager

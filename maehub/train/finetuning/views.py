@@ -103,9 +103,6 @@ class LabelledCrops(Dataset[LabelledBatch | DataError]):
         targets = targets_of(labels, len(self.labelled.classes))
         return LabelledBatch(torch.stack(crops), targets, torch.tensor([key.crop for key in keys]))
 
-    def __getitem__(self, key: Key) -> LabelledBatch | DataError:
-        return self.__getitems__([key])
-
 
 def policy_of(words: str, preprocess: Preprocess) -> Policy | None:
     """A policy of timm by its words, such as ``rand-m9-mstd0.5-inc1``; None for ``none``."""

@@ -65,14 +65,12 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         runs = [{"seed": run.seed, "settings": run.settings, **run.scores.summary()} for run in self.runs]
-        low, high = self.interval
         return {
             "model": self.model,
             "protocol": self.protocol,
             "top1": self.top1,
             "n": self.n,
-            "low": low,
-            "high": high,
+            **self.interval._asdict(),
             "deviation": self.deviation,
             "runs": runs,
         }
@@ -179,7 +177,7 @@ def _frozen_runs(config: CompareConfig, name: str, splits: dict[int, LabelledSpl
         if features is None or split.made or name.startswith("untrained/"):
             features = extract(config, backbone, split, [-1])
         if "probe" in runs:
-            linear = fast_probe(config, backbone, split, features, seed).result
+            linear, _ = fast_probe(config, backbone, split, features, seed)
             runs["probe"].append(Run(seed, linear.scores, {"pool": linear.pool, "strength": linear.strength}))
         if "knn" in runs:
             near = nearest_probe(KnnConfig(config.data), backbone, split, features)

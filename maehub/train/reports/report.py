@@ -155,19 +155,15 @@ def _classifier(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Metr
 
 def _ending(state: Mapping[str, Any]) -> str:
     """Why the run is not complete. The reason itself may name files, so it stays in run.json."""
-    word, code, saved = state.get("state"), state.get("exit_code"), state.get("last_good_step")
+    code, saved = state.get("exit_code"), state.get("last_good_step")
     kept = f"The newest checkpoint is that of step {saved:,}." if type(saved) is int else "There is no checkpoint."
-    if word == "completed":
-        return ""
-    if word == "running":
-        text = f"It was still running when this page was written, or was killed. {kept}"
-    elif word == "preempted":
-        text = f"It was stopped from outside and goes on with --resume. {kept}"
-    elif word == "diverged":
-        text = f"The loss or a gradient was not finite. {kept} run.json says more."
-    else:
-        text = f"It ended with exit code {code}. {kept} run.json says why."
-    return text
+    endings = {
+        "completed": "",
+        "running": f"It was still running when this page was written, or was killed. {kept}",
+        "preempted": f"It was stopped from outside and goes on with --resume. {kept}",
+        "diverged": f"The loss or a gradient was not finite. {kept} run.json says more.",
+    }
+    return endings.get(str(state.get("state")), f"It ended with exit code {code}. {kept} run.json says why.")
 
 
 def _sentence(config: Mapping[str, Any], done: int) -> str:
