@@ -4,8 +4,10 @@ from .inspection import SAMPLE as SAMPLE
 from .inspection import check_data as check_data
 from .inspection import data_statistics as data_statistics
 from .inspection import tell as tell
+from .label_sources import label_name as label_name
 from .labels import Labelled as Labelled
 from .labels import given_folders as given_folders
+from .labels import mapped as mapped
 from .loader import VALIDATION_VIEW as VALIDATION_VIEW
 from .loader import Key as Key
 from .loader import StepKeys as StepKeys
@@ -26,6 +28,7 @@ from .sources import select as select
 from .splits import LabelledSplit as LabelledSplit
 from .splits import folds as folds
 from .splits import inner_split as inner_split
+from .splits import measured_folder as measured_folder
 from .splits import measured_part as measured_part
 from .splits import split_labelled as split_labelled
 from .workers import Readers as Readers

@@ -3,13 +3,16 @@
 import csv
 import logging
 import os
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import Names
+from maehub.data.listing import JUNK, Names
 from maehub.data.shards import Shards
 from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
@@ -22,8 +25,11 @@ log = logging.getLogger("maehub")
 _LAYOUT = "A labelled folder holds one folder a class, with its pictures at any depth: DIR/CLASS/….jpg"
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
-TRAINING, TESTING = ("train", "training"), ("val", "validation", "valid", "test", "testing")
+TRAINING, TESTING = ("train", "training"), ("val", "validation", "valid", "dev", "eval", "test", "testing")
 """What may stand in the column split; of several that are for measuring, the first is meant."""
+_SPLIT_FOLDER = re.compile(
+    rf"(?:\w+[-_. ])?({'|'.join((*TRAINING[::-1], *TESTING[::-1]))})(?:[-_. ]?(?:set|data|images|\d+))?"
+)
 
 
 class Row(NamedTuple):
@@ -64,16 +70,28 @@ def read_label_source(
     return _folders(samples, data, group, known=known)
 
 
+def label_name(text: str) -> str:
+    """The name of a class as it is compared: composed characters (NFC), no white space around it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def split_word(folder: str) -> str | None:
+    """The word of `TRAINING` or `TESTING` that the name of a folder is, in any case, with what people add to it:
+    ``seg_train``, ``Testing``, ``val2017``, ``train-set``; else None."""
+    match = _SPLIT_FOLDER.fullmatch(label_name(folder).casefold())
+    return match[1] if match else None
+
+
 def _csv(path: str, group: str | None, label: str | None) -> NamedLabels:
     rows = read_csv(path, label, group)
     samples = Samples(os.fsencode(os.path.dirname(path)), Names.of(os.fsencode(row.path) for row in rows))
-    labels: list[str] | list[list[str]] = [row.label for row in rows]
+    labels: list[str] | list[list[str]] = [label_name(row.label) for row in rows]
     several = [row for row in rows if "|" in row.label]
     if odd := several or [row for row in rows if not row.label]:
         has = "several labels" if several else "none"
         text = "%s: of %d pictures %d have %s (the first in line %d), so each may have any number of labels"
         log.warning(text, printable(path), len(rows), len(odd), has, odd[0].line)
-        labels = [[name for part in row.label.split("|") if (name := part.strip())] for row in rows]
+        labels = [[name for part in row.label.split("|") if (name := label_name(part))] for row in rows]
     groups = [row.group for row in rows] if group is not None else None
     return NamedLabels(samples, labels, None, groups, [row.split for row in rows] if rows[0].split else None)
 
@@ -91,13 +109,22 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
         raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
     what = f"of {printable(data)}: groups are folders below the class, from 2"
     groups = None if group is None else _folder_groups(samples, paths, group, what)
-    return NamedLabels(samples, [parts[0].decode() for parts in paths], None, groups)
+    names = [label_name(parts[0].decode()) for parts in paths]
+    if odd := sorted(name for name in set(names) if split_word(name)):
+        log.warning(
+            "%s: the folders %s are taken for classes, not for parts of a split", printable(data), ", ".join(odd)
+        )
+    return NamedLabels(samples, names, None, groups)
 
 
 def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
     """See that every class folder has pictures, and a name that can be written down."""
     with os.scandir(os.fsencode(data)) as entries:
-        folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(b".")}
+        folders = {
+            entry.name
+            for entry in entries
+            if entry.is_dir() and not entry.name.startswith(b".") and os.fsencode(entry.name).lower() not in JUNK
+        }
     if empty := sorted(folders - full):
         names = first_names([printable(name) for name in empty], 3)
         text = f"{printable(data)} has class folders without a picture: {names}"
@@ -145,7 +172,7 @@ def _class_file(samples: Shards) -> list[str]:
     if is_remote(path) or not os.path.isfile(path):
         return []
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        names = [label_name(line) for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{printable(path)} cannot be read: {error}") from error
     for number, name in enumerate(names):
@@ -176,8 +203,8 @@ def _table(samples: Table, group: str | None, label: str | None) -> NamedLabels:
             raise DataError(f"{samples.where(index)}: its column {column!r} holds {what}, no label")
     flat = {item for value in values for item in (value if several else [value])}
     numbered = names is None and all(type(item) is int for item in flat)
-    order = [str(number) for number in sorted(flat)] if numbered else names
-    called = {item: names[item] if names else str(item) for item in flat}
+    order = [str(number) for number in sorted(flat)] if numbered else names and [*dict.fromkeys(map(label_name, names))]
+    called = {item: label_name(names[item] if names else str(item)) for item in flat}
     labels: Any = [[called[item] for item in value] if several else called[value] for value in values]
     groups = None
     if group is not None:
@@ -191,7 +218,9 @@ def _table(samples: Table, group: str | None, label: str | None) -> NamedLabels:
 def _is_label(item: Any, names: list[str] | None) -> bool:
     if names is not None:
         return type(item) is int and 0 <= item < len(names)
-    return type(item) in (int, bool) or (type(item) is str and item != "")
+    if type(item) is str:
+        return label_name(item) != ""
+    return type(item) is bool or (type(item) is int and item >= 0)  # a negative number stands for none
 
 
 def _folder_groups(samples: Source, paths: list[list[bytes]], group: str, what: str) -> list[str]:
@@ -270,8 +299,9 @@ def _lines(path: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(path: str, header: list[str], label: str | None, group: str | None) -> dict[str, str | None]:
-    if twice := [name for place, name in enumerate(header) if name in header[:place]]:
-        raise DataError(f"{printable(path)}, line 1: the column {twice[0]!r} stands there twice")
+    name, times = Counter(header).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{printable(path)}, line 1: the column {name!r} stands there twice")
     split = "split" if "split" in header else None
     columns = {"path": "path", "label": label or "label", "group": group, "split": split}
     missing = next((column for column in columns.values() if column and column not in header), None)

@@ -9,7 +9,8 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from maehub.data.label_sources import TESTING, NamedLabels, read_label_source
+from maehub.data.label_sources import TESTING, TRAINING, NamedLabels, read_label_source, split_word
+from maehub.data.listing import JUNK
 from maehub.data.sources import Source, select
 from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
@@ -95,7 +96,7 @@ def find_labelled(
             of a folder in the names of members, from ``"1"``.
         label: the label's column, in a CSV or table.
         classes: the classes that labels are places in, such as those of a model. None takes those that have a picture,
-            sorted by name, or in the order that the data give them.
+            sorted by name, or in the order that the data give them, two at least; ``()`` takes even a single one.
         index_dir: as in `find_samples`.
     """
     text = os.fsdecode(data)
@@ -105,18 +106,55 @@ def find_labelled(
     groups = set(named.groups or ())
     numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in groups}
     labelled = _numbered(named, numbers)
-    if classes is not None:
+    if classes:
         labelled = mapped(labelled, tuple(classes), text)
-    elif len(labelled.classes) < 2 and not (labelled.multi_label and not labelled.labels.all()):
+    elif classes is None and len(labelled.classes) < 2 and not (labelled.multi_label and not labelled.labels.all()):
         raise one_class(text, labelled.classes[0])
     return LoadedLabels(labelled, {number: name for name, number in numbers.items()}, named.sides)
 
 
 def given_folders(data: str) -> Sides | None:
-    """DIR/train and DIR/val, where both are; without val DIR/validation, DIR/valid or DIR/test in its place."""
-    training, *testing = [os.path.join(data, name) for name in ("train", *TESTING)]
-    first = next(filter(os.path.isdir, testing), None)
-    return Sides(training, first) if first and os.path.isdir(training) else None
+    """Folders to train and to measure on, such as DIR/train and DIR/val, or else DIR/test.
+
+    They are parts of a split only where every folder beside them is called so, each in its way (see
+    `label_sources.split_word`), and each holds class folders, shards or tables: ``train`` is a thing in pictures, too.
+
+    Raises:
+        DataError: every folder is called like a part of a split, but they are not one.
+    """
+    words = split_folders(data)
+    training = [folder for folder, word in words.items() if word in TRAINING]
+    testing = sorted(
+        (folder for folder in words if folder not in training), key=lambda name: TESTING.index(words[name])
+    )
+    if len(words) < 2 or not all(_holds_classes(os.path.join(data, folder)) for folder in words):
+        return None
+    if len(training) != 1 or not testing:
+        names = ", ".join(map(printable, sorted(words)))
+        raise DataError(
+            f"{printable(data)} holds {names}: all are called like parts of a split, and which is for training and "
+            "which for measuring is not clear. Give one of them, or rename them"
+        )
+    return Sides(os.path.join(data, training[0]), os.path.join(data, testing[0]))
+
+
+def split_folders(data: str) -> dict[str, str]:
+    """The folders in a folder with the words of a split that they are; empty where one of them is none."""
+    if not os.path.isdir(data):
+        return {}
+    with os.scandir(data) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    words = {folder: split_word(folder) for folder in folders if os.fsencode(folder).lower() not in JUNK}
+    return {folder: word for folder, word in words.items() if word} if all(words.values()) else {}
+
+
+def _holds_classes(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return any(
+            entry.is_dir() or entry.name.endswith((".tar", ".parquet", ".arrow"))
+            for entry in entries
+            if not entry.name.startswith(".") and os.fsencode(entry.name).lower() not in JUNK
+        )
 
 
 def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:

@@ -1,5 +1,7 @@
 """Files below a folder, in an order that is the same everywhere."""
 
+import importlib.util
+import logging
 import os
 from array import array
 from collections import Counter
@@ -10,10 +12,38 @@ from typing import Self
 import numpy as np
 
 from maehub.errors import DataError
-from maehub.images import printable
+from maehub.images import looks_like_picture, printable
 
-IMAGE_ENDINGS = frozenset(b".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
+log = logging.getLogger("maehub")
+
+IMAGE_ENDINGS = frozenset(
+    b".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .j2c .jpx".split()
+) | (frozenset([b".heic", b".heif", b".hif"]) if importlib.util.find_spec("pillow_heif") else frozenset())
 """What folders and shards are searched for, in lower case. A file that is named itself may have any ending."""
+
+_TELLING = frozenset(
+    b".txt .md .csv .tsv .json .jsonl .xml .yaml .yml .toml .html .log .py .ipynb .sh .ini .db .pdf .zip .gz .tgz .bz2 "
+    b".xz .zst .7z .rar .tar .parquet .arrow .npy .npz .h5 .hdf5 .mat .pt .pth .bin .safetensors .onnx .pkl .mp4 .mov "
+    b".avi .mkv .wav .mp3 .heic .heif .hif .dng .cr2 .nef .arw .svg .eps .psd .dcm .nii".split()
+)
+"""Endings that say what a file is; of any other, its first bytes do."""
+
+JUNK = frozenset(b"@eadir __macosx $recycle.bin #recycle #snapshot lost+found @tmp".split()) | {
+    b"system volume information"
+}
+"""Folders, in lower case, that storage boxes and systems leave among pictures."""
+
+
+def passed_over(others: Counter[bytes]) -> dict[str, int]:
+    """What a search left out, by ending (``""`` has none) or as the name of a junk folder with a slash."""
+    return {printable(kind): count for kind, count in others.most_common()}
+
+
+def say_passed_over(where: str, kinds: dict[str, int]) -> None:
+    """One line of it."""
+    if kinds:
+        counts = ", ".join(f"{count:,} {kind or 'without an ending'}" for kind, count in kinds.items())
+        log.warning("%s: passed over: %s", where, counts)
 
 
 @dataclass(frozen=True)
@@ -53,7 +83,8 @@ def search(root: bytes, endings: frozenset[bytes], others: Counter[bytes]) -> It
     """Names of files with these endings (lower case, with their dot) below a folder, sorted by their bytes.
 
     Hidden files and folders are left out; links are followed, except to a folder that is being searched. No more than
-    the names of the folders on the way to one file are in memory. ``others`` counts the files with each other ending.
+    the names of the folders on the way to one file are in memory. Where pictures are sought, a file whose ending says
+    nothing is one if it begins as one. ``others`` counts the files with each other ending, and junk folders.
     """
     # Each folder with its entries that are left, and the identities of those above it: a link back to one of them
     # would never end.
@@ -64,10 +95,15 @@ def search(root: bytes, endings: frozenset[bytes], others: Counter[bytes]) -> It
         if name is None:
             waiting.pop()
         elif name.endswith(b"/"):
-            waiting.append(_entries(root, name, above))
+            folder = os.path.basename(name[:-1])
+            if folder.lower() in JUNK:
+                others[folder + b"/"] += 1
+            else:
+                waiting.append(_entries(root, name, above))
         else:
             ending = os.path.splitext(name)[1].lower()
-            if ending in endings:
+            unsaid = endings is IMAGE_ENDINGS and ending not in endings | _TELLING
+            if ending in endings or (unsaid and looks_like_picture(_head(os.path.join(root, name)))):
                 yield name
             else:
                 others[ending] += 1
@@ -94,6 +130,17 @@ def _entries(
         raise DataError(f"{printable(folder)} cannot be searched: {error.strerror}") from error
     names.sort()
     return iter(names), above | {identity}
+
+
+def _head(path: bytes) -> bytes:
+    """The first 16 bytes of a regular file; of anything else none."""
+    try:
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(16)
+    except OSError:
+        return b""
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, below_common
+from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over, say_passed_over
 from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.errors import DataError, MaehubError, UsageError
@@ -34,11 +34,13 @@ _logger = logging.getLogger(__name__)
 
 LARGEST_MEMBER = 2**29
 """Bytes of a picture file in a shard: a larger one is refused before it is read."""
+_PADDING = 2**20  # zeros that may follow the end
 _LARGEST_HEADER = 2**20  # bytes of a long name or a block of attributes
 _AHEAD_HERE, _AHEAD_REMOTE = 2**12, 2**21  # bytes read at once while headers are sought
 # Of webdataset: up to the first dot of the file's name.
 _KEY = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL)
-_VERSION = 1  # of cached indexes
+_DOTS = ". As in webdataset an ending begins at the first dot of a name: a.b.jpg is no .jpg, name it a_b.jpg"
+_VERSION = 2  # of cached indexes
 
 
 class TarIndex(NamedTuple):
@@ -49,6 +51,10 @@ class TarIndex(NamedTuple):
     sizes: np.ndarray  # (pictures,) int64, bytes
     label_offsets: np.ndarray  # (pictures,) int64, of the .cls member with the same key
     label_sizes: np.ndarray  # (pictures,) int64, 0 where there is none
+    others: Counter[bytes]  # how many members of each ending are no picture and no label
+
+
+_COLUMNS = TarIndex._fields[1:-1]
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ class Shards(Source):
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        return passed_over(self.index.others)
 
     def name(self, index: int) -> bytes:
         """The shard's path below their common folder, then the member's: ``b"000.tar/key.jpg"``."""
@@ -143,10 +153,17 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
     shards = list(at_once(indexed, paths) if any(map(is_remote, paths)) else map(indexed, paths))
     indexes = [index for _, index in shards]
     starts = np.cumsum([0, *(len(index.names) for index in indexes)], dtype=np.int64)
+    others: Counter[bytes] = sum((index.others for index in indexes), Counter())
+    kinds = passed_over(others)
     if not starts[-1]:
-        raise DataError(f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}")
-    columns = [np.concatenate(column) for column in list(zip(*indexes, strict=True))[1:]]
-    joined = TarIndex(Names.joined(index.names for index in indexes), *columns)
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise DataError(
+            f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}; found {found or 'nothing'}"
+            f"{_DOTS * any(kind.startswith('.*') for kind in kinds)}"
+        )
+    say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), kinds)
+    columns = [np.concatenate([getattr(index, column) for index in indexes]) for column in _COLUMNS]
+    joined = TarIndex(Names.joined(index.names for index in indexes), *columns, others)
     return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined)
 
 
@@ -197,25 +214,31 @@ def tar_index(file: StoredFile, index_dir: Path | None = None) -> TarIndex:
     path = index_dir / f"{identity.hexdigest()[:32]}.npz"
     # Where there is none, or not a whole one, whatever a damaged archive makes of itself, it is made anew.
     with contextlib.suppress(Exception), open(path, "rb") as kept, np.load(kept, allow_pickle=False) as arrays:
-        rest = [arrays[name] for name in TarIndex._fields[1:]]
-        return TarIndex(Names(arrays["letters"].tobytes(), arrays["names"]), *rest)
+        rest = [arrays[name] for name in _COLUMNS]
+        others = Counter(dict(zip(arrays["endings"].tolist(), arrays["times"].tolist(), strict=True)))
+        return TarIndex(Names(arrays["letters"].tobytes(), arrays["names"]), *rest, others)
     index = _read(file)
     index_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "wb") as out:
-        columns = index._asdict() | {"names": index.names.ends}
+        columns = {name: getattr(index, name) for name in _COLUMNS} | {"names": index.names.ends}
+        columns |= {"endings": np.array(list(index.others), bytes), "times": np.array(list(index.others.values()), int)}
         np.savez(out, letters=np.frombuffer(index.names.letters, np.uint8), **columns)
     return index
 
 
 def _read(file: StoredFile) -> TarIndex:
     names: list[bytes] = []
-    numbers = {field: array("q") for field in TarIndex._fields[1:]}
+    numbers = {field: array("q") for field in _COLUMNS}
+    others: Counter[bytes] = Counter()
     keys = array("Q")
     current = ""  # key of the last picture
     waiting = ("", 0, 0)  # a label that came before its picture: key, offset, size
     for member in _members(file):
         parts = _KEY.fullmatch(member.name)
-        if member.isdir() or not parts:
+        if member.isdir():
+            continue
+        if not parts:
+            others[b""] += 1
             continue
         key, ending = parts[1], parts[2].lower()
         if ending == "cls":
@@ -232,7 +255,10 @@ def _read(file: StoredFile) -> TarIndex:
             label = waiting[1:] if waiting[0] == key else (0, 0)
             for column, value in zip(numbers.values(), (member.offset_data, member.size, *label), strict=True):
                 column.append(value)
-    index = TarIndex(Names.of(names), *(np.array(column, np.int64) for column in numbers.values()))
+        else:
+            last = b"." + _letters(ending.rpartition(".")[2])
+            others[b".*" + last if "." in ending and last in IMAGE_ENDINGS else last] += 1
+    index = TarIndex(Names.of(names), *(np.array(column, np.int64) for column in numbers.values()), others)
     hashes = np.array(keys)
     order = hashes.argsort(kind="stable")
     again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
@@ -263,6 +289,11 @@ def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
         raise _broken(file, name, "the shard is truncated: the mark of its end is missing")
     if any(block):
         raise _broken(file, name, f"what follows at byte {end:,} is not a header")
+    rest = file.size - end
+    if rest > _PADDING or any(read_range(file, end, rest)):
+        raise _broken(
+            file, name, "behind its end more follows, perhaps another archive; join tars by `tar -A`, not `cat`"
+        )
 
 
 def _check(file: StoredFile, member: tarfile.TarInfo) -> None:

@@ -1,7 +1,6 @@
 """Folders, lists, shards and tables to samples: which pictures there are, in which order, under which names."""
 
 import hashlib
-import logging
 import os
 import struct
 from collections import Counter
@@ -14,17 +13,21 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, search
+from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over, say_passed_over, search
 from maehub.errors import DataError, UsageError
 from maehub.images import ImagePath, printable
 from maehub.rng import sample_id
 
 Picture = Image.Image | np.ndarray | Tensor
-_logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
     """Pictures that are read one by one, at random, by any process: a sample is its place in a fixed order."""
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files of each ending were found beside them and left out; see `maehub.data.listing.passed_over`."""
+        return {}
 
     def __len__(self) -> int: ...
 
@@ -64,9 +67,14 @@ class Samples(Source):
     root: bytes
     """What stands before every name; empty where the names are paths themselves."""
     names: Names
+    others: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        return self.others
 
     def name(self, index: int) -> bytes:
         """The path below the folder that was searched, or the path as it was given."""
@@ -103,6 +111,10 @@ class Subset(Source):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        return self.whole.passed_over
 
     def name(self, index: int) -> bytes:
         return self.whole.name(int(self.indices[index]))
@@ -167,10 +179,11 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
     if not os.path.isdir(path):
         raise DataError(f"{printable(path)} is neither a file nor a folder; look for a mistyped name")
     others: Counter[bytes] = Counter()
-    samples = Samples(path, Names.of(search(path, IMAGE_ENDINGS, others)))
-    if not len(samples):
+    names = Names.of(search(path, IMAGE_ENDINGS, others))
+    if not len(names):
         raise _nothing(path, others)
-    return samples
+    say_passed_over(printable(path), kinds := passed_over(others))
+    return Samples(path, names, kinds)
 
 
 def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str | None = None) -> Source:
@@ -193,11 +206,10 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
         if any(os.path.isfile(os.path.join(text, name)) for name in ("state.json", "dataset_dict.json")):
             return find_saved(text, column)
         path, others = os.fsencode(text), Counter[bytes]()
-        samples = Samples(path, Names.of(search(path, IMAGE_ENDINGS, others)))
-        if len(samples):
-            if passed := [f"{others[ending]} {ending.decode()}" for ending in (b".tar", b".parquet") if others[ending]]:
-                _logger.warning("%s holds pictures; its %s files are not read", printable(path), " and ".join(passed))
-            return samples
+        names = Names.of(search(path, IMAGE_ENDINGS, others))
+        if len(names):
+            say_passed_over(printable(path), kinds := passed_over(others))
+            return Samples(path, names, kinds)
         if others[b".tar"]:
             return find_shards(_below(path, b".tar"), index_dir)
         if others[b".parquet"]:
@@ -250,6 +262,8 @@ def read_list(path: str) -> Samples:
 def _nothing(folder: bytes, others: Counter[bytes]) -> DataError:
     kinds = ((printable(ending) or "without an ending", count) for ending, count in others.most_common(5))
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    if any(others[ending] for ending in (b".heic", b".heif", b".hif")):
+        counts += " (HEIC takes: pip install 'maehub[formats]')"
     return DataError(
         f"0 images in {printable(folder)}; found {counts or 'nothing'}. "
         f"Endings that count: {' '.join(sorted(ending.decode() for ending in IMAGE_ENDINGS))}"

@@ -9,7 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from maehub.data.label_sources import TESTING, TRAINING
-from maehub.data.labels import Labelled, LoadedLabels, Sides, find_labelled, given_folders, mapped, one_class
+from maehub.data.labels import (
+    Labelled,
+    LoadedLabels,
+    Sides,
+    find_labelled,
+    given_folders,
+    mapped,
+    one_class,
+    split_folders,
+)
 from maehub.data.shards import Shards
 from maehub.errors import DataError, UsageError, first_names
 from maehub.files import cache_folder
@@ -110,10 +119,9 @@ def split_labelled(
     text, index_dir = os.fsdecode(data), cache_folder() / "shards"
     if sides := given_folders(text):
         return _of_folders(text, sides, group, label, index_dir)
-    if os.path.isdir(inside := os.path.join(text, "train")):
-        with os.scandir(text) as entries:
-            if [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")] == ["train"]:
-                text = inside  # the only folder
+    words = split_folders(text)
+    if len(words) == 1 and set(words.values()) <= set(TRAINING):
+        text = os.path.join(text, *words)  # the only folder
     loaded = find_labelled(text, group=group, label=label, index_dir=index_dir)
     if loaded.sides:
         return _of_column(text, loaded.labelled, loaded.sides, loaded.group_names)
@@ -129,14 +137,21 @@ def split_labelled(
     return split
 
 
+def measured_folder(data: str) -> str:
+    """The folder that is for measuring, where there is one: DIR/val beside DIR/train, or alone; else DIR itself."""
+    if sides := given_folders(data):
+        return sides.testing
+    words = split_folders(data)
+    return os.path.join(data, *words) if len(words) == 1 and not set(words.values()) & set(TRAINING) else data
+
+
 def measured_part(
     data: str | Path, *, group: str | None = None, label: str | None = None, classes: tuple[str, ...] | None = None
 ) -> Labelled:
     """What a finished classifier is measured on: DIR/val, or the testing rows of a CSV with a column ``split``, where
     there are such; else all pictures. Parameters are those of `find_labelled`.
     """
-    sides = given_folders(os.fsdecode(data))
-    place, index_dir = sides.testing if sides else data, cache_folder() / "shards"
+    place, index_dir = measured_folder(os.fsdecode(data)), cache_folder() / "shards"
     loaded = find_labelled(place, group=group, label=label, classes=classes, index_dir=index_dir)
     return loaded.labelled.take(_rows_of(os.fsdecode(place), loaded.sides)[1]) if loaded.sides else loaded.labelled
 
@@ -196,7 +211,7 @@ def _check_can_be_split(loaded: LoadedLabels, groups: SplitGroups) -> None:
 
 def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, index_dir: Path) -> LabelledSplit:
     """DIR/train and DIR/val as they are."""
-    passed = [name for name in TESTING if os.path.isdir(place := os.path.join(data, name)) and place != sides.testing]
+    passed = [name for name in sorted(split_folders(data)) if os.path.join(data, name) not in sides]
     if passed:
         text = "measured on %s; %s in %s is not read"
         log.warning(text, printable(sides.testing), ", ".join(passed), printable(data))

@@ -44,7 +44,7 @@ _DECODERS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile] | None]
     ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
     ("BMP", re.compile(rb"BM"), BmpImageFile),
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
-    ("PNM", re.compile(rb"P[1-6]"), PpmImageFile),
+    ("PNM", re.compile(rb"P[1-6][\s#]"), PpmImageFile),
     ("AVIF", re.compile(rb"....ftypavi[fs]", re.DOTALL), AvifImageFile),
     ("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"), Jpeg2KImageFile),
     ("HEIC", re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL), None),  # by the extra "formats"
@@ -283,6 +283,15 @@ def decoder_of(head: bytes) -> type[ImageFile.ImageFile]:
         raise DataError("the file is empty")
     names = ", ".join(name for name, _, _ in _DECODERS)
     raise DataError(f"it begins with {head[:8]!r}, which none of {names} does")
+
+
+def looks_like_picture(head: bytes) -> bool:
+    """Whether a file that begins with these bytes, at least 16 of a longer one, is of a kind that is read."""
+    try:
+        # Two letters are few: what else a BMP has there is zero.
+        return decoder_of(head) is not BmpImageFile or head[6:10] == bytes(4)
+    except DataError:
+        return False
 
 
 def _orientation(image: Image.Image) -> int:

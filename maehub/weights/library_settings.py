@@ -133,8 +133,7 @@ def transformers_transform(settings: Mapping[str, Any], config: EncoderConfig, w
         raise UsageError(f"{where}: do_center_crop without do_resize is no transform that maehub has; say preprocess=")
     # Values times the factor, then mean and deviation; ours are for values divided by 255.
     factor = 255 * float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 255.0
-    half = (0.5,) if kind.startswith("ViT") else None
-    mean, std = settings.get("image_mean") or half, settings.get("image_std") or half
+    mean, std = settings.get("image_mean", 0.5), settings.get("image_std", 0.5)  # ViT's; BiT's are always written
     if not settings.get("do_normalize", True):
         mean, std = 0.0, 1.0
     statistics = _statistics(mean, std, config.channels, where)
@@ -163,7 +162,7 @@ def _resize(settings: Mapping[str, Any], target: Size, crops: bool, where: str) 
     cropped = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
     if not crops or cropped != target or type(short) is not int or short < min(target):
         raise UsageError(
-            f"{where}: size={size!r} with crop_size={crop!r} is no transform to {target[0]}×{target[1]}; say preprocess="
+            f"{where}: size={size!r} and crop_size={crop!r} is no transform to {target[0]}×{target[1]}; say preprocess="
         )
     return {"resize": "centre-crop", "crop_fraction": min(target) / short}
 

@@ -59,7 +59,9 @@ def match_classes(
             f"{model} does not name its {classes} classes, and {has}. They are matched by their order only where they "
             f"are the numbers 0 to {classes - 1} or the wordnet ids of ImageNet. {_GIVE}"
         )
-    log.info("%s does not name its %d classes: matched by their order, from %s to %s", model, classes, order[0], order[-1])
+    log.info(
+        "%s does not name its %d classes: matched by their order, from %s to %s", model, classes, order[0], order[-1]
+    )
     return Matched(mapped(labelled, order, data), list(range(classes)))
 
 
@@ -102,7 +104,9 @@ def _read_file(path: Path, names: Sequence[str], classes: int) -> dict[str, int]
         if not places and len(rest) == 1 and rest[0].isdecimal() and int(rest[0]) < classes:
             places = [int(rest[0])]
         if not folder or len(places) != 1 or folder in listed:
-            raise UsageError(f"{path}, row {line}: {cells!r:.80} does not name one more folder and one class of the model")
+            raise UsageError(
+                f"{path}, row {line}: {cells!s:.80} does not name one more folder and one class of the model"
+            )
         listed[folder] = places[0]
     if len(set(listed.values())) < max(2, len(listed)):
         raise UsageError(f"{path}: two folders or more are needed, each of another class")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from maehub.data import Labelled, given_folders, measured_part, naming, split_labelled
-from maehub.errors import DataError, UsageError
+from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
+from maehub.errors import UsageError
 from maehub.features import outputs
 from maehub.files import check_free, whole_folder, write_text
 from maehub.hub import load
@@ -48,13 +48,15 @@ class Evaluation:
     """The worst of them as a sheet; None if there are none."""
     files: tuple[Path, ...] = ()
     """What was written."""
+    classes_used: tuple[str, ...] = ()
+    """The classes that were scored, as the data call them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
         return {
             "model": self.model,
             "data": self.data,
-            "classes_used": list(self.scores.classes),
+            "classes_used": list(self.classes_used),
             **self.scores.to_dict(),
             "files": [str(path) for path in self.files],
         }
@@ -124,7 +126,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     wrong = worst_mistakes(logits, labelled.labels)
     title = f"the {len(wrong)} worst mistakes of {config.model}" if len(wrong) > 1 else f"a mistake of {config.model}"
     sheet = labelled_sheet(labelled, logits, wrong, encoder.config.channels, title) if len(wrong) else None
-    evaluation = Evaluation(config.model, measured_on, scores, sheet)
+    evaluation = Evaluation(config.model, measured_on, scores, sheet, classes_used=labelled.classes)
     return evaluation if config.out is None else _write(evaluation, config.out, config.overwrite, labelled, logits)
 
 
@@ -164,9 +166,8 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> Measured:
     """The labelled pictures, where they are, and which outputs of the head their classes are."""
     if (own := _held_out_by(config)) is not None:
         return Measured(own, config.data, list(range(encoder.config.classes)))
-    sides, held_out = given_folders(config.data), os.path.join(config.data, "val")
-    folder = sides.testing if sides else held_out if os.path.isdir(held_out) else config.data
-    labelled = measured_part(folder, group=config.group, label=config.label)
+    folder = measured_folder(config.data)
+    labelled = measured_part(folder, group=config.group, label=config.label, classes=())
     if folder != config.data or folder.endswith(".csv"):
         log.info("measured on %s, %d pictures", folder, len(labelled))
     labelled, used = match_classes(
