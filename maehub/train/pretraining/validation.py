@@ -15,6 +15,7 @@ from maehub.figures import reconstruct
 from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import MaskedAutoencoder
+from maehub.train.engine import parts
 from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.objective import Objective
@@ -57,7 +58,7 @@ class Validation:
             count = max(_FEWEST_CROPS, min(len(heldout), _CROPS))
             self.batch = validation_batch(heldout, view, count, seed)
             device = next(objective.model.parameters()).device
-            for part in self.batch.split(_VIEWS_AT_ONCE):
+            for part, _ in parts(self.batch, _VIEWS_AT_ONCE):
                 simple = baselines(objective, part.pixels.to(device), part.masked.to(device))
                 for name, value in simple._asdict().items():
                     self._baselines[name] = self._baselines.get(name, 0.0) + value * (len(part.pixels) / count)
@@ -79,7 +80,7 @@ class Validation:
             model.eval()
             if self.batch is not None:
                 total, features = 0.0, []
-                for part in self.batch.split(_VIEWS_AT_ONCE):
+                for part, _ in parts(self.batch, _VIEWS_AT_ONCE):
                     pixels, masked, seeds, _ = part.to(device)
                     with autocast:
                         total += objective(pixels, masked, seeds).item() * len(pixels)
