@@ -78,15 +78,12 @@ class Group:
             if caught in self._shared:
                 raise  # all have it already
             error = caught
-        self._gathered(None, what, error)
+        self.all(None, what, error)
 
     def first(self, value: Value, what: str) -> Value:
         """Rank 0's value, in every process."""
-        return self._gathered(value if self.is_main else None, what)[0] if self.size > 1 else value
-
-    def all(self, value: Value, what: str) -> list[Value]:
-        """Every process's value, by rank."""
-        return self._gathered(value, what) if self.size > 1 else [value]
+        sent: Any = value if self.is_main else None
+        return self.all(sent, what)[0]
 
     def host_first(self, make: Callable[[], Value], what: str) -> Value:
         """Made by the first process of each host, and then by its others, which find what that one fetched."""
@@ -140,8 +137,10 @@ class Group:
             self._shared.append(lost)
             raise lost from error
 
-    def _gathered(self, value: Any, what: str, error: Exception | None = None) -> list[Any]:
+    def all(self, value: Value, what: str, error: Exception | None = None) -> list[Value]:
         """Every process's value, by rank; or the lowest rank's error, raised in all of them."""
+        if self.size == 1:
+            return [value]
         kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
         text = str(error) if kinds else f"{what} failed: {type(error).__name__}: {error}"
         kind = kinds[0] if kinds else "DistributedError"

@@ -42,33 +42,27 @@ def find_micro_batch(
 
 
 def pictures_fit(
-    objective: nn.Module, blank: Callable[[int], Sequence[Tensor]], group: Group, config: RunConfig
-) -> Callable[[int], bool]:
-    """Whether training any network on so many pictures at once fits.
-
-    On a GPU forward and backward are tried; on a CPU what the forward of two pictures keeps for the backward is
-    counted. ``objective`` gives a loss, and ``blank`` its arguments for so many pictures.
-    """
-    trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
-    fixed = (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
-    precise = autocast(config.precision, group.device)
-    return batch_fits(objective, blank, group, config, lambda: (fixed, _kept_bytes(objective, blank(2), precise) / 2))
-
-
-def batch_fits(
     objective: nn.Module,
     blank: Callable[[int], Sequence[Tensor]],
     group: Group,
     config: RunConfig,
-    estimate: Callable[[], tuple[float, float]],
+    estimate: Callable[[], tuple[float, float]] | None = None,
 ) -> Callable[[int], bool]:
-    """Whether so many pictures fit: tried where a device says no, else by an ``estimate``, bytes that a process needs
-    beside what its pictures need, and bytes that each of them needs."""
-    device = group.device
+    """Whether training on so many pictures at once fits. ``objective`` gives a loss, ``blank`` its arguments.
+
+    On a GPU forward and backward are tried. A CPU never says no: there an ``estimate`` counts, the bytes that a process
+    needs beside its pictures, and those of each picture; without one what the forward of two keeps for the backward.
+    """
+    device, precise = group.device, autocast(config.precision, group.device)
     if device.type == "cuda" and not config.fsdp:
-        return lambda size: pass_fits(objective, blank(size), device, autocast(config.precision, device))
+        return lambda size: pass_fits(objective, blank(size), device, precise)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes() / group.local_size
-    fixed, each = estimate()
+    if estimate:
+        fixed, each = estimate()
+    else:
+        trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
+        fixed = (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
+        each = _kept_bytes(objective, blank(2), precise) / 2
     return lambda size: size * each <= _MEMORY_SHARE * (free - fixed)
 
 

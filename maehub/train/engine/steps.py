@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,8 @@ from maehub.train.engine.preemption import Stop
 from maehub.train.engine.resume import Checkpoints
 from maehub.train.engine.run_log import RunLog
 
-
-class Splittable(Protocol):
-    """A batch that can be computed in parts."""
-
-    def split(self, size: int) -> Iterator[Self]: ...
-
-
 Read = TypeVar("Read")
-Parts = TypeVar("Parts", bound=Splittable)
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 
 def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -> tuple[Read, int]:
@@ -53,8 +46,9 @@ def stop_after(agreed: int, group: Group, stop: Stop) -> int:
 
 
 def parts(batch: Parts, size: int) -> Iterator[tuple[Parts, bool]]:
-    """Micro-batches, and whether each is the last."""
-    split = list(batch.split(size))
+    """Micro-batches of a named tuple of tensors, and whether each is the last, which may be smaller."""
+    kind: Any = type(batch)
+    split = [kind(*part) for part in zip(*(field.split(size) for field in batch), strict=True)]
     return ((part, number == len(split)) for number, part in enumerate(split, start=1))
 
 

@@ -88,7 +88,17 @@ def open_backbone(
     device = usable_device(device)
     kind, _, rest = name.partition("/")
     if kind == "baseline":
-        return _baseline(name, image_size)
+        flat: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
+        kinds = {"baseline/pixels": (_PIXELS_SIDE, flat), "baseline/colours": (_COLOURS_SIDE, _colours)}
+        if name not in kinds:
+            raise UsageError(f"there is no {name}; there are {' and '.join(kinds)}")
+        side, compute = kinds[name]
+        size = as_size(side if image_size is None else image_size, "image_size")
+        plain = Preprocess(size, _patch(size), crop_fraction=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+        width = _BINS**3 if compute is _colours else 3 * math.prod(size)
+        return Backbone(
+            name, nn.Identity(), plain, width, 1, ("own",), lambda images, _: compute(images)[:, None, None]
+        )
     if kind == "timm":
         return _timm(name, rest, image_size, device)
     if kind == "untrained":
@@ -254,19 +264,6 @@ def _timm_tokens(network: Any, parts: tuple[str, ...]) -> Callable[[Tensor, Sequ
         return torch.stack([outputs[layer % depth] for layer in layers], dim=1)
 
     return compute
-
-
-def _baseline(name: str, image_size: int | Size | None) -> Backbone:
-    """Features without a network."""
-    flat: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
-    kinds = {"baseline/pixels": (_PIXELS_SIDE, flat), "baseline/colours": (_COLOURS_SIDE, _colours)}
-    if name not in kinds:
-        raise UsageError(f"there is no {name}; there are {' and '.join(kinds)}")
-    side, compute = kinds[name]
-    size = as_size(side if image_size is None else image_size, "image_size")
-    plain = Preprocess(size, _patch(size), crop_fraction=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
-    width = _BINS**3 if compute is _colours else 3 * math.prod(size)
-    return Backbone(name, nn.Identity(), plain, width, 1, ("own",), lambda images, _: compute(images)[:, None, None])
 
 
 def _colours(images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -64,9 +64,9 @@ def plan(config: PlanConfig) -> Plan:
     device = device_row(config.on, config.device)
     precision = _precision(config, device)
     utilisation = _utilisation(config, device, precision)
-    images = _images(config)
+    images, source = _images(config)
     per_step = config.batch_size / config.masks_per_image
-    steps = config.steps or math.ceil((config.epochs or 0) * images.training / per_step)
+    steps = config.steps or math.ceil((config.epochs or 0) * images / per_step)
 
     parameters = count_parameters(network)
     work = run_work(config, network, kept_patches(view_of(config, network)))
@@ -102,14 +102,14 @@ def plan(config: PlanConfig) -> Plan:
         view_bytes=view_bytes,
         micro_batch=micro,
         accumulation=math.ceil(share / micro) if micro else 0,
-        images=images.training,
+        images=images,
         steps=steps,
         batch_size=config.batch_size,
         learning_rate=peak_rate(config.base_lr, config.batch_size),
         step_seconds=seconds,
         images_per_second=speed,
         hours=steps * seconds / 3600,
-        reading=_reading(config, network, images.source, speed / config.masks_per_image),
+        reading=_reading(config, network, source, speed / config.masks_per_image),
         checkpoint_bytes=checkpoint,
         disk_bytes=(config.keep + 1) * checkpoint + exported,
         advice=(),
@@ -162,23 +162,17 @@ def _utilisation(config: PlanConfig, device: Device, precision: str) -> Utilisat
     return Utilisation(share, f"measured on an H100, {kind}, {_MEASURED}")
 
 
-class _Images(NamedTuple):
-    """The pictures of a run: how many are trained on, and where they are."""
-
-    training: int
-    source: Source | None
-
-
-def _images(config: PlanConfig) -> _Images:
+def _images(config: PlanConfig) -> tuple[int, Source | None]:
+    """How many pictures are trained on, and where they are."""
     if not config.data:
         if config.images is None:
             raise UsageError("how many images? Give --images, or DATA, where they are counted")
         held_out = min(config.images // 20, 2000) if config.holdout is None else config.holdout  # as `split_data`
         if held_out >= config.images:
             raise UsageError(f"--holdout {held_out} leaves nothing of {config.images} images to train on")
-        return _Images(config.images - held_out, None)
+        return config.images - held_out, None
     training = split_data(config.data, config.holdout, config.group).training
-    return _Images(config.images or len(training), training)
+    return config.images or len(training), training
 
 
 def _reading(config: PlanConfig, network: AutoencoderConfig, source: Source | None, rate: float) -> Reading:

@@ -49,7 +49,10 @@ def baselines(objective: Objective, pixels: Tensor, masked: Tensor) -> Baselines
         if config.target == "normalised_pixels":
             flat = torch.zeros_like(target)
         else:
-            flat = objective.model.target(_mean_colour(patches, hidden, some.shape[3]))
+            visible = (~hidden)[:, :, None]
+            total = (patches * visible).sum(dim=1).unflatten(1, (-1, some.shape[3])).mean(dim=1)  # (b, C)
+            colour = (total / visible.sum(dim=1)).repeat(1, patches.shape[2] // some.shape[3])
+            flat = objective.model.target(colour[:, None].expand_as(patches))
         smooth = objective.model.target(interpolated(patches, hidden, grid, size))
         fill += (squared_error(flat, target) * hidden).sum().item()
         interpolation += (squared_error(smooth, target) * hidden).sum().item()
@@ -108,14 +111,6 @@ def _add_nearest(total: Tensor, weight: Tensor, cells: Tensor, known: Tensor, ax
     share = share.unsqueeze(4 if axis == 1 else 3).unsqueeze(5)  # along the axis; the same across it
     total += share * nearest
     weight += share
-
-
-def _mean_colour(patches: Tensor, masked: Tensor, channels: int) -> Tensor:
-    """Every patch in the mean colour of the visible ones of its picture: (B, N, P·P·C)."""
-    visible = (~masked)[:, :, None]
-    pixels = (patches * visible).sum(dim=1).unflatten(1, (-1, channels)).mean(dim=1)  # (B, C)
-    colour = pixels / visible.sum(dim=1)
-    return colour.repeat(1, patches.shape[2] // channels)[:, None].expand_as(patches)
 
 
 def _by_frequency(objective: Objective, pixels: Tensor, masked: Tensor) -> float:

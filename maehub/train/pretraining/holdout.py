@@ -24,7 +24,7 @@ def split_data(data: str, holdout: int | None, group: int | None) -> Split:
     """Training and held-out pictures.
 
     DIR/train and DIR/val are used as such where both exist. Otherwise pictures are held out by the hash of their names,
-    or groups of pictures by the hash of theirs, so that adding pictures moves none from one side to the other.
+    or groups by the hash of their first picture's, so that adding pictures moves none from one side to the other.
 
     ``holdout`` is how many pictures, None one in twenty, at most 2000; ``group`` the folder level whose members stay on
     one side.
@@ -46,18 +46,14 @@ def split_data(data: str, holdout: int | None, group: int | None) -> Split:
         chosen = np.zeros(len(samples), dtype=bool)
         chosen[np.argsort(keys, kind="stable")[:wanted]] = True
     else:
-        chosen = _whole_groups(samples, groups(samples, group), wanted)
+        members = groups(samples, group)
+        numbers, firsts, sizes = np.unique(members, return_index=True, return_counts=True)
+        order = sorted(range(len(numbers)), key=lambda place: sample_id(b"group" + samples.name(int(firsts[place]))))
+        taken = np.array(order[:-1], dtype=int)  # one group is left to train on
+        before = np.cumsum(sizes[taken]) - sizes[taken]  # pictures held out when a group's turn comes
+        chosen = np.isin(members, numbers[taken[before < wanted]])
         if chosen.all() or not chosen.any():
             raise DataError(
                 f"--group {group} puts all of {len(samples)} pictures in {data} on one side; choose another"
             )
     return Split(select(samples, np.flatnonzero(~chosen)), select(samples, np.flatnonzero(chosen)))
-
-
-def _whole_groups(samples: Source, members: np.ndarray, wanted: int) -> np.ndarray:
-    """Groups in the order of a hash of their first member's name, until so many pictures are held out: (n,) bool."""
-    numbers, firsts, sizes = np.unique(members, return_index=True, return_counts=True)
-    order = sorted(range(len(numbers)), key=lambda place: sample_id(b"group" + samples.name(int(firsts[place]))))
-    taken = np.array(order[:-1], dtype=int)  # one group is left to train on
-    before = np.cumsum(sizes[taken]) - sizes[taken]  # pictures held out when a group's turn comes
-    return np.isin(members, numbers[taken[before < wanted]])

@@ -12,7 +12,7 @@ from maehub.errors import IntegrityError, UsageError
 from maehub.hub import Located, is_model, load, load_autoencoder, locate, model_info
 from maehub.images import Augmentation
 from maehub.models import COLOURS, AutoencoderConfig, Encoder, MaskedAutoencoder
-from maehub.train.engine import Group, Precision, batch_fits, computes_bf16
+from maehub.train.engine import Group, Precision, computes_bf16, pictures_fit
 from maehub.train.networks import (
     Work,
     activation_bytes,
@@ -146,7 +146,7 @@ def views_fit(objective: Objective, view: View, group: Group, config: PretrainCo
         fixed = fixed_bytes(count_parameters(network), precision, shards, block_parameters(network))
         return fixed, activation_bytes(network, work, precision, checkpoint=config.checkpoint_activations)
 
-    return batch_fits(objective, lambda size: _blank(view, size, group.device), group, config, estimate)
+    return pictures_fit(objective, lambda size: _blank(view, size, group.device), group, config, estimate)
 
 
 def run_work(config: PretrainConfig, network: AutoencoderConfig, kept: int) -> Work:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images import Preprocess, Size, grid_size
+from maehub.images import Preprocess, grid_size
 from maehub.models import (
     AutoencoderConfig,
     MaskedAutoencoder,
@@ -96,20 +96,24 @@ class Objective(nn.Module):
     def forward(self, pixels: Tensor, masked: Tensor, seeds: Tensor) -> Tensor:
         """The mean loss over views and wanted patches; every view has the same number of them.
 
-        Args:
-            pixels: (B, H, W, C) uint8, or floating in the same range.
-            masked: (B, N) bool, True where hidden; each row keeps ``kept``.
-            seeds: (B,) int64 in [0, 2⁶³), of the samples.
-
-        Returns:
-            () float32: the mean squared error over the values of a patch, or the cross-entropy of tokens in nats.
+        Pixels are (B, H, W, C) uint8, or floating in the same range; ``masked`` is (B, N) bool, True where hidden, and
+        each row keeps ``kept``; the samples' seeds are (B,) int64 in [0, 2⁶³). The loss is () float32: the mean squared
+        error over the values of a patch, or the cross-entropy of tokens in nats.
         """
         # First of all: a caller's tokenizer is not compiled, and a break in the graph is cheapest here.
         tokens = None if self.tokenizer is None else self.tokens(pixels)
         images = self.normalise(pixels)
         patch_size = self.model.config.encoder.patch_size
         grid = grid_size(images.shape[2], images.shape[3], patch_size)
-        _check_batch(pixels, masked, seeds, grid, self.kept)
+        batch, count = len(pixels), grid[0] * grid[1]
+        if masked.dtype != torch.bool or masked.shape != (batch, count):
+            raise UsageError(
+                f"masked must be bool of shape ({batch}, {count}), not {masked.dtype} of {tuple(masked.shape)}"
+            )
+        if seeds.dtype != torch.int64 or seeds.shape != (batch,):
+            raise UsageError(f"seeds must be int64 of shape ({batch},), not {seeds.dtype} of {tuple(seeds.shape)}")
+        if self.kept >= count:
+            raise UsageError(f"the masks keep {self.kept} of {count} patches, so nothing is hidden to be predicted")
         patches = patchify(images, patch_size)
         _, hidden = split_index(masked, self.kept)
         streams = random_bits(~seeds, 3)  # negative seeds, which no mask or crop of any sample has
@@ -287,15 +291,3 @@ def _check_settings(
     if not needs and tokenizer is not None:
         own = "the mean colours of its own tokenizer" if config.tokenizer else config.target
         raise UsageError(f"this model predicts {own}, so tokenizer= must be left out")
-
-
-def _check_batch(pixels: Tensor, masked: Tensor, seeds: Tensor, grid: Size, kept: int) -> None:
-    batch, patches = len(pixels), grid[0] * grid[1]
-    if masked.dtype != torch.bool or masked.shape != (batch, patches):
-        raise UsageError(
-            f"masked must be bool of shape ({batch}, {patches}), not {masked.dtype} of {tuple(masked.shape)}"
-        )
-    if seeds.dtype != torch.int64 or seeds.shape != (batch,):
-        raise UsageError(f"seeds must be int64 of shape ({batch},), not {seeds.dtype} of {tuple(seeds.shape)}")
-    if kept >= patches:
-        raise UsageError(f"the masks keep {kept} of {patches} patches, so nothing is hidden to be predicted")

@@ -13,8 +13,8 @@ from maehub.errors import DataError
 from maehub.figures import grid as figure_grid
 from maehub.figures import reconstruct
 from maehub.files import atomic_write
-from maehub.images import Preprocess
 from maehub.models import MaskedAutoencoder
+from maehub.train.engine import parts
 from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.objective import Objective
@@ -52,17 +52,24 @@ class Validation:
         self.preprocess = objective.preprocess
         self.batch: Batch | None = None
         self._baselines: dict[str, float] = {}
-        self._labelled: tuple[Tensor, Tensor] | None = None
+        self._labelled: tuple[Tensor, Tensor] | None = None  # (n, H, W, C) uint8, and (n,) as their folders say
         if heldout is not None:
             count = max(_FEWEST_CROPS, min(len(heldout), _CROPS))
             self.batch = validation_batch(heldout, view, count, seed)
             device = next(objective.model.parameters()).device
-            for part in self.batch.split(_VIEWS_AT_ONCE):
+            for part, _ in parts(self.batch, _VIEWS_AT_ONCE):
                 simple = baselines(objective, part.pixels.to(device), part.masked.to(device))
                 for name, value in simple._asdict().items():
                     self._baselines[name] = self._baselines.get(name, 0.0) + value * (len(part.pixels) / count)
         if labelled is not None:
-            self._labelled = _labelled(labelled, self.preprocess)
+            samples = find_samples(labelled)
+            classes = groups(samples, 1)
+            if classes.max() < 1:
+                raise DataError(f"{labelled} has one class; --knn needs DIR/CLASS/pictures with at least two")
+            chosen = sorted(first_by_id(samples, _LABELLED))
+            pictures = (opened(samples, index, self.preprocess.channels) for index in chosen)
+            pixels = [torch.from_numpy(self.preprocess.pixels(picture)) for picture in pictures]
+            self._labelled = torch.stack(pixels), torch.from_numpy(classes[chosen])
 
     @torch.no_grad()
     def measure(self, objective: Objective, autocast: contextlib.AbstractContextManager[object]) -> dict[str, float]:
@@ -79,7 +86,7 @@ class Validation:
             model.eval()
             if self.batch is not None:
                 total, features = 0.0, []
-                for part in self.batch.split(_VIEWS_AT_ONCE):
+                for part, _ in parts(self.batch, _VIEWS_AT_ONCE):
                     pixels, masked, seeds, _ = part.to(device)
                     with autocast:
                         total += objective(pixels, masked, seeds).item() * len(pixels)
@@ -101,18 +108,17 @@ class Validation:
         """Reconstructions of a few pictures, always the same."""
         if not model.config.has_picture:
             return  # what a caller's tokens look like is not known
-        panels = []
-        for index in first_by_id(self.shown, _SHOWN):
-            panels.append(
-                reconstruct(
-                    model,
-                    opened(self.shown, index, model.config.encoder.channels),
-                    strategy=self.view.strategy,
-                    mask_ratio=self.view.mask_ratio,
-                    seed=self.seed,
-                    preprocess=self.preprocess,
-                )
+        panels = [
+            reconstruct(
+                model,
+                opened(self.shown, index, model.config.encoder.channels),
+                strategy=self.view.strategy,
+                mask_ratio=self.view.mask_ratio,
+                seed=self.seed,
+                preprocess=self.preprocess,
             )
+            for index in first_by_id(self.shown, _SHOWN)
+        ]
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as temporary:
             figure_grid(panels).save(temporary, format="png")
@@ -135,15 +141,3 @@ def tell_start(numbers: dict[str, float], name: str) -> None:
             "or pictures far from what it knows.",
             name,
         )
-
-
-def _labelled(folder: str, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Pictures (n, H, W, C) uint8 and the classes (n,) that their folders name."""
-    samples = find_samples(folder)
-    classes = groups(samples, 1)
-    if classes.max() < 1:
-        raise DataError(f"{folder} has one class; --knn needs DIR/CLASS/pictures with at least two")
-    chosen = sorted(first_by_id(samples, _LABELLED))
-    pictures = (opened(samples, index, preprocess.channels) for index in chosen)
-    pixels = [torch.from_numpy(preprocess.pixels(picture)) for picture in pictures]
-    return torch.stack(pixels), torch.from_numpy(classes[chosen])

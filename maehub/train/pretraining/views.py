@@ -7,7 +7,6 @@ the crop, the flip and the mask of a view follow from (seed, epoch, sample id, v
 number of processes see the same samples.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -30,10 +29,6 @@ class Batch(NamedTuple):
     masked: Tensor  # (B, N) bool, True where hidden
     seeds: Tensor  # (B,) int64, for what else is random about a view
     factors: Tensor  # (B, 3) float32 of brightness, contrast, saturation; (B, 0) without colour jitter
-
-    def split(self, size: int) -> Iterator[Self]:
-        """Parts of ``size`` views, the last one smaller."""
-        return (type(self)(*part) for part in zip(*(field.split(size) for field in self), strict=True))
 
     def to(self, device: torch.device) -> Self:
         """On a device, without waiting for it."""
