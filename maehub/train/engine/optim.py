@@ -11,11 +11,12 @@ from torch import Tensor, nn
 def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: float = 0.0) -> float:
     """Linear warm-up from 0 to the ``peak``, then half a cosine to ``floor`` (He et al. 2021, table 8).
 
-    ``step`` is 0 … steps − 1, and ``warmup`` the share of the steps that the rise takes.
+    ``step`` is 0 … steps − 1, and ``warmup`` the share of the steps that the rise takes. In a run of fewer than ten
+    steps none is taken at a rate of 0.
     """
     rise = warmup * steps
     if step < rise:
-        return peak * step / rise
+        return peak * (step + (steps < 10)) / (rise + (steps < 10))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from maehub.errors import CheckpointError, DataError, DistributedError, UsageError
+from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, UsageError
 from maehub.train.engine.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import code_digest
 from maehub.train.engine.preemption import Stop
-from maehub.train.engine.run_log import RunLog, run_state
+from maehub.train.engine.run_log import RunLog, last_good_step, run_state
 from maehub.train.engine.settings import RunConfig
 from maehub.version import __version__
 
@@ -48,6 +48,7 @@ class Checkpoints:
     """Where the run begins. Its micro-batch is what the run computes at once."""
     steps: int
     _failed: bool = field(default=False, init=False)
+    _first_weights: list[float] | None = field(default=None, init=False)  # sums of them, where the run began here
 
     def resume(self) -> int:
         """Put the newest valid checkpoint back, if the user resumes; the step where the run goes on: 0 without one.
@@ -56,6 +57,7 @@ class Checkpoints:
         for equal sums, unless the user wants another.
         """
         run, group, config = self.run.folder, self.group, self.config
+        self._first_weights = _sums(self.model)
         if not config.resume:
             return 0
         with group.together("looking for a checkpoint"):
@@ -64,6 +66,12 @@ class Checkpoints:
                 check_version(run)
         found = group.first(found, "the newest checkpoint")
         if found is None:
+            with group.together("looking for a checkpoint"):
+                if group.is_main and (last := last_good_step(run)):
+                    raise CheckpointError(
+                        f"the checkpoints of {run} are gone: run.json names step {last} as the last good one. Nothing "
+                        f"was changed. Put them back into {run / 'checkpoints'}, or start anew in another folder"
+                    )
             if group.is_main:
                 log.warning("%s has no checkpoint: starting at step 0", run)
             return 0
@@ -92,6 +100,7 @@ class Checkpoints:
                     "it was written by %d processes; the samples stay the same, sums may round another way",
                     before.processes,
                 )
+        self._first_weights = None
         if before.processes == group.size and before.micro_batch and not config.micro_batch:
             self.start = replace(self.start, micro_batch=before.micro_batch)
         if self.is_complete(before.step):
@@ -105,6 +114,13 @@ class Checkpoints:
     def after_step(self, step: int, stop_signal: int) -> int:
         """Save if one is due; the exit code to stop with now, 0 to go on: `maehub.train.engine.steps.stop_after`."""
         last = step == self.steps
+        if last and self._first_weights is not None:
+            with self.group.together("looking at the weights"):
+                if _sums(self.model) == self._first_weights:
+                    raise DivergedError(
+                        f"after {step} steps all weights are those of the start: nothing was learned, and nothing is "
+                        "exported. Look at the rate and the losses in metrics.jsonl; --base-lr may be far too small"
+                    )
         if last or stop_signal or step % self.config.checkpoint_every == 0:
             with self.run.paused():
                 self.save(step, must=last or bool(stop_signal))
@@ -206,3 +222,9 @@ def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
             f"the pictures in {config.data} are not those that {config.out} was started with: names or sizes differ. "
             "Nothing was changed. Put them back, or accept it by --allow-data-change."
         )
+
+
+def _sums(model: nn.Module) -> list[float]:
+    """Of each trained tensor, or this process's part of it: equal only if no number in it has changed, but by chance."""
+    parts = [getattr(p, "_local_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+    return [value.sum(dtype=torch.float64).item() for part in parts for value in (part, part.square())]

@@ -48,6 +48,15 @@ _SPIKE_WINDOW, _SPIKE = 64, 3.0  # a loss this many times the median of so many 
 _BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt}{postfix} · {remaining} left"
 
 
+def last_good_step(folder: Path) -> int:
+    """The last step that a run says it saved; 0 where it says none."""
+    try:
+        step = json.loads((folder / _STATE).read_bytes())["last_good_step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+    return step if type(step) is int else 0
+
+
 def run_state(folder: Path) -> str | None:
     """How a run stands: running, completed, preempted, diverged or failed. None where there is no run.
 

@@ -28,6 +28,7 @@ from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_word
 from maehub.train.pretraining import (
     Crops,
     PlanConfig,
+    batch_size_of,
     build_network,
     find_weights,
     kept_patches,
@@ -65,7 +66,8 @@ def plan(config: PlanConfig) -> Plan:
     precision = _precision(config, device)
     utilisation = _utilisation(config, device, precision)
     images, source = _images(config)
-    per_step = config.batch_size / config.masks_per_image
+    batch_size = config.batch_size or batch_size_of(config, images, config.processes)
+    per_step = batch_size / config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * images / per_step)
 
     parameters = count_parameters(network)
@@ -76,13 +78,13 @@ def plan(config: PlanConfig) -> Plan:
     shards = config.processes if config.fsdp else 1
     fixed = fixed_bytes(parameters, precision, shards, block_parameters(network))
 
-    share = math.ceil(config.batch_size / config.processes)
+    share = math.ceil(batch_size / config.processes)
     capacity = max(0, math.floor((_usable(device) - fixed) / view_bytes))  # views
     largest = next((size for size in range(min(share, capacity), 0, -1) if share % size == 0), 0)
     micro = min(share, config.micro_batch) if config.micro_batch else largest
     seconds = share * training / (device.rate(precision) * 1e12 * utilisation.share)
     seconds += _ADAMW_TRAFFIC * parameters.trained / shards / (device.bandwidth * 1e9)
-    speed = config.batch_size / seconds
+    speed = batch_size / seconds
 
     checkpoint = checkpoint_bytes(parameters)
     exported = 4 * (2 * parameters.encoder + parameters.decoder + parameters.fixed)
@@ -104,8 +106,8 @@ def plan(config: PlanConfig) -> Plan:
         accumulation=math.ceil(share / micro) if micro else 0,
         images=images,
         steps=steps,
-        batch_size=config.batch_size,
-        learning_rate=peak_rate(config.base_lr, config.batch_size),
+        batch_size=batch_size,
+        learning_rate=peak_rate(config.base_lr, batch_size),
         step_seconds=seconds,
         images_per_second=speed,
         hours=steps * seconds / 3600,

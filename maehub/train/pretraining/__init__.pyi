@@ -1,5 +1,6 @@
 from .config import PlanConfig as PlanConfig
 from .config import PretrainConfig as PretrainConfig
+from .config import batch_size_of as batch_size_of
 from .holdout import split_data as split_data
 from .loop import PretrainResult as PretrainResult
 from .loop import pretrain as pretrain

@@ -26,6 +26,9 @@ Corruption = Annotated[tuple[float, float, float], settings.Rule(_is_corruption,
 
 
 @own_first
+_BATCH, _LEAST_BATCH, _STEPS_AN_EPOCH = 256, 8, 8  # of the batch that is fitted to the data
+
+
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Pretrain a masked autoencoder by the recipe of He et al. 2021, table 8."""
@@ -85,7 +88,7 @@ class PretrainConfig(RunConfig):
     """Optimizer steps; give this or --epochs."""
     epochs: Annotated[settings.Positive | None, COMMON, default("as --steps says")] = None
     """Passes over the data; give this or --steps."""
-    batch_size: Annotated[settings.Count, COMMON] = 256
+    batch_size: Annotated[settings.Count | None, COMMON, default("256, of less data an eighth")] = None
     """Views a step, over all processes; the paper's is 4096."""
     base_lr: Annotated[settings.Positive, COMMON] = 1.5e-4
     """Learning rate for 256 views a step. Scaled by batch_size / 256 from 256 on (Goyal et al. 2017), by its square
@@ -112,7 +115,7 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         if self.strategy == "grid" and self.mask_ratio != 0.75:
             raise UsageError(f"--mask-ratio must be 0.75 with --strategy grid, not {self.mask_ratio}")
-        if self.batch_size % self.masks_per_image:
+        if self.batch_size and self.batch_size % self.masks_per_image:
             raise UsageError(
                 f"--batch-size counts views, so it must be a multiple of --masks-per-image {self.masks_per_image}, "
                 f"not {self.batch_size}"
@@ -123,6 +126,29 @@ class PretrainConfig(RunConfig):
             raise UsageError("--decoder-depth 0 is a linear head on the encoder: it needs --mask-tokens encoder")
         if self.rot90 and len(self.image_size) == 2 and self.image_size[0] != self.image_size[1]:
             raise UsageError(f"--rot90 needs square crops, not --image-size {self.image_size[0]} {self.image_size[1]}")
+
+
+def batch_size_of(config: PretrainConfig, pictures: int, processes: int) -> int:
+    """The batch: as asked for, or 256 views, of little data an eighth of an epoch, as in fine-tuning.
+
+    Raises:
+        UsageError: it cannot be divided among the processes, or has more views than an epoch.
+    """
+    unit, views = processes * config.masks_per_image, pictures * config.masks_per_image
+    if config.batch_size is None:
+        fitted = min(_BATCH, max(views // _STEPS_AN_EPOCH, _LEAST_BATCH), views)
+        return max(fitted // unit, 1) * unit
+    if config.batch_size % unit:
+        raise UsageError(
+            f"--batch-size {config.batch_size} counts the views of all processes: it must be a multiple of "
+            f"{processes} processes times {config.masks_per_image} masks of a picture"
+        )
+    if config.batch_size > views:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is more than the {views} views of an epoch ({pictures} pictures to train "
+            "on): leave it out, and it is fitted to them"
+        )
+    return config.batch_size
 
 
 @own_first

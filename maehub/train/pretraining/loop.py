@@ -49,7 +49,7 @@ from maehub.train.engine import (
     update,
     wrapped,
 )
-from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.pretraining.config import PretrainConfig, batch_size_of
 from maehub.train.pretraining.holdout import Split, split_data
 from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
 from maehub.train.pretraining.objective import Objective, TokenizerFunction, fit_components, store_components
@@ -99,7 +99,7 @@ def pretrain(config: PretrainConfig, *, tokenizer: TokenizerFunction | None = No
             if group.is_main:
                 check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
             job = _set_up(config, group, tokenizer)
-        logged = RunLog(config.out, config.batch_size, is_main=group.is_main)
+        logged = RunLog(config.out, job.batch_size, is_main=group.is_main)
         with logged as run, stop_requests(deadline) as stop:
             return _train(config, group, job, run, stop)
 
@@ -116,6 +116,7 @@ class _Job:
     view: View
     split: Split
     validation: Validation | None  # on rank 0
+    batch_size: int  # views of a step, over all processes
     steps: int
     start: Progress
     precision: contextlib.AbstractContextManager[Any]
@@ -123,11 +124,6 @@ class _Job:
 
 def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction | None) -> _Job:
     """Everything before the first step; nothing is written."""
-    if config.batch_size % (group.size * config.masks_per_image):
-        raise UsageError(
-            f"--batch-size {config.batch_size} counts the views of all processes: it must be a multiple of "
-            f"{group.size} processes times {config.masks_per_image} masks of a picture"
-        )
     vocabulary: Any = 0 if tokenizer is None else getattr(tokenizer, "vocabulary", None)
     if tokenizer is not None and (type(vocabulary) is not int or vocabulary < 1):
         raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
@@ -136,8 +132,9 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction |
     view = view_of(config, model.config)
     kept = kept_patches(view)
     split = group.host_first(lambda: split_data(config.data, config.holdout, config.group), "looking for pictures")
+    batch_size = batch_size_of(config, len(split.training), group.size)
     views = len(split.training) * config.masks_per_image
-    steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
+    steps = config.steps or math.ceil((config.epochs or 0) * views / batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
         sample = validation_batch(split.training, view, min(len(split.training), _PCA_PICTURES), config.seed)
         components = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
@@ -162,7 +159,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction |
         validation = Validation(objective, view, shown, split.heldout, seed=config.seed, labelled=config.knn)
     fits = views_fit(objective, view, group, config)
     size = f"{view.size[0]}×{view.size[1]}"
-    micro = find_micro_batch(config.batch_size // group.size, group, fits, size, asked=config.micro_batch)
+    micro = find_micro_batch(batch_size // group.size, group, fits, size, asked=config.micro_batch)
     module = wrapped(objective, group, config)
     return _Job(
         model=model,
@@ -173,6 +170,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction |
         view=view,
         split=split,
         validation=validation,
+        batch_size=batch_size,
         steps=steps,
         start=replace(start, micro_batch=micro),
         precision=autocast(config.precision, group.device),
@@ -181,26 +179,29 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction |
 
 def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> PretrainResult:
     """The loop."""
-    steps, device, peak = job.steps, group.device, peak_rate(config.base_lr, config.batch_size)
+    steps, device, peak = job.steps, group.device, peak_rate(config.base_lr, job.batch_size)
     checkpoints = Checkpoints(config, group, run, stop, job.model, job.optimizer, job.start, steps)
     done = checkpoints.resume()
     if checkpoints.is_complete(done):
         return PretrainResult(config.out, steps, EXIT_DONE)
     micro = checkpoints.start.micro_batch
     workers = worker_count(config.workers, group.local_size)
-    views = config.batch_size // group.size
+    views = job.batch_size // group.size
     with group.together("setting up"):
         check_shared_memory(job.view.batch_bytes(views), views, workers)
     if group.is_main:
         _announce(config, group, job, peak, micro)
-    facts = {"steps": steps, "target": job.model.config.target, "environment": describe_environment(group)}
+    facts = {
+        "steps": steps,
+        "batch_size": job.batch_size,
+        "target": job.model.config.target,
+        "environment": describe_environment(group),
+    }
     run.begin(config, facts, done, steps)
     if done == 0:
         _validate(config, group, job, run, 0)
     samples = job.split.training
-    keys = StepKeys(
-        samples, config.batch_size, config.seed, done, steps, config.masks_per_image, group.rank, group.size
-    )
+    keys = StepKeys(samples, job.batch_size, config.seed, done, steps, config.masks_per_image, group.rank, group.size)
     crops = Crops(samples, job.view, config.cache)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
     report = partial(update_report, run, PretrainConfig)
@@ -274,7 +275,7 @@ def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micr
         len(job.split.training),
         held,
         job.steps,
-        batch_words(config.batch_size, micro, group),
+        batch_words(job.batch_size, micro, group),
         peak,
         group.device,
     )
