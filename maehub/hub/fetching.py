@@ -196,7 +196,7 @@ def download(
         check_supported(info := model_info(name))
         return fetch(info, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout, look_here=False).path
     encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
-    if encoder.filename != "model.safetensors":
+    if encoder.source.filename != "model.safetensors":
         fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
     return encoder.path
 
@@ -238,7 +238,8 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
 
 
 def _told(files: Fetched) -> Fetched:
-    at = f"{files.repo}@{files.revision[:7]} {files.filename}" if files.repo else files.url or str(files.path)
+    source = files.source
+    at = f"{source.repo}@{files.revision[:7]} {source.filename}" if source.repo else source.url or str(files.path)
     logger.info("%s: %s%s", files.name, at, f", licence {files.licence}" if files.licence else "")
     return files
 
@@ -268,12 +269,9 @@ def _first_file(name: str, sources: list[Source], paths: CachePaths) -> Fetched:
     repo, revision = sources[0].repo, sources[0].revision
     names = [] if paths.offline else list_hub_files(repo, revision)
     for source in sources:
-        if names and source.filename not in names:
-            continue
-        try:
-            return _repo_file(name, source, paths)
-        except NoFile:
-            continue
+        if not names or source.filename in names:
+            with contextlib.suppress(NoFile):
+                return _repo_file(name, source, paths)
     if paths.offline:
         raise not_here(name, sources[0], paths)
     if any(one.endswith(".safetensors.index.json") for one in names):

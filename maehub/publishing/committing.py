@@ -123,15 +123,14 @@ def _operation(name: str, file: LocalFile) -> Any:
 
     try:
         content = file.path.read_bytes() if file.size <= _IN_MEMORY else None
-        if content is not None and hashlib.sha256(content).hexdigest() != file.sha256:
-            raise _changed(name)
-        return CommitOperationAdd(name, file.path if content is None else content)
+        operation = CommitOperationAdd(name, file.path if content is None else content)
     except OSError as error:
         raise unreadable(file.path, error) from error
-    except IntegrityError:
-        raise
     except ValueError as error:  # its word for a file that is not there, and for names that it refuses
         raise UsageError(f"{name!r} cannot be published: {scrub(error)}") from error
+    if content is not None and hashlib.sha256(content).hexdigest() != file.sha256:
+        raise _changed(name)
+    return operation
 
 
 def _upload(hub: Hub, operations: list[Any], files: Mapping[str, LocalFile], revision: str, proposed: bool) -> None:
