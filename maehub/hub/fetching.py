@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
 from maehub.files import read_json
@@ -124,7 +124,11 @@ def fetch_repo(
         except IntegrityError as error:
             raise IntegrityError(f"config.json of {repo} cannot be read: {error}\nnothing of it was loaded") from error
     pretrained = pretrained if isinstance(pretrained, dict) else {}
-    candidates = list(filenames) or _weight_names(pretrained, want)
+    candidates, other = list(filenames) or ["model.safetensors"], pretrained.get("hf_hub_filename")
+    if not filenames and want == "encoder" and isinstance(other, str):
+        other = re.sub(r"\.bin$", ".safetensors", other)  # timm, too, looks for the safetensors file beside it
+        if other.endswith(".safetensors"):
+            candidates = list(dict.fromkeys([other, *candidates]))  # its fused qkv needs no renaming
     for filename in candidates:
         check_filename(filename, repo)
         if not filename.endswith(".safetensors"):
@@ -304,15 +308,3 @@ def _check_revision(revision: str) -> str:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:
         raise UsageError(f"revision={revision!r} is not a branch, tag, commit or reference such as refs/pr/1")
     return revision
-
-
-def _weight_names(pretrained: dict[str, Any], want: Want) -> list[str]:
-    """Weight files to try: the one with fused qkv, which needs no renaming, if an encoder is enough."""
-    names = ["model.safetensors"]
-    if want == "encoder":
-        other = pretrained.get("hf_hub_filename")
-        if isinstance(other, str) and other.endswith(".bin"):  # timm, too, looks for the safetensors file beside it
-            other = f"{other.removesuffix('.bin')}.safetensors"
-        if isinstance(other, str) and other.endswith(".safetensors"):
-            names.insert(0, other)
-    return list(dict.fromkeys(names))
