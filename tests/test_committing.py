@@ -82,7 +82,7 @@ def written(folder, contents):
 
 def push(files, **options):
     seen = {name: options[name] for name in ("revision", "pull_request") if name in options}
-    options = {"message": "a model", "progress": False} | options
+    options = {"message": "a model", "progress": False} | {key: options[key] for key in options if key != "revision"}
     return commit(files, REPO, remote=look(REPO, **seen), **options)
 
 

@@ -104,7 +104,8 @@ def test_a_row_is_fetched_verified_and_named(hub, vit_b, caplog):
     found = fetch(vit_b)
     commit = hub.repos[TIMM].refs["main"]
     assert found.path.read_bytes() == BYTES
-    assert (found.sha256, found.revision, found.repo, found.format) == (SHA256, commit, TIMM, "safetensors")
+    assert (found.sha256, found.revision) == (SHA256, commit)
+    assert (found.source.repo, found.source.format) == (TIMM, "safetensors")
     assert found.licence == "CC-BY-NC-4.0"
     assert [record.message for record in caplog.records] == [
         f"vit-b: {TIMM}@{commit[:7]} model.safetensors, licence CC-BY-NC-4.0"
@@ -166,7 +167,7 @@ def test_the_first_source_that_exists_is_used(hub, caplog):
     text = fails(HubError, fetch, info)
     assert all(place in text for place in ("facebook/vit-mae-large", "mae_visualize_vit_large.pth"))
     hub.add_page(address, b"official")
-    assert fetch(info).format == "pickle"
+    assert fetch(info).source.format == "pickle"
 
     hub.add_repo("facebook/vit-mae-large", {"pytorch_model.bin": b"main"})
     commit = hub.add_repo("facebook/vit-mae-large", {"model.safetensors": b"pull request"}, revision="refs/pr/1")
@@ -218,7 +219,7 @@ def official(hub, content, md5=None):
 def test_an_official_file_is_verified_by_its_md5_prefix(hub):
     info, address = official(hub, BYTES)
     found = fetch(info)
-    assert (found.sha256, found.format, found.url) == (SHA256, "pickle", hub.endpoint + address)
+    assert (found.sha256, found.source.format, found.source.url) == (SHA256, "pickle", hub.endpoint + address)
     assert fetch(info, offline=True) == found
     assert len(hub.log) == 1
     assert (found.path.stat().st_mode & 0o777) == 0o666 & ~_umask()

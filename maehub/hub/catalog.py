@@ -133,7 +133,7 @@ class ModelInfo:
         size = f"{self.parameters:,} values, {self.parameters * 4 / 1e6:,.0f} MB in float32"
         facts = [
             ("what", f"{self.title} ({self.role})"),
-            ("target", self.target and _target_words(self.target)),
+            ("target", (self.target or "").replace("_", " ")),
             ("network", f"{self.depth} blocks of width {self.width}, {self.heads} heads, patch {self.patch_size}"),
             ("size", f"{_size_words(self)} pixels"),
             ("weights", self.parameters and size),
@@ -243,7 +243,7 @@ def markdown_table() -> str:
         cells = (
             f"`{info.name}`",
             info.title,
-            _target_words(info.target),
+            (info.target or "–").replace("_", " "),
             _size_words(info),
             str(info.patch_size),
             f"{info.parameters / 1e6:.1f} M" if info.parameters else "–",
@@ -310,10 +310,6 @@ def _at_large(base: ModelInfo, row: dict[str, Any]) -> ModelInfo:
         numbers=(),
         note=row.get("note", note),
     )
-
-
-def _target_words(target: str | None) -> str:
-    return target.replace("_", " ") if target else "–"
 
 
 def _size_words(info: ModelInfo) -> str:

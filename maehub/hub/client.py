@@ -127,8 +127,7 @@ def retry(
 
 def _asked_wait(error: BaseException) -> int | None:
     """The seconds that a server asks for in Retry-After; None where it does not."""
-    answer = _answer(error)
-    asked = "" if answer is None else str(answer.headers.get("Retry-After", "")).strip()
+    asked = str(getattr(_answer(error), "headers", {}).get("Retry-After", "")).strip()
     return int(asked) if asked.isdigit() else None
 
 

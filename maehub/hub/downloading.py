@@ -7,8 +7,7 @@ and downloaded once more.
 import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from maehub.errors import HubError, IntegrityError
@@ -29,15 +28,11 @@ class Fetched:
 
     name: str  # catalog name or Hub id
     path: Path
-    format: Literal["safetensors", "pickle"]
+    source: Source
+    revision: str  # commit of a Hub repository, 40 digits
     sha256: str
     config: Path | None = None  # config.json of a Hub repository
-    repo: str = ""
-    filename: str = ""
-    revision: str = ""  # commit, 40 digits
-    url: str = ""
     licence: str = ""
-    dialect: str = ""  # a hint from the catalog
 
 
 def from_here(name: str, source: Source, paths: CachePaths) -> Fetched | None:
@@ -94,18 +89,9 @@ def from_there(name: str, source: Source, paths: CachePaths) -> Fetched:
 
 def _verified(name: str, source: Source, path: Path, expected: Expected, paths: CachePaths) -> Fetched:
     """The file, or `Differs`."""
-    depth = len(PurePosixPath(source.filename).parts)
-    return Fetched(
-        name=name,
-        path=path,
-        format=source.format,
-        sha256=check(path, expected, paths.own, paths.verify),
-        repo=source.repo,
-        filename=source.filename,
-        revision=path.parents[depth - 1].name if source.kind == "hub" else "",
-        url=source.url,
-        dialect=source.dialect,
-    )
+    snapshot = path.parents[source.filename.count("/")]
+    revision = snapshot.name if source.kind == "hub" else ""
+    return Fetched(name, path, source, revision, check(path, expected, paths.own, paths.verify))
 
 
 def _check_pin(source: Source, stated: RemoteMetadata, label: DownloadLabel) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
 from maehub.files import read_json
@@ -124,7 +124,11 @@ def fetch_repo(
         except IntegrityError as error:
             raise IntegrityError(f"config.json of {repo} cannot be read: {error}\nnothing of it was loaded") from error
     pretrained = pretrained if isinstance(pretrained, dict) else {}
-    candidates = list(filenames) or _weight_names(pretrained, want)
+    candidates, other = list(filenames) or ["model.safetensors"], pretrained.get("hf_hub_filename")
+    if not filenames and want == "encoder" and isinstance(other, str):
+        other = re.sub(r"\.bin$", ".safetensors", other)  # timm, too, looks for the safetensors file beside it
+        if other.endswith(".safetensors"):
+            candidates = list(dict.fromkeys([other, *candidates]))  # its fused qkv needs no renaming
     for filename in candidates:
         check_filename(filename, repo)
         if not filename.endswith(".safetensors"):
@@ -196,7 +200,7 @@ def download(
         check_supported(info := model_info(name))
         return fetch(info, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout, look_here=False).path
     encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
-    if encoder.filename != "model.safetensors":
+    if encoder.source.filename != "model.safetensors":
         fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
     return encoder.path
 
@@ -238,7 +242,8 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
 
 
 def _told(files: Fetched) -> Fetched:
-    at = f"{files.repo}@{files.revision[:7]} {files.filename}" if files.repo else files.url or str(files.path)
+    source = files.source
+    at = f"{source.repo}@{files.revision[:7]} {source.filename}" if source.repo else source.url or str(files.path)
     logger.info("%s: %s%s", files.name, at, f", licence {files.licence}" if files.licence else "")
     return files
 
@@ -268,12 +273,9 @@ def _first_file(name: str, sources: list[Source], paths: CachePaths) -> Fetched:
     repo, revision = sources[0].repo, sources[0].revision
     names = [] if paths.offline else list_hub_files(repo, revision)
     for source in sources:
-        if names and source.filename not in names:
-            continue
-        try:
-            return _repo_file(name, source, paths)
-        except NoFile:
-            continue
+        if not names or source.filename in names:
+            with contextlib.suppress(NoFile):
+                return _repo_file(name, source, paths)
     if paths.offline:
         raise not_here(name, sources[0], paths)
     if any(one.endswith(".safetensors.index.json") for one in names):
@@ -306,15 +308,3 @@ def _check_revision(revision: str) -> str:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:
         raise UsageError(f"revision={revision!r} is not a branch, tag, commit or reference such as refs/pr/1")
     return revision
-
-
-def _weight_names(pretrained: dict[str, Any], want: Want) -> list[str]:
-    """Weight files to try: the one with fused qkv, which needs no renaming, if an encoder is enough."""
-    names = ["model.safetensors"]
-    if want == "encoder":
-        other = pretrained.get("hf_hub_filename")
-        if isinstance(other, str) and other.endswith(".bin"):  # timm, too, looks for the safetensors file beside it
-            other = f"{other.removesuffix('.bin')}.safetensors"
-        if isinstance(other, str) and other.endswith(".safetensors"):
-            names.insert(0, other)
-    return list(dict.fromkeys(names))

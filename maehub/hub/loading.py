@@ -62,7 +62,8 @@ def load(
         IntegrityError: the bytes are wrong, the file is broken or not safe, or holds other tensors than it should.
     """
     options = LoadOptions(image_size, channels, classes, positions, dtype, usable_device(device))
-    files = resolve_model(source, "encoder", options, revision, cache_dir, offline, verify)
+    located = locate(source, "encoder", revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+    files = resolve_model(located, "encoder", options, cache_folder(cache_dir), verify)
     heads = heads or files.heads
     encoder = open_encoder(files.path, config=files.config, heads=heads, options=files.options, origin=files.origin)
     if classes is None:  # the file's own head was looked at too
@@ -106,9 +107,10 @@ def load_autoencoder(
         UsageError, HubError, IntegrityError: as in `load`; IntegrityError also for a file without a decoder.
     """
     options = LoadOptions(image_size, channels, classes, positions, dtype, usable_device(device))
-    files = resolve_model(source, "autoencoder", options, revision, cache_dir, offline, verify)
-    if files.origin and target and files.target not in (None, target):
-        raise UsageError(f"{files.origin.name} was trained to predict {files.target}, not {target}; leave target= out")
+    located = locate(source, "autoencoder", revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+    files = resolve_model(located, "autoencoder", options, cache_folder(cache_dir), verify)
+    if target and files.target not in (None, target):
+        raise UsageError(f"{located.name} was trained to predict {files.target}, not {target}; leave target= out")
     autoencoder = open_autoencoder(
         files.path,
         config=files.config,
@@ -143,19 +145,10 @@ class ModelFiles:
             mark_finite(self.path, self.cache, self.want)
 
 
-def resolve_model(
-    source: PathLike | Located,
-    want: Want,
-    options: LoadOptions,
-    revision: str | None,
-    cache_dir: PathLike | None,
-    offline: bool,
-    verify: bool,
-) -> ModelFiles:
-    """Locate a model, convert the official pickles of the catalog once, and gather what the catalog knows."""
-    located = locate(source, want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
-    info, fetched, path, cache = located.info, located.fetched, located.path, cache_folder(cache_dir)
-    if fetched and fetched.format == "pickle":
+def resolve_model(located: Located, want: Want, options: LoadOptions, cache: Path, verify: bool) -> ModelFiles:
+    """Convert the official pickles of the catalog once, and gather what the catalog knows."""
+    info, fetched, path = located.info, located.fetched, located.path
+    if fetched and fetched.source.format == "pickle":
         path = _converted(path, fetched.sha256, cache, verify)
     if info and info.note:
         log.info("%s: %s", info.name, info.note)

@@ -42,7 +42,7 @@ def get_from_url(url: str, target: Path, label: DownloadLabel) -> None:
     import requests
 
     if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in _LOOPBACK:
-        raise IntegrityError(f"{label}: {_plain(url)} is not https, so what comes from it cannot be trusted")
+        raise IntegrityError(f"{label}: {url.partition('?')[0]} is not https, so what comes from it cannot be trusted")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary, requests.Session() as session, temporary.open("wb") as file:
@@ -88,19 +88,18 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, label: Downlo
         retry(receive, lambda error: f"{label}: {reason(error)}, trying {host_of(url)} again", passes)
     except requests.RequestException as error:
         status = status_of(error)
-        if broke(error) or (status in PASSING and tries == TRIES):
-            raise Unreachable(
-                f"download of {label} from {host_of(url)} failed after {tries} tries: {reason(error)}\n"
-                "nothing half is kept; try again later"
-            ) from error
         if status in (401, 403, 404, 410):
-            raise NotThere(f"{_plain(url)} is not there (HTTP {status}), so {label} cannot be had from it") from error
-        if status is not None:
+            place = url.partition("?")[0]
+            raise NotThere(f"{place} is not there (HTTP {status}), so {label} cannot be had from it") from error
+        if broke(error) or (status in PASSING and tries == TRIES):
+            said = f"download of {label} from {host_of(url)} failed after {tries} tries: {reason(error)}"
+        elif status is not None:
             said = why(error, host_of(url), f" for {label}")
-            raise Unreachable(f"{said}\nnothing half is kept; try again later") from error
-        if isinstance(error, requests.ConnectionError | requests.Timeout):
+        elif isinstance(error, requests.ConnectionError | requests.Timeout):
             raise no_answer(error, url, label) from error
-        raise
+        else:
+            raise
+        raise Unreachable(f"{said}\nnothing half is kept; try again later") from error
 
 
 def _prepare(answer: "requests.Response", file: BinaryIO, label: DownloadLabel) -> int | None:
@@ -132,7 +131,3 @@ def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, l
                 os.truncate(file.fileno(), 0)  # it is given up, and what it took is free again
                 raise disk_trouble(error, Path(file.name).parent, label, total) from error
             bar.update(len(chunk))
-
-
-def _plain(url: str) -> str:
-    return url.partition("?")[0]

@@ -44,7 +44,6 @@ def commit(
     *,
     remote: Remote,
     parent: str | None = None,
-    revision: str = "main",
     private: bool | None = None,
     pull_request: bool = False,
     message: str,
@@ -62,21 +61,21 @@ def commit(
     (IntegrityError) or cannot be read (CheckpointError). After a refusal or no answer a HubError says what is there.
     """
     hub = Hub(repo_id, token, endpoint)
-    check_conditions(hub, remote, revision=revision, parent=parent, private=private, pull_request=pull_request)
+    check_conditions(hub, remote, parent=parent, private=private, pull_request=pull_request)
     fresh = {name: file for name, file in files.items() if not same(file, remote.files.get(name))}
     known = tuple(name for name in files if name not in fresh)
     operations = [_operation(name, file) for name, file in fresh.items()]
     if not remote.exists:
-        remote = _create(hub, revision, private)
+        remote = _create(hub, remote.revision, private)
     if not remote.has_revision:
         hub.ask(
-            f"making the branch {revision} of {repo_id}",
-            lambda: hub.api.create_branch(repo_id, branch=revision, revision=remote.commit, exist_ok=True),
+            f"making the branch {remote.revision} of {repo_id}",
+            lambda: hub.api.create_branch(repo_id, branch=remote.revision, revision=remote.commit, exist_ok=True),
         )
     made, request = remote.commit, None
     if fresh:
         with _quiet_client(progress):
-            _upload(hub, operations, fresh, revision, pull_request)
+            _upload(hub, operations, fresh, remote.revision, pull_request)
             if pull_request:
                 made, request = _propose(hub, operations, fresh, remote, message)
             else:
@@ -123,15 +122,14 @@ def _operation(name: str, file: LocalFile) -> Any:
 
     try:
         content = file.path.read_bytes() if file.size <= _IN_MEMORY else None
-        if content is not None and hashlib.sha256(content).hexdigest() != file.sha256:
-            raise _changed(name)
-        return CommitOperationAdd(name, file.path if content is None else content)
+        operation = CommitOperationAdd(name, file.path if content is None else content)
     except OSError as error:
         raise unreadable(file.path, error) from error
-    except IntegrityError:
-        raise
     except ValueError as error:  # its word for a file that is not there, and for names that it refuses
         raise UsageError(f"{name!r} cannot be published: {scrub(error)}") from error
+    if content is not None and hashlib.sha256(content).hexdigest() != file.sha256:
+        raise _changed(name)
+    return operation
 
 
 def _upload(hub: Hub, operations: list[Any], files: Mapping[str, LocalFile], revision: str, proposed: bool) -> None:

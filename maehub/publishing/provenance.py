@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError
 from maehub.files import read_json
-from maehub.hub import model_info
+from maehub.hub import is_model, model_info
 from maehub.models import PRESETS, Origin
 from maehub.train.engine import RunConfig, option
 from maehub.train.finetuning import FinetuneConfig
@@ -20,7 +20,7 @@ from maehub.train.pretraining import PretrainConfig
 # Settings that say where and how a run was carried out, or name something of the user's.
 _NOT_TOLD = {field.name for field in fields(RunConfig)} - {"precision", "seed"} | {"knn", "quiet"}
 _CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}
-_NAMES_DATA = {"group": "COLUMN", "label": "COLUMN"}  # settings whose values are names in the user's data
+_NAMES_DATA = ("group", "label")  # settings whose values are names in the user's data
 _NUMBERS = (*("step", "loss", "lr", "grad_norm", "val_loss", "mean_fill", "interpolation", "top1", "n"), "val_top1")
 
 
@@ -52,7 +52,12 @@ def read_run(folder: Path) -> Provenance:
     environment = config.get("environment") or {}
     kind = "finetune" if config.get("kind") == "finetune" else "pretrain"
     settings = config.get("settings") or {}
-    entries = _read_lines(folder / "metrics.jsonl")
+    entries, metrics = [], folder / "metrics.jsonl"
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise IntegrityError(f"{metrics} has a line that is no JSON: {line[:60]!r}; nothing was sent") from error
     curve = tuple({key: one[key] for key in _NUMBERS if isinstance(one.get(key), int | float)} for one in entries)
     batch = (settings or config).get("batch_size") or 0
     speeds = [one.get("images_per_second") for one, numbers in zip(entries, curve, strict=True) if "loss" in numbers]
@@ -89,17 +94,6 @@ def _of_probe(folder: Path) -> Provenance:
     return Provenance("probe", command, recipe, pictures=int(results.get("n_train") or 0), scores=scores, names=names)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where there is no such file."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise IntegrityError(f"{path} has a line that is no JSON: {line[:60]!r}; nothing was sent") from error
-    return entries
-
-
 def _told(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that may be told, by name."""
     known = {field.name for field in fields(_CONFIGS[kind])} - _NOT_TOLD
@@ -119,7 +113,7 @@ def _command(kind: str, config: Mapping[str, Any]) -> str:
         if name in _NOT_TOLD or value in (None, setting.default, ()):
             continue
         if name in _NAMES_DATA:
-            value = _NAMES_DATA[name]
+            value = "COLUMN"
         elif name in ("model", "from_"):
             value = _public_name(str(value))
         flag = option(name)
@@ -136,26 +130,20 @@ def _public_name(name: str) -> str:
     kind, _, rest = name.partition("/")
     if kind in ("untrained", "timm") and "@" not in rest:
         return name if kind == "timm" or rest in PRESETS else "MODEL"
-    if name in PRESETS:
+    if name in PRESETS or is_model(name):
         return name
-    try:
-        model_info(name)
-    except UsageError:
-        known = _looks_like_a_hub_id(name) and not Path(name).exists() and kind not in ("runs", "models", "checkpoints")
-        return name if known else "MODEL"
-    return name
+    known = _looks_like_a_hub_id(name) and not Path(name).exists() and kind not in ("runs", "models", "checkpoints")
+    return name if known else "MODEL"
 
 
 def base_model_of(origin: Origin | None) -> str:
     """The Hub id of what weights were trained from; empty where it has none."""
     if origin is None:
         return ""
-    try:
-        sources = model_info(origin.name).sources
-    except UsageError:
-        name = origin.name.partition("@")[0]
-        return name if _looks_like_a_hub_id(name) else ""
-    return next((source.repo for source in sources if source.kind == "hub"), "")
+    if is_model(origin.name):
+        return next((source.repo for source in model_info(origin.name).sources if source.kind == "hub"), "")
+    name = origin.name.partition("@")[0]
+    return name if _looks_like_a_hub_id(name) else ""
 
 
 def _looks_like_a_hub_id(name: str) -> bool:

@@ -164,16 +164,16 @@ def push(
     origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
     settled = settle_licence(licence, origin)
     provenance = read_run(folder) if folder is not None else Provenance()
-    asked: dict[str, Any] = {"revision": revision, "pull_request": pull_request}
     remote: Remote | HubError
     try:
-        remote = look(repo_id, token=token, **asked)
+        remote = look(repo_id, revision=revision, pull_request=pull_request, token=token)
     except HubError as error:
         if not dry_run:
             raise
         remote = error
     else:
-        check_conditions(Hub(repo_id, token, None), remote, parent=parent, private=private, **asked)
+        hub = Hub(repo_id, token, None)
+        check_conditions(hub, remote, parent=parent, private=private, pull_request=pull_request)
     kind = "a masked autoencoder"
     if isinstance(model, Encoder):
         kind = f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
@@ -185,7 +185,7 @@ def push(
         paths = files_of(staging)
         refuse_leaks(find_leaks(paths, token=token or get_token(), names=provenance.names))
         files = {name: LocalFile(path, path.stat().st_size, sha256_file(path)) for name, path in paths.items()}
-        plan = _plan(repo_id, remote, files, settled, origin, verdict, private, **asked)
+        plan = _plan(repo_id, remote, files, settled, origin, verdict, private, revision, pull_request)
         agreed = confirm is None or confirm(plan)
         if dry_run or isinstance(remote, HubError) or not agreed:
             return Pushed(plan, None)
@@ -195,10 +195,10 @@ def push(
             remote=remote,
             parent=parent,
             private=private,
+            pull_request=pull_request,
             message=message or f"maehub push: {kind}",
             progress=progress,
             token=token,
-            **asked,
         )
         verify_remote(repo_id, made.commit, files, token=token)
     return Pushed(plan, made)

@@ -276,16 +276,12 @@ class Hub:
         return text.replace(self.token, "(hidden)")
 
 
-def check_conditions(
-    hub: Hub, remote: Remote, *, revision: str, parent: str | None, private: bool | None, pull_request: bool
-) -> None:
+def check_conditions(hub: Hub, remote: Remote, *, parent: str | None, private: bool | None, pull_request: bool) -> None:
     """Refuse what cannot be done with a repository as it is, known from one look; nothing is asked."""
-    if (remote.repo_id, remote.revision) != (hub.repo_id, revision):
-        raise UsageError(f"{remote.repo_id}, {remote.revision} was looked at, not {hub.repo_id}, {revision}")
     if pull_request and not remote.exists:
         raise UsageError(f"there is no repository {hub.repo_id} on {hub.host} that a pull request could be made to")
-    if pull_request and revision != "main":
-        raise UsageError(f"a pull request goes to the main branch, not to {revision!r}: leave one of the two out")
+    if pull_request and remote.revision != "main":
+        raise UsageError(f"a pull request goes to the main branch, not to {remote.revision!r}: leave one of them out")
     if remote.exists and private is not None and remote.private is not private:
         now, asked = ("private", "public") if remote.private else ("public", "private")
         raise UsageError(
