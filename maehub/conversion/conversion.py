@@ -8,7 +8,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +25,7 @@ from maehub.conversion.certificate import (
     names_table,
 )
 from maehub.conversion.checkpoints import USUAL
-from maehub.conversion.exporting import (
-    EXPORTED,
-    ExportForm,
-    check_exportable,
-    checked_shapes,
-    export_versions,
-    run_exported,
-)
+from maehub.conversion.exporting import EXPORTED, check_exportable, checked_shapes, export_versions, run_exported
 from maehub.conversion.library_folders import (
     PICKLE,
     TENSORS,
@@ -170,14 +163,8 @@ def convert(
     if is_foreign_form(to):
         check_foreign_form(read.config, to)
     whole = isinstance(read.config, AutoencoderConfig) and to not in _ENCODER_FORMS
-    model: Encoder | MaskedAutoencoder = build(
-        MaskedAutoencoder if whole else Encoder,
-        read.state,
-        read.config,
-        read.preprocess,
-        origin=read.origin,
-        where=read.where,
-    )
+    kind: Any = MaskedAutoencoder if whole else Encoder
+    model = build(kind, read.state, read.config, read.preprocess, origin=read.origin, where=read.where)
     with whole_folder(folder, overwrite=overwrite, members=_MEMBERS) as staging:
         name = Path(folder).absolute().name
         if is_foreign_form(to):
@@ -312,8 +299,16 @@ def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Com
     """The outputs of a network and of what was written of it, on fixed images."""
     encoder = model if isinstance(model, Encoder) else model.encoder
     config = encoder.config
-    if is_exported(to):
-        return _compare_graph(encoder, staging, to)
+    if is_exported(to):  # at two sizes and two batch sizes
+        shapes = checked_shapes(config)
+        pictures = [fixed_images(shape) for shape in shapes]
+        by_output: dict[str, Difference] = {}
+        for images, theirs in zip(pictures, run_exported(staging, to, pictures), strict=True):
+            for name, ours in _outputs(encoder, images).items():
+                one = difference(theirs[name], ours)
+                by_output[name] = largest([by_output.get(name, one), one])
+        runner = "onnxruntime" if to == "onnx" else "torch.export"
+        return _Compared(by_output, f"the graph run by {runner}, with maehub", shapes, LARGEST_EXPORTED_DIFFERENCE)
     shape = (1, config.channels, *config.size)
     images = fixed_images(shape)
     if to == "detectron2":
@@ -324,27 +319,14 @@ def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Com
         words = "the last block's patches without a class token, as ViTDet computes them without windows"
         maps = {"map": difference(_blocks_alone(backbone, images), _blocks_alone(encoder, images))}
         return _Compared(maps, words, (shape,), LARGEST_DIFFERENCE)
-    theirs, ours = _outputs(open_encoder(staging), images), _outputs(encoder, images)
+    outputs, expected = _outputs(open_encoder(staging), images), _outputs(encoder, images)
     if isinstance(model, MaskedAutoencoder):
         with torch.inference_mode():
-            theirs["prediction"] = open_autoencoder(staging)(images).prediction
-            ours["prediction"] = model(images).prediction
+            outputs["prediction"] = open_autoencoder(staging)(images).prediction
+            expected["prediction"] = model(images).prediction
     words = "the network that maehub reads from what was written, with the one that it read from the input"
-    differences = {name: difference(theirs[name], value) for name, value in ours.items()}
+    differences = {name: difference(outputs[name], value) for name, value in expected.items()}
     return _Compared(differences, words, (shape,), LARGEST_DIFFERENCE)
-
-
-def _compare_graph(encoder: Encoder, staging: Path, form: ExportForm) -> _Compared:
-    """A graph with the encoder that it was made from, at two sizes and two batch sizes."""
-    shapes = checked_shapes(encoder.config)
-    pictures = [fixed_images(shape) for shape in shapes]
-    differences: dict[str, Difference] = {}
-    for images, theirs in zip(pictures, run_exported(staging, form, pictures), strict=True):
-        for name, ours in _outputs(encoder, images).items():
-            one = difference(theirs[name], ours)
-            differences[name] = largest([differences.get(name, one), one])
-    runner = "onnxruntime" if form == "onnx" else "torch.export"
-    return _Compared(differences, f"the graph run by {runner}, with maehub", shapes, LARGEST_EXPORTED_DIFFERENCE)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ Nothing of a tensor's values is read. The families are the rows of ``families.to
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +19,9 @@ class Family(NamedTuple):
     name: str
     title: str
     advice: str
-    signs: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-    stem: tuple[int, ...] = ()
+    signs: Sequence[str] = ()
+    absent: Sequence[str] = ()
+    stem: Sequence[int] = ()
     stem_rank: int = 0
 
     def fits(self, names: Collection[str], kernel: tuple[int, ...]) -> bool:
@@ -32,7 +32,7 @@ class Family(NamedTuple):
 
         return (
             self.stem_rank in (0, len(kernel))
-            and kernel[len(kernel) - len(self.stem) :] == self.stem
+            and kernel[len(kernel) - len(self.stem) :] == tuple(self.stem)
             and all(map(shown, self.signs))
             and not any(map(shown, self.absent))
         )
@@ -45,8 +45,7 @@ _STEM = re.compile(r"(patch_embed\.(\d+\.)?proj|patch_embed\.projection|patch_em
 def families() -> tuple[Family, ...]:
     """Every row, in the order of the table."""
     table = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
-    rows = ({key: tuple(v) if isinstance(v, list) else v for key, v in row.items()} for row in table["families"])
-    return tuple(Family(**row) for row in rows)
+    return tuple(Family(**row) for row in table["families"])
 
 
 def recognise(shapes: Shapes) -> Family | None:

@@ -8,15 +8,7 @@ from torch import Tensor, nn
 
 from maehub.errors import MissingDependencyError, UsageError
 from maehub.images import Preprocess
-from maehub.interop.agreement import (
-    check_same,
-    evaluable,
-    exact_dtype,
-    exact_state,
-    finish,
-    images_for,
-    names_there,
-)
+from maehub.interop.agreement import check_same, evaluable, exact_dtype, exact_state, finish, images_for, names_there
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.weights import (
     LoadOptions,

@@ -206,7 +206,7 @@ def _changed(config: EncoderConfig, options: LoadOptions) -> EncoderConfig:
 
 def _adapted(state: dict[str, Tensor], old: EncoderConfig, new: EncoderConfig) -> dict[str, Tensor]:
     """The tensors after the departures, each from the file's own; for channels see `LoadOptions`."""
-    changed = {
+    changed: dict[str, Tensor] = {
         name: resize_table(state[name], old.grid, new.grid, new.positions)
         for name in ("pos_embed", "decoder_pos_embed")
         if name in state

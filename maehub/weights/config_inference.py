@@ -106,8 +106,9 @@ def infer_config(state: Mapping[str, Tensor], hints: Hints = NO_HINTS, where: st
     )
     if not any(is_decoder(name) for name in shape):
         return encoder
-    mask_tokens = "encoder" if ENCODER_MASK_TOKEN in shape else "decoder"
-    config = AutoencoderConfig(encoder, target="unknown", mask_tokens=mask_tokens)
+    config = AutoencoderConfig(encoder, target="unknown")
+    if ENCODER_MASK_TOKEN in shape:
+        config = replace(config, mask_tokens="encoder")
     if _is_linear_head(shape):
         config = replace(config, decoder_depth=0)
     else:

@@ -43,9 +43,6 @@ _TIMM_ARCHITECTURES = {
 # transformers' field, what the networks here always have
 _TRANSFORMERS_FIXED = {"hidden_act": "gelu", "qkv_bias": True}
 
-# 1e-12 is what the conversions to transformers of the published weights say; the weights were trained with 1e-6.
-_KNOWN_EPS = (1e-6, 1e-12)
-
 Fields = TypeVar("Fields", EncoderConfig, AutoencoderConfig, Origin)
 
 
@@ -253,7 +250,7 @@ def transformers_hints(config: Mapping[str, Any], where: str) -> Hints:
         if config.get(name, value) != value:
             raise UsageError(f"{where} has {name}={config[name]!r}; the networks here have {value!r}")
     eps = config.get("layer_norm_eps", 1e-12)
-    if eps not in _KNOWN_EPS:
+    if eps not in (1e-6, 1e-12):
         raise UsageError(f"{where} has layer_norm_eps={eps!r}; the networks here have 1e-6")
     heads, image_size = _whole(config, "num_attention_heads", 12, where), _pair(config.get("image_size", 224), where)
     if config["model_type"] == "vit":

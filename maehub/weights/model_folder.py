@@ -129,33 +129,24 @@ def write_members(
     if origin:
         sources = {"source": origin.name, "source_revision": origin.revision, "source_sha256": origin.sha256}
         metadata |= {key: value for key, value in sources.items() if value}
-    values: dict[str, Any] = {}
-    hashes: dict[str, str] = {}
-
-    def tensors(filename: str, named: Mapping[str, Tensor]) -> None:
-        (staging / filename).parent.mkdir(exist_ok=True)
-        hashes[filename] = write_tensors(staging / filename, named, metadata, dtype)
-
-    if layout == "transformers":
-        values |= transformers_config(config, dtype)
-        tensors(_TENSORS, from_official(state, "transformers-4"))
-        write_json(staging / _PROCESSOR, transformers_processor(preprocess))
-    elif layout == "official":
-        tensors(_TENSORS, state)
-    elif isinstance(config, EncoderConfig):
+    whole = config if layout == "maehub" and isinstance(config, AutoencoderConfig) else None
+    is_theirs = layout == "transformers" or (whole and not why_not_transformers(whole))
+    values = transformers_config(config, dtype) if is_theirs else {}
+    files = {_TENSORS: from_official(state, "transformers-4" if is_theirs else "official")}
+    if is_theirs:
+        processor = transformers_processor(preprocess)
+        write_json(staging / _PROCESSOR, processor)
+        # A local folder with timm's pretrained_cfg is one of timm to transformers, which then looks here for it.
+        values |= processor if whole else {}
+    if whole:
+        files[TIMM_ENCODER] = from_official(state, "timm")
+        values |= timm_config(whole.encoder, preprocess, origin, TIMM_ENCODER)
+    elif layout == "maehub" and isinstance(config, EncoderConfig):
         values |= timm_config(config, preprocess, origin, _TENSORS)
-        tensors(_TENSORS, state)
-    else:
-        if why_not_transformers(config):
-            tensors(_TENSORS, state)
-        else:
-            processor = transformers_processor(preprocess)
-            # A local folder with timm's pretrained_cfg is one of timm to transformers, which then looks here for it.
-            values |= transformers_config(config, dtype) | processor
-            tensors(_TENSORS, from_official(state, "transformers-4"))
-            write_json(staging / _PROCESSOR, processor)
-        values |= timm_config(config.encoder, preprocess, origin, TIMM_ENCODER)
-        tensors(TIMM_ENCODER, from_official(state, "timm"))
+    hashes = {}
+    for filename, tensors in files.items():
+        (staging / filename).parent.mkdir(exist_ok=True)
+        hashes[filename] = write_tensors(staging / filename, tensors, metadata, dtype)
     values["maehub"] = our_block(config, preprocess, origin, dtype, hashes)
     write_text(staging / "README.md", model_card(name, config, preprocess, origin, card))
     write_json(staging / _CONFIG, values)
@@ -334,8 +325,9 @@ def _read_foreign(
         said = timm_hints(values, where)
     else:
         raise UsageError(f"{where} is of no model that is read here: maehub, timm's ViT, transformers' ViTMAE and ViT")
-    said = said._replace(image_size=_fitting_size(state, said.image_size))
-    inferred = infer_config(state, Hints(*(mine or theirs for mine, theirs in zip(hints, said, strict=True))), where)
+    told = {name: value for name, value in hints._asdict().items() if value}
+    said = said._replace(image_size=_fitting_size(state, said.image_size))._replace(**told)
+    inferred = infer_config(state, said, where)
     if isinstance(inferred, EncoderConfig):
         inferred = with_class_names(inferred, values, where)
     encoder = inferred if isinstance(inferred, EncoderConfig) else inferred.encoder

@@ -225,6 +225,6 @@ def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
 
 
 def _sums(model: nn.Module) -> list[float]:
-    """Of each trained tensor, or this process's part of it: equal only if no number in it has changed, but by chance."""
+    """Of each trained tensor, or this process's part: equal only if no number in it has changed, but by chance."""
     parts = [getattr(p, "_local_tensor", p).detach() for p in model.parameters() if p.requires_grad]
     return [value.sum(dtype=torch.float64).item() for part in parts for value in (part, part.square())]

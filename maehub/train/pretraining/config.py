@@ -24,11 +24,10 @@ def _is_corruption(value: Any) -> bool:
 
 Corruption = Annotated[tuple[float, float, float], settings.Rule(_is_corruption, "three shares that sum to 1")]
 
-
-@own_first
 _BATCH, _LEAST_BATCH, _STEPS_AN_EPOCH = 256, 8, 8  # of the batch that is fitted to the data
 
 
+@own_first
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Pretrain a masked autoencoder by the recipe of He et al. 2021, table 8."""
@@ -145,8 +144,8 @@ def batch_size_of(config: PretrainConfig, pictures: int, processes: int) -> int:
         )
     if config.batch_size > views:
         raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {views} views of an epoch ({pictures} pictures to train "
-            "on): leave it out, and it is fitted to them"
+            f"--batch-size {config.batch_size} is more than the {views} views of an epoch ({pictures} pictures to "
+            "train on): leave it out, and it is fitted to them"
         )
     return config.batch_size
 
