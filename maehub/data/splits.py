@@ -109,14 +109,14 @@ def split_labelled(
         raise UsageError(f"the share to measure on must be above 0 and below 1, not {share:g}")
     text, index_dir = os.fsdecode(data), cache_folder() / "shards"
     if sides := given_folders(text):
-        return _of_folders(text, sides, group, label, index_dir)
+        return _tested(text, _of_folders(text, sides, group, label, index_dir))
     if os.path.isdir(inside := os.path.join(text, "train")):
         with os.scandir(text) as entries:
             if [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")] == ["train"]:
                 text = inside  # the only folder
     loaded = find_labelled(text, group=group, label=label, index_dir=index_dir)
     if loaded.sides:
-        return _of_column(text, loaded.labelled, loaded.sides, loaded.group_names)
+        return _tested(text, _of_column(text, loaded.labelled, loaded.sides, loaded.group_names))
     labelled = loaded.labelled
     groups = SplitGroups.of(labelled, seed, _SPLIT)
     if not labelled.multi_label:
@@ -124,9 +124,8 @@ def split_labelled(
     chosen = held_out(groups, share)
     if not chosen.any():
         raise DataError(f"{printable(text)} cannot be split: {_ALONE}")
-    split = LabelledSplit(labelled.take(np.flatnonzero(~chosen)), labelled.take(np.flatnonzero(chosen)), True)
-    _warn_untested(text, split)
-    return split
+    training, testing = labelled.take(np.flatnonzero(~chosen)), labelled.take(np.flatnonzero(chosen))
+    return _tested(text, LabelledSplit(training, testing, True))
 
 
 def measured_part(
@@ -207,7 +206,6 @@ def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, i
     # Shards of two folders are never the same, even if they are called so.
     if not (group == "shard" and isinstance(split.training.samples, Shards)):
         _check_groups(data, split, training.group_names | testing.group_names)
-    _warn_untested(data, split)
     return split
 
 
@@ -220,7 +218,6 @@ def _of_column(data: str, labelled: Labelled, sides: list[str], group_names: dic
     testing = mapped(labelled.take(rows[1]).without_empty_classes(), training.classes, data)
     split = LabelledSplit(training, testing, False)
     _check_groups(data, split, group_names)
-    _warn_untested(data, split)
     return split
 
 
@@ -254,9 +251,11 @@ def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> Non
         )
 
 
-def _warn_untested(data: str, split: LabelledSplit) -> None:
+def _tested(data: str, split: LabelledSplit) -> LabelledSplit:
+    """The split itself; classes without a picture to measure on are warned of."""
     if untested := [split.testing.classes[number] for number in np.flatnonzero(split.testing.counts == 0)]:
         log.warning("%s: no picture to measure on of the classes %s", printable(data), first_names(untested, 3))
+    return split
 
 
 def held_out(groups: SplitGroups, share: float) -> np.ndarray:

@@ -99,7 +99,7 @@ class Decoded(NamedTuple):
         return cls(image, (image.height, image.width), (0, 0, image.width, image.height))
 
 
-def decode(source: ImagePath | BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
+def decode(source: ImagePath | BinaryIO, scaled_to: Size | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
     """What `open_image` does, in the channels that the file has."""
     with _file(source) as file:
         image = _opened(file, max_pixels)

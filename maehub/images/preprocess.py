@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, IntegrityError, UsageError
-from maehub.images.decoding import MAX_PIXELS, Decoded, ImagePath, decode, plain, printable, to_channels
+from maehub.images.decoding import Decoded, ImagePath, decode, plain, printable, to_channels
 from maehub.images.sizes import Size, as_size
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ _LONGEST_SCALED = 8  # times as long as wide: beyond, what lies outside the crop
 _LARGEST_CROPPED = 224  # the published evaluation crops up to this size and takes the whole picture above
 
 
-def read_pixels(
-    source: ImagePath | BinaryIO, preprocess: Preprocess, *, exact_decode: bool = False, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def read_pixels(source: ImagePath | BinaryIO, preprocess: Preprocess, *, exact_decode: bool = False) -> np.ndarray:
     """A file, by its path or open, straight to ``preprocess.pixels``: (H, W, C) uint8.
 
     Unless ``exact_decode``, JPEGs are decoded at a smaller size that is large enough, and only the pixels inside the
@@ -42,7 +40,7 @@ def read_pixels(
     if preprocess.channels not in (1, 3):
         where = printable(source) if isinstance(source, ImagePath) else "a picture"
         raise DataError(f"{where}: files have 1 or 3 channels and the model takes {preprocess.channels}")
-    decoded = decode(source, None if exact_decode else preprocess.decode_size, max_pixels)
+    decoded = decode(source, None if exact_decode else preprocess.decode_size)
     return preprocess._fit(decoded, exact=exact_decode)
 
 
