@@ -260,7 +260,6 @@ class Pictures:
         return len(self.items)
 
     def path(self, index: int) -> bytes:
-        """The place, as a name."""
         return str(index).encode()
 
     def digest(self, first: int = 0, last: int | None = None) -> str:

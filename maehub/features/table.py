@@ -128,10 +128,7 @@ def read_provenance(path: Path) -> Provenance | None:
 
 def write_bad_files(path: Path, skipped: list[Skipped]) -> None:
     """A .csv of path and reason."""
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows([Skipped._fields, *skipped])
 
 

@@ -89,9 +89,8 @@ class Preprocess:
         The short side is scaled to ``round(S / 0.875)`` up to 224 pixels, to S itself above; bicubic; centre crop;
         ImageNet statistics. Other than 3 channels get the average of ImageNet's three numbers each.
         """
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-        if channels != 3:
-            mean, std = (sum(mean) / 3,) * channels, (sum(std) / 3,) * channels
+        average = (sum(IMAGENET_MEAN) / 3,) * channels, (sum(IMAGENET_STD) / 3,) * channels
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else average
         size = as_size(size)
         fraction = 0.875 if max(size) <= _LARGEST_CROPPED else 1.0
         return cls(size, patch_size, "centre-crop", fraction, "bicubic", mean, std)
@@ -207,8 +206,9 @@ class Preprocess:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise IntegrityError(f"unknown keys in the preprocessing: {', '.join(unknown)}; known: {', '.join(known)}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            return cls(**values)
         except (UsageError, TypeError, ValueError) as error:
             raise IntegrityError(f"the preprocessing cannot be used: {error}") from error
 
