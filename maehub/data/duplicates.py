@@ -151,6 +151,6 @@ def _near(here: _Prints, there: _Prints) -> list[Pair]:
         bits = np.bitwise_count(here.hashes[rows, None] ^ there.hashes)
         alike[bits > _MOST_BITS] = -1
         best = alike.argmax(axis=1)
-        for row in np.flatnonzero(alike.max(axis=1) >= 1 - _MOST_DIFFERENCE):
-            pairs.append((start + int(row), int(best[row])))
+        near = np.flatnonzero(alike.max(axis=1) >= 1 - _MOST_DIFFERENCE).tolist()
+        pairs += [(start + row, int(best[row])) for row in near]
     return pairs

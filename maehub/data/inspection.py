@@ -204,7 +204,11 @@ def data_statistics(
         pictures = _several(len(examined), "picture")
         raise DataError(f"none of {pictures} can be read; {samples.where(index)}: {finding.reason}")
     findings = [finding for _, finding in good]
-    mean, std = _channel_statistics(findings)
+    # Grey pictures among coloured ones count as red, green and blue.
+    channels = max(len(finding.mean) for finding in findings)
+    moments = [[np.resize(numbers, channels) for numbers in (finding.mean, finding.square)] for finding in findings]
+    mean, square = np.mean(moments, axis=0)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
     return DataStatistics(
         images=len(samples),
         looked_at=len(good),
@@ -216,8 +220,8 @@ def data_statistics(
         height=_spread(finding.height for finding in findings),
         megapixels=_spread(finding.width * finding.height / 1e6 for finding in findings),
         value_range=(min(finding.low for finding in findings), max(finding.high for finding in findings)),
-        mean=mean,
-        std=std,
+        mean=tuple(mean.tolist()),
+        std=tuple(deviation.tolist()),
     )
 
 
@@ -235,19 +239,6 @@ def _findings(
         for index, finding in zip(chosen, examiners.findings(pictures), strict=True):
             bar.update()
             yield index, finding
-
-
-def _channel_statistics(findings: list[Finding]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel; grey pictures among coloured ones count as red, green and blue."""
-    channels = max(len(finding.mean) for finding in findings)
-
-    def average(numbers: Iterable[tuple[float, ...]]) -> np.ndarray:
-        return np.mean([number * (channels // len(number)) for number in numbers], axis=0)
-
-    mean = average(finding.mean for finding in findings)
-    square = average(finding.square for finding in findings)
-    deviation = np.sqrt(np.maximum(square - mean**2, 0))
-    return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
 def _spread(numbers: Iterable[float]) -> Spread:

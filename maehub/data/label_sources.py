@@ -251,21 +251,15 @@ def read_csv(path: str, label: str | None, group: str | None) -> list[Row]:
 
 
 def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[Row]:
-    root, rows = os.path.dirname(path), dict[str, Row]()
-    header: list[str] = []
-    columns: dict[str, str | None] = {}  # fields of a row to columns
-    again = 0
-    for number, cells in _lines(path, reader):
-        if not header:
-            header = cells
-            columns = _columns(path, header, label, group)
-            continue
+    root, rows, again = os.path.dirname(path), dict[str, Row](), 0
+    lines = _lines(path, reader)
+    _, header = next(lines, (0, list[str]()))
+    columns = _columns(path, header, label, group) if header else {}  # fields of a row to columns
+    for number, cells in lines:
         where = f"{printable(path)}, line {number}"
         if len(cells) != len(header):
-            raise DataError(
-                f"{where}: it has {len(cells)} cells and the first line {len(header)}; a cell that holds a comma "
-                "stands between double quotes"
-            )
+            has = f"it has {len(cells)} cells and the first line {len(header)}"
+            raise DataError(f"{where}: {has}; a cell that holds a comma stands between double quotes")
         by_column = dict(zip(header, cells, strict=True))
         row = Row(**{field: by_column[column] if column else "" for field, column in columns.items()}, line=number)
         for field in ("path", "group", "split"):
@@ -320,7 +314,6 @@ def _check_same(where: str, before: Row, row: Row, columns: dict[str, str | None
     for field in ("label", "group", "split"):
         was, now = getattr(before, field), getattr(row, field)
         if was != now:
-            raise DataError(
-                f"{where}: {printable(row.path)} stands in line {before.line} too, with the {columns[field]} {was!r} "
-                f"there and {now!r} here. Several labels of a picture go into one cell, with | between them"
-            )
+            other = f"{printable(row.path)} stands in line {before.line} too, with the {columns[field]} {was!r} there"
+            hint = "Several labels of a picture go into one cell, with | between them"
+            raise DataError(f"{where}: {other} and {now!r} here. {hint}")

@@ -89,15 +89,11 @@ def find_labelled(
     called by the lines of a file classes.txt beside the shards, the first one 0, or by their numbers. *Table*: the
     column label, labels, class or fine_label, or the only one of datasets' ClassLabel; text, numbers, or lists of them.
 
-    Args:
-        data: where they are, as `maehub.data.sources.find_samples` takes it, or a .csv.
-        group: what must stay on one side of a split: a column of a CSV or table; of a folder the level of the folder
-            whose name is the group, ``"2"`` being the first one below the class; of shards ``"shard"``, or the level
-            of a folder in the names of members, from ``"1"``.
-        label: the label's column, in a CSV or table.
-        classes: the classes that labels are places in, such as those of a model. None takes those that have a picture,
-            sorted by name, or in the order that the data give them, two at least; ``()`` takes even a single one.
-        index_dir: as in `find_samples`.
+    ``index_dir`` is as in `find_samples`. ``group`` is what must stay on one side of a split: a column of a CSV or
+    table; of a folder the level of the folder whose name is the group, ``"2"`` being the first one below the class; of
+    shards ``"shard"``, or the level of a folder in the names of members, from ``"1"``. ``label`` is the label's column,
+    in a CSV or table. ``classes`` are those that labels are places in, such as those of a model; None takes those that
+    have a picture, sorted by name, or in the order that the data give them, two at least; ``()`` takes even one.
     """
     text = os.fsdecode(data)
     if sides := given_folders(text):

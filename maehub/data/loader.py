@@ -169,10 +169,16 @@ def batches_of(
         yield batches
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # what has ended by it holds the processes, which end when let go
-        # torch tells of a dead process wherever the loop happens to be, not only where it asks for a batch.
-        if (told := _of_a_reader(error)) is None:
+        # torch has no class of its own for a worker's death, and tells of it wherever the loop happens to be, not only
+        # where it asks for a batch.
+        if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
             raise
-        raise told from error
+        signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
+        reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
+        raise DataError(
+            f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
+            "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
+        ) from error
     finally:
         batches.close()
         if workers:
@@ -203,19 +209,6 @@ def check_shared_memory(each: int, views: int, workers: int) -> None:
 def worker_count(workers: int | None, processes: int = 1) -> int:
     """As many reading processes as asked for, or as there are cores for each training process, one left for it."""
     return max(1, core_count() // processes - 1) if workers is None else workers
-
-
-def _of_a_reader(error: Exception) -> DataError | None:
-    """What to say of an error that came from a reading process; None for all others."""
-    # torch has no class of its own for a worker's death.
-    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
-        return None
-    signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
-    reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
-    return DataError(
-        f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
-        "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
-    )
 
 
 def _as_is(batch: Any) -> Any:

@@ -97,13 +97,13 @@ class Shards(Source):
 
     def source(self, index: int) -> io.BytesIO:
         data = self._fetched.pop(index, None)
-        return io.BytesIO(self._picture(index) if data is None else data)
+        return io.BytesIO(self._read(index) if data is None else data)
 
     def label(self, index: int) -> int | None:
         """The number in the .cls member with the same key; None if there is no such member."""
         if not self.index.label_sizes[index]:
             return None
-        text = self._read(index, self.index.label_offsets, self.index.label_sizes)
+        text = self._read(index, label=True)
         try:
             return int(text)
         except ValueError as error:
@@ -114,17 +114,16 @@ class Shards(Source):
 
     def _tried(self, index: int) -> bytes | None:
         try:
-            return self._picture(index)
+            return self._read(index)
         except DataError:
             return None
 
-    def _picture(self, index: int) -> bytes:
-        return self._read(index, self.index.offsets, self.index.sizes)
-
-    def _read(self, index: int, offsets: np.ndarray, sizes: np.ndarray) -> bytes:
-        size = int(sizes[index])
+    def _read(self, index: int, *, label: bool = False) -> bytes:
+        found = self.index
+        columns = (found.label_offsets, found.label_sizes) if label else (found.offsets, found.sizes)
+        offset, size = (int(column[index]) for column in columns)
         try:
-            data = read_range(self.files[self._shard(index)], int(offsets[index]), size)
+            data = read_range(self.files[self._shard(index)], offset, size)
         except DataError as error:
             raise DataError(f"{self.where(index)}: {error}") from error
         if len(data) < size:
@@ -137,7 +136,7 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
 
     What was found in the headers is kept in ``index_dir``, for shards that have not changed since.
     """
-    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    given = [patterns] if isinstance(patterns, str) else patterns
     paths = [path for pattern in given for path in shard_paths(pattern)]
     path, times = Counter(paths).most_common(1)[0]
     if times > 1:

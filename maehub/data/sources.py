@@ -77,15 +77,12 @@ class Samples(Source):
         return self.others
 
     def name(self, index: int) -> bytes:
-        """The path below the folder that was searched, or the path as it was given."""
         return self.names[index]
 
     def path(self, index: int) -> bytes:
-        """The path to open."""
         return os.path.join(self.root, self.names[index])
 
     def paths(self) -> Iterator[bytes]:
-        """All paths, in order."""
         return (self.path(index) for index in range(len(self)))
 
     def size(self, index: int) -> int:
@@ -192,11 +189,8 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
     A folder is searched for pictures as `find_images` does; without any, for .tar files, then for .parquet files. A
     folder that the datasets library saved is read as such. A .txt file is a list. What ends with .tar or .parquet may
     have braces and wildcards: ``"shards/{000..099}.tar"``; shards may lie behind an address:
-    ``"s3://bucket/shards-{000..003}.tar"``.
-
-    Args:
-        index_dir: where to keep what was found in the headers of shards, and copies of Parquet files as Arrow tables.
-        column: of a table, the one with the pictures; None finds it.
+    ``"s3://bucket/shards-{000..003}.tar"``. What was found in the headers of shards, and copies of Parquet files as
+    Arrow tables, are kept in ``index_dir``. The ``column`` of a table is the one with the pictures; None finds it.
     """
     from maehub.data.shards import find_shards, shard_paths  # both know `Source`
     from maehub.data.tables import find_parquet, find_saved
@@ -280,7 +274,6 @@ class Pictures:
         return len(self.items)
 
     def path(self, index: int) -> bytes:
-        """The place, as a name."""
         return str(index).encode()
 
     def digest(self, first: int = 0, last: int | None = None) -> str:

@@ -59,10 +59,9 @@ class Table(Source):
 
     def source(self, index: int) -> io.BytesIO:
         cell = self.rows[index][self.column]
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if data is None:
-            path = cell.get("path") if isinstance(cell, dict) else None
-            why = f"only the path {path!r} of a file" if path else "nothing"
+        cell = cell if isinstance(cell, dict) else {"bytes": cell}
+        if (data := cell.get("bytes")) is None:
+            why = f"only the path {cell['path']!r} of a file" if cell.get("path") else "nothing"
             raise DataError(f"{self.where(index)}: its column {self.column!r} holds {why}, no picture")
         return io.BytesIO(data)
 

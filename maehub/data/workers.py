@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, UsageError
-from maehub.images import MAX_PIXELS, ImagePath, Preprocess, decode, decoder_of, printable, read_pixels
+from maehub.images import ImagePath, Preprocess, decode, decoder_of, printable, read_pixels
 
 Reading = np.ndarray | DataError
 """Pixels (H, W, C) uint8, or why there are none."""
@@ -76,6 +76,8 @@ class _Pool:
 
     So many ``threads`` wait for each of them. With 0 ``workers`` the work is done in this process.
     """
+
+    _done = "decoded"
 
     def __init__(self, workers: int, order: dict[str, Any], threads: int) -> None:
         self.workers = workers
@@ -133,12 +135,14 @@ class _Pool:
                 answer = waiting.popleft().result(timeout=_SILENCE)
             except TimeoutError as error:
                 where = "check the disk or the network they are on"
-                raise DataError(f"no picture was decoded for {_SILENCE:.0f} s; {where}") from error
+                raise DataError(f"no picture was {self._done} for {_SILENCE:.0f} s; {where}") from error
             yield answer
 
 
 class Readers(_Pool):
     """Reads pictures in ``workers`` processes, or in this one with 0, as `read_pixels` does. A context manager."""
+
+    _done = "read"
 
     def __init__(self, workers: int, preprocess: Preprocess, *, exact_decode: bool = False) -> None:
         super().__init__(workers, {"preprocess": preprocess.to_dict(), "exact_decode": exact_decode}, threads=1)
@@ -282,9 +286,8 @@ def _reading(picture: ImagePath | BinaryIO, preprocess: Preprocess, exact_decode
 def examine(picture: ImagePath | BinaryIO, statistics: bool) -> Finding:
     """Decode a whole picture, as `maehub.images.decoding.open_image` does, and fill in its ``statistics``, too."""
     try:
-        image = decode(picture, None, MAX_PIXELS).image
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(picture, "rb")) if isinstance(picture, ImagePath) else picture
+        image = decode(picture).image
+        with open(picture, "rb") if isinstance(picture, ImagePath) else contextlib.nullcontext(picture) as file:
             file.seek(0)
             head = file.read(16)
             file.seek(0)

@@ -111,7 +111,8 @@ def extract_features(
         work = _Work(job, pictures, readers, bar, skip_bad)
         if target is None:
             return _in_memory(work, whole)
-        run = made_with | {"batch_size": job.batch_size, "device": job.device.type, "torch": torch.__version__}
+        run = made_with | {"batch_size": job.batch_size, "torch": torch.__version__}
+        run |= {"device": encoder.cls_token.device.type}
         with FeatureStore(target, run, job.row_shape, overwrite=overwrite) as store:
             return _on_disk(work, store, whole)
 
@@ -125,10 +126,6 @@ class _Job:
     layers: tuple[int, ...] | None
     preprocess: Preprocess
     batch_size: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.cls_token.device
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -147,7 +144,8 @@ class _Job:
 
     def features(self, pictures: Tensor) -> Tensor:
         """(B, H, W, C) uint8 pixels, or (B, C, H, W) floats that are preprocessed: (B, …), on the device."""
-        images = pictures.to(self.device)
+        device = self.encoder.cls_token.device
+        images = pictures.to(device)
         if not pictures.is_floating_point():
             images = self.preprocess.normalise(images)
         images = images.to(self.encoder.cls_token.dtype)
@@ -155,10 +153,9 @@ class _Job:
             return self.encoder.features(images, pool=self.pool, layers=self.layers)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise UsageError(
-                    f"a batch of {len(images)} pictures of {images.shape[2]}×{images.shape[3]} does not fit into the "
-                    f"memory of {self.device}; choose a smaller batch_size"
-                ) from error
+                batch = f"a batch of {len(images)} pictures of {images.shape[2]}×{images.shape[3]}"
+                fits = f"does not fit into the memory of {device}"
+                raise UsageError(f"{batch} {fits}; choose a smaller batch_size") from error
             raise
 
 
@@ -271,8 +268,7 @@ def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> Featur
     if first:
         log.info("%s: %d pictures are there already", store.folder, store.rows)
     work.bar.initial = work.bar.n = store.rows + len(store.skipped)
-    # Each row once more in the file that is made of them.
-    missing = 2 * len(work.pictures) - store.rows
+    missing = 2 * len(work.pictures) - store.rows  # each row once more in the file that is made of them
     free_space_guard(store.out, missing * 4 * math.prod(store.row_shape))
     for chunk, (rows, left_out) in zip(work.chunks(first), work.results(first), strict=True):
         store.append(work.pictures.digest(chunk.start, chunk.stop), rows, left_out)
@@ -297,18 +293,15 @@ def _split(work: _Work, skipped: dict[int, str]) -> tuple[list[str], list[Skippe
 
 def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTable:
     """The table that is there, if it is the one that is asked for."""
-    known = read_provenance(target)
+    known, hint = read_provenance(target), "name another file, or overwrite (--overwrite)"
     if known is None:
-        raise UsageError(f"{target} exists and is no table of features; name another file, or overwrite (--overwrite)")
+        raise UsageError(f"{target} exists and is no table of features; {hint}")
     skipped = known.pop("skipped", [])
     known.pop("shape", None)
     asked = json.loads(json.dumps(provenance))
     differing = [key for key in sorted(asked.keys() | known.keys()) if asked.get(key) != known.get(key)]
     if differing:
-        raise UsageError(
-            f"{target} exists and was made with another {', '.join(differing)}; "
-            "name another file, or overwrite (--overwrite)"
-        )
+        raise UsageError(f"{target} exists and was made with another {', '.join(differing)}; {hint}")
     if skipped and not skip_bad:
         raise UsageError(f"{target} exists and leaves out {len(skipped)} pictures; skip_bad (--skip-bad) accepts it")
     log.info("%s is done: same model, transform and pictures", target)

@@ -5,7 +5,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -51,10 +51,11 @@ def batches_of_one_size(pictures: Iterable[tuple[int, Input]], batch_size: int) 
 
 def _stacked(pictures: list[tuple[int, Input]]) -> Batch:
     indices, inputs = zip(*pictures, strict=True)
-    return indices, _joined(inputs)
+    return indices, _joined(list(inputs))
 
 
-def _joined(inputs: Sequence[Input]) -> Tensor:
+def _joined(inputs: list[Any]) -> Tensor:
+    """One tensor of each `Input`."""
     if isinstance(inputs[0], Tensor):
         return torch.stack(inputs)
     # By numpy: the many threads of torch would only wait for the cores that decode.

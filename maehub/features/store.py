@@ -128,7 +128,6 @@ class FeatureStore:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
         return sum(commit.rows for commit in self._commits)
 
     @property

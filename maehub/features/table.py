@@ -28,7 +28,6 @@ Provenance = dict[str, Any]
 _KEY = "maehub"  # under which a file keeps the provenance
 _COMMENT = "# "  # before it, in the first line of a .csv
 _PIECE_BYTES = 2**24
-_MANY_DIMENSIONS = ("tokens", "map")
 _NOT_A_TABLE = (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, SafetensorError)
 
 
@@ -101,7 +100,7 @@ def piece_rows(row_shape: tuple[int, ...]) -> int:
 def check_ending(path: Path, pool: str | None) -> None:
     """Whether a file of this ending can hold features of this pool, and what it needs is installed."""
     kind = _kind(path)
-    if pool in _MANY_DIMENSIONS and not kind.many_dimensions:
+    if pool in ("tokens", "map") and not kind.many_dimensions:
         raise UsageError(f"{path.suffix} holds one vector a picture, not pool={pool!r}; take .safetensors or .npz")
     if path.suffix == ".parquet":
         try:
@@ -129,10 +128,7 @@ def read_provenance(path: Path) -> Provenance | None:
 
 def write_bad_files(path: Path, skipped: list[Skipped]) -> None:
     """A .csv of path and reason."""
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows([Skipped._fields, *skipped])
 
 

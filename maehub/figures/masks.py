@@ -18,7 +18,7 @@ def open_mask(path: ImagePath) -> Image.Image:
     Raises:
         DataError: it cannot be read.
     """
-    return decode(path, None, MAX_PIXELS, background=0).image.convert("L")
+    return decode(path, background=0).image.convert("L")
 
 
 def mask_from_image(image: Image.Image | np.ndarray, grid: Size) -> np.ndarray:

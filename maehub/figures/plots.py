@@ -88,7 +88,14 @@ def curves_svg(title: str, series: Sequence[Series]) -> str:
     first, last = (number_text(float(drawn[-1].values[at])) for at in (0, -1))
     with _new_axes(_INLINE, 11.5, left=46, right=8, top=8, bottom=26) as (figure, axes):
         _draw(axes, drawn)
-        elements = _svg_elements(figure)
+        file, written_by = io.StringIO(), dict.fromkeys(("Format", "Type", "Creator", "Date"))
+        figure.savefig(file, format="svg", transparent=True, metadata=written_by)
+    # What a page may not have: names, addresses and styles for all of it.
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
+    text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-(family|size): [^;\"]*;? ?|\s*\n\s*", " ", text)
+    elements = re.sub(r"(\.\d\d)\d+(?=[ \"),;])", r"\1", text)  # of a pixel; what is written ends with <
     for name, colour in (_PALETTE | _COLOURS).items():
         elements = elements.replace(colour, f"var(--{name})")
     label = escape(f"{title}: {first} at first, {last} at the end")
@@ -184,14 +191,3 @@ def _draw(axes: "Axes", series: Sequence[Series], share: float = 100) -> None:
     axes.set_axisbelow(True)
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(_PALETTE["soft"])
-
-
-def _svg_elements(figure: "Figure") -> str:
-    """What a figure is made of, without what a page may not have: names, addresses and styles for all of it."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Format", "Type", "Creator", "Date")))
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
-    text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"font-(family|size): [^;\"]*;? ?|\s*\n\s*", " ", text)
-    return re.sub(r"(\.\d\d)\d+(?=[ \"),;])", r"\1", text)  # of a pixel; what is written ends with <

@@ -74,10 +74,7 @@ def crop(
     def choose(picture: Size) -> Box:
         return crop_box(picture, size, augmentation, numbers[1 : 1 + 4 * _TRIES])
 
-    if isinstance(source, Image.Image):
-        part = part_of(source, choose, size)
-    else:
-        part = open_part(source, choose, size)
+    part = part_of(source, choose, size) if isinstance(source, Image.Image) else open_part(source, choose, size)
     views = scaled(part.pixels, size)
     if augmentation.kind != "none":
         hflip, (vflip, quarters, angle) = numbers[0], numbers[1 + 4 * _TRIES :]

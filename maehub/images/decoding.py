@@ -109,7 +109,9 @@ class Decoded(NamedTuple):
         return cls(image, (image.height, image.width), (0, 0, image.width, image.height))
 
 
-def decode(source: ImagePath | BinaryIO, scaled_to: Size | None, max_pixels: int, background: int = 255) -> Decoded:
+def decode(
+    source: ImagePath | BinaryIO, scaled_to: Size | None = None, max_pixels: int = MAX_PIXELS, background: int = 255
+) -> Decoded:
     """What `open_image` does, in the channels that the file has; what is transparent shows a grey of 0 to 255."""
     with _file(source) as file:
         image, jpeg = _opened(file, max_pixels)

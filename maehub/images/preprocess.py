@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, IntegrityError, UsageError
-from maehub.images.decoding import MAX_PIXELS, Decoded, ImagePath, decode, plain, printable, to_channels
+from maehub.images.decoding import Decoded, ImagePath, decode, plain, printable, to_channels
 from maehub.images.sizes import Size, as_size
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ _LONGEST_SCALED = 8  # times as long as wide: beyond, what lies outside the crop
 _LARGEST_CROPPED = 224  # the published evaluation crops up to this size and takes the whole picture above
 
 
-def read_pixels(
-    source: ImagePath | BinaryIO, preprocess: Preprocess, *, exact_decode: bool = False, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def read_pixels(source: ImagePath | BinaryIO, preprocess: Preprocess, *, exact_decode: bool = False) -> np.ndarray:
     """A file, by its path or open, straight to ``preprocess.pixels``: (H, W, C) uint8.
 
     Unless ``exact_decode``, JPEGs are decoded at a smaller size that is large enough, and only the pixels inside the
@@ -42,7 +40,7 @@ def read_pixels(
     if preprocess.channels not in (1, 3):
         where = printable(source) if isinstance(source, ImagePath) else "a picture"
         raise DataError(f"{where}: files have 1 or 3 channels and the model takes {preprocess.channels}")
-    decoded = decode(source, None if exact_decode else preprocess.decode_size, max_pixels)
+    decoded = decode(source, None if exact_decode else preprocess.decode_size)
     return preprocess._fit(decoded, exact=exact_decode)
 
 
@@ -91,9 +89,8 @@ class Preprocess:
         The short side is scaled to ``round(S / 0.875)`` up to 224 pixels, to S itself above; bicubic; centre crop;
         ImageNet statistics. Other than 3 channels get the average of ImageNet's three numbers each.
         """
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-        if channels != 3:
-            mean, std = (sum(mean) / 3,) * channels, (sum(std) / 3,) * channels
+        average = (sum(IMAGENET_MEAN) / 3,) * channels, (sum(IMAGENET_STD) / 3,) * channels
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else average
         size = as_size(size)
         fraction = 0.875 if max(size) <= _LARGEST_CROPPED else 1.0
         return cls(size, patch_size, "centre-crop", fraction, "bicubic", mean, std)
@@ -209,8 +206,9 @@ class Preprocess:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise IntegrityError(f"unknown keys in the preprocessing: {', '.join(unknown)}; known: {', '.join(known)}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            return cls(**values)
         except (UsageError, TypeError, ValueError) as error:
             raise IntegrityError(f"the preprocessing cannot be used: {error}") from error
 
