@@ -160,7 +160,19 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
     if folder != config.data or folder.endswith(".csv"):
         log.info("measured on %s, %d pictures", folder, len(labelled))
     if not known:
-        labelled = _by_order(labelled, encoder.config.classes, config.model, folder)
+        count, names = encoder.config.classes, labelled.classes
+        if len(names) != count:
+            raise DataError(
+                f"{config.model} has {count} classes without names, and {folder} has {len(names)}: they can only be "
+                f"matched by their order, so all of them must be there"
+            )
+        log.warning(
+            "%s does not name its %d classes: they are taken for those of %s in the order of their names, %s",
+            config.model,
+            count,
+            folder,
+            f"from {printable(names[0])} to {printable(names[-1])}",
+        )
     several = encoder.config.multi_label
     if labelled.multi_label and not several:
         raise UsageError(
@@ -192,24 +204,6 @@ def _held_out_by(config: EvaluateConfig) -> Labelled | None:
         len(split.testing),
     )
     return split.testing
-
-
-def _by_order(labelled: Labelled, classes: int, model: str, folder: str) -> Labelled:
-    """Labels for a head whose classes have no names: by their order, if there are as many."""
-    if len(labelled.classes) != classes:
-        raise DataError(
-            f"{model} has {classes} classes without names, and {folder} has {len(labelled.classes)}: they can only be "
-            f"matched by their order, so all of them must be there"
-        )
-    log.warning(
-        "%s does not name its %d classes: they are taken for those of %s in the order of their names, from %s to %s",
-        model,
-        classes,
-        folder,
-        printable(labelled.classes[0]),
-        printable(labelled.classes[-1]),
-    )
-    return labelled
 
 
 def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:

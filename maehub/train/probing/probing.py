@@ -21,18 +21,7 @@ from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
 from maehub.files import atomic_write, check_free, whole_folder, write_json
 from maehub.models import Encoder, usable_device
-from maehub.train.evaluation import (
-    NEIGHBOURS,
-    LinearFit,
-    NeighbourTrial,
-    Trial,
-    best,
-    choose_neighbours,
-    fit_at,
-    score,
-    sweep,
-    vote,
-)
+from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
 from maehub.train.finetuning import FinetuneConfig, with_head
 from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
@@ -179,20 +168,17 @@ def fast_probe(
     start = time.monotonic()
     training, classes = split.training, len(split.training.classes)
     inner, words = inner_parts(training, seed)
-    trials: dict[tuple[int, str], tuple[Trial, ...]] = {}
-    for position, layer in enumerate(features.layers):
-        for pool in _pools(config, backbone):
-            pooled = backbone.pooled(features.training[:, position], pool)
-            trials[layer, pool] = sweep(pooled, training.labels, classes, inner)
+    trials = {
+        (layer, pool): sweep(backbone.pooled(features.training[:, position], pool), training.labels, classes, inner)
+        for position, layer in enumerate(features.layers)
+        for pool in _pools(config, backbone)
+    }
     (layer, pool), chosen = max(trials.items(), key=lambda item: (best(item[1]).accuracy, item[0][0]))
     position = features.layers.index(layer)
     known, unseen = (backbone.pooled(side[:, position], pool) for side in (features.training, features.testing))
     fit = fit_at(known, training.labels, classes, best(chosen).strength)
     logits = fit.logits(unseen).numpy()
-    rows = tuple(
-        Combination(name, number, best(tried).strength, best(tried).accuracy)
-        for (number, name), tried in trials.items()
-    )
+    rows = tuple(Combination(name, number, *best(tried)[:2]) for (number, name), tried in trials.items())
     result = ProbeResult(
         model=backbone.name,
         data=config.data,
@@ -213,7 +199,7 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
     """Choose pool and number of neighbours on the training pictures, and measure on the test pictures."""
     start = time.monotonic()
     training, testing = split.training, split.testing
-    candidates = NEIGHBOURS if config.neighbours is None else [config.neighbours]
+    candidates = [config.neighbours] if config.neighbours else []
     trials: dict[str, tuple[NeighbourTrial, ...]] = {}
     for pool in _pools(config, backbone):
         pooled = backbone.pooled(features.training[:, 0], pool)
