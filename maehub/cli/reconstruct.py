@@ -31,7 +31,7 @@ def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
         raise UsageError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
     found = locate(config.model, "autoencoder")
     if one_each:
-        if config.out.is_file():
+        if config.out.exists() and not config.out.is_dir():
             raise UsageError(f"{config.out} is a file; name a folder, or a figure by its ending such as .png")
         try:
             config.out.mkdir(parents=True, exist_ok=True)

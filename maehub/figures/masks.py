@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.errors import UsageError
-from maehub.images import MAX_PIXELS, ImagePath, Preprocess, Size, decode
+from maehub.images import ImagePath, Preprocess, Size, decode
 
 
 def open_mask(path: ImagePath) -> Image.Image:

@@ -7,23 +7,11 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from maehub.errors import UsageError
-from maehub.train.engine import (
-    BatchSize,
-    Count,
-    Device,
-    Flag,
-    ImageSize,
-    Label,
-    Model,
-    Quiet,
-    Section,
-    Workers,
-    default,
-    settle,
-)
+from maehub.train.engine import Flag, Section, default, settings, settle
 
 Classifier = Annotated[
-    Model, arg(help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file.")
+    settings.Model,
+    arg(help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file."),
 ]
 
 
@@ -39,19 +27,19 @@ class EvaluateConfig:
     """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv."""
     overwrite: Flag = False
     """Replace the evaluation in an existing folder."""
-    image_size: Annotated[ImageSize, Section.DATA] = ()
-    label: Label = None
+    image_size: Annotated[settings.ImageSize, Section.DATA] = ()
+    label: settings.Label = None
     classes_from: Annotated[Path | None, default("by name", "FILE")] = None
     """Which class is which output, where names do not tell: a text file whose line i is the folder name of output i, or
     a .csv of folder,class (class: a name or number of the model) for some of them; only those are scored."""
     group: Annotated[str | None, default("none", "COLUMN|LEVEL")] = None
     """Column of a table, or folder level, of what belongs together, such as a patient: the interval is over groups."""
-    batch_size: BatchSize = None
-    workers: Workers = None
-    device: Device = "auto"
+    batch_size: settings.BatchSize = None
+    workers: settings.Workers = None
+    device: settings.Device = "auto"
     seed: int = 0
     """Accepted everywhere; an evaluation has nothing random about it."""
-    quiet: Quiet = False
+    quiet: settings.Quiet = False
 
     def __post_init__(self) -> None:
         settle(self)
@@ -68,12 +56,12 @@ class PredictConfig:
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FILE")] = None
     """File to write, .csv or .json; without one a table is printed."""
-    top: Count = 5
+    top: settings.Count = 5
     """Classes to name for each picture."""
-    image_size: Annotated[ImageSize, Section.DATA] = ()
-    batch_size: BatchSize = None
-    workers: Workers = None
-    device: Device = "auto"
+    image_size: Annotated[settings.ImageSize, Section.DATA] = ()
+    batch_size: settings.BatchSize = None
+    workers: settings.Workers = None
+    device: settings.Device = "auto"
     skip_bad: Annotated[Flag, Section.OUTPUT] = False
     """Leave out pictures that cannot be read, list them (with a .csv in bad_files.csv beside it), and exit with 9."""
     overwrite: Flag = False

@@ -10,7 +10,6 @@ strength; and n pictures span at most n directions, so wide features of few pict
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -41,17 +40,14 @@ class Trial(NamedTuple):
     loss: float  # mean negative log-likelihood, nats; with several classes a picture summed over them
 
 
-@dataclass(frozen=True)
-class LinearFit:
+class LinearFit(NamedTuple):
     """A linear classifier of features as they come: the standardisation is part of its weights.
 
     ``strength`` is λ in *mean loss + λ/2 · |weights of standardised features|²*; scikit-learn's C is 1 / (n · λ).
     """
 
-    weight: Tensor
-    """(C, D) float32."""
-    bias: Tensor
-    """(C,) float32."""
+    weight: Tensor  # (C, D) float32
+    bias: Tensor  # (C,) float32
     strength: float
 
     def logits(self, features: Tensor) -> Tensor:

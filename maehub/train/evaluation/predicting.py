@@ -80,9 +80,8 @@ class Predictions:
             else:
                 count = min(self.shown, len(self.classes))
                 rows = csv.writer(file)
-                rows.writerow(
-                    ["path", *(f"{what}{n}" for n in range(1, count + 1) for what in ("class", "probability"))]
-                )
+                columns = (f"{what}{n}" for n in range(1, count + 1) for what in ("class", "probability"))
+                rows.writerow(["path", *columns])
                 for name, guesses in zip(self.paths, self.top(), strict=True):
                     cells = ((guess.name, f"{guess.probability:.6g}") for guess in guesses)
                     rows.writerow([name, *(cell for pair in cells for cell in pair)])

@@ -14,16 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maehub.data import (
-    MOST_LOOKED_AT,
-    Labelled,
-    LabelledSplit,
-    StepKeys,
-    batches_of,
-    find_twins,
-    split_labelled,
-    worker_count,
-)
+from maehub.data import Labelled, LabelledSplit, StepKeys, batches_of, split_labelled, worker_count
 from maehub.errors import EXIT_DONE, DataError, UsageError
 from maehub.images import Augmentation
 from maehub.train.engine import (
@@ -60,7 +51,7 @@ from maehub.train.engine import (
 from maehub.train.evaluation import Scores, score
 from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.config import FinetuneConfig
-from maehub.train.finetuning.measuring import export, logits_of, show
+from maehub.train.finetuning.measuring import export, logits_of, look_for_twins, show
 from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
 from maehub.train.finetuning.network import Classifier, build_classifier, find_weights, open_network, optimizer_of
 from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
@@ -212,8 +203,8 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     facts |= {"classes": list(job.split.training.classes), "environment": describe_environment(group)}
     run.begin(config, facts, done, steps)
     with group.together("looking for twins"):
-        if group.is_main:
-            _look_for_twins(config, job.split, run)
+        if group.is_main and not config.resume:
+            look_for_twins(config, job.split, run.folder / "twins.csv")
     samples = job.split.training.samples
     keys = StepKeys(samples, settings.batch_size, config.seed, done, steps, 1, group.rank, group.size)
     crops = LabelledCrops(job.split.training, job.transform, config.cache)
@@ -336,17 +327,6 @@ def _micro_batch(
     with seeded_torch(0, group.device):
         fits = pictures_fit(objective, blank, group, config)
         return find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=settings.mixed_at_once)
-
-
-def _look_for_twins(config: FinetuneConfig, split: LabelledSplit, run: RunLog) -> None:
-    """Say which held-out pictures are in training too, and write them down."""
-    few = len(split.training) + len(split.testing) <= MOST_LOOKED_AT
-    if config.skip_twins or config.resume or not few:
-        return
-    twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
-    if twins.exact or twins.near:
-        twins.save(run.folder / "twins.csv")
-        log.warning("%s See %s.", twins.describe(), run.folder / "twins.csv")
 
 
 def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> None:

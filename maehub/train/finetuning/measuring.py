@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from maehub.data import Labelled, LabelledSplit, Source, select
+from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, Source, find_twins, select
 from maehub.features import outputs
 from maehub.files import atomic_write
 from maehub.images import Preprocess
@@ -24,6 +24,17 @@ from maehub.weights import save
 log = logging.getLogger("maehub")
 
 _SHOWN = 8
+
+
+def look_for_twins(config: Any, split: LabelledSplit, file: Path | None) -> None:
+    """Say which test pictures are in training too, unless ``--skip-twins``, and write them to a file that is named."""
+    if config.skip_twins or len(split.training) + len(split.testing) > MOST_LOOKED_AT:
+        return
+    twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
+    if twins.exact or twins.near:
+        if file:
+            twins.save(file)
+        log.warning("%s%s", twins.describe(), f" See {file}." if file else "")
 
 
 def logits_of(

@@ -65,7 +65,7 @@ def build_classifier(
         if settings.head != "linear":
             return _frozen(backbone, settings, len(classes), group, config.pool)
         if not isinstance(encoder, Encoder):
-            return _timms(backbone, settings, len(classes), config.blocks, config.pool)
+            return _timms(config, backbone, settings, len(classes))
         several = training.multi_label
         network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=config.seed)
     depth = network.config.depth
@@ -75,19 +75,17 @@ def build_classifier(
     return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
 
-def _timms(
-    backbone: Backbone, settings: Settings, classes: int, trained: float | None, pool: HeadPool | None
-) -> Classifier:
-    """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
+def _timms(config: FinetuneConfig, backbone: Backbone, settings: Settings, classes: int) -> Classifier:
+    """A network of timm with a fresh head, pooled as timm pools it unless ``--pool`` says otherwise."""
     optim: Any = import_module("timm.optim")
     if not hasattr(optim, "param_groups_layer_decay"):  # timm before 1.0.12
         optim = import_module("timm.optim.optim_factory")
     grouped = optim.param_groups_layer_decay
-    if trained is not None:
+    if config.blocks is not None:
         raise UsageError(f"--blocks is for networks of maehub, and {backbone.name} is timm's")
     network: Any = backbone.module.requires_grad_(True)
     pools = {None: {}, "cls": {"global_pool": "token"}, "mean": {"global_pool": "avg"}}
-    network.reset_classifier(classes, **pools[pool])
+    network.reset_classifier(classes, **pools[config.pool])
     blocks = [block for block in getattr(network, "blocks", []) if hasattr(block, "drop_path1")]
     drop_paths(blocks, settings.drop_path, ("drop_path1", "drop_path2"))
     undecayed: set[str] = getattr(network, "no_weight_decay", set)()
@@ -99,12 +97,9 @@ def _timms(
 
 
 def _frozen(backbone: Backbone, settings: Settings, classes: int, group: Group, pool: HeadPool | None) -> Classifier:
-    network: nn.Module
-    if settings.head == "attentive":
-        network = AttentiveProbe(backbone, classes)
-    else:
-        own = settings.pool if pool or settings.pool in backbone.pools else backbone.pools[0]
-        network = LinearProbe(backbone, own, classes, group)
+    own = settings.pool if pool or settings.pool in backbone.pools else backbone.pools[0]
+    attentive = settings.head == "attentive"
+    network = AttentiveProbe(backbone, classes) if attentive else LinearProbe(backbone, own, classes, group)
 
     def groups(weight_decay: float, _: float) -> list[dict[str, Any]]:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -103,9 +103,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        header, rows = self._table()
-        parts = [text_table(header, rows), self._note()]
-        return "\n\n".join([*parts, *([str(self.out)] if self.out else [])])
+        return "\n\n".join(filter(None, (text_table(*self._table()), self._note(), str(self.out or ""))))
 
     def _repr_html_(self) -> str:
         return html_table(*self._table()) + self._note()

@@ -5,7 +5,6 @@ training pictures alone, and the test pictures are looked at once.
 """
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,24 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, find_twins, folds, inner_split, split_labelled
+from maehub.data import Labelled, LabelledSplit, folds, inner_split, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
 from maehub.files import atomic_write, check_free, whole_folder, write_json
 from maehub.models import Encoder, usable_device
-from maehub.train.evaluation import (
-    NEIGHBOURS,
-    LinearFit,
-    NeighbourTrial,
-    Trial,
-    best,
-    choose_neighbours,
-    fit_at,
-    score,
-    sweep,
-    vote,
-)
-from maehub.train.finetuning import FinetuneConfig, with_head
+from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
+from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
 from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
@@ -41,8 +29,6 @@ from maehub.weights import save
 
 MEMBERS = ("probe.json",)
 """What marks the folder of a probe."""
-
-log = logging.getLogger("maehub")
 
 _FEW = 2000  # training pictures below which settings are chosen by cross-validation instead of one inner split
 _FOLDS = 5
@@ -132,10 +118,7 @@ def knn(config: KnnConfig) -> KnnResult:
 def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
     """The pictures to train on and to test on; says how many of the latter are among the former."""
     split = split_labelled(config.data, seed=seed, share=config.val_share, group=config.group, label=config.label)
-    if not config.skip_twins and len(split.training) + len(split.testing) <= MOST_LOOKED_AT:
-        twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
-        if twins.exact or twins.near:
-            log.warning("%s", twins.describe())
+    look_for_twins(config, split, None)
     return split
 
 
@@ -179,20 +162,17 @@ def fast_probe(
     start = time.monotonic()
     training, classes = split.training, len(split.training.classes)
     inner, words = inner_parts(training, seed)
-    trials: dict[tuple[int, str], tuple[Trial, ...]] = {}
-    for position, layer in enumerate(features.layers):
-        for pool in _pools(config, backbone):
-            pooled = backbone.pooled(features.training[:, position], pool)
-            trials[layer, pool] = sweep(pooled, training.labels, classes, inner)
+    trials = {
+        (layer, pool): sweep(backbone.pooled(features.training[:, position], pool), training.labels, classes, inner)
+        for position, layer in enumerate(features.layers)
+        for pool in _pools(config, backbone)
+    }
     (layer, pool), chosen = max(trials.items(), key=lambda item: (best(item[1]).accuracy, item[0][0]))
     position = features.layers.index(layer)
     known, unseen = (backbone.pooled(side[:, position], pool) for side in (features.training, features.testing))
     fit = fit_at(known, training.labels, classes, best(chosen).strength)
     logits = fit.logits(unseen).numpy()
-    rows = tuple(
-        Combination(name, number, best(tried).strength, best(tried).accuracy)
-        for (number, name), tried in trials.items()
-    )
+    rows = tuple(Combination(name, number, *best(tried)[:2]) for (number, name), tried in trials.items())
     result = ProbeResult(
         model=backbone.name,
         data=config.data,
@@ -213,7 +193,7 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
     """Choose pool and number of neighbours on the training pictures, and measure on the test pictures."""
     start = time.monotonic()
     training, testing = split.training, split.testing
-    candidates = NEIGHBOURS if config.neighbours is None else [config.neighbours]
+    candidates = [config.neighbours] if config.neighbours else []
     trials: dict[str, tuple[NeighbourTrial, ...]] = {}
     for pool in _pools(config, backbone):
         pooled = backbone.pooled(features.training[:, 0], pool)

@@ -98,9 +98,8 @@ class Sweep:
     def __str__(self) -> str:
         by = self.results[0].chosen.by
         note = f"INNER is measured on {by}; * is chosen by it, and it alone is measured on the test pictures."
-        return "\n\n".join(
-            [text_table(_SWEEP, self._rows(), left=(0, 1, 6, 7)), note, *([str(self.out)] if self.out else [])]
-        )
+        table = text_table(_SWEEP, self._rows(), left=(0, 1, 6, 7))
+        return "\n\n".join(filter(None, (table, note, str(self.out or ""))))
 
     def _repr_html_(self) -> str:
         return html_table(_SWEEP, self._rows())

@@ -19,7 +19,7 @@ _FITTED = ("epochs", "warmup_epochs")  # of a recipe: `steps` and `warmup` say w
 
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as it was fitted to the network and the data, by the names of `finetune_recipes.Settings`."""
+    """The recipe as it was fitted to the network and the data, by the names of `finetuning.recipes.Settings`."""
     settings = config.get("settings")
     return settings if isinstance(settings, dict) else {}
 

@@ -46,13 +46,8 @@ def write_report(run: Path, kind: type[RunConfig]) -> Path:
     """Write ``report.html`` into a run folder, from what else is in it. The run may be finished, stopped or broken.
 
     The page is one file without scripts and loads nothing. Of the user's data it shows the pictures that the run drew,
-    the names of classes and what the configuration says; its text has no names of picture files.
-
-    Args:
-        kind: the configuration's class, whose defaults are not worth a mark.
-
-    Returns:
-        The page's path.
+    the names of classes and what the configuration says, and marks what is not a default of its class ``kind``; its
+    text has no names of picture files. Gives the page's path.
     """
     config = _json(run / "config.json")
     if not config:
@@ -297,5 +292,5 @@ def _settings(config: Mapping[str, Any], kind: type[RunConfig], apart: Collectio
     defaults: dict[str, Any] = {
         field.name: list(field.default) if isinstance(field.default, tuple) else field.default for field in fields(kind)
     }
-    shown = {name: config[name] for name in (defaults | config) if name in config and name not in apart}
+    shown = {name: config[name] for name in {**defaults, **config} if name in config and name not in apart}
     return marked_settings(shown, {name for name, value in shown.items() if value != defaults.get(name, MISSING)})
