@@ -5,7 +5,7 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,6 +38,10 @@ class DataCheck:
     formats: dict[str, int]
     """How many of each format can be read: JPEG, PNG, …"""
     bad: tuple[BadPicture, ...]
+    warnings: dict[str, int] = field(default_factory=dict)
+    """How many pictures have which harmless oddity, such as bytes after their end."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """How many files of each ending were found beside them and left out."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
@@ -46,15 +50,19 @@ class DataCheck:
             "readable": self.images - len(self.bad),
             "formats": self.formats,
             "bad": [picture._asdict() for picture in self.bad],
+            "warnings": sum(self.warnings.values()),
+            "warning_kinds": self.warnings,
+            "passed_over": self.passed_over,
         }
 
     def describe(self) -> str:
         """The result in a line or two."""
         kinds, pictures = _counts(self.formats), _several(self.images, "picture")
+        odd = "".join(f"\n{count:,} with {oddity}, which does no harm" for oddity, count in self.warnings.items())
         if not self.bad:
-            return f"{pictures}, all readable: {kinds}"
+            return f"{pictures}, all readable: {kinds}{odd}"
         readable = f"{self.images - len(self.bad):,} readable" + (f" ({kinds})" if kinds else "")
-        return f"{pictures}: {readable}, {len(self.bad):,} not"
+        return f"{pictures}: {readable}, {len(self.bad):,} not{odd}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the pictures that cannot be read to a CSV file with the columns path and reason.
@@ -165,15 +173,18 @@ def check_data(
     """
     samples = find_samples(os.fsdecode(folder))
     formats: Counter[str] = Counter()
+    warnings: Counter[str] = Counter()
     bad: list[BadPicture] = []
     for index, finding in _findings(samples, range(len(samples)), workers, progress, statistics=False):
         if not finding.reason:
             formats[finding.format] += 1
+            warnings.update(finding.warnings)
             continue
         bad.append(BadPicture(samples.where(index), finding.reason))
         if on_bad is not None:
             on_bad(bad[-1])
-    return DataCheck(len(samples), dict(formats.most_common()), tuple(bad))
+    counts = dict(formats.most_common())
+    return DataCheck(len(samples), counts, tuple(bad), dict(warnings.most_common()), samples.passed_over)
 
 
 def data_statistics(

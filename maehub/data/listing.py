@@ -16,9 +16,10 @@ from maehub.images import looks_like_picture, printable
 
 log = logging.getLogger("maehub")
 
+HEIC = frozenset([b".heic", b".heif", b".hif"])
 IMAGE_ENDINGS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .j2c .jpx".split()
-) | (frozenset([b".heic", b".heif", b".hif"]) if importlib.util.find_spec("pillow_heif") else frozenset())
+) | (HEIC if importlib.util.find_spec("pillow_heif") else frozenset())
 """What folders and shards are searched for, in lower case. A file that is named itself may have any ending."""
 
 _TELLING = frozenset(
@@ -42,8 +43,17 @@ def passed_over(others: Counter[bytes]) -> dict[str, int]:
 def say_passed_over(where: str, kinds: dict[str, int]) -> None:
     """One line of it."""
     if kinds:
-        counts = ", ".join(f"{count:,} {kind or 'without an ending'}" for kind, count in kinds.items())
-        log.warning("%s: passed over: %s", where, counts)
+        log.warning("%s: passed over: %s", where, passed_over_words(kinds))
+
+
+def passed_over_words(kinds: dict[str, int]) -> str:
+    """The counts in words, and what would help."""
+    words = ", ".join(f"{count:,} {kind or 'without an ending'}" for kind, count in kinds.items())
+    if HEIC & {kind.encode() for kind in kinds}:
+        words += " (to read HEIC: pip install 'maehub[formats]')"
+    if any(kind.startswith(".*") for kind in kinds):
+        words += ". As in webdataset an ending begins at the first dot of a name: a.b.jpg is no .jpg, name it a_b.jpg"
+    return words
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over, say_passed_over
+from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over, passed_over_words, say_passed_over
 from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.errors import DataError, MaehubError, UsageError
@@ -39,7 +39,6 @@ _LARGEST_HEADER = 2**20  # bytes of a long name or a block of attributes
 _AHEAD_HERE, _AHEAD_REMOTE = 2**12, 2**21  # bytes read at once while headers are sought
 # Of webdataset: up to the first dot of the file's name.
 _KEY = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL)
-_DOTS = ". As in webdataset an ending begins at the first dot of a name: a.b.jpg is no .jpg, name it a_b.jpg"
 _VERSION = 2  # of cached indexes
 
 
@@ -155,10 +154,9 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
     others: Counter[bytes] = sum((index.others for index in indexes), Counter())
     kinds = passed_over(others)
     if not starts[-1]:
-        found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise DataError(
-            f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}; found {found or 'nothing'}"
-            f"{_DOTS * any(kind.startswith('.*') for kind in kinds)}"
+            f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}; found "
+            f"{passed_over_words(kinds) or 'nothing'}"
         )
     say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), kinds)
     columns = [np.concatenate([getattr(index, column) for index in indexes]) for column in _COLUMNS]

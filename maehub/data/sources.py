@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over, say_passed_over, search
+from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over, passed_over_words, say_passed_over, search
 from maehub.errors import DataError, UsageError
 from maehub.images import ImagePath, printable
 from maehub.rng import sample_id
@@ -254,10 +254,7 @@ def read_list(path: str) -> Samples:
 
 
 def _nothing(folder: bytes, others: Counter[bytes]) -> DataError:
-    kinds = ((printable(ending) or "without an ending", count) for ending, count in others.most_common(5))
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
-    if any(others[ending] for ending in (b".heic", b".heif", b".hif")):
-        counts += " (HEIC takes: pip install 'maehub[formats]')"
+    counts = passed_over_words(passed_over(Counter(dict(others.most_common(5)))))
     return DataError(
         f"0 images in {printable(folder)}; found {counts or 'nothing'}. "
         f"Endings that count: {' '.join(sorted(ending.decode() for ending in IMAGE_ENDINGS))}"

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, UsageError
-from maehub.images import ImagePath, Preprocess, decode, decoder_of, printable, read_pixels
+from maehub.images import ImagePath, Preprocess, decode, open_header, printable, read_pixels
 
 Reading = np.ndarray | DataError
 """Pixels (H, W, C) uint8, or why there are none."""
@@ -55,6 +55,8 @@ class Finding(NamedTuple):
     """Of each channel, 1 or 3, in [0, 1], as the picture is read for training: 8 bits, transparency over white."""
     square: tuple[float, ...] = ()
     """Mean of the squares, likewise."""
+    warnings: tuple[str, ...] = ()
+    """What is odd about the file, and harmless."""
 
 
 def core_count() -> int:
@@ -207,7 +209,7 @@ class Examiners(_Pool):
         try:
             _send(process, _REQUEST.pack(in_memory, len(payload)), payload)
             answer = cast(dict[str, Any], _received(process))
-            return Finding(**answer | {name: tuple(answer[name]) for name in ("mean", "square")})
+            return Finding(**answer | {name: tuple(answer[name]) for name in ("mean", "square", "warnings")})
         except (EOFError, OSError):
             if self._closing:
                 return Finding("not examined")
@@ -286,15 +288,14 @@ def _reading(picture: ImagePath | BinaryIO, preprocess: Preprocess, exact_decode
 def examine(picture: ImagePath | BinaryIO, statistics: bool) -> Finding:
     """Decode a whole picture, as `maehub.images.decoding.open_image` does, and fill in its ``statistics``, too."""
     try:
-        image = decode(picture).image
+        decoded = decode(picture)
+        image = decoded.image
         with open(picture, "rb") if isinstance(picture, ImagePath) else contextlib.nullcontext(picture) as file:
             file.seek(0)
-            head = file.read(16)
-            file.seek(0)
-            raw = decoder_of(head)(file)
+            raw, _ = open_header(file)
             bits = 16 if raw.mode.startswith("I;16") else _BITS.get(raw.mode, 8)
             facts = Finding("", raw.format or "", raw.mode, bits, image.width, image.height)
-            return _with_values(facts, image, raw) if statistics else facts
+            return (_with_values(facts, image, raw) if statistics else facts)._replace(warnings=decoded.warnings)
     except DataError as error:
         cause = error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause or error)

@@ -114,7 +114,7 @@ def decode(
 ) -> Decoded:
     """What `open_image` does, in the channels that the file has; what is transparent shows a grey of 0 to 255."""
     with _file(source) as file:
-        image, jpeg = _opened(file, max_pixels)
+        image, jpeg = open_header(file, max_pixels)
         if jpeg is None:
             return Decoded.whole(_whole(image, background))
         width, height = image.size
@@ -170,7 +170,7 @@ def open_part(
     in the channels that the file has.
     """
     with _file(source) as file:
-        image, jpeg = _opened(file, max_pixels)
+        image, jpeg = open_header(file, max_pixels)
         if jpeg is None:
             return part_of(_whole(image), choose, scaled_to)
         orientation = _orientation(image)
@@ -248,7 +248,7 @@ def _swapped(box: Box) -> Box:
     return Box(box.top, box.left, box.bottom, box.right)
 
 
-def _opened(file: BinaryIO, max_pixels: int) -> tuple[ImageFile.ImageFile, Jpeg | None]:
+def open_header(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.ImageFile, Jpeg | None]:
     """A picture whose header was read and found good; what is decoded of a JPEG."""
     start = file.tell()
     head = file.read(16)
