@@ -91,12 +91,7 @@ def look(
 
 
 def verify_remote(
-    repo_id: str,
-    commit: str,
-    files: Mapping[str, LocalFile],
-    *,
-    token: str | None = None,
-    endpoint: str | None = None,
+    repo_id: str, commit: str, files: Mapping[str, LocalFile], *, token: str | None = None, endpoint: str | None = None
 ) -> None:
     """Compare what the Hub states about each file at a commit with the files that were to be there.
 
