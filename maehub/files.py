@@ -153,7 +153,11 @@ def whole_folder(folder: str | Path, *, overwrite: bool, members: Collection[str
     except OSError as error:
         if isinstance(error, MaehubError):
             raise
-        raise write_error(folder, error) from error
+        remedy = (
+            "free some space or choose another disk" if is_disk_full(error) else "choose a folder that can be written"
+        )
+        safe = "what was there before is untouched"
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}; {safe}; {remedy}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
