@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import zipfile
 from dataclasses import replace
@@ -542,14 +543,15 @@ def test_a_pickle_of_other_things_is_refused(tmp_path, content):
 def test_a_conversion_that_changes_the_outputs_is_not_kept(autoencoder, tmp_path, monkeypatch):
     from maehub.weights import keys
 
-    swap = {"attn.query": "attn.key", "attn.key": "attn.query"}
-    wrong = tuple((swap.get(row[0], row[0]), *row[1:]) for row in keys._BLOCK_PARTS)
+    table = keys._TRANSFORMERS["transformers-4"]
+    swap = {"query": "key", "key": "query"}
+    wrong = {re.sub(r"query|key", lambda found: swap[found[0]], theirs): official for theirs, official in table.items()}
     source = source_of("safetensors", autoencoder, tmp_path)
     right = keys._to_transformers
 
     def writes_wrongly(state):
         with monkeypatch.context() as patch:
-            patch.setattr(keys, "_BLOCK_PARTS", wrong)
+            patch.setitem(keys._TRANSFORMERS, "transformers-4", wrong)
             return right(state)
 
     monkeypatch.setattr(keys, "_to_transformers", writes_wrongly)

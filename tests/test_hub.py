@@ -25,7 +25,7 @@ from maehub.hub.fetching import locate
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.weights.keys import from_official
-from maehub.weights.single_file import pack
+from maehub.weights.model_folder import pack
 from maehub.weights.tensorfile import read_header, write_tensors
 
 ASSETS = Path(maehub.__file__).parent / "assets"

@@ -27,8 +27,10 @@ from peers import (
 )
 from transformers import ViTMAEForPreTraining
 
-from maehub.weights.building import build_autoencoder, build_encoder
-from maehub.weights.config_inference import infer_config
+from maehub.models.autoencoder import MaskedAutoencoder
+from maehub.models.encoder import Encoder
+from maehub.weights.building import build
+from maehub.weights.config_inference import Hints, infer_config
 from maehub.weights.keys import to_official
 
 
@@ -97,8 +99,8 @@ def test_their_autoencoder_becomes_ours():
             value.copy_(torch.randn_like(value) / value.shape[-1] ** 0.5)
     state = to_official(theirs.state_dict())
     assert state.dialect == "transformers-5"
-    assert infer_config(state.state, heads=4, decoder_heads=4, target="pixels") == config
-    compare_autoencoder(config, theirs=theirs, ours=build_autoencoder(state.state, config))
+    assert infer_config(state.state, Hints(heads=4, decoder_heads=4, target="pixels")) == config
+    compare_autoencoder(config, theirs=theirs, ours=build(MaskedAutoencoder, state.state, config))
 
 
 @pytest.mark.parametrize("peer", [timm_encoder, transformers_encoder])
@@ -108,7 +110,7 @@ def test_their_encoder_becomes_ours(peer):
         for name, value in theirs.named_parameters():
             if "pooler" not in name:
                 value.add_(torch.randn_like(value) / value.shape[-1])
-    ours = build_encoder(to_official(theirs.state_dict()).state, TINY)
+    ours = build(Encoder, to_official(theirs.state_dict()).state, TINY)
     pictures = images(TINY)
     with torch.inference_mode():
         output = theirs(pictures)

@@ -35,9 +35,9 @@ from maehub.train.pretraining.objective import Components, store_components
 from maehub.weights import config_json as layouts
 from maehub.weights.keys import from_official
 from maehub.weights.model_folder import (
+    Hints,
     LoadOptions,
-    build_autoencoder,
-    build_encoder,
+    build,
     infer_config,
     open_autoencoder,
     open_encoder,
@@ -98,7 +98,7 @@ def test_published_autoencoder_is_inferred():
     config = AutoencoderConfig(PRESETS["vit-b"], target="pixels")
     with torch.device("meta"):
         state = official(MaskedAutoencoder(config))
-    assert infer_config(state, target="pixels") == config
+    assert infer_config(state, Hints(target="pixels")) == config
     assert infer_config(state).target == "unknown"
 
 
@@ -113,12 +113,12 @@ def test_what_shapes_do_not_tell_is_asked_for():
     with pytest.raises(UsageError, match="heads="):
         infer_config(state)
     with pytest.raises(UsageError, match="decoder_heads="):
-        infer_config(state, heads=4)
-    assert infer_config(state, heads=4, decoder_heads=4, target="normalised_pixels") == MAE
+        infer_config(state, Hints(heads=4))
+    assert infer_config(state, Hints(heads=4, decoder_heads=4, target="normalised_pixels")) == MAE
     wide = official(make_encoder(replace(TINY, image_size=(16, 48))))
     with pytest.raises(UsageError, match="image_size="):
-        infer_config(wide, heads=4)
-    assert infer_config(wide, heads=4, image_size=(16, 48)).size == (16, 48)
+        infer_config(wide, Hints(heads=4))
+    assert infer_config(wide, Hints(heads=4, image_size=(16, 48))).size == (16, 48)
 
 
 @given(st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 700))
@@ -126,7 +126,7 @@ def test_any_mlp_width_is_inferred(width, hidden):
     with torch.device("meta"):
         state = dict(Encoder(EncoderConfig(8, 4, 3, width, 1, 1)).state_dict())
         state["blocks.0.mlp.fc1.weight"] = torch.empty(hidden, width)
-    assert int(width * infer_config(state, heads=1).mlp_ratio) == hidden
+    assert int(width * infer_config(state, Hints(heads=1)).mlp_ratio) == hidden
 
 
 # building strictly
@@ -134,7 +134,7 @@ def test_any_mlp_width_is_inferred(width, hidden):
 
 def test_tensors_are_taken_as_they_are(autoencoder):
     state = official(autoencoder)
-    built = build_autoencoder(state, MAE)
+    built = build(MaskedAutoencoder, state, MAE)
     assert same_weights(built, autoencoder)
     assert not built.training
     assert built.encoder.blocks[0].mlp.fc1.weight.data_ptr() == state["blocks.0.mlp.fc1.weight"].data_ptr()
@@ -144,7 +144,7 @@ def test_tensors_are_taken_as_they_are(autoencoder):
 
 
 def test_row_25_the_encoder_of_an_autoencoder(autoencoder):
-    built = build_encoder(official(autoencoder), MAE, origin=ORIGIN)
+    built = build(Encoder, official(autoencoder), MAE, origin=ORIGIN)
     assert same_weights(built, autoencoder.encoder)
     assert built.origin == ORIGIN
 
@@ -152,7 +152,7 @@ def test_row_25_the_encoder_of_an_autoencoder(autoencoder):
 def test_row_25_no_autoencoder_without_a_decoder():
     state = official(make_encoder(TINY))
     with pytest.raises(IntegrityError, match=r"encoder-only ViT.*without the decoder") as caught:
-        build_autoencoder(state, TINY)
+        build(MaskedAutoencoder, state, TINY)
     assert "\n" not in str(caught.value)
 
 
@@ -173,10 +173,10 @@ def test_row_25_every_missing_extra_misshaped_or_other_tensor_is_named(data):
         state[name] = state[name].long()
     state |= {name: torch.zeros(1) for name in wrong["unexpected"]}
     if not any(wrong.values()):
-        build_autoencoder(state, MAE)
+        build(MaskedAutoencoder, state, MAE)
         return
     with pytest.raises(IntegrityError) as caught:
-        build_autoencoder(state, MAE)
+        build(MaskedAutoencoder, state, MAE)
     lines = str(caught.value).split("\n")
     assert len(lines) <= 6
     assert "nothing was loaded" in lines[0]
@@ -190,7 +190,7 @@ def test_row_25_every_missing_extra_misshaped_or_other_tensor_is_named(data):
 def test_row_25_a_file_says_what_it_looks_like(autoencoder):
     def error(state, config):
         with pytest.raises(IntegrityError) as caught:
-            build_encoder(state, config)
+            build(Encoder, state, config)
         return str(caught.value)
 
     with torch.device("meta"):
@@ -205,8 +205,8 @@ def test_row_25_a_file_says_what_it_looks_like(autoencoder):
 
 def test_row_25_positions_of_another_size_are_resized_only_when_asked(autoencoder):
     with pytest.raises(IntegrityError, match=r"pos_embed \(1, 17, 64\) instead of \(1, 26, 64\)"):
-        build_encoder(official(autoencoder), replace(TINY, image_size=40))
-    build_encoder(official(autoencoder), TINY, options=LoadOptions(image_size=40))
+        build(Encoder, official(autoencoder), replace(TINY, image_size=40))
+    build(Encoder, official(autoencoder), TINY, options=LoadOptions(image_size=40))
 
 
 def test_row_25_a_failed_load_changes_nothing(autoencoder):
@@ -214,7 +214,7 @@ def test_row_25_a_failed_load_changes_nothing(autoencoder):
     before = {name: value.clone() for name, value in state.items()}
     del state["norm.weight"]
     with pytest.raises(IntegrityError):
-        build_autoencoder(state, MAE)
+        build(MaskedAutoencoder, state, MAE)
     assert all(torch.equal(value, before[name]) for name, value in official(autoencoder).items())
 
 
@@ -222,7 +222,7 @@ def test_a_configuration_far_too_large_for_its_tensors_is_refused_at_once():
     state = official(make_encoder(TINY))
     for large in (replace(TINY, depth=10**9), replace(TINY, image_size=8 * 10**6), replace(TINY, width=10**8, heads=1)):
         with pytest.raises(IntegrityError, match="too few tensors"):
-            build_encoder(state, large)
+            build(Encoder, state, large)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -231,15 +231,15 @@ def test_row_26_non_finite_weights_are_refused_by_name(bad, dtype):
     state = {name: value.to(dtype) for name, value in official(make_encoder(TINY)).items()}
     state["blocks.1.norm2.bias"] = state["blocks.1.norm2.bias"].float().index_fill(0, torch.tensor([5]), bad).to(dtype)
     with pytest.raises(IntegrityError, match=r"NaN or infinity in blocks\.1\.norm2\.bias;"):
-        build_encoder(state, TINY)
-    build_encoder(state, TINY, options=LoadOptions(check_finite=False))
+        build(Encoder, state, TINY)
+    build(Encoder, state, TINY, options=LoadOptions(check_finite=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_finite_weights_pass_although_their_sum_overflows(dtype):
     state = official(make_encoder(TINY))
     state["norm.bias"] = torch.full((64,), torch.finfo(dtype).max, dtype=dtype)
-    build_encoder(state, TINY)
+    build(Encoder, state, TINY)
 
 
 def test_row_26_a_model_with_nan_is_not_saved(tmp_path):
@@ -255,7 +255,7 @@ def test_row_26_a_model_with_nan_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("size", [(16, 48), 64])
 def test_image_size_resizes_both_tables_on_their_grid(autoencoder, size):
-    built = build_autoencoder(official(autoencoder), MAE, options=LoadOptions(image_size=size))
+    built = build(MaskedAutoencoder, official(autoencoder), MAE, options=LoadOptions(image_size=size))
     pair = (size, size) if isinstance(size, int) else size
     grid = (pair[0] // 8, pair[1] // 8)
     assert built.config.encoder.size == built.preprocess.size == pair
@@ -264,21 +264,21 @@ def test_image_size_resizes_both_tables_on_their_grid(autoencoder, size):
     pictures = images(TINY, size=pair)
     assert torch.equal(built(pictures).prediction, autoencoder(pictures).prediction)
     with pytest.raises(UsageError, match="nearest size"):
-        build_autoencoder(official(autoencoder), MAE, options=LoadOptions(image_size=33))
+        build(MaskedAutoencoder, official(autoencoder), MAE, options=LoadOptions(image_size=33))
 
 
 def test_crop_fraction_follows_the_published_rule_at_448():
     config = EncoderConfig(224, 56, 3, 32, 1, 2)
     state = official(make_encoder(config))
-    assert build_encoder(state, config).preprocess.crop_fraction == 0.875
-    assert build_encoder(state, config, options=LoadOptions(image_size=448)).preprocess.crop_fraction == 1.0
+    assert build(Encoder, state, config).preprocess.crop_fraction == 0.875
+    assert build(Encoder, state, config, options=LoadOptions(image_size=448)).preprocess.crop_fraction == 1.0
 
 
 def test_positions_rule_is_used_and_kept():
     state = official(make_encoder(TINY))
     tables = []
     for rule in ("bicubic", "antialias", "sincos"):
-        built = build_encoder(state, TINY, options=LoadOptions(image_size=16, positions=rule))
+        built = build(Encoder, state, TINY, options=LoadOptions(image_size=16, positions=rule))
         assert built.config.positions == rule
         tables.append(built.pos_embed)
     assert not torch.equal(tables[0], tables[1])
@@ -288,7 +288,7 @@ def test_positions_rule_is_used_and_kept():
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_other_channels_see_a_grey_picture_alike(autoencoder, channels):
     """A picture whose channels are equal gives the same tokens; the predictions are those of the old channels."""
-    built = build_autoencoder(official(autoencoder), MAE, options=LoadOptions(channels=channels))
+    built = build(MaskedAutoencoder, official(autoencoder), MAE, options=LoadOptions(channels=channels))
     grey = images(replace(TINY, channels=1))
     ours = built(grey.expand(-1, channels, -1, -1)).prediction.unflatten(2, (64, channels))
     rgb = autoencoder(grey.expand(-1, 3, -1, -1)).prediction.unflatten(2, (64, 3))
@@ -304,29 +304,29 @@ def test_other_channels_see_a_grey_picture_alike(autoencoder, channels):
 def test_classes_give_a_new_head_and_zero_none():
     encoder = make_encoder(replace(TINY, classes=5))
     state = official(encoder)
-    assert same_weights(build_encoder(state, encoder.config, options=LoadOptions(classes=5)), encoder)
-    new = build_encoder(state, encoder.config, options=LoadOptions(classes=9))
+    assert same_weights(build(Encoder, state, encoder.config, options=LoadOptions(classes=5)), encoder)
+    new = build(Encoder, state, encoder.config, options=LoadOptions(classes=9))
     assert new.head.weight.shape == (9, 64)
     assert 0 < new.head.weight.std() < 1e-4
     assert not new.head.bias.any()
-    none = build_encoder(state, encoder.config, options=LoadOptions(classes=0))
+    none = build(Encoder, state, encoder.config, options=LoadOptions(classes=0))
     assert none(images(TINY)).shape == (2, 64)
     with pytest.raises(UsageError, match="classes="):
-        build_autoencoder(official(make_autoencoder(MAE)), MAE, options=LoadOptions(classes=5))
+        build(MaskedAutoencoder, official(make_autoencoder(MAE)), MAE, options=LoadOptions(classes=5))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
 def test_dtype_none_is_float32_whatever_the_file_holds(stored):
     state = {name: value.to(stored) for name, value in official(make_encoder(TINY)).items()}
-    assert {value.dtype for value in build_encoder(state, TINY).parameters()} == {torch.float32}
-    half = build_encoder(state, TINY, options=LoadOptions(dtype=torch.float16))
+    assert {value.dtype for value in build(Encoder, state, TINY).parameters()} == {torch.float32}
+    half = build(Encoder, state, TINY, options=LoadOptions(dtype=torch.float16))
     assert {value.dtype for value in half.parameters()} == {torch.float16}
     with pytest.raises(UsageError, match="floating"):
-        build_encoder(state, TINY, options=LoadOptions(dtype=torch.int8))
+        build(Encoder, state, TINY, options=LoadOptions(dtype=torch.int8))
 
 
 def test_a_built_network_can_be_copied(autoencoder):
-    built = build_autoencoder(official(autoencoder), MAE)
+    built = build(MaskedAutoencoder, official(autoencoder), MAE)
     assert same_weights(copy.deepcopy(built), autoencoder)
 
 
@@ -434,16 +434,16 @@ def test_a_pixel_head_may_be_said_to_give_tokens(tmp_path):
 def test_other_sizes_but_no_other_channels_for_another_head(kind):
     config = OTHERS[kind]
     model = made(config)
-    built = build_autoencoder(official(model), config, options=LoadOptions(image_size=(16, 48)))
+    built = build(MaskedAutoencoder, official(model), config, options=LoadOptions(image_size=(16, 48)))
     pictures = images(config.encoder, size=(16, 48))
     assert torch.equal(built(pictures).prediction, model(pictures).prediction)
     options = LoadOptions(channels=4 - config.encoder.channels)
     if config.outputs:
         with pytest.raises(UsageError, match="encoder alone"):
-            build_autoencoder(official(model), config, options=options)
+            build(MaskedAutoencoder, official(model), config, options=options)
     else:
-        assert build_autoencoder(official(model), config, options=options).config.prediction_width == 64
-    assert build_encoder(official(model), config, options=options).config.channels == options.channels
+        assert build(MaskedAutoencoder, official(model), config, options=options).config.prediction_width == 64
+    assert build(Encoder, official(model), config, options=options).config.channels == options.channels
 
 
 def test_a_file_with_half_a_basis_is_refused():
@@ -451,9 +451,9 @@ def test_a_file_with_half_a_basis_is_refused():
     state = official(made(config))
     for name in ("decoder_centre", "decoder_components"):
         with pytest.raises(IntegrityError, match=f"missing, 1 of .*{name}"):
-            build_autoencoder({key: value for key, value in state.items() if key != name}, config)
+            build(MaskedAutoencoder, {key: value for key, value in state.items() if key != name}, config)
     with pytest.raises(IntegrityError, match=r"unexpected, 2 of .*decoder_centre, decoder_components"):
-        build_autoencoder(state, replace(config, target="unknown", outputs=0))
+        build(MaskedAutoencoder, state, replace(config, target="unknown", outputs=0))
 
 
 def test_components_that_were_never_fitted_are_not_saved(tmp_path):
@@ -465,7 +465,7 @@ def test_components_that_were_never_fitted_are_not_saved(tmp_path):
 def test_a_decoder_far_too_large_for_its_tensors_is_refused_at_once(change):
     config = OTHERS["mean colours"]
     with pytest.raises(IntegrityError, match="too few tensors"):
-        build_autoencoder(official(made(config)), replace(config, tokenizer="", **change))
+        build(MaskedAutoencoder, official(made(config)), replace(config, tokenizer="", **change))
 
 
 def test_a_folder_is_deterministic(autoencoder, tmp_path):

@@ -7,13 +7,11 @@ times, no paths.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maehub.files import sha256_file, write_json
 from maehub.weights import OfficialNames, is_decoder, parts
 
 CERTIFICATE = "certificate.json"
@@ -81,10 +79,6 @@ class Certificate:
             "sha256": {"read": dict(self.read), "written": dict(self.written)},
         }
 
-    def save(self, folder: Path) -> None:
-        """Write it into the folder that it is about."""
-        write_json(folder / CERTIFICATE, self.to_dict())
-
 
 def fixed_images(shape: tuple[int, ...]) -> Tensor:
     """Images that are the same everywhere and no two values of which repeat: float32 of ``shape`` (B, C, H, W)."""
@@ -127,31 +121,16 @@ def names_table(read: OfficialNames, written: OfficialNames) -> dict[str, list[s
 
 
 def left_out(read: OfficialNames, kept: Iterable[str], beside: Iterable[str], to: str) -> dict[str, str]:
-    """What of the input was not written, and why.
+    """What of the input was not written in the form ``to``, and why.
 
-    Args:
-        read: the names of the input.
-        kept: those of its tensors that are in a written file.
-        beside: entries of a pickle that are no tensors.
-        to: the form that was written.
+    ``kept`` are those of its tensors that are in a written file, ``beside`` the entries of a pickle beside tensors.
     """
-    kept = set(kept)
     reasons = dict.fromkeys(beside, "an entry beside the tensors") | dict(read.dropped)
-    for name, official in read.names.items():
-        if name not in kept:
-            reasons[name] = _why_not_in(official, to)
+    for name in read.names.keys() - set(kept):
+        reason = "what follows the last block, which ViTDet does not have"
+        if is_decoder(read.names[name]):
+            reason = f"the decoder, which {to} has no place for"
+        elif read.names[name] == "cls_token":
+            reason = "the class token, which ViTDet does not use"
+        reasons[name] = reason
     return dict(sorted(reasons.items()))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below a folder but the certificate, by name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CERTIFICATE)
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
-
-
-def _why_not_in(official: str, to: str) -> str:
-    if is_decoder(official):
-        return f"the decoder, which {to} has no place for"
-    if official == "cls_token":
-        return "the class token, which ViTDet does not use"
-    return "what follows the last block, which ViTDet does not have"

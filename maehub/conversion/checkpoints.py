@@ -19,14 +19,15 @@ from maehub.errors import IntegrityError, UsageError, first_names
 from maehub.hub import is_model
 from maehub.weights import find_model_folder, read_header, read_pickle, read_tensors
 
-ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-"""Of the files that a folder is searched for."""
+USUAL = ("model.safetensors", "pytorch_model.bin")
+"""The files that a folder is searched for first."""
 
-_USUAL = ("model.safetensors", "pytorch_model.bin")
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _MOST_TENSORS = 20_000  # the largest published network has two thousand
 _LARGEST_PICKLE = 50_000_000  # bytes of the structure of a PyTorch file; real ones have some hundred thousand
 
 _MARKUP = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
+# what `read_header` has words of its own for
 _NAMED_ELSEWHERE = re.compile(rb"version https://git-lfs|\x1f\x8b|\x28\xb5\x2f\xfd|\x89HDF|\s*\{|.{8}\{|$", re.DOTALL)
 
 
@@ -44,13 +45,11 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a file of weights, or the one of a folder.
+    """Open a safetensors file or PyTorch pickle, or the one of a model, run or other folder.
 
-    Args:
-        path: a safetensors file or PyTorch pickle, a model or run folder, or a folder with one such file. Of a run
-            without an exported model the newest checkpoint.
+    Of a run without an exported model it is the newest checkpoint.
     """
-    file, config = find_checkpoint(Path(path))
+    file, config = _find(Path(path))
     if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would block
         raise UsageError(f"{file} is not a file")
     try:
@@ -59,72 +58,61 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except OSError as error:
         raise IntegrityError(f"{file} cannot be read: {error.strerror or error}") from error
     if start[8:9] == b"{" or not start.startswith((b"PK", b"\x80")):
-        _check_start(file, start)
-        header = read_header(file)
-        shapes = {
-            name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-            for name, entry in _few(file, header.tensors).items()
-        }
-        return Checkpoint(
-            file, config, "safetensors", shapes, lambda: read_tensors(file).tensors, header.metadata, "", ()
-        )
+        if _MARKUP.match(start):
+            raise IntegrityError(
+                f"{file} is an HTML or XML page, not weights: the download failed and the server's page was kept under "
+                "this name. A gated repository answers so to who was not let in: accept its terms on its page, run "
+                "`hf auth login`, then download again"
+            )
+        if not _NAMED_ELSEWHERE.match(start):
+            raise IntegrityError(
+                f"{file} is neither a safetensors file nor a PyTorch pickle; its first bytes are of no kind known here"
+            )
+        entries, metadata = read_header(file)
+        shapes = _on_meta(file, entries)
+        return Checkpoint(file, config, "safetensors", shapes, lambda: read_tensors(file).tensors, metadata, "", ())
     if start.startswith(b"PK"):
         _check_archive(file)
     tensors, beside, entry = read_pickle(file)
-    _check_sizes(file, _few(file, tensors))
-    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
+    shapes = _on_meta(file, tensors)
+    for name, value in tensors.items():
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():  # which a pickle can make of strides
+            raise IntegrityError(
+                f"{file}: {name[:80]!r} claims {value.numel():,} values and has {value.untyped_storage().nbytes():,} "
+                "bytes; it is damaged or hostile"
+            )
     return Checkpoint(file, config, "pickle", shapes, lambda: tensors, {}, entry, beside)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path | None]:
+def _find(path: Path) -> tuple[Path, Path | None]:
     """The file of weights that a path means, and the ``config.json`` that belongs to it."""
     if not os.path.exists(path):  # unlike the method of a path, False for a name that is too long
         hint = f"; a model is called so, and `maehub info {path}` says what it is" if is_model(str(path)) else ""
         raise UsageError(f"there is no file or folder {path}{hint}")
     if not path.is_dir():
         beside = path.parent / "config.json"
-        return path, beside if path.name in _USUAL and beside.is_file() else None
-    folder = _newest_step(path) if (path / "run.json").exists() else find_model_folder(path)
+        return path, beside if path.name in USUAL and beside.is_file() else None
+    steps = [] if (path / "model" / "config.json").exists() else path.glob("checkpoints/step-*/model.safetensors")
+    numbers = {int(name): step for step in steps if (name := step.parent.name[5:]).isdecimal() and step.is_file()}
+    is_run = (path / "run.json").exists()
+    folder = numbers[max(numbers)].parent if numbers and is_run else find_model_folder(path)
     config = folder / "config.json"
     return _only_one(folder), config if config.is_file() else None
 
 
-def _newest_step(run: Path) -> Path:
-    """The exported model of a run, or its newest checkpoint."""
-    if (run / "model" / "config.json").exists():
-        return run / "model"
-    steps = {int(entry.name[5:]): entry for entry in run.glob("checkpoints/step-*") if entry.name[5:].isdecimal()}
-    whole = [steps[number] for number in sorted(steps) if (steps[number] / "model.safetensors").is_file()]
-    return whole[-1] if whole else find_model_folder(run)
-
-
 def _only_one(folder: Path) -> Path:
-    for name in _USUAL:
+    for name in USUAL:
         if (folder / name).is_file():
             return folder / name
     if any(folder.glob("*.index.json")):
         raise UsageError(f"{folder} has its weights in several files; name one of them, or join them")
-    files = sorted(entry for entry in folder.iterdir() if entry.suffix in ENDINGS and entry.is_file())
+    files = sorted(entry for entry in folder.iterdir() if entry.suffix in _ENDINGS and entry.is_file())
     if len(files) == 1:
         return files[0]
     if files:
         raise UsageError(f"{folder} has {len(files)} files of weights: {_some(files)}; name one of them")
     others = _some(folder.iterdir()) or "nothing"
-    raise UsageError(f"{folder} has no file of weights ({', '.join(ENDINGS)}) but {others}")
-
-
-def _check_start(file: Path, start: bytes) -> None:
-    """Refuse what is no file of weights where `read_header` has no better words for it."""
-    if _MARKUP.match(start):
-        raise IntegrityError(
-            f"{file} is an HTML or XML page, not weights: the download failed and the server's page was kept under "
-            "this name. A gated repository answers so to who was not let in: accept its terms on its page, run "
-            "`hf auth login`, then download again"
-        )
-    if not _NAMED_ELSEWHERE.match(start):
-        raise IntegrityError(
-            f"{file} is neither a safetensors file nor a PyTorch pickle; its first bytes are of no kind known here"
-        )
+    raise UsageError(f"{folder} has no file of weights ({', '.join(_ENDINGS)}) but {others}")
 
 
 def _check_archive(file: Path) -> None:
@@ -154,20 +142,11 @@ def _check_archive(file: Path) -> None:
         raise IntegrityError(f"{file} is a damaged zip archive ({error}); download or copy it again") from error
 
 
-def _few(file: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+def _on_meta(file: Path, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors, or the entries of a header, without their values."""
     if len(tensors) > _MOST_TENSORS:
         raise IntegrityError(f"{file} holds {len(tensors):,} tensors, more than any network of vision has")
-    return tensors
-
-
-def _check_sizes(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that claim more values than they have bytes, which a pickle can make of strides."""
-    for name, value in tensors.items():
-        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise IntegrityError(
-                f"{file}: {name[:80]!r} claims {value.numel():,} values and has {value.untyped_storage().nbytes():,} "
-                "bytes; it is damaged or hostile"
-            )
+    return {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in tensors.items()}
 
 
 def _some(paths: Iterable[Path]) -> str:

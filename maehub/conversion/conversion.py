@@ -6,10 +6,9 @@ renamed and left out stands in the certificate beside the weights.
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,21 +20,15 @@ from maehub.conversion.certificate import (
     Difference,
     difference,
     fixed_images,
-    hashes,
     largest,
     left_out,
     names_table,
 )
-from maehub.conversion.exporting import (
-    EXPORTED,
-    ExportForm,
-    check_exportable,
-    checked_shapes,
-    export_versions,
-    run_exported,
-)
+from maehub.conversion.checkpoints import USUAL
+from maehub.conversion.exporting import EXPORTED, check_exportable, checked_shapes, export_versions, run_exported
 from maehub.conversion.library_folders import (
     PICKLE,
+    TENSORS,
     ForeignForm,
     check_foreign_form,
     is_exported,
@@ -43,18 +36,19 @@ from maehub.conversion.library_folders import (
     write_foreign,
 )
 from maehub.errors import IntegrityError, UsageError
-from maehub.files import check_free, sha256_file, whole_folder
+from maehub.files import check_free, sha256_file, whole_folder, write_json
 from maehub.hub import file_hashes, is_model, load, load_autoencoder, locate, model_info, published_as
 from maehub.images import Preprocess
-from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target, patchify
+from maehub.models import AutoencoderConfig, Encoder, MaskedAutoencoder, Origin, Target, patchify
 from maehub.version import __version__
 from maehub.weights import (
     LIGHTLY_MASK_TOKEN,
     MEMBERS,
+    Config,
+    Hints,
     Layout,
     OfficialNames,
-    build_autoencoder,
-    build_encoder,
+    build,
     find_model_folder,
     infer_config,
     is_pickle,
@@ -105,7 +99,7 @@ class Conversion(NamedTuple):
 
 class _Source(NamedTuple):
     state: dict[str, Tensor]  # official names
-    config: EncoderConfig | AutoencoderConfig
+    config: Config
     preprocess: Preprocess | None
     origin: Origin
     where: str
@@ -116,7 +110,7 @@ class _Source(NamedTuple):
 
 class _Compared(NamedTuple):
     differences: dict[str, Difference]  # by output
-    words: str
+    compared: str  # what with what, in words
     inputs: tuple[tuple[int, ...], ...]
     bound: float
 
@@ -164,14 +158,13 @@ def convert(
     if to not in FORMS:
         raise UsageError(f"to={to!r} is not one of {', '.join(FORMS)}")
     check_free(folder, overwrite, _MEMBERS)
-    if is_exported(to):
-        check_exportable(to)
-    read = _read(source, heads, decoder_heads, target)
+    check_exportable(to)
+    read = _read(source, Hints(heads, decoder_heads, target))
     if is_foreign_form(to):
         check_foreign_form(read.config, to)
     whole = isinstance(read.config, AutoencoderConfig) and to not in _ENCODER_FORMS
-    build = build_autoencoder if whole else build_encoder
-    model = build(read.state, read.config, read.preprocess, origin=read.origin, where=read.where)
+    kind: Any = MaskedAutoencoder if whole else Encoder
+    model = build(kind, read.state, read.config, read.preprocess, origin=read.origin, where=read.where)
     with whole_folder(folder, overwrite=overwrite, members=_MEMBERS) as staging:
         name = Path(folder).absolute().name
         if is_foreign_form(to):
@@ -185,86 +178,73 @@ def convert(
                 f"{certificate.difference.relative:.1e}, more than {certificate.bound:.0e} of the largest output; "
                 "nothing was written"
             )
-        certificate.save(staging)
+        write_json(staging / CERTIFICATE, certificate.to_dict())
     dropped = (*read.beside, *read.names.dropped)
     return Conversion(Path(folder), certificate.difference.relative, dropped, certificate)
 
 
-def _read(source: str | Path, heads: int | None, decoder_heads: int | None, target: Target | None) -> _Source:
+def _read(source: str | Path, hints: Hints) -> _Source:
     """Tensors, configuration and origin of a file, a folder, or what a name means."""
     path = Path(source)
     if isinstance(source, str) and not os.path.exists(path):
-        return _read_named(source, heads, decoder_heads, target)
+        return _read_named(source, hints)
     config, file = _find(path)
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
-    return _read_file(
-        file, config, _origin(file, file.name if file == path else path.name), heads, decoder_heads, target
-    )
+    stated = file_hashes(file, "md5")
+    info = published_as(stated.sha256, stated.other)  # a published file is known by its content, and so is its licence
+    name = info.name if info else file.name if file == path else path.name
+    origin = Origin(name, sha256=stated.sha256, licence=info.licence if info else "")
+    return _read_file(file, config, origin, hints)
 
 
-def _read_named(name: str, heads: int | None, decoder_heads: int | None, target: Target | None) -> _Source:
+def _read_named(name: str, hints: Hints) -> _Source:
     """A row of the catalog as it is loaded, or the weights of a repository on the Hub."""
     if not is_model(name):
         located = locate(name, "autoencoder")
         fetched = located.fetched
         assert fetched is not None  # what is no file here was fetched
         origin = Origin(name, fetched.revision, fetched.sha256, fetched.licence)
-        return _read_file(located.path, fetched.config, origin, heads, decoder_heads, target)
-    is_whole = model_info(name).role == "autoencoder"
-    located = locate(name, "autoencoder" if is_whole else "encoder")
+        return _read_file(located.path, fetched.config, origin, hints)
     model: Encoder | MaskedAutoencoder
-    if is_whole:
-        model = load_autoencoder(located, heads=heads, decoder_heads=decoder_heads, target=target)
+    if model_info(name).role == "autoencoder":
+        located = locate(name, "autoencoder")
+        model = load_autoencoder(located, heads=hints.heads, decoder_heads=hints.decoder_heads, target=hints.target)
     else:
-        model = load(located, heads=heads)
+        located = locate(name, "encoder")
+        model = load(located, heads=hints.heads)
     origin = (model if isinstance(model, Encoder) else model.encoder).origin or Origin(name)
     state = to_official(model.state_dict()).state
     read = {located.path.name: origin.sha256}
     return _Source(state, model.config, model.preprocess, origin, name, official_names(state), (), read)
 
 
-def _read_file(
-    file: Path,
-    config: Path | None,
-    origin: Origin,
-    heads: int | None,
-    decoder_heads: int | None,
-    target: Target | None,
-) -> _Source:
+def _read_file(file: Path, config: Path | None, origin: Origin, hints: Hints) -> _Source:
     """One file of tensors, and the configuration that belongs to it."""
     block = None
     if is_pickle(file):
         tensors, beside, _ = read_pickle(file)
     else:
-        tensors, beside = read_tensors(file).tensors, ()
-        block = packed_block(read_header(file).metadata, str(file))
+        (tensors, metadata), beside = read_tensors(file), ()
+        block = packed_block(metadata, str(file))
     state, names = to_official(tensors).state, official_names(tensors)
     if dropped := (*beside, *names.dropped):
         log.info("%s: left out %s", file, ", ".join(dropped))
     files = {file.name: origin.sha256}
+    network: Config
     preprocess = None
-    network: EncoderConfig | AutoencoderConfig
     if block:
         network, preprocess, origin = block.config, block.preprocess, block.origin or origin
     elif config is None:
-        network = infer_config(state, heads=heads, decoder_heads=decoder_heads, target=target, where=str(file))
+        network = infer_config(state, hints, str(file))
     else:
-        stored = read_config(config, file, heads=heads, decoder_heads=decoder_heads, target=target, state=state)
+        stored = read_config(config, file, hints, state=state)
         network, preprocess = stored.config, stored.preprocess
         processor = config.with_name("preprocessor_config.json")
-        for beside_it in (config, processor) if processor.exists() else (config,):
-            files[beside_it.name] = sha256_file(beside_it)
+        files |= {one.name: sha256_file(one) for one in (config, processor) if one.exists()}
         if stored.origin:
             origin = replace(stored.origin, sha256=origin.sha256)
     return _Source(state, network, preprocess, origin, str(file), names, beside, files)
-
-
-def _origin(file: Path, name: str) -> Origin:
-    """Where a file comes from: a published one is known by its content, and so is its licence."""
-    hashes = file_hashes(file, "md5")
-    info = published_as(hashes.sha256, hashes.other)
-    return Origin(info.name if info else name, sha256=hashes.sha256, licence=info.licence if info else "")
 
 
 def _find(path: Path) -> tuple[Path | None, Path]:
@@ -273,30 +253,30 @@ def _find(path: Path) -> tuple[Path | None, Path]:
         return None, path
     folder = find_model_folder(path)
     config = folder / "config.json"
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        pickles = pickles_in(folder)
-        usual = [entry for entry in pickles if entry.name == "pytorch_model.bin"] or pickles
-        if len(usual) != 1:
-            names = ", ".join(sorted(entry.name for entry in usual))
-            several = f"several pickles ({names}); name one of them" if usual else "no pickle (.pth, .pt, .bin, .ckpt)"
-            raise UsageError(f"{folder} has no model.safetensors, and {several}")
-        weights = usual[0]
-    return config if config.exists() else None, weights
+    weights = [folder / name for name in USUAL if (folder / name).exists()][:1] or pickles_in(folder)
+    if len(weights) != 1:
+        names = ", ".join(entry.name for entry in weights)
+        several = f"several pickles ({names}); name one of them" if weights else "no pickle (.pth, .pt, .bin, .ckpt)"
+        raise UsageError(f"{folder} has no model.safetensors, and {several}")
+    return config if config.exists() else None, weights[0]
 
 
 def _certify(read: _Source, model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> Certificate:
     """Read back what was written, compare it, and gather what became of every tensor."""
     compared = _compare(model, staging, to)
-    tables = {}
+    written = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+    tables = {
+        name: names_table(read.names, official_names(read_header(staging / name).tensors))
+        for name in written
+        if name.endswith(".safetensors")
+    }
     if is_exported(to):  # a graph has tensors of its own; the names are those of the network in it
-        names = official_names(model.state_dict())
-        tables[EXPORTED[to]] = names_table(read.names, names)
-    for file in sorted(staging.rglob("*.safetensors")):
-        names = official_names(read_header(file).tensors)
-        tables[file.relative_to(staging).as_posix()] = names_table(read.names, names)
+        tables[EXPORTED[to]] = names_table(read.names, official_names(model.state_dict()))
     if to in ("mmpretrain", "detectron2"):
-        tables[PICKLE] = _same_in_pickle(staging, tables["model.safetensors"])
+        tensors, pickled = read_tensors(staging / TENSORS).tensors, read_pickle(staging / PICKLE).tensors
+        if set(tensors) != set(pickled) or not all(torch.equal(one, pickled[name]) for name, one in tensors.items()):
+            raise IntegrityError(f"{PICKLE} and {TENSORS} differ in what was just written; nothing was kept")
+        tables[PICKLE] = tables[TENSORS]
     kept = {name for table in tables.values() for name in table}
     added = {LIGHTLY_MASK_TOKEN: "zero, as lightly has it; its MAE never uses it"} if to == "lightly" else {}
     versions = {"maehub": __version__, "torch": torch.__version__}
@@ -305,15 +285,12 @@ def _certify(read: _Source, model: Encoder | MaskedAutoencoder, staging: Path, t
     return Certificate(
         source=read.names.dialect,
         to=to,
-        compared=compared.words,
-        inputs=compared.inputs,
-        bound=compared.bound,
-        differences=compared.differences,
+        **compared._asdict(),
         names=tables,
         left_out=left_out(read.names, kept, read.beside, to),
         added=added,
         read=dict(sorted(read.files.items())),
-        written=hashes(staging),
+        written={name: sha256_file(staging / name) for name in written},
         versions=versions,
     )
 
@@ -322,37 +299,34 @@ def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Com
     """The outputs of a network and of what was written of it, on fixed images."""
     encoder = model if isinstance(model, Encoder) else model.encoder
     config = encoder.config
-    if is_exported(to):
-        return _compare_graph(encoder, staging, to)
+    if is_exported(to):  # at two sizes and two batch sizes
+        shapes = checked_shapes(config)
+        pictures = [fixed_images(shape) for shape in shapes]
+        by_output: dict[str, Difference] = {}
+        for images, theirs in zip(pictures, run_exported(staging, to, pictures), strict=True):
+            for name, ours in _outputs(encoder, images).items():
+                one = difference(theirs[name], ours)
+                by_output[name] = largest([by_output.get(name, one), one])
+        runner = "onnxruntime" if to == "onnx" else "torch.export"
+        return _Compared(by_output, f"the graph run by {runner}, with maehub", shapes, LARGEST_EXPORTED_DIFFERENCE)
     shape = (1, config.channels, *config.size)
     images = fixed_images(shape)
     if to == "detectron2":
-        maps = (_blocks_alone(one, images) for one in (_with_backbone(encoder, staging), encoder))
+        written = read_tensors(staging / TENSORS).tensors
+        names = official_names(written).names
+        state = encoder.state_dict() | {official: written[name] for name, official in names.items()}
+        backbone = build(Encoder, state, config, encoder.preprocess, where="what was written")
         words = "the last block's patches without a class token, as ViTDet computes them without windows"
-        return _Compared({"map": difference(*maps)}, words, (shape,), LARGEST_DIFFERENCE)
-    theirs, ours = _outputs(open_encoder(staging), images), _outputs(encoder, images)
+        maps = {"map": difference(_blocks_alone(backbone, images), _blocks_alone(encoder, images))}
+        return _Compared(maps, words, (shape,), LARGEST_DIFFERENCE)
+    outputs, expected = _outputs(open_encoder(staging), images), _outputs(encoder, images)
     if isinstance(model, MaskedAutoencoder):
         with torch.inference_mode():
-            theirs["prediction"] = open_autoencoder(staging)(images).prediction
-            ours["prediction"] = model(images).prediction
+            outputs["prediction"] = open_autoencoder(staging)(images).prediction
+            expected["prediction"] = model(images).prediction
     words = "the network that maehub reads from what was written, with the one that it read from the input"
-    differences = {name: difference(theirs[name], value) for name, value in ours.items()}
+    differences = {name: difference(outputs[name], value) for name, value in expected.items()}
     return _Compared(differences, words, (shape,), LARGEST_DIFFERENCE)
-
-
-def _compare_graph(encoder: Encoder, staging: Path, form: ExportForm) -> _Compared:
-    """A graph with the encoder that it was made from, at two sizes and two batch sizes."""
-    shapes = checked_shapes(encoder.config)
-    run = run_exported(staging, form)
-    by_output: dict[str, list[Difference]] = {}
-    for shape in shapes:
-        images = fixed_images(shape)
-        theirs, ours = run(images), _outputs(encoder, images)
-        for name, value in ours.items():
-            by_output.setdefault(name, []).append(difference(theirs[name], value))
-    differences = {name: largest(several) for name, several in by_output.items()}
-    runner = "onnxruntime" if form == "onnx" else "torch.export"
-    return _Compared(differences, f"the graph run by {runner}, with maehub", shapes, LARGEST_EXPORTED_DIFFERENCE)
 
 
 @torch.inference_mode()
@@ -365,19 +339,3 @@ def _outputs(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
 def _blocks_alone(encoder: Encoder, images: Tensor) -> Tensor:
     patches = encoder.patch_embed(patchify(images, encoder.config.patch_size))
     return encoder.encode(patches + encoder.position_table(encoder.config.grid)[:, 1:])
-
-
-def _with_backbone(encoder: Encoder, staging: Path) -> Encoder:
-    """The encoder with every tensor that ViTDet has taken from what was written."""
-    written = read_tensors(staging / "model.safetensors").tensors
-    names = official_names(written).names
-    state = encoder.state_dict() | {official: written[name] for name, official in names.items()}
-    return build_encoder(state, encoder.config, encoder.preprocess, where="what was written")
-
-
-def _same_in_pickle(staging: Path, table: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The table of the safetensors file, once it is known that the pickle holds the same tensors."""
-    tensors, pickled = read_tensors(staging / "model.safetensors").tensors, read_pickle(staging / PICKLE).tensors
-    if set(tensors) != set(pickled) or not all(torch.equal(value, pickled[name]) for name, value in tensors.items()):
-        raise IntegrityError(f"{PICKLE} and model.safetensors differ in what was just written; nothing was kept")
-    return dict(table)

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +24,14 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from maehub.errors import MissingDependencyError, UsageError
-from maehub.models import Encoder, EncoderConfig, sincos_table
+from maehub.models import Encoder, EncoderConfig, Origin, sincos_table
 
 ExportForm = Literal["onnx", "torch-export"]
 
 EXPORTED: dict[ExportForm, str] = {"onnx": "encoder.onnx", "torch-export": "encoder.pt2"}
 """The file of each form. Of an encoder over 2 GB the weights are in ``encoder.onnx.data``, which ONNX needs then."""
+
+OUTPUTS = ("features", "tokens", "logits")
 
 OPSET = 20
 """The first with GELU as an operator of its own."""
@@ -50,14 +52,19 @@ class AnySize(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.names = ("features", "tokens", "logits")[: 3 if encoder.config.classes else 2]
+        self.names = OUTPUTS[: 3 if encoder.config.classes else 2]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W) to the outputs of this module, in the order of ``names``."""
         encoder, config = self.encoder, self.encoder.config
-        rows, columns = images.shape[2] // config.patch_size, images.shape[3] // config.patch_size
+        side = config.patch_size
+        batch, channels, height, width = images.shape
+        rows, columns = height // side, width // side
         positions = self._positions(rows, columns)
-        patches = encoder.patch_embed(patchify_any(images, config.patch_size)) + positions
+        # As `maehub.models.patches.patchify`, without its check of the size, which a graph states in another way.
+        cells = images.reshape(batch, channels, rows, side, columns, side)
+        patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, side * side * channels)
+        patches = encoder.patch_embed(patches) + positions  # (B, N, D)
         cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
         tokens = encoder.encode(torch.cat([cls, patches], dim=1))  # (B, N + 1, D)
         normed = encoder.final_norm(tokens)
@@ -76,24 +83,8 @@ class AnySize(nn.Module):
         return image.flatten(2).transpose(1, 2)
 
 
-def patchify_any(images: Tensor, patch_size: int) -> Tensor:
-    """`maehub.models.patches.patchify` without its check of the size, which a graph states in another way."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    cells = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
-
-
-def write_exported(encoder: Encoder, folder: Path, form: ExportForm, notes: Mapping[str, str]) -> None:
-    """Write an encoder as a graph into a folder, under the name of `EXPORTED`; the same weights give the same bytes.
-
-    Args:
-        encoder: on the CPU, in float32.
-        folder: where.
-        form: which graph.
-        notes: text for the metadata of an ONNX file.
-    """
-    check_exportable(form)
+def write_exported(encoder: Encoder, folder: Path, form: ExportForm) -> None:
+    """Write an encoder, on the CPU and in float32, as a graph; the same weights give the same bytes."""
     config = encoder.config
     if config.positions == "sincos":
         fresh = sincos_table(config.width, config.grid)
@@ -103,49 +94,52 @@ def write_exported(encoder: Encoder, folder: Path, form: ExportForm, notes: Mapp
                 "graph does one of the two. Load it with positions='bicubic', save it, and convert that folder"
             )
     module = AnySize(encoder).eval()
-    path = folder / EXPORTED[form]
     example = (torch.zeros(2, config.channels, *_other_size(config)),)
-    shapes = {"images": _dynamic(config)}
+    patch = config.patch_size
+    sizes = {2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+    if patch == 1:
+        sizes = {2: Dim("height", min=2), 3: Dim("width", min=2)}
     with warnings.catch_warnings(), torch.no_grad():
         # Both are under development, and say so in warnings that no user of this can act upon.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        shapes: Any = {"images": {0: Dim("batch", min=1)} | sizes}
         program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-        _forget(program)
+        # Where on this machine it was made, and in which order sizes happened to be looked at, is not kept.
+        for node in program.graph_module.graph.nodes:
+            for note in _NOTES:
+                node.meta.pop(note, None)
+        ranges = sorted(program.range_constraints.items(), key=lambda item: str(item[0]))
+        program.range_constraints.clear()
+        program.range_constraints.update(ranges)
         if form == "torch-export":
-            torch.export.save(program, path)
+            torch.export.save(program, folder / EXPORTED[form])
         else:
-            _write_onnx(program, module.names, path, notes)
+            _write_onnx(program, module, folder / EXPORTED[form])
 
 
-def run_exported(folder: Path, form: ExportForm) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The graph of a folder, as a function of images (B, C, H, W)."""
+def run_exported(folder: Path, form: ExportForm, pictures: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """What the graph of a folder gives for each of some images (B, C, H, W)."""
     path = folder / EXPORTED[form]
     if form == "torch-export":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.10
             module = torch.export.load(path).module()
-
-        def run_torch(images: Tensor) -> dict[str, Tensor]:
-            return dict(zip(("features", "tokens", "logits"), module(images), strict=False))
-
-        return run_torch
+        yield from (dict(zip(OUTPUTS, module(images), strict=False)) for images in pictures)
+        return
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-
-    def run_onnx(images: Tensor) -> dict[str, Tensor]:
+    for images in pictures:
         values = session.run(names, {"images": images.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
-
-    return run_onnx
+        yield {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
 
-def check_exportable(form: ExportForm) -> None:
-    """Refuse before any work what cannot be written or checked here."""
+def check_exportable(form: str) -> None:
+    """Refuse before any work a form that cannot be written or checked here."""
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None] if form == "onnx" else []
     if missing:
         raise MissingDependencyError(
@@ -174,31 +168,15 @@ def _other_size(config: EncoderConfig) -> tuple[int, int]:
     return (rows // 2 + 2) * config.patch_size, (columns // 2 + 3) * config.patch_size
 
 
-def _dynamic(config: EncoderConfig) -> dict[int, Any]:
-    patch = config.patch_size
-    if patch == 1:
-        return {0: Dim("batch", min=1), 2: Dim("height", min=2), 3: Dim("width", min=2)}
-    return {0: Dim("batch", min=1), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
-
-
-def _forget(program: ExportedProgram) -> None:
-    """Take out of a graph where on this machine it was made, and in which order sizes happened to be looked at."""
-    for node in program.graph_module.graph.nodes:
-        for note in _NOTES:
-            node.meta.pop(note, None)
-    ranges = sorted(program.range_constraints.items(), key=lambda item: str(item[0]))
-    program.range_constraints.clear()
-    program.range_constraints.update(ranges)
-
-
-def _write_onnx(program: ExportedProgram, names: tuple[str, ...], path: Path, notes: Mapping[str, str]) -> None:
+def _write_onnx(program: ExportedProgram, module: AnySize, path: Path) -> None:
+    """Write an ONNX file that says of itself its transform as JSON, and where its weights come from."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         with redirect_stdout(io.StringIO()):  # the exporter prints its progress
             exported = torch.onnx.export(
-                program, dynamo=True, output_names=list(names), opset_version=OPSET, verbose=False
+                program, dynamo=True, output_names=list(module.names), opset_version=OPSET, verbose=False
             )
     finally:
         log.setLevel(level)
@@ -213,16 +191,10 @@ def _write_onnx(program: ExportedProgram, names: tuple[str, ...], path: Path, no
         values += node.outputs
     for value in values:
         value.metadata_props.clear()
+    origin = module.encoder.origin or Origin("")
+    parts = {"source": origin.name, "source_sha256": origin.sha256, "licence": origin.licence}
+    notes = {"preprocess": json.dumps(module.encoder.preprocess.to_dict(), sort_keys=True)}
+    notes |= {name: value for name, value in parts.items() if value}
     model.metadata_props.update(sorted(notes.items()))
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     exported.save(path, external_data=size > _LARGEST_ONE_FILE)
-
-
-def notes_for(encoder: Encoder) -> dict[str, str]:
-    """What an ONNX file says of itself: its transform as JSON, and where its weights come from."""
-    origin = encoder.origin
-    notes = {"preprocess": json.dumps(encoder.preprocess.to_dict(), sort_keys=True)}
-    if origin:
-        parts = {"source": origin.name, "source_sha256": origin.sha256, "licence": origin.licence}
-        notes |= {name: value for name, value in parts.items() if value}
-    return notes

@@ -5,12 +5,10 @@ Nothing of a tensor's values is read. The families are the rows of ``families.to
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Family(NamedTuple):
@@ -19,9 +17,9 @@ class Family(NamedTuple):
     name: str
     title: str
     advice: str
-    signs: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-    stem: tuple[int, ...] = ()
+    signs: Sequence[str] = ()
+    absent: Sequence[str] = ()
+    stem: Sequence[int] = ()
     stem_rank: int = 0
 
     def fits(self, names: Collection[str], kernel: tuple[int, ...]) -> bool:
@@ -32,7 +30,7 @@ class Family(NamedTuple):
 
         return (
             self.stem_rank in (0, len(kernel))
-            and kernel[len(kernel) - len(self.stem) :] == self.stem
+            and kernel[len(kernel) - len(self.stem) :] == tuple(self.stem)
             and all(map(shown, self.signs))
             and not any(map(shown, self.absent))
         )
@@ -45,26 +43,11 @@ _STEM = re.compile(r"(patch_embed\.(\d+\.)?proj|patch_embed\.projection|patch_em
 def families() -> tuple[Family, ...]:
     """Every row, in the order of the table."""
     table = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
-    return tuple(
-        Family(
-            row["name"],
-            row["title"],
-            row["advice"],
-            tuple(row.get("signs", ())),
-            tuple(row.get("absent", ())),
-            tuple(row.get("stem", ())),
-            row.get("stem_rank", 0),
-        )
-        for row in table["families"]
-    )
+    return tuple(Family(**row) for row in table["families"])
 
 
-def recognise(shapes: Shapes) -> Family | None:
-    """The family that tensors are of, None if no row fits.
-
-    Args:
-        shapes: of every tensor, by its name, without wrappers such as ``module.``.
-    """
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
+    """The family that tensors are of, by names without wrappers such as ``module.``; None if no row fits."""
     tokens = (shape for name, shape in shapes.items() if re.search(r"(^|\.)cls_token$", name) and len(shape) == 3)
     count = next(tokens, (0, 0, 0))[1]
     if count > 1:

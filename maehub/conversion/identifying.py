@@ -18,11 +18,12 @@ from maehub.conversion.plain_vit import Network, PlainVit, read_plain
 from maehub.conversion.target_detection import Judgement, can_detect, detect_target
 from maehub.errors import EXIT_DONE, IntegrityError, MaehubError, first_names
 from maehub.hub import ModelInfo, Role, file_hashes, published_as
-from maehub.models import AutoencoderConfig, Target
+from maehub.models import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.weights import (
     DECODER_HEAD_WIDTH,
     HEAD_WIDTH,
-    build_autoencoder,
+    Hints,
+    build,
     published_decoder_heads,
     published_heads,
     strip_wrappers,
@@ -89,16 +90,23 @@ class Identification:
 
     def describe(self) -> str:
         """All of it as a short table for a person."""
-        network, decoder = self.network, self.network.decoder if self.network else None
+        network = self.network.describe() if self.network else {}
+        head = network.pop("head", "")
+        kind = "safetensors" if self.format == "safetensors" else "PyTorch pickle, read without running code"
+        around = {
+            f"inside {self.entry!r}": self.entry,
+            f"names begin with {self.prefix}": self.prefix,
+            f"beside it {', '.join(self.beside[:6])}": self.beside,
+        }
         rows = {
             "what": self.title,
-            "format": f"{self._format_words()}, {self.bytes / 1e6:,.1f} MB",
+            "format": ", ".join(
+                [kind, *(words for words, there in around.items() if there), f"{self.bytes / 1e6:,.1f} MB"]
+            ),
             "names": self.dialect or "of no dialect that maehub reads",
-            "network": network.describe() if network else "",
-            "size": network.describe_size() if network else "",
-            "decoder": decoder.describe() if decoder else "",
+            **network,
             "target": f"{self.target.replace('_', ' ')} ({self.target_from})" if self.target else "",
-            "head": network.describe_head() if network else "",
+            "head": head,
             "weights": f"{self.parameters:,} values in {self.tensors:,} tensors, {self.dtype}",
             "sha256": self.sha256,
             "published": f"{self.published}, licence {self.licence}" if self.published else "",
@@ -108,13 +116,6 @@ class Identification:
         lines = [(key, text) for key, text in rows.items() if text]
         lines += [(key, text) for key, texts in lists.items() for text in texts]
         return "\n".join([self.file, *(f"  {key:<10}{text}" for key, text in lines)])
-
-    def _format_words(self) -> str:
-        parts = [f"inside {self.entry!r}"] if self.entry else []
-        parts += [f"names begin with {self.prefix}"] if self.prefix else []
-        parts += [f"beside it {', '.join(self.beside[:6])}"] if self.beside else []
-        kind = "safetensors" if self.format == "safetensors" else "PyTorch pickle, read without running code"
-        return ", ".join([kind, *parts])
 
 
 def identify(
@@ -141,7 +142,7 @@ def identify(
         IntegrityError: the file is damaged, hostile, or no weights at all; the text says what it is.
     """
     checkpoint = open_checkpoint(file)
-    plain, refused = read_plain(checkpoint, heads, decoder_heads)
+    plain, refused = read_plain(checkpoint, Hints(heads, decoder_heads))
     names = strip_wrappers(checkpoint.shapes)
     shapes = {names[name]: tuple(value.shape) for name, value in checkpoint.shapes.items()}
     family = None if plain and plain.whole else recognise(shapes)
@@ -247,29 +248,25 @@ def _target(
     other_width = not plain.configured and config.prediction_width != config.patch_values
     if known != "unknown" and (other_width or not asked):
         return known, how, None
-    why = ""
+    unsaid = ["--heads"] if network.heads is None else []
+    if network.decoder and network.decoder.depth and network.decoder.heads is None:
+        unsaid.append("--decoder-heads")
+    if not unsaid and not network.image_size:
+        unsaid = ["its image size in a config.json"]
+    judgement = None
     if other_width:
         why = f"it predicts {config.prediction_width} values a patch, not its {config.patch_values} of pixels"
     elif broken:
         why = "the network is not whole"
-    elif unsaid := _unsaid(network):
-        why = f"undecided: say {unsaid}, and its predictions are looked at"
+    elif unsaid:
+        why = f"undecided: say {' and '.join(unsaid)}, and its predictions are looked at"
     elif asked is False or (asked is None and checkpoint.file.stat().st_size > LARGEST_RUN):
         why = "undecided: --decide runs the decoder on two photos"
-    if why:
-        return known, why, None
-    judgement, why = _detect(checkpoint, plain, config, network)
-    if known != "unknown":
-        return known, how, judgement
+    else:
+        judgement, why = _detect(checkpoint, plain, config, network)
+        if known != "unknown":
+            return known, how, judgement
     return (judgement.target, "by its predictions on two photos", judgement) if judgement else (known, why, None)
-
-
-def _unsaid(network: Network) -> str:
-    """What the caller must say before the decoder can be run; empty if nothing."""
-    flags = ["--heads"] if network.heads is None else []
-    if network.decoder and network.decoder.depth and network.decoder.heads is None:
-        flags.append("--decoder-heads")
-    return " and ".join(flags) if flags or network.image_size else "its image size in a config.json"
 
 
 def _detect(
@@ -283,7 +280,7 @@ def _detect(
         if config.target == "unknown":
             full = with_target(full, "pixels")
         state = to_official(checkpoint.values()).state
-        autoencoder = build_autoencoder(state, full, plain.preprocess, where=str(checkpoint.file))
+        autoencoder = build(MaskedAutoencoder, state, full, plain.preprocess, where=str(checkpoint.file))
         if not can_detect(autoencoder):
             return None, f"photos have 1 or 3 channels, and it takes {config.encoder.channels}"
         return detect_target(autoencoder), ""
@@ -296,12 +293,19 @@ def _next_lines(file: str, known: Identification, configured: bool) -> tuple[str
     network = known.network
     if network is None:
         return ()
-    arguments = {} if configured else _arguments(network, known.target)
+    decoder = network.decoder
+    arguments: dict[str, int | str] = {}
+    if not configured and published_heads(network.width, network.depth, network.patch_size) is None:
+        arguments["heads"] = network.heads or max(1, network.width // HEAD_WIDTH)
+    if not configured and decoder and decoder.depth and published_decoder_heads(decoder.width) is None:
+        arguments["decoder_heads"] = decoder.heads or max(1, decoder.width // DECODER_HEAD_WIDTH)
+    if not configured and known.target in ("pixels", "normalised_pixels"):
+        arguments["target"] = known.target
+    heads = {"heads": network.heads, "decoder_heads": decoder.heads if decoder else None}
+    guessed = [name for name in heads if name in arguments and not heads[name]]
     lines: list[str] = []
     if known.published:
-        lines.append(f"maehub.load{'_autoencoder' if network.decoder else ''}({known.published!r})")
-    heads = {"heads": network.heads, "decoder_heads": network.decoder.heads if network.decoder else None}
-    guessed = [name for name in heads if name in arguments and not heads[name]]
+        lines.append(f"maehub.load{'_autoencoder' if decoder else ''}({known.published!r})")
     size = network.image_size
     if not configured and (size is None or size[0] != size[1]):  # no argument says a size that is no square
         settings: dict[str, Any] = {"img_size": size or ["HEIGHT", "WIDTH"]}
@@ -318,23 +322,10 @@ def _next_lines(file: str, known: Identification, configured: bool) -> tuple[str
         lines.append(" ".join(["maehub convert", shlex.quote(file), "-o", folder, *flags]))
     else:
         keywords = {name: f", {name}={value!r}" for name, value in arguments.items()}
-        if network.decoder:
+        if decoder:
             lines.append(f"maehub.load_autoencoder({file!r}{''.join(keywords.values())})")
-        if not network.decoder or file != "FOLDER":  # beside a configuration the decoder's heads are needed too
+        if not decoder or file != "FOLDER":  # beside a configuration the decoder's heads are needed too
             lines.append(f"maehub.load({file!r}{keywords.get('heads', '')})")
     if guessed:
         lines.append(f"{' and '.join(guessed)} in it is a guess: who made the file knows")
     return tuple(lines)
-
-
-def _arguments(network: Network, target: Target | None) -> dict[str, int | str]:
-    """What must be said to load it, since neither shapes nor a configuration tell it."""
-    arguments: dict[str, int | str] = {}
-    if published_heads(network.width, network.depth, network.patch_size) is None:
-        arguments["heads"] = network.heads or max(1, network.width // HEAD_WIDTH)
-    decoder = network.decoder
-    if decoder and decoder.depth and published_decoder_heads(decoder.width) is None:
-        arguments["decoder_heads"] = decoder.heads or max(1, decoder.width // DECODER_HEAD_WIDTH)
-    if target in ("pixels", "normalised_pixels"):
-        arguments["target"] = target
-    return arguments

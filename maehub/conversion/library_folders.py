@@ -15,12 +15,13 @@ from typing import Literal, TypeGuard, get_args
 import torch
 from huggingface_hub import ModelCardData
 
-from maehub.conversion.exporting import ExportForm, notes_for, write_exported
+from maehub.conversion.exporting import ExportForm, write_exported
 from maehub.errors import UsageError
 from maehub.files import write_json, write_text
-from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder
+from maehub.models import AutoencoderConfig, Encoder, MaskedAutoencoder
 from maehub.version import __version__
 from maehub.weights import (
+    Config,
     ForeignDialect,
     from_official,
     is_foreign,
@@ -51,7 +52,7 @@ def is_exported(form: str) -> TypeGuard[ExportForm]:
     return form in get_args(ExportForm)
 
 
-def check_foreign_form(config: EncoderConfig | AutoencoderConfig, form: ForeignForm) -> None:
+def check_foreign_form(config: Config, form: ForeignForm) -> None:
     """Refuse before any work what a library cannot compute."""
     encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
     square = encoder.size[0] == encoder.size[1]
@@ -61,22 +62,18 @@ def check_foreign_form(config: EncoderConfig | AutoencoderConfig, form: ForeignF
                 f"ViTDet takes the position table of a square image, and this one is for {encoder.size[0]}×"
                 f"{encoder.size[1]}; load the model with a square image_size=, save it, and convert that folder"
             )
-        return
-    if isinstance(config, EncoderConfig) or is_exported(form):
-        return
-    if not square:
-        reason = "its decoder takes square images alone"
-    elif config.mask_tokens == "encoder":
-        reason = "its encoder never sees mask tokens"
-    elif config.decoder_depth == 0:
-        reason = "its decoder has at least one block"
-    elif config.target == "pca":
-        reason = "it has no place for the components of a PCA"
-    else:
-        return
-    raise UsageError(
-        f"{form} would not compute the same, since {reason}; write to='maehub', or save the encoder and convert that"
-    )
+    elif isinstance(config, AutoencoderConfig) and not is_exported(form):
+        reasons = {
+            "its decoder takes square images alone": not square,
+            "its encoder never sees mask tokens": config.mask_tokens == "encoder",
+            "its decoder has at least one block": config.decoder_depth == 0,
+            "it has no place for the components of a PCA": config.target == "pca",
+        }
+        if reason := next((reason for reason, holds in reasons.items() if holds), None):
+            raise UsageError(
+                f"{form} would not compute the same, since {reason}; write to='maehub', or save the encoder and "
+                "convert that"
+            )
 
 
 def write_foreign(staging: Path, name: str, model: Encoder | MaskedAutoencoder, form: ForeignForm) -> None:
@@ -84,7 +81,7 @@ def write_foreign(staging: Path, name: str, model: Encoder | MaskedAutoencoder, 
     encoder = model if isinstance(model, Encoder) else model.encoder
     hashes: dict[str, str] = {}
     if is_exported(form):
-        write_exported(encoder, staging, form, notes_for(encoder))
+        write_exported(encoder, staging, form)
     elif is_foreign(form):
         tensors = from_official(to_official(model.state_dict()).state, form)
         metadata = {"format": "pt", "maehub": __version__}
@@ -124,9 +121,10 @@ def _page(name: str, model: Encoder | MaskedAutoencoder, form: ForeignForm) -> s
             "decoder": decoder.decoder_width,
             "blocks": decoder.decoder_depth,
             "outputs": decoder.prediction_width,
+            "decoder_heads": decoder.decoder_heads,
+            "norm_pix": decoder.target == "normalised_pixels",
         }
-        facts |= {"decoder_heads": decoder.decoder_heads, "norm_pix": decoder.target == "normalised_pixels"}
-    body = _USES[form, isinstance(model, MaskedAutoencoder)] if (form, True) in _USES else _USES[form, False]
+    body = _USES.get((form, isinstance(model, MaskedAutoencoder)), _USES[form, False])
     mean, std = ([round(value, 6) for value in values] for values in (encoder.preprocess.mean, encoder.preprocess.std))
     transform = (
         f"Pictures: {encoder.preprocess.resize} to {config.size[0]}×{config.size[1]}, channel means {mean}, deviations "

@@ -5,8 +5,10 @@ published networks of the same shape or by a configuration, and the grid by the 
 sine-cosine one of MAE.
 """
 
+import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +21,9 @@ from maehub.hub import Role, architecture_heads
 from maehub.images import Preprocess, Size
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, sincos_table
 from maehub.weights import (
+    Config,
     Dialect,
+    Hints,
     Misfit,
     infer_config,
     misfit,
@@ -31,8 +35,6 @@ from maehub.weights import (
     size_name,
     to_official,
 )
-
-Config = EncoderConfig | AutoencoderConfig
 
 SizeFrom = Literal["configuration", "positions", "square", ""]
 """How an image size is known; "square" is assumed, since learned positions do not tell; "" is not known."""
@@ -69,10 +71,6 @@ class DecoderShape:
     depth: int
     heads: int | None
 
-    def describe(self) -> str:
-        """A line of the table for a person."""
-        return f"{self.depth} blocks of width {self.width}, {_heads_words(self.heads)}"
-
 
 @dataclass(frozen=True)
 class Network:
@@ -97,25 +95,23 @@ class Network:
         """What a file of it holds."""
         return "autoencoder" if self.decoder else "classifier" if self.classes else "encoder"
 
-    def describe(self) -> str:
-        """A line of the table for a person."""
-        size = f"{self.depth} blocks of width {self.width}, {_heads_words(self.heads)}"
-        return f"{size}, patch {self.patch_size}, {self.positions} positions"
-
-    def describe_size(self) -> str:
-        """Likewise: of its pictures."""
+    def describe(self) -> dict[str, str]:
+        """Rows of a table for a person: network, size, decoder and head; empty is what it does not have."""
         channels = f"{self.channels} channel{'s' if self.channels > 1 else ''}"
-        if self.image_size is None:
-            return f"not told by a position table that is no square; {channels}"
-        return f"{self.image_size[0]}×{self.image_size[1]} pixels ({_SIZE_WORDS[self.size_from]}), {channels}"
-
-    def describe_head(self) -> str:
-        """Likewise: of its head, and of a missing one."""
-        if self.tuning == "none":
-            averages = "none; tokens are averaged, then fc_norm: it was or is to be fine-tuned"
-            return "" if self.pool == "cls" else averages
-        pool = "mean of the patch tokens" if self.pool == "mean" else "class token"
-        return f"{self.classes} classes from the {pool} ({_TUNING_WORDS[self.tuning]})"
+        size = f"not told by a position table that is no square; {channels}"
+        if self.image_size:
+            rows, columns = self.image_size
+            size = f"{rows}×{columns} pixels ({_SIZE_WORDS[self.size_from]}), {channels}"
+        head = "none; tokens are averaged, then fc_norm: it was or is to be fine-tuned" if self.pool == "mean" else ""
+        if self.tuning != "none":
+            pool = "mean of the patch tokens" if self.pool == "mean" else "class token"
+            head = f"{self.classes} classes from the {pool} ({_TUNING_WORDS[self.tuning]})"
+        return {
+            "network": f"{_blocks_words(self)}, patch {self.patch_size}, {self.positions} positions",
+            "size": size,
+            "decoder": _blocks_words(self.decoder) if self.decoder else "",
+            "head": head,
+        }
 
 
 @dataclass(frozen=True)
@@ -140,19 +136,13 @@ class PlainVit:
         return self.misfit.missing == ["cls_token"] and not self.misfit.unexpected
 
 
-def _heads_words(heads: int | None) -> str:
-    return f"{heads} heads" if heads else "a number of heads that tensors do not tell"
+def _blocks_words(stack: Network | DecoderShape) -> str:
+    heads = f"{stack.heads} heads" if stack.heads else "a number of heads that tensors do not tell"
+    return f"{stack.depth} blocks of width {stack.width}, {heads}"
 
 
-def read_plain(
-    checkpoint: Checkpoint, heads: int | None = None, decoder_heads: int | None = None
-) -> tuple[PlainVit | None, str]:
-    """Read a checkpoint as a plain ViT or masked autoencoder.
-
-    Args:
-        checkpoint: opened; only its position table is read.
-        heads: attention heads of the encoder, where the caller knows them.
-        decoder_heads: likewise of the decoder.
+def read_plain(checkpoint: Checkpoint, hints: Hints) -> tuple[PlainVit | None, str]:
+    """Read a checkpoint as a plain ViT or masked autoencoder; of its tensors only the position table is read.
 
     Returns:
         What was found, and why a configuration beside the tensors was not used, if it was not. None if the names are
@@ -166,43 +156,44 @@ def read_plain(
         return None, ""
     state = official.state
     names = official_names(checkpoint.shapes).names
-    grid = _sincos_grid(checkpoint, state, names)
-    config, preprocess, refused = _configured(checkpoint, state, heads, decoder_heads)
+    grid, table = None, state.get("pos_embed")
+    if table is not None and table.ndim == 3 and table.is_floating_point() and 0 < table.numel() <= _LARGEST_TABLE:
+        grid = grid_of_table(checkpoint.values()[next(key for key, name in names.items() if name == "pos_embed")])
+    config, preprocess, refused = _configured(checkpoint, state, hints)
     configured = config is not None
     size_from: SizeFrom = "configuration"
     if config is None:
-        config, size_from = _inferred(state, heads, decoder_heads, grid)
+        config, size_from = _inferred(state, hints, grid)
     network = None
     if config:
-        encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
-        if not configured:
-            key = (encoder.width, encoder.depth, encoder.patch_size)
-            heads = heads or published_heads(*key) or architecture_heads(*key)
-        decoder = _decoder(config, configured, decoder_heads)
         # Of a whole linear probe the BatchNorm is no more in the state.
-        probe = "head.0.running_mean" in names.values() and "head.0.running_mean" not in state
-        network = _network(encoder, decoder, encoder.heads if configured else heads, size_from, bool(grid), probe)
+        is_probe = "head.0.running_mean" in names.values() and "head.0.running_mean" not in state
+        network = _network(config, configured, hints, size_from, grid is not None, is_probe)
     return PlainVit(official.dialect, config, preprocess, network, configured, _misfit(state, config)), refused
 
 
 def _network(
-    encoder: EncoderConfig,
-    decoder: DecoderShape | None,
-    heads: int | None,
-    size_from: SizeFrom,
-    is_sincos: bool,
-    is_probe: bool,
+    config: Config, configured: bool, hints: Hints, size_from: SizeFrom, is_sincos: bool, is_probe: bool
 ) -> Network:
+    """A network in words. What is ``configured`` has its heads, any other those that a hint or its shape tells."""
+    encoder, decoder = config if isinstance(config, EncoderConfig) else config.encoder, None
+    key = (encoder.width, encoder.depth, encoder.patch_size)
+    if isinstance(config, AutoencoderConfig) and not config.decoder_depth:
+        decoder = DecoderShape(encoder.width, 0, None)
+    elif isinstance(config, AutoencoderConfig):
+        told = hints.decoder_heads or published_decoder_heads(config.decoder_width)
+        heads = config.decoder_heads if configured else told
+        decoder = DecoderShape(config.decoder_width, config.decoder_depth, heads)
     tuning: Tuning = "none"
     if is_probe:
         tuning = "linear probe"
     elif encoder.classes:
         tuning = "head" if is_sincos and encoder.pool == "cls" else "fine-tuned"
     return Network(
-        name=size_name(encoder.width, encoder.depth, encoder.patch_size),
+        name=size_name(*key),
         width=encoder.width,
         depth=encoder.depth,
-        heads=heads,
+        heads=encoder.heads if configured else hints.heads or published_heads(*key) or architecture_heads(*key),
         patch_size=encoder.patch_size,
         channels=encoder.channels,
         image_size=encoder.size if size_from else None,
@@ -215,35 +206,22 @@ def _network(
     )
 
 
-def _decoder(config: Config, configured: bool, heads: int | None) -> DecoderShape | None:
-    if not isinstance(config, AutoencoderConfig):
-        return None
-    if not config.decoder_depth:
-        return DecoderShape(config.encoder.width, 0, None)
-    known = config.decoder_heads if configured else heads or published_decoder_heads(config.decoder_width)
-    return DecoderShape(config.decoder_width, config.decoder_depth, known)
-
-
 def _configured(
-    checkpoint: Checkpoint, state: Mapping[str, Tensor], heads: int | None, decoder_heads: int | None
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], hints: Hints
 ) -> tuple[Config | None, Preprocess | None, str]:
     """What a configuration in the file or beside it says; None and why not where it says nothing that is read."""
     try:
         if block := packed_block(checkpoint.metadata, str(checkpoint.file)):
             return block.config, block.preprocess, ""
         if checkpoint.config:
-            stored = read_config(
-                checkpoint.config, checkpoint.file, heads=heads, decoder_heads=decoder_heads, state=dict(state)
-            )
+            stored = read_config(checkpoint.config, checkpoint.file, hints, state=state)
             return stored.config, stored.preprocess, ""
     except (MaehubError, ValueError) as error:
         return None, None, str(error).split("\n")[0]
     return None, None, ""
 
 
-def _inferred(
-    state: Mapping[str, Tensor], heads: int | None, decoder_heads: int | None, grid: Size | None
-) -> tuple[Config | None, SizeFrom]:
+def _inferred(state: Mapping[str, Tensor], hints: Hints, grid: Size | None) -> tuple[Config | None, SizeFrom]:
     """The network by its shapes; heads that nothing tells are 1 in it, and a size that nothing tells is one row."""
     kernel, table, head = (
         tuple(state[name].shape) if name in state else ()
@@ -258,17 +236,9 @@ def _inferred(
         "": (patch, (table[1] - 1) * patch),
     }
     for size_from, size in sizes.items():
-        try:
-            config = infer_config(
-                state,
-                heads=heads or 1,
-                decoder_heads=decoder_heads or 1,
-                target="tokens" if tokens else None,
-                image_size=size,
-            )
-        except (UsageError, IntegrityError):
-            continue
-        return config, size_from
+        said = Hints(hints.heads or 1, hints.decoder_heads or 1, "tokens" if tokens else None, size)
+        with suppress(UsageError, IntegrityError):
+            return infer_config(state, said), size_from
     return None, ""
 
 
@@ -278,32 +248,18 @@ def _misfit(state: Mapping[str, Tensor], config: Config | None) -> Misfit:
     if config is None:
         return Misfit([name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state], unknown, [])
     encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
-    depth, widths = encoder.depth, [encoder.width]
-    if isinstance(config, AutoencoderConfig):
-        depth += config.decoder_depth
-        widths += [config.decoder_width] if config.decoder_depth else []
-    if depth > len(state) or encoder.grid[0] * encoder.grid[1] * max(widths) > _LARGEST_TABLE:  # dear to build
+    depth, width = encoder.depth, encoder.width
+    if isinstance(config, AutoencoderConfig) and config.decoder_depth:
+        depth, width = depth + config.decoder_depth, max(width, config.decoder_width)
+    if depth > len(state) or encoder.grid[0] * encoder.grid[1] * width > _LARGEST_TABLE:  # dear to build
         return Misfit([], unknown, ["the tensors are too few or too small for the network that their names tell"])
     with torch.device("meta"):
         network = MaskedAutoencoder(config) if isinstance(config, AutoencoderConfig) else Encoder(config)
     return misfit(state, to_official(network.state_dict()).state)
 
 
-def _sincos_grid(checkpoint: Checkpoint, state: Mapping[str, Tensor], names: Mapping[str, str]) -> Size | None:
-    """The (rows, columns) whose sine-cosine table is the stored one; None if it is another."""
-    table = state.get("pos_embed")
-    if table is None or table.ndim != 3 or not table.is_floating_point() or not 0 < table.numel() <= _LARGEST_TABLE:
-        return None
-    name = next(key for key, official in names.items() if official == "pos_embed")
-    return grid_of_table(checkpoint.values()[name])
-
-
 def grid_of_table(table: Tensor) -> Size | None:
-    """Find the grid (rows, columns) that a sine-cosine table was made for; None of a learned table.
-
-    Args:
-        table: (1, N + 1, D), class token first.
-    """
+    """The (rows, columns) that a sine-cosine table (1, N + 1, D), class token first, is for; None of a learned one."""
     count, width = table.shape[1] - 1, table.shape[2]
     if count < 1 or width % 4:
         return None
@@ -312,10 +268,7 @@ def grid_of_table(table: Tensor) -> Size | None:
         return None
     for columns in (number for number in range(1, count + 1) if not count % number):
         # The whole table is compared only where its first row fits.
-        row = sincos_table(width, (1, columns))
-        if (values[1 : columns + 1] - row).abs().max() > _EQUAL:
-            continue
-        whole = sincos_table(width, (count // columns, columns))
-        if (values[1:] - whole).abs().max() <= _EQUAL:
-            return count // columns, columns
+        grids = [(1, columns), (count // columns, columns)]
+        if all((values[1 : 1 + math.prod(grid)] - sincos_table(width, grid)).abs().max() <= _EQUAL for grid in grids):
+            return grids[1]
     return None

@@ -5,7 +5,7 @@ normalised pixels predicts patches of mean 0 whatever the picture. Random weight
 1 too, so that is not enough: the prediction must also explain the picture.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,10 +40,6 @@ class Judgement:
     pixels: float  # share of the pixels' variance that the prediction explains; below 0 it is worse than their mean
     normalised: float  # the same of the normalised pixels
 
-    def to_dict(self) -> dict[str, float | str]:
-        """All of it as plain values, for JSON."""
-        return asdict(self)
-
     def describe(self) -> str:
         """The figures in one line."""
         return (
@@ -60,12 +56,9 @@ def can_detect(autoencoder: MaskedAutoencoder) -> bool:
 
 @torch.inference_mode()
 def detect_target(autoencoder: MaskedAutoencoder) -> Judgement:
-    """Decide between pixels, normalised pixels and neither of them.
+    """Decide between pixels, normalised pixels and neither of them; `can_detect` must hold.
 
     Every patch of two photos is hidden three times. Deterministic; one picture is computed at a time.
-
-    Args:
-        autoencoder: its own target is not looked at; `can_detect` must hold.
     """
     config = autoencoder.config.encoder
     dtype = next(autoencoder.parameters()).dtype
@@ -87,23 +80,20 @@ def _measured(predicted: Tensor, true: Tensor) -> Judgement:
     true_means, true_variances = true.mean(dim=1), true.var(dim=1)
     figures = {
         "means": _correlation(means, true_means),
-        "variances": _correlation(_log(variances), _log(true_variances)),
+        "variances": _correlation(*(one.clamp_min(_FLAT).log() for one in (variances, true_variances))),
         "scale": (means.std() / true_means.std()).item(),
         "variance": variances.median().item(),
         "pixels": _explained(predicted, true),
         "normalised": _explained(predicted, normalised),
     }
-    return Judgement(_decide(**figures), **figures)
-
-
-def _decide(means: float, variances: float, scale: float, variance: float, pixels: float, normalised: float) -> Target:
-    follows = means >= _LEAST_MEANS and variances >= _LEAST_VARIANCES
-    if follows and _PIXEL_SCALE[0] <= scale <= _PIXEL_SCALE[1] and pixels >= _LEAST_EXPLAINED:
-        return "pixels"
-    level = scale <= _NORMALISED_SCALE and _NORMALISED_VARIANCE[0] <= variance <= _NORMALISED_VARIANCE[1]
-    if level and normalised >= _LEAST_EXPLAINED:
-        return "normalised_pixels"
-    return "unknown"
+    follows = figures["means"] >= _LEAST_MEANS and figures["variances"] >= _LEAST_VARIANCES
+    level = _NORMALISED_VARIANCE[0] <= figures["variance"] <= _NORMALISED_VARIANCE[1]
+    target: Target = "unknown"
+    if follows and _PIXEL_SCALE[0] <= figures["scale"] <= _PIXEL_SCALE[1] and figures["pixels"] >= _LEAST_EXPLAINED:
+        target = "pixels"
+    elif level and figures["scale"] <= _NORMALISED_SCALE and figures["normalised"] >= _LEAST_EXPLAINED:
+        target = "normalised_pixels"
+    return Judgement(target, **figures)
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
@@ -115,7 +105,3 @@ def _correlation(a: Tensor, b: Tensor) -> float:
 
 def _explained(predicted: Tensor, true: Tensor) -> float:
     return 1 - ((predicted - true).square().mean() / true.var(unbiased=False)).item()
-
-
-def _log(variances: Tensor) -> Tensor:
-    return variances.clamp_min(_FLAT).log()

@@ -1,28 +1,18 @@
 """Whether a network of another library computes what ours does: both on one input, exactly and on the CPU."""
 
 import copy
-import importlib
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from maehub.conversion import LARGEST_DIFFERENCE, difference, fixed_images, largest
-from maehub.errors import MissingDependencyError, UsageError
+from maehub.errors import UsageError
 from maehub.models import EncoderConfig
 from maehub.weights import to_official
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-def library(name: str) -> ModuleType:
-    """An optional library."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(f"this needs {name}: pip install {name} ({error})") from error
 
 
 def exact_dtype(network: nn.Module) -> torch.dtype:
@@ -55,9 +45,7 @@ def images_for(config: EncoderConfig, dtype: torch.dtype) -> Tensor:
 def check_same(what: str, outputs: Callable[[torch.dtype], Iterable[tuple[Tensor, Tensor]]]) -> None:
     """Compare outputs in float32 and, where they differ, in float64, in which deep networks do not differ by rounding.
 
-    Args:
-        what: whose outputs, for messages.
-        outputs: pairs of ours and theirs, computed in a dtype.
+    ``outputs`` gives pairs of ours and theirs, computed in a dtype; ``what`` they are of, for messages.
     """
     for dtype in (torch.float32, torch.float64):
         with torch.inference_mode():

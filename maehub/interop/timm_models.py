@@ -13,7 +13,7 @@ from maehub.errors import UsageError
 from maehub.images import Preprocess
 from maehub.interop.agreement import check_same, evaluable, exact_dtype, exact_state, finish, images_for
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
-from maehub.weights import LoadOptions, build_encoder, crop_fraction, infer_config, timm_config
+from maehub.weights import Hints, LoadOptions, build, crop_fraction, infer_config, timm_config
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -88,26 +88,31 @@ def from_timm(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"from_timm takes timm's VisionTransformer, not a {type(model).__name__}")
-    name = _name(model)
+    settings: Any = getattr(model, "pretrained_cfg", None) or {}
+    architecture = settings.get("architecture") if isinstance(settings, Mapping) else None
+    name = f"timm's {architecture or type(model).__name__}"
     if reason := _why_not(model):
         raise UsageError(f"{name}: an Encoder would not compute the same, since {reason}")
     state = exact_state(model)
     network: Any = model  # older torch does not say that its parts are modules
     first = next(iter(network.blocks), None)
-    heads = first.attn.num_heads if first else 1
     height, width = network.patch_embed.img_size
-    size = (int(height), int(width))
-    config = infer_config(state, heads=heads, image_size=size, where=name)
+    hints = Hints(heads=first.attn.num_heads if first else 1, image_size=(int(height), int(width)))
+    config = infer_config(state, hints, name)
     assert isinstance(config, EncoderConfig)  # a VisionTransformer has no decoder
-    settings: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     words = settings.get("label_names") or ()
     if config.classes and len(words) == config.classes:
         config = replace(config, class_names=tuple(words))
-    transform = preprocess or _preprocess(settings, config.size, config.channels, config.patch_size, name)
+    transform = preprocess or _preprocess(settings, config, name)
     options = LoadOptions(dtype=exact_dtype(model))
-    encoder = build_encoder(state, config, transform, options=options, origin=origin, where=name)
+    encoder = build(Encoder, state, config, transform, options=options, origin=origin, where=name)
     _check_same(encoder, model, name)
-    if idle := sorted(set(_regularisers(model))):
+    rates = [
+        (type(module).__name__, getattr(module, "p", getattr(module, "drop_prob", getattr(module, "prob", 0.0))))
+        for module in model.modules()
+        if "drop" in type(module).__name__.lower()
+    ]
+    if idle := sorted({f"{kind} {rate:g}" for kind, rate in rates if rate}):
         log.info("%s: left out what acts in training alone: %s", name, ", ".join(idle))
     return finish(encoder, model)
 
@@ -122,12 +127,6 @@ def _check_same(encoder: Encoder, theirs: "VisionTransformer", what: str) -> Non
         yield one(images), other(images)
 
     check_same(what, outputs)
-
-
-def _name(model: nn.Module) -> str:
-    settings = getattr(model, "pretrained_cfg", None) or {}
-    architecture = settings.get("architecture") if isinstance(settings, Mapping) else None
-    return f"timm's {architecture or type(model).__name__}"
 
 
 def _why_not(model: nn.Module) -> str | None:
@@ -197,34 +196,17 @@ def _why_not_block(block: nn.Module) -> str | None:
         return "its attention has no bias (qkv_bias, proj_bias)"
     if type(mlp) is not Mlp or there(mlp, "norm") or mlp.fc1.bias is None:
         return "its MLP is not two linear maps with biases"
-    if not _is_exact_gelu(mlp.act):
-        return f"its activation is {type(mlp.act).__name__}, not the exact GELU"
-    return None
-
-
-@torch.inference_mode()
-def _is_exact_gelu(activation: nn.Module) -> bool:
-    """By what it computes: several classes are one."""
-    if any(True for _ in activation.parameters()):
-        return False
     points = torch.linspace(-6, 6, 601)
-    return torch.allclose(activation(points.clone()), F.gelu(points), rtol=0, atol=1e-6)
+    with torch.inference_mode():  # by what it computes: several classes are one
+        differs = list(mlp.act.parameters()) or (mlp.act(points.clone()) - F.gelu(points)).abs().max() > 1e-6
+    return f"its activation is {type(mlp.act).__name__}, not the exact GELU" if differs else None
 
 
-def _regularisers(model: nn.Module) -> Iterator[str]:
-    """What would act in training: kinds of dropout."""
-    for module in model.modules():
-        kind = type(module).__name__
-        rate = getattr(module, "p", getattr(module, "drop_prob", getattr(module, "prob", 0.0)))
-        if "drop" in kind.lower() and rate:
-            yield f"{kind} {rate:g}"
-
-
-def _preprocess(settings: Mapping[str, Any], size: tuple[int, int], channels: int, patch: int, name: str) -> Preprocess:
+def _preprocess(settings: Mapping[str, Any], config: EncoderConfig, name: str) -> Preprocess:
     """timm's evaluation transform as ours: the inverse of what `to_timm` writes."""
     mean, std = settings.get("mean"), settings.get("std")
-    if mean is None or std is None or len(mean) != channels or len(std) != channels:
-        return Preprocess.evaluation(size, channels, patch)
+    if mean is None or std is None or len(mean) != config.channels or len(std) != config.channels:
+        return Preprocess.evaluation(config.size, config.channels, config.patch_size)
     mode, share = settings.get("crop_mode") or "center", float(settings.get("crop_pct") or 0.875)
     interpolation = settings.get("interpolation") or "bicubic"
     if interpolation not in ("bicubic", "bilinear") or mode not in _RESIZES or (mode != "center" and share != 1):
@@ -232,5 +214,5 @@ def _preprocess(settings: Mapping[str, Any], size: tuple[int, int], channels: in
             f"{name}: timm's transform (interpolation={interpolation!r}, crop_mode={mode!r}, crop_pct={share:g}) is "
             "none that maehub has; say preprocess="
         )
-    fraction = crop_fraction(share, min(size))
-    return Preprocess(size, patch, _RESIZES[mode], fraction, interpolation, tuple(mean), tuple(std))  # type: ignore[arg-type]
+    fraction = crop_fraction(share, min(config.size))
+    return Preprocess(config.size, config.patch_size, _RESIZES[mode], fraction, interpolation, tuple(mean), tuple(std))  # type: ignore[arg-type]

@@ -6,23 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import UsageError
+from maehub.errors import MissingDependencyError, UsageError
 from maehub.images import Preprocess
-from maehub.interop.agreement import (
-    check_same,
-    evaluable,
-    exact_dtype,
-    exact_state,
-    finish,
-    images_for,
-    library,
-    names_there,
-)
+from maehub.interop.agreement import check_same, evaluable, exact_dtype, exact_state, finish, images_for, names_there
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.weights import (
     LoadOptions,
-    build_autoencoder,
-    build_encoder,
+    build,
     infer_config,
     to_official,
     transformers_config,
@@ -32,9 +22,6 @@ from maehub.weights import (
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
-
-# what config.json says beside the network
-_OF_A_FILE = ("model_type", "dtype", "image_processor_type")
 
 _TAKEN = ("ViTMAEForPreTraining", "ViTModel", "ViTForImageClassification")
 
@@ -64,16 +51,27 @@ def to_transformers(
     """
     if not isinstance(model, Encoder | MaskedAutoencoder):
         raise UsageError(f"to_transformers takes an Encoder or a MaskedAutoencoder, not a {type(model).__name__}")
-    _check_possible(model)
-    transformers = library("transformers")
-    state = to_official(exact_state(model)).state
-    described = transformers_config(model.config, exact_dtype(model))
+    if isinstance(model, MaskedAutoencoder):
+        if reason := why_not_transformers(model.config):
+            raise UsageError(
+                f"transformers would not compute the same, since {reason}; "
+                "to_transformers(autoencoder.encoder) gives the encoder alone"
+            )
+    elif model.config.pool == "mean":
+        raise UsageError("transformers' ViT pools the class token, and this encoder the mean; to_timm takes it")
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(f"this needs transformers: pip install transformers ({error})") from error
+    state, dtype = to_official(exact_state(model)).state, exact_dtype(model)
+    described = transformers_config(model.config, dtype)
     (name,) = described.pop("architectures")
-    described = {key: value for key, value in described.items() if key not in _OF_A_FILE}
+    for of_a_file in ("model_type", "dtype"):
+        del described[of_a_file]
     kind = getattr(transformers, name)
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     with torch.random.fork_rng(devices=()):  # fresh weights are drawn, only to be replaced
-        theirs = kind(kind.config_class(**described), **options).to(exact_dtype(model))
+        theirs = kind(kind.config_class(**described), **options).to(dtype)
     theirs.load_state_dict(
         {
             there: piece
@@ -116,57 +114,37 @@ def from_transformers(
     settings: dict[str, Any] = {
         key: list(v) if isinstance(v, tuple) else v for key, v in model.config.to_dict().items()
     }
-    hints = transformers_hints(settings, where)
     state = to_official(exact_state(model)).state
-    config = infer_config(
-        state,
-        heads=hints.heads,
-        decoder_heads=hints.decoder_heads,
-        target="normalised_pixels" if hints.norm_pix_loss else "pixels",
-        image_size=hints.image_size,
-        where=where,
-    )
-    build = build_encoder if isinstance(config, EncoderConfig) else build_autoencoder
+    config = infer_config(state, transformers_hints(settings, where), where)
+    kind: Any = Encoder if isinstance(config, EncoderConfig) else MaskedAutoencoder
     options = LoadOptions(dtype=exact_dtype(model))
-    ours: Any = build(state, config, preprocess, options=options, origin=origin, where=where)
+    ours = build(kind, state, config, preprocess, options=options, origin=origin, where=where)
     _set_eps(ours, settings.get("layer_norm_eps", 1e-12))
     _check_same(ours, model, where)
     _set_eps(ours, LAYER_NORM_EPS)
     return finish(ours, model)
 
 
-def _check_possible(model: MaskedAutoencoder | Encoder) -> None:
-    if isinstance(model, MaskedAutoencoder):
-        if reason := why_not_transformers(model.config):
-            raise UsageError(
-                f"transformers would not compute the same, since {reason}; "
-                "to_transformers(autoencoder.encoder) gives the encoder alone"
-            )
-    elif model.config.pool == "mean":
-        raise UsageError("transformers' ViT pools the class token, and this encoder the mean; to_timm takes it")
-
-
 def _check_same(ours: MaskedAutoencoder | Encoder, theirs: nn.Module, what: str) -> None:
-    def of_an_encoder(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    def outputs(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         one: Any = evaluable(ours, dtype)
+        other = evaluable(theirs, dtype)
+        if isinstance(ours, MaskedAutoencoder):
+            images, (rows, columns) = images_for(one.config.encoder, dtype), one.config.encoder.grid
+            noise = (torch.arange(len(images) * rows * columns) * 0.618033988749895 % 1).reshape(len(images), -1)
+            expected = other(images, noise=noise)
+            output = one(images, expected.mask.bool())
+            yield output.prediction, expected.logits
+            if expected.mask.any():
+                yield output.loss, expected.loss
+            return
         images = images_for(one.config, dtype)
-        output = evaluable(theirs, dtype)(images)
         if one.config.classes:
-            yield one(images), output.logits
+            yield one(images), other(images).logits
         else:
-            yield one.norm(one.encode(one.embed(images))), output.last_hidden_state
+            yield one.norm(one.encode(one.embed(images))), other(images).last_hidden_state
 
-    def of_an_autoencoder(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        one: Any = evaluable(ours, dtype)
-        images, (rows, columns) = images_for(one.config.encoder, dtype), one.config.encoder.grid
-        noise = (torch.arange(len(images) * rows * columns) * 0.618033988749895 % 1).reshape(len(images), -1)
-        expected = evaluable(theirs, dtype)(images, noise=noise)
-        output = one(images, expected.mask.bool())
-        yield output.prediction, expected.logits
-        if expected.mask.any():
-            yield output.loss, expected.loss
-
-    check_same(what, of_an_encoder if isinstance(ours, Encoder) else of_an_autoencoder)
+    check_same(what, outputs)
 
 
 def _set_eps(network: nn.Module, eps: float) -> None:

@@ -72,9 +72,6 @@ class AutoencoderConfig:
                 "decoder_depth=0 is a linear head on the encoder, which must see the mask tokens: "
                 "say mask_tokens='encoder', or a depth of at least 1"
             )
-        self._check_outputs()
-
-    def _check_outputs(self) -> None:
         outputs, pixels = self.outputs, self.patch_values
         if self.target in ("pca", "tokens"):
             if not outputs:
@@ -219,8 +216,13 @@ class MaskedAutoencoder(nn.Module):
         """
         grid, patches = self._patchify(images)  # (B, N, P·P·C)
         if masked is None:
+            if seeds is None:
+                seeds = torch.arange(len(images), device=images.device)
+            seeds = torch.as_tensor(seeds, dtype=torch.int64, device=images.device)
+            if seeds.shape != (len(images),):
+                raise UsageError(f"seeds must be {len(images)} ints, one an image, not of shape {tuple(seeds.shape)}")
             kept = kept_count(patches.shape[1], mask_ratio)
-            masked = random_masks(self._seeds(seeds, images), patches.shape[1], kept)  # (B, N)
+            masked = random_masks(seeds, patches.shape[1], kept)  # (B, N)
         else:
             self._check_masks(masked, patches)
             kept = visible_count(masked)
@@ -333,19 +335,20 @@ class MaskedAutoencoder(nn.Module):
                 f"wanted must be int64 of shape ({len(images)}, M), patches of each image, not {wanted.dtype} of "
                 f"{tuple(wanted.shape)}"
             )
-        query_index, skip_unpredicted = wanted, leave_out
-        if not skip_unpredicted:
-            if self.config.mask_tokens == "decoder" and kept is None:
-                kept = visible_count(masked)
-            return self._predict(patches, masked, kept or 0, grid, query_index)
-        if query_index is None:
-            raise UsageError("leave_out=True leaves out what is not wanted, so it needs wanted")
-        if kept is None and not masked.gather(1, query_index).all():
-            raise UsageError("leave_out=True predicts hidden patches alone, and some of the wanted ones are visible")
-        kept = visible_count(masked) if kept is None else kept
-        visible, _ = split_index(masked, kept)  # (B, K)
-        token_index = torch.cat([visible, query_index], dim=1)  # (B, K + M)
-        return self._predict(patches, masked, kept, grid, query_index, token_index)
+        token_index = None
+        if leave_out:
+            if wanted is None:
+                raise UsageError("leave_out=True leaves out what is not wanted, so it needs wanted")
+            if kept is None and not masked.gather(1, wanted).all():
+                raise UsageError(
+                    "leave_out=True predicts hidden patches alone, and some of the wanted ones are visible"
+                )
+            kept = visible_count(masked) if kept is None else kept
+            visible, _ = split_index(masked, kept)  # (B, K)
+            token_index = torch.cat([visible, wanted], dim=1)  # (B, K + M)
+        elif kept is None and self.config.mask_tokens == "decoder":
+            kept = visible_count(masked)
+        return self._predict(patches, masked, kept or 0, grid, wanted, token_index)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the decoder should predict for patches (B, N, P·P·C): (B, N, outputs) float32.
@@ -370,15 +373,6 @@ class MaskedAutoencoder(nn.Module):
         self.encoder.check_channels(images)
         size = self.config.encoder.patch_size
         return grid_size(images.shape[2], images.shape[3], size), patchify(images, size)
-
-    @staticmethod
-    def _seeds(seeds: Tensor | list[int] | None, images: Tensor) -> Tensor:
-        if seeds is None:
-            return torch.arange(len(images), device=images.device)
-        seeds = torch.as_tensor(seeds, dtype=torch.int64, device=images.device)
-        if seeds.shape != (len(images),):
-            raise UsageError(f"seeds must be {len(images)} ints, one an image, not of shape {tuple(seeds.shape)}")
-        return seeds
 
     @staticmethod
     def _check_masks(masked: Tensor, patches: Tensor) -> None:

@@ -32,10 +32,7 @@ def mean_colours(images: Tensor, patch_size: int) -> Tensor:
         )
     means = patchify(images.float(), patch_size).unflatten(2, (-1, channels)).mean(dim=2)  # (B, N, C)
     levels = (means * _LEVELS).to(torch.int64).clamp(0, _LEVELS - 1)
-    tokens = levels[:, :, 0]
-    for channel in range(1, channels):
-        tokens = tokens * _LEVELS + levels[:, :, channel]
-    return tokens
+    return sum(level * _LEVELS**power for power, level in enumerate(reversed(levels.unbind(dim=2))))
 
 
 def mean_colour_of(tokens: Tensor, channels: int = 3) -> Tensor:

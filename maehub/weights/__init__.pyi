@@ -1,12 +1,13 @@
 from .building import HEAD_STD as HEAD_STD
 from .building import LoadOptions as LoadOptions
 from .building import Misfit as Misfit
-from .building import build_autoencoder as build_autoencoder
-from .building import build_encoder as build_encoder
+from .building import build as build
 from .building import check_finite as check_finite
 from .building import misfit as misfit
 from .config_inference import DECODER_HEAD_WIDTH as DECODER_HEAD_WIDTH
 from .config_inference import HEAD_WIDTH as HEAD_WIDTH
+from .config_inference import Config as Config
+from .config_inference import Hints as Hints
 from .config_inference import infer_config as infer_config
 from .config_inference import published_decoder_heads as published_decoder_heads
 from .config_inference import published_heads as published_heads
@@ -37,6 +38,8 @@ from .model_folder import Layout as Layout
 from .model_folder import find_model_folder as find_model_folder
 from .model_folder import open_autoencoder as open_autoencoder
 from .model_folder import open_encoder as open_encoder
+from .model_folder import pack as pack
+from .model_folder import packed_block as packed_block
 from .model_folder import read_config as read_config
 from .model_folder import save as save
 from .model_folder import write_members as write_members
@@ -44,8 +47,6 @@ from .pickles import is_pickle as is_pickle
 from .pickles import pickles_in as pickles_in
 from .pickles import read_pickle as read_pickle
 from .pickles import write_pickle as write_pickle
-from .single_file import pack as pack
-from .single_file import packed_block as packed_block
 from .tensorfile import header_bytes as header_bytes
 from .tensorfile import read_header as read_header
 from .tensorfile import read_tensors as read_tensors

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import IntegrityError, UsageError, first_names
-from maehub.images import Preprocess, Size, as_size, grid_size
+from maehub.images import Preprocess, Size
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, ResizeRule, resize_table
-from maehub.weights.config_inference import describe
-from maehub.weights.keys import from_official, is_decoder, to_official
+from maehub.weights.config_inference import Config, describe
+from maehub.weights.keys import from_official, to_official
 
 log = logging.getLogger("maehub")
 
@@ -58,76 +58,65 @@ class LoadOptions:
 AS_STORED = LoadOptions()
 
 
-def build_encoder(
+def build(
+    kind: type[Network],
     state: Mapping[str, Tensor],
-    config: EncoderConfig | AutoencoderConfig,
+    config: Config,
     preprocess: Preprocess | None = None,
     *,
     options: LoadOptions = AS_STORED,
     origin: Origin | None = None,
     where: str = "these weights",
-) -> Encoder:
-    """An `Encoder` in eval mode that holds these tensors.
+) -> Network:
+    """A network in eval mode that holds these tensors; of an autoencoder's an `Encoder` leaves the decoder out.
 
     Args:
-        state: official names. Of an autoencoder the decoder is left out.
+        kind: `Encoder` or `MaskedAutoencoder`.
+        state: official names.
         config: the network that the tensors are for, before any departure.
         preprocess: its transform; None means the published evaluation.
         options: the departures from the file, dtype and device.
         origin: where the weights come from.
         where: what the tensors are, for messages.
     """
-    if isinstance(config, AutoencoderConfig):
-        config = config.encoder
-    dropped = [name for name in state if is_decoder(name)]
-    if dropped:
-        log.debug("%s: the encoder alone, without %d tensors of the decoder", where, len(dropped))
-    tensors = {name: value for name, value in state.items() if not is_decoder(name)}
-    _check_size(tensors, config, where)
-    model = _empty(Encoder, config, preprocess)
-    _check(tensors, model, where, describe(state))
-    changed = _changed(config, options)
-    if changed != config:
-        tensors = _adapted(tensors, config, changed)
-        model = _empty(Encoder, changed, _changed_preprocess(model.preprocess, config, changed))
-    model = _filled(model, tensors, options, where)
-    model.origin = origin
-    return model
-
-
-def build_autoencoder(
-    state: Mapping[str, Tensor],
-    config: EncoderConfig | AutoencoderConfig,
-    preprocess: Preprocess | None = None,
-    *,
-    options: LoadOptions = AS_STORED,
-    origin: Origin | None = None,
-    where: str = "these weights",
-) -> MaskedAutoencoder:
-    """A `MaskedAutoencoder` in eval mode that holds these tensors; arguments as in `build_encoder`."""
-    if isinstance(config, EncoderConfig):
+    looks, tensors = describe(state), dict(state)
+    if kind is Encoder:
+        config = config.encoder if isinstance(config, AutoencoderConfig) else config
+        tensors = from_official(state, "timm")
+        if len(tensors) < len(state):
+            log.debug("%s: the encoder alone, without %d tensors of the decoder", where, len(state) - len(tensors))
+    elif isinstance(config, EncoderConfig):
         raise IntegrityError(
-            f"{where}: this is {describe(state)}, without the decoder that an autoencoder needs; "
+            f"{where}: this is {looks}, without the decoder that an autoencoder needs; "
             "load it with maehub.load(...), or name an autoencoder such as vit-b-pixel"
         )
-    if options.classes:
+    elif options.classes:
         raise UsageError("an autoencoder has no head; classes= belongs to maehub.load(...)")
-    _check_size(state, config, where)
-    model = _empty(MaskedAutoencoder, config, preprocess)
-    _check(state, model, where, describe(state))
-    tensors, encoder = dict(state), _changed(config.encoder, options)
-    if encoder.channels != config.encoder.channels and config.outputs:
+    _check_size(tensors, config, looks, where)
+    model = _empty(kind, config, preprocess)
+    _check(tensors, model, looks, where)
+    old = config if isinstance(config, EncoderConfig) else config.encoder
+    new = _changed(old, options)
+    if isinstance(config, AutoencoderConfig) and config.outputs and new.channels != old.channels:
         raise UsageError(
-            f"{where}: the decoder predicts {config.target} of {config.encoder.channels} channels, which cannot be "
-            f"adapted to {encoder.channels}; maehub.load(..., channels=) adapts the encoder alone"
+            f"{where}: the decoder predicts {config.target} of {old.channels} channels, which cannot be adapted to "
+            f"{new.channels}; maehub.load(..., channels=) adapts the encoder alone"
         )
-    if encoder != config.encoder:
-        tensors = _adapted(tensors, config.encoder, encoder)
-        transform = _changed_preprocess(model.preprocess, config.encoder, encoder)
-        model = _empty(MaskedAutoencoder, replace(config, encoder=encoder), transform)
-    model = _filled(model, tensors, options, where)
-    model.encoder.origin = origin
-    return model
+    if new != old:
+        transform = model.preprocess if new.size == old.size else model.preprocess.with_size(new.size)
+        if new.channels != old.channels:  # its statistics were for other channels
+            transform = Preprocess.evaluation(new.size, new.channels, new.patch_size)
+        tensors = _adapted(tensors, old, new)
+        model = _empty(kind, new if isinstance(config, EncoderConfig) else replace(config, encoder=new), transform)
+    if options.check_finite:
+        check_finite(tensors, where)
+    dtype = options.dtype or torch.float32
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating one, not {dtype}")
+    tensors = {name: value.to(options.device, dtype) for name, value in tensors.items()}
+    model.load_state_dict(from_official(tensors, "module"), strict=True, assign=True)
+    (model.encoder if isinstance(model, MaskedAutoencoder) else model).origin = origin
+    return model.eval()
 
 
 class Misfit(NamedTuple):
@@ -166,12 +155,12 @@ def check_finite(state: Mapping[str, Tensor], where: str = "these weights") -> N
         raise IntegrityError(f"{where}: NaN or infinity in {some}; the weights were damaged or training diverged")
 
 
-def _empty(kind: type[Network], config: EncoderConfig | AutoencoderConfig, preprocess: Preprocess | None) -> Network:
+def _empty(kind: type[Network], config: Config, preprocess: Preprocess | None) -> Network:
     with torch.device("meta"):
         return kind(config, preprocess)  # type: ignore[arg-type]
 
 
-def _check_size(state: Mapping[str, Tensor], config: EncoderConfig | AutoencoderConfig, where: str) -> None:
+def _check_size(state: Mapping[str, Tensor], config: Config, looks: str, where: str) -> None:
     """Refuse a configuration that is far too large for its tensors, before a network of that size is built."""
     encoder = config if isinstance(config, EncoderConfig) else config.encoder
     rows, columns = encoder.grid
@@ -179,103 +168,58 @@ def _check_size(state: Mapping[str, Tensor], config: EncoderConfig | Autoencoder
     if isinstance(config, AutoencoderConfig):
         width = config.decoder_width if config.decoder_depth else encoder.width
         depth += config.decoder_depth
-        largest = max(largest, rows * columns * width if config.decoder_depth else 0, width * config.prediction_width)
+        largest = max(largest, rows * columns * width, width * config.prediction_width)
     if depth > len(state) or largest > sum(value.numel() for value in state.values()):
         raise IntegrityError(
             f"{where}: too few tensors for the configuration, depth {depth}, width {encoder.width}, grid "
-            f"{rows}×{columns}; it looks like: {describe(state)}. Nothing was loaded"
+            f"{rows}×{columns}; it looks like: {looks}. Nothing was loaded"
         )
 
 
-def _check(state: Mapping[str, Tensor], model: Encoder | MaskedAutoencoder, where: str, looks: str) -> None:
+def _check(state: Mapping[str, Tensor], model: Encoder | MaskedAutoencoder, looks: str, where: str) -> None:
     """Every tensor is there, none is too many, each has its shape and is floating."""
     expected = to_official(model.state_dict()).state
     misfits = misfit(state, expected)
-    unusable = [f"{n} {state[n].dtype}" for n in expected if n in state and not state[n].is_floating_point()]
     problems = {
         "missing": sorted(misfits.missing),
         "unexpected": sorted(misfits.unexpected),
         "of another shape": misfits.misshaped,
-        "not floating": unusable,
+        "not floating": [f"{n} {state[n].dtype}" for n in expected if n in state and not state[n].is_floating_point()],
     }
-    if not any(problems.values()):
-        return
     lines = [
         f"{what}, {len(names)} of {len(expected)}: {first_names(names, _MOST_LISTED)}"
         for what, names in problems.items()
         if names
     ]
-    first = f"{where}: the tensors do not fit the network that was asked for; nothing was loaded"
-    raise IntegrityError("\n".join([f"{first}. It looks like: {looks}", *lines]))
+    if lines:
+        first = f"{where}: the tensors do not fit the network that was asked for; nothing was loaded"
+        raise IntegrityError("\n".join([f"{first}. It looks like: {looks}", *lines]))
 
 
 def _changed(config: EncoderConfig, options: LoadOptions) -> EncoderConfig:
     """The configuration after the departures that were asked for."""
-    size = config.size if options.image_size is None else as_size(options.image_size, "image_size")
-    grid_size(*size, config.patch_size)
-    return replace(
-        config,
-        image_size=size,
-        channels=config.channels if options.channels is None else options.channels,
-        classes=config.classes if options.classes is None else options.classes,
-        class_names=config.class_names if options.classes in (None, config.classes) else (),
-        multi_label=config.multi_label and options.classes in (None, config.classes),
-        positions=config.positions if options.positions is None else options.positions,
-    )
+    asked = {name: getattr(options, name) for name in ("image_size", "channels", "classes", "positions")}
+    if options.classes not in (None, config.classes):
+        asked |= {"class_names": (), "multi_label": False}
+    return replace(config, **{name: value for name, value in asked.items() if value is not None})
 
 
-def _changed_preprocess(preprocess: Preprocess, old: EncoderConfig, new: EncoderConfig) -> Preprocess:
-    if new.channels != old.channels:  # its statistics were for other channels
-        return Preprocess.evaluation(new.size, new.channels, new.patch_size)
-    return preprocess if new.size == old.size else preprocess.with_size(new.size)
-
-
-def _adapted(state: Mapping[str, Tensor], old: EncoderConfig, new: EncoderConfig) -> dict[str, Tensor]:
-    """The tensors after the departures, each from the file's own."""
-    state = dict(state)
-    for name in ("pos_embed", "decoder_pos_embed"):
-        if name in state:
-            state[name] = resize_table(state[name], old.grid, new.grid, new.positions)
+def _adapted(state: dict[str, Tensor], old: EncoderConfig, new: EncoderConfig) -> dict[str, Tensor]:
+    """The tensors after the departures, each from the file's own; for channels see `LoadOptions`."""
+    changed: dict[str, Tensor] = {
+        name: resize_table(state[name], old.grid, new.grid, new.positions)
+        for name in ("pos_embed", "decoder_pos_embed")
+        if name in state
+    }
     if new.channels != old.channels:
-        state["patch_embed.proj.weight"] = _with_channels(state["patch_embed.proj.weight"], new.channels)
-        if "decoder_pred.weight" in state:
-            for name in ("decoder_pred.weight", "decoder_pred.bias"):
-                state[name] = _predicting_channels(state[name], old.channels, new.channels)
-    if new.classes != old.classes:
-        for name in ("head.weight", "head.bias"):
-            state.pop(name, None)
-        if new.classes:
-            weight = torch.empty(new.classes, new.width)
-            state["head.weight"] = nn.init.trunc_normal_(weight, std=HEAD_STD)
-            state["head.bias"] = torch.zeros(new.classes)
-    return state
-
-
-def _with_channels(kernel: Tensor, channels: int) -> Tensor:
-    """The stem (D, C, P, P) for other channels, (D, ``channels``, P, P); see `LoadOptions`."""
-    kernel = kernel.float()
-    if channels == 1:
-        return kernel.sum(dim=1, keepdim=True)
-    old = kernel.shape[1]
-    return kernel[:, torch.arange(channels) % old] * (old / channels)
-
-
-def _predicting_channels(values: Tensor, old: int, channels: int) -> Tensor:
-    """The pixel head's weight (P·P·C, d) or bias (P·P·C,) for other channels; see `LoadOptions`."""
-    pixels = values.float().unflatten(0, (-1, old))  # (P·P, C) or (P·P, C, d): channels are fastest
-    if channels == 1:
-        return pixels.mean(dim=1)
-    return pixels[:, torch.arange(channels) % old].flatten(0, 1)
-
-
-def _filled(model: Network, state: Mapping[str, Tensor], options: LoadOptions, where: str) -> Network:
-    """Give an empty network its tensors, in eval mode."""
-    if options.check_finite:
-        check_finite(state, where)
-    dtype = options.dtype or torch.float32
-    if not dtype.is_floating_point:
-        raise UsageError(f"dtype must be a floating one, not {dtype}")
-    tensors = {name: value.to(options.device, dtype) for name, value in state.items()}
-    dialect = from_official(tensors, "module") if isinstance(model, MaskedAutoencoder) else tensors
-    model.load_state_dict(dialect, strict=True, assign=True)
-    return model.eval()
+        turns = torch.arange(new.channels) % old.channels
+        kernel = state["patch_embed.proj.weight"].float()  # (D, C, P, P)
+        grey, coloured = kernel.sum(dim=1, keepdim=True), kernel[:, turns] * (old.channels / new.channels)
+        changed["patch_embed.proj.weight"] = grey if new.channels == 1 else coloured
+        for name in {"decoder_pred.weight", "decoder_pred.bias"} & state.keys():
+            pixels = state[name].float().unflatten(0, (-1, old.channels))  # (P·P, C[, d]): channels are fastest
+            changed[name] = pixels.mean(dim=1) if new.channels == 1 else pixels[:, turns].flatten(0, 1)
+    if new.classes and new.classes != old.classes:
+        changed["head.weight"] = nn.init.trunc_normal_(torch.empty(new.classes, new.width), std=HEAD_STD)
+        changed["head.bias"] = torch.zeros(new.classes)
+    return {name: value for name, value in (state | changed).items() if new.classes or not name.startswith("head.")}

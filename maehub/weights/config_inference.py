@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,8 +12,22 @@ from maehub.images import Size
 from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
 from maehub.weights.keys import ENCODER_MASK_TOKEN, is_decoder
 
+Config = EncoderConfig | AutoencoderConfig
+
 HEAD_WIDTH, DECODER_HEAD_WIDTH = 64, 32
 """Of one attention head, in nearly all networks."""
+
+
+class Hints(NamedTuple):
+    """What a caller or a configuration says of a network beyond the shapes of its tensors; None where it does not."""
+
+    heads: int | None = None  # attention heads of the encoder
+    decoder_heads: int | None = None
+    target: Target | None = None  # what the decoder was trained to predict
+    image_size: Size | None = None  # that the position table is for, pixels
+
+
+NO_HINTS = Hints()
 
 
 def published_heads(width: int, depth: int, patch_size: int) -> int | None:
@@ -34,29 +49,13 @@ def size_name(width: int, depth: int, patch_size: int) -> str:
     return f"ViT-{same[0].removeprefix('vit-').title()}/{patch_size}"
 
 
-def infer_config(
-    state: Mapping[str, Tensor],
-    *,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    target: Target | None = None,
-    image_size: int | Size | None = None,
-    where: str = "these weights",
-) -> EncoderConfig | AutoencoderConfig:
-    """Read the network off the shapes of its tensors, where no configuration says it.
+def infer_config(state: Mapping[str, Tensor], hints: Hints = NO_HINTS, where: str = "these weights") -> Config:
+    """Read the network off the shapes of its tensors (official names), where no configuration says it.
 
-    Args:
-        state: official names.
-        heads: attention heads of the encoder. Shapes do not tell them: None takes those of the published network with
-            the same width, depth and patch.
-        decoder_heads: heads of the decoder; None means 16 at width 512, as published.
-        target: what the decoder was trained to predict, which shapes do not tell either; None means unknown, unless
-            there are the components of ``pca``, which nothing else has.
-        image_size: the size that the position table is for, in pixels; None means square.
-        where: what the tensors are, for messages.
-
-    Returns:
-        An `AutoencoderConfig` if there is a decoder, else an `EncoderConfig`.
+    Of what shapes do not tell and no hint says, heads are those of the published network with the same width, depth and
+    patch, and 16 in a decoder of width 512; the target is unknown, unless there are the components of ``pca``, which
+    nothing else has; and the image is square. Where there is a decoder, an `AutoencoderConfig` comes back. ``where`` is
+    what the tensors are, for messages.
     """
     shape = {name: tuple(value.shape) for name, value in state.items()}
     kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())
@@ -75,12 +74,13 @@ def infer_config(
         )
     width, channels, patch, _ = kernel
     depth = _depth(shape, "blocks.")
-    heads = published_heads(width, depth, patch) if heads is None else heads
+    heads = published_heads(width, depth, patch) if hints.heads is None else hints.heads
     if heads is None:
         raise UsageError(
             f"{where}: no published network has width {width}, depth {depth} and patch {patch}, and tensors do not "
             f"tell the number of attention heads; say it: heads={max(1, width // HEAD_WIDTH)}, for example"
         )
+    image_size: int | Size | None = hints.image_size
     if image_size is None:
         side = math.isqrt(table[1] - 1)
         if side * side != table[1] - 1:
@@ -89,6 +89,9 @@ def infer_config(
                 "image_size=(height, width)"
             )
         image_size = side * patch
+    ratio = hidden[0] / width if hidden else 4.0
+    if hidden and int(width * ratio) != hidden[0]:  # as `Mlp` counts its hidden values
+        ratio = math.nextafter(ratio, math.inf)
     head = shape.get("head.weight", ())
     encoder = EncoderConfig(
         image_size,
@@ -97,20 +100,20 @@ def infer_config(
         width,
         depth,
         heads,
-        mlp_ratio=_ratio(width, hidden[0]) if hidden else 4.0,
+        mlp_ratio=ratio,
         classes=head[0] if head else 0,
         pool="mean" if "fc_norm.weight" in shape else "cls",
     )
     if not any(is_decoder(name) for name in shape):
         return encoder
-    config = AutoencoderConfig(
-        encoder, target="unknown", mask_tokens="encoder" if ENCODER_MASK_TOKEN in shape else "decoder"
-    )
+    config = AutoencoderConfig(encoder, target="unknown")
+    if ENCODER_MASK_TOKEN in shape:
+        config = replace(config, mask_tokens="encoder")
     if _is_linear_head(shape):
         config = replace(config, decoder_depth=0)
     else:
-        config = _with_decoder(config, state, decoder_heads, where)
-    return _with_outputs(config, shape, target, where)
+        config = _with_decoder(config, state, hints.decoder_heads, where)
+    return _with_outputs(config, shape, hints.target, where)
 
 
 def with_target(config: AutoencoderConfig, target: Target, where: str = "these weights") -> AutoencoderConfig:
@@ -186,9 +189,3 @@ def _depth(names: Iterable[str], stack: str) -> int:
     """Blocks of a stack: one more than the highest number in a name."""
     numbers = [name.removeprefix(stack).split(".")[0] for name in names if name.startswith(stack)]
     return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 4), default=-1)
-
-
-def _ratio(width: int, hidden: int) -> float:
-    """The mlp_ratio with int(width · ratio) = hidden."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -6,15 +6,16 @@ transformers and timm ignore top-level keys that they do not know, and our block
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.images import Preprocess
-from maehub.models import AutoencoderConfig, EncoderConfig, Origin
+from maehub.images import Preprocess, Size
+from maehub.models import AutoencoderConfig, EncoderConfig, Origin, Target
 from maehub.version import __version__
+from maehub.weights.config_inference import Config, Hints
 
 FORMAT = 1
 """Version of our block; a reader refuses a newer one."""
@@ -42,10 +43,6 @@ _TIMM_ARCHITECTURES = {
 # transformers' field, what the networks here always have
 _TRANSFORMERS_FIXED = {"hidden_act": "gelu", "qkv_bias": True}
 
-# 1e-12 is what the conversions to transformers of the published weights say; the weights were trained with 1e-6.
-_KNOWN_EPS = (1e-6, 1e-12)
-
-Config = EncoderConfig | AutoencoderConfig
 Fields = TypeVar("Fields", EncoderConfig, AutoencoderConfig, Origin)
 
 
@@ -59,30 +56,17 @@ class Block:
     sha256: dict[str, str]  # of the tensor files, by name inside the folder
 
 
-@dataclass(frozen=True)
-class Hints:
-    """What another library's configuration says beyond the shapes of the tensors; None where it does not."""
-
-    heads: int | None = None
-    decoder_heads: int | None = None
-    norm_pix_loss: bool | None = None
-    image_size: tuple[int, int] | None = None
-
-
 def why_not_transformers(config: AutoencoderConfig) -> str | None:
     """Why transformers' ViTMAEForPreTraining would not compute the same, or None if it does."""
     height, width = config.encoder.size
-    if height != width:
-        return "its ViTMAE takes square images alone"
-    if config.mask_tokens == "encoder":
-        return "its encoder never sees mask tokens"
-    if config.decoder_depth == 0:
-        return "its decoder has at least one block"
-    if config.target == "unknown":
-        return "what this decoder was trained to predict is unknown"
-    if config.target in ("pca", "tokens"):
-        return "its decoder predicts pixels"
-    return None
+    reasons = {
+        "its ViTMAE takes square images alone": height != width,
+        "its encoder never sees mask tokens": config.mask_tokens == "encoder",
+        "its decoder has at least one block": config.decoder_depth == 0,
+        "what this decoder was trained to predict is unknown": config.target == "unknown",
+        "its decoder predicts pixels": config.target in ("pca", "tokens"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def our_block(
@@ -96,7 +80,7 @@ def our_block(
         "format": FORMAT,
         "version": __version__,
         "kind": "encoder" if isinstance(config, EncoderConfig) else "autoencoder",
-        "network": _as_json(asdict(config)),
+        "network": asdict(config),
         "preprocess": preprocess.to_dict(),
         "origin": asdict(origin) if origin else None,
         "dtype": str(dtype).removeprefix("torch."),
@@ -107,7 +91,6 @@ def our_block(
 
 def read_block(block: Any, where: str) -> Block:
     """The inverse of `our_block`."""
-    known = {"format", "version", "kind", "network", "preprocess", "origin", "dtype", "verified", "sha256"}
     if not isinstance(block, dict):
         raise IntegrityError(f"{where}: the maehub block must be an object, not {type(block).__name__}")
     if isinstance(block.get("format"), int) and block["format"] > FORMAT:
@@ -115,6 +98,7 @@ def read_block(block: Any, where: str) -> Block:
             f"{where} is of format {block['format']}, written by maehub {block.get('version')}; this is {__version__}, "
             f"which reads up to format {FORMAT}: update maehub"
         )
+    known = {"format", "version", "kind", "network", "preprocess", "origin", "dtype", "verified", "sha256"}
     _only_known(block, known, f"{where}: the maehub block")
     if block.get("format") != FORMAT or block.get("kind") not in ("encoder", "autoencoder"):
         raise IntegrityError(
@@ -133,28 +117,25 @@ def read_block(block: Any, where: str) -> Block:
         config = _from_fields(EncoderConfig, network, where)
     origin = _from_fields(Origin, block["origin"], where) if block.get("origin") is not None else None
     try:
-        transform = Preprocess.from_dict(preprocess)
+        return Block(config, Preprocess.from_dict(preprocess), origin, hashes)
     except IntegrityError as error:
         raise IntegrityError(f"{where}: {error}") from error
-    return Block(config, transform, origin, hashes)
 
 
 def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | None, filename: str) -> dict[str, Any]:
     """timm's part: a registered architecture, arguments for what differs from it, and the transform."""
     height, width = config.size
     key = (config.width, config.depth, config.heads, config.patch_size)
-    arguments: dict[str, Any] = {}
-    if key not in _TIMM_ARCHITECTURES:
-        arguments |= {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
-        arguments |= {"num_heads": config.heads}
-    if config.size != (224, 224):
-        arguments["img_size"] = height if height == width else [height, width]
-    if config.mlp_ratio != 4:
-        arguments["mlp_ratio"] = config.mlp_ratio
-    if config.channels != 3:
-        arguments["in_chans"] = config.channels
-    if config.pool == "mean":
-        arguments["global_pool"] = "avg"
+    own = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    pool = "avg" if config.pool == "mean" else "token"
+    usual = {
+        "img_size": (_side_or_sides(config.size), 224),
+        "mlp_ratio": (config.mlp_ratio, 4),
+        "in_chans": (config.channels, 3),
+        "global_pool": (pool, "token"),
+    }
+    arguments: dict[str, Any] = {} if key in _TIMM_ARCHITECTURES else own
+    arguments |= {name: value for name, (value, default) in usual.items() if value != default}
     pretrained = {
         "tag": "mae",
         "custom_load": False,
@@ -179,7 +160,7 @@ def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | 
         "architecture": _TIMM_ARCHITECTURES.get(key, "vit_base_patch16_224"),
         "num_classes": config.classes,
         "num_features": config.width,
-        "global_pool": "avg" if config.pool == "mean" else "token",
+        "global_pool": pool,
         "model_args": arguments,
         "pretrained_cfg": pretrained,
     }
@@ -196,12 +177,7 @@ def _crop_share(preprocess: Preprocess) -> float:
 
 
 def crop_fraction(share: float, short: int) -> float:
-    """Our fraction for timm's ``crop_pct``: the inverse of what `timm_config` writes.
-
-    Args:
-        share: ``crop_pct``.
-        short: the shorter side in pixels.
-    """
+    """Our fraction for timm's ``crop_pct``, the inverse of what `timm_config` writes, at a shorter side in pixels."""
     cover = max(short, math.floor(short / share))  # timm rounds down
     return share if round(short / share) == cover else short / cover
 
@@ -209,7 +185,6 @@ def crop_fraction(share: float, short: int) -> float:
 def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """transformers' part, for ViTMAEForPreTraining, ViTForImageClassification or ViTModel."""
     encoder = config if isinstance(config, EncoderConfig) else config.encoder
-    height, width = encoder.size
     common = {
         "dtype": str(dtype).removeprefix("torch."),
         "hidden_size": encoder.width,
@@ -217,7 +192,7 @@ def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "num_attention_heads": encoder.heads,
         "intermediate_size": int(encoder.width * encoder.mlp_ratio),
         "layer_norm_eps": 1e-6,
-        "image_size": height if height == width else [height, width],
+        "image_size": _side_or_sides(encoder.size),
         "patch_size": encoder.patch_size,
         "num_channels": encoder.channels,
         **_TRANSFORMERS_FIXED,
@@ -281,16 +256,13 @@ def transformers_hints(config: Mapping[str, Any], where: str) -> Hints:
         if config.get(name, value) != value:
             raise UsageError(f"{where} has {name}={config[name]!r}; the networks here have {value!r}")
     eps = config.get("layer_norm_eps", 1e-12)
-    if eps not in _KNOWN_EPS:
+    if eps not in (1e-6, 1e-12):
         raise UsageError(f"{where} has layer_norm_eps={eps!r}; the networks here have 1e-6")
-    is_mae = config["model_type"] == "vit_mae"
-    norm_pix = config.get("norm_pix_loss", False)
-    return Hints(
-        _whole(config, "num_attention_heads", 12, where),
-        _whole(config, "decoder_num_attention_heads", 16, where) if is_mae else None,
-        bool(norm_pix) if is_mae else None,
-        _pair(config.get("image_size", 224), where),
-    )
+    heads, image_size = _whole(config, "num_attention_heads", 12, where), _pair(config.get("image_size", 224), where)
+    if config["model_type"] == "vit":
+        return Hints(heads, image_size=image_size)
+    target: Target = "normalised_pixels" if config.get("norm_pix_loss", False) else "pixels"
+    return Hints(heads, _whole(config, "decoder_num_attention_heads", 16, where), target, image_size)
 
 
 def timm_hints(config: Mapping[str, Any], where: str) -> Hints:
@@ -310,25 +282,9 @@ def timm_hints(config: Mapping[str, Any], where: str) -> Hints:
     )
 
 
-def with_statistics(preprocess: Preprocess, mean: Any, std: Any, where: str) -> Preprocess:
-    """The transform with another library's channel statistics, where it names some for these channels."""
-    if mean is None or std is None:
-        return preprocess
-    if not all(isinstance(v, list) and all(isinstance(n, int | float) for n in v) for v in (mean, std)):
-        raise IntegrityError(f"{where}: mean and std must be lists of numbers")
-    if len(mean) != preprocess.channels or len(std) != preprocess.channels:
-        return preprocess
-    try:
-        return replace(preprocess, mean=tuple(mean), std=tuple(std))
-    except UsageError as error:
-        raise IntegrityError(f"{where}: {error}") from error
-
-
-def _as_json(value: Any) -> Any:
-    """Tuples as lists, as JSON has them."""
-    if isinstance(value, dict):
-        return {name: _as_json(inner) for name, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+def _side_or_sides(size: Size) -> int | list[int]:
+    """A square by its side alone, as both libraries say it."""
+    return size[0] if size[0] == size[1] else list(size)
 
 
 def _only_known(values: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -27,6 +27,7 @@ from maehub.weights.library_keys import (
     foreign_extras,
     foreign_official_name,
     is_foreign,
+    renamed,
     to_foreign,
 )
 
@@ -59,26 +60,18 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 ENCODER_MASK_TOKEN = "encoder_mask_token"
 """The mask token of an autoencoder whose encoder sees it. No published file has one, so the name is ours."""
 
-# official, transformers (all versions; the encoder's behind an optional "vit.")
-_ENCODER_PARTS = (
-    ("cls_token", "embeddings.cls_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
-    ("norm", "layernorm"),
-    ("head", "classifier"),
-)
-
-# official, transformers (all versions), our modules
-_DECODER_PARTS = (
-    ("mask_token", "decoder.mask_token", "decoder.mask_token"),
-    ("decoder_embed", "decoder.decoder_embed", "decoder.embed"),
-    ("decoder_pos_embed", "decoder.decoder_pos_embed", "decoder.pos_embed"),
-    ("decoder_norm", "decoder.decoder_norm", "decoder.norm"),
-    ("decoder_pred", "decoder.decoder_pred", "decoder.pred"),
-)
-
-# official, our modules: what no published file has, so the names are ours
-_COMPONENT_PARTS = (("decoder_centre", "decoder.centre"), ("decoder_components", "decoder.components"))
+# our modules to the official names, which are ours where no published file has such a tensor
+_MODULE = {
+    "mask_token": ENCODER_MASK_TOKEN,
+    "decoder.mask_token": "mask_token",
+    "decoder.embed": "decoder_embed",
+    "decoder.pos_embed": "decoder_pos_embed",
+    "decoder.blocks": "decoder_blocks",
+    "decoder.norm": "decoder_norm",
+    "decoder.pred": "decoder_pred",
+    "decoder.centre": "decoder_centre",
+    "decoder.components": "decoder_components",
+}
 
 # official, transformers 4.x, transformers 5.x
 _BLOCK_PARTS = (
@@ -92,13 +85,26 @@ _BLOCK_PARTS = (
     ("mlp.fc2", "output.dense", "mlp.fc2"),
 )
 
-_MODULE_PARTS = (*((official, module) for official, _, module in _DECODER_PARTS), *_COMPONENT_PARTS)
 
-# dialect: the encoder's stack of blocks, the decoder's, the column of _BLOCK_PARTS
-_STACKS = {
-    "transformers-4": ("encoder.layer", "decoder.decoder_layers", 1),
-    "transformers-5": ("layers", "decoder.decoder_layers", 2),
-    "transformers-5-saved": ("encoder.layer", "decoder.decoder_encoder.layer", 1),
+def _transformers(encoder: str, decoder: str, column: int) -> dict[str, str]:
+    """Their names, the encoder's without ``vit.``, to the official ones, by their stacks of blocks; see `renamed`."""
+    stacks = ((encoder, "blocks"), (decoder, "decoder_blocks"))
+    return {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "layernorm": "norm",
+        "classifier": "head",
+        "decoder.mask_token": "mask_token",
+        **{f"decoder.decoder_{one}": f"decoder_{one}" for one in ("embed", "pos_embed", "norm", "pred")},
+        **{f"{stack}.N.{row[column]}": f"{ours}.N.{row[0]}" for stack, ours in stacks for row in _BLOCK_PARTS},
+    }
+
+
+_TRANSFORMERS = {
+    "transformers-4": _transformers("encoder.layer", "decoder.decoder_layers", 1),
+    "transformers-5": _transformers("layers", "decoder.decoder_layers", 2),
+    "transformers-5-saved": _transformers("encoder.layer", "decoder.decoder_encoder.layer", 1),
 }
 
 _PROBE_EPS = 1e-6  # of the BatchNorm in front of a linear probe, as in the published code and mmpretrain's
@@ -111,7 +117,6 @@ _PROBE_PARTS = {
     "head.1.weight": ("head.weight", "head.bias"),
     "head.1.bias": ("head.bias",),
 }
-_PROBE_COUNTER = "head.0.num_batches_tracked"
 
 HARMLESS_EXTRAS = {
     "pooler.dense.weight": "the tanh pooler of transformers' ViTModel, which MAE does not train",
@@ -173,7 +178,7 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
         bare = {name: name.removeprefix("vit.") for name in stripped.values()}
         dropped = {name: HARMLESS_EXTRAS[short] for name, short in bare.items() if short in HARMLESS_EXTRAS}
     names = {key: _official_name(name, dialect) for key, name in stripped.items() if name not in dropped}
-    if counter := next((key for key, name in names.items() if name == _PROBE_COUNTER), None):
+    if counter := next((key for key, name in names.items() if name == "head.0.num_batches_tracked"), None):
         dropped[stripped[counter]] = "how many batches a linear probe was trained on"
         del names[counter]
     return OfficialNames(names, dialect, dropped)
@@ -182,22 +187,18 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
 def to_official(state: Mapping[str, Tensor]) -> OfficialState:
     """Rename any dialect to the official names; separate queries, keys and values become one tensor.
 
-    The BatchNorm of a linear probe, as MAE publishes it, becomes part of the linear layer behind it.
-
-    Names that the dialect does not have stay as they are, so that the strict check lists them.
-
-    Args:
-        state: the tensors of a file or of a module, without an outer ``{"model": …}``.
+    The BatchNorm of a linear probe, as MAE publishes it, becomes part of the linear layer behind it. Names that the
+    dialect does not have stay as they are, so that the strict check lists them.
     """
     known = official_names(state)
-    renamed: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for key, official in known.names.items():
-        if official in renamed:
+        if official in named:
             raise IntegrityError(f"two tensors of this file are both {official}; one of them is {key}")
-        renamed[official] = state[key]
+        named[official] = state[key]
     if is_foreign(known.dialect):
-        check_foreign(renamed, known.dialect)
-    return OfficialState(_with_plain_head(_fuse(renamed)), known.dialect, known.dropped)
+        check_foreign(named, known.dialect)
+    return OfficialState(_with_plain_head(_fuse(named)), known.dialect, known.dropped)
 
 
 def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[str, Tensor]:
@@ -215,7 +216,8 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
     if dialect == "module":
         if not any(is_decoder(name) for name in state):
             return dict(state)
-        return {_module_name(name): value for name, value in state.items()}
+        table = {official: module for module, official in _MODULE.items()}
+        return {_by_stem(name, table) or f"encoder.{name}": value for name, value in state.items()}
     if dialect == "transformers-4":
         return _to_transformers(state)
     return to_foreign(state, dialect)
@@ -239,26 +241,13 @@ def _official_name(name: str, dialect: Dialect) -> str:
     if is_foreign(dialect):
         return foreign_official_name(name, dialect)
     if dialect == "module":
-        if name == "mask_token":
-            return ENCODER_MASK_TOKEN
-        if name.startswith("decoder.blocks."):
-            return name.replace("decoder.blocks.", "decoder_blocks.", 1)
-        for official, module in _MODULE_PARTS:
-            if name == module or name.startswith(module + "."):
-                return official + name.removeprefix(module)
-        return name.removeprefix("encoder.")
-    bare = name.removeprefix("vit.")
-    encoder_stack, decoder_stack, column = _STACKS[dialect]
-    for stack, blocks in ((encoder_stack, "blocks"), (decoder_stack, "decoder_blocks")):
-        if match := re.fullmatch(re.escape(stack) + r"\.(\d+)\.(.+)\.(weight|bias)", bare):
-            number, part, leaf = match.groups()
-            for row in _BLOCK_PARTS:
-                if row[column] == part:
-                    return f"{blocks}.{number}.{row[0]}.{leaf}"
-    for official, theirs, *_ in (*_ENCODER_PARTS, *_DECODER_PARTS):
-        if bare == theirs or bare in (f"{theirs}.weight", f"{theirs}.bias"):
-            return official + bare.removeprefix(theirs)
-    return name
+        return _by_stem(name, _MODULE) or name.removeprefix("encoder.")
+    return renamed(name.removeprefix("vit."), _TRANSFORMERS[dialect]) or name
+
+
+def _by_stem(name: str, table: Mapping[str, str]) -> str | None:
+    """A name that begins with a stem of the table, with what stands there in its place; None if with none of them."""
+    return next((to + name.removeprefix(stem) for stem, to in table.items() if f"{name}.".startswith(f"{stem}.")), None)
 
 
 def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -269,8 +258,7 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
             fused[name] = value
             continue
         stem, part, leaf = match.groups()
-        parts = [state.get(f"{stem}.{one}.{leaf}") for one in ("query", "key", "value")]
-        whole = [tensor for tensor in parts if tensor is not None]
+        whole = [state[one] for one in parts(f"{stem}.qkv.{leaf}") if one in state]
         if len(whole) < 3 or len({(tensor.shape, tensor.dtype) for tensor in whole}) > 1 or not value.ndim:
             fused[name] = value  # a part is missing or does not fit: left for the strict check to name
         elif part == "query":
@@ -296,17 +284,6 @@ def _with_plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept | {name: value.to(weight.dtype) for name, value in folded.items()}
 
 
-def _module_name(official: str) -> str:
-    if official == ENCODER_MASK_TOKEN:
-        return "mask_token"
-    if official.startswith("decoder_blocks."):
-        return official.replace("decoder_blocks.", "decoder.blocks.", 1)
-    for name, module in _MODULE_PARTS:
-        if official == name or official.startswith(name + "."):
-            return module + official.removeprefix(name)
-    return f"encoder.{official}"
-
-
 def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names of transformers 4.x, which every version reads."""
     if any(name.startswith("fc_norm.") for name in state):
@@ -316,26 +293,16 @@ def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     if ENCODER_MASK_TOKEN in state:
         raise UsageError("an autoencoder whose encoder sees mask tokens has no transformers form; write to='maehub'")
-    if any(official in state for official, _ in _COMPONENT_PARTS):
+    if "decoder_centre" in state or "decoder_components" in state:
         raise UsageError("an autoencoder that predicts PCA coefficients has no transformers form; write to='maehub'")
-    encoder_stack, decoder_stack, column = _STACKS["transformers-4"]
     prefix = "vit." if any(is_decoder(name) or name.startswith("head.") for name in state) else ""
-    blocks = {row[0]: str(row[column]) for row in _BLOCK_PARTS}
-    parts = {official: prefix + theirs for official, theirs in _ENCODER_PARTS} | {"head": "classifier"}
-    parts |= {official: theirs for official, theirs, _ in _DECODER_PARTS}
-    renamed: dict[str, Tensor] = {}
+    table = {official: theirs for theirs, official in _TRANSFORMERS["transformers-4"].items()}
+    written: dict[str, Tensor] = {}
     for name, value in state.items():
-        if match := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name):
-            decoder, number, part, leaf = match.groups()
-            layer = f"{decoder_stack if decoder else prefix + encoder_stack}.{number}"
-            if part == "attn.qkv":
-                for one, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                    renamed[f"{layer}.{blocks[f'attn.{one}']}.{leaf}"] = piece
-            else:
-                renamed[f"{layer}.{blocks[part]}.{leaf}"] = value
-            continue
-        stem, dot, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias"):
-            stem, dot, leaf = name, "", ""
-        renamed[parts[stem] + dot + leaf] = value
-    return renamed
+        before = "" if is_decoder(name) or name.startswith("head.") else prefix
+        names = parts(name)
+        for part, piece in zip(names, value.chunk(len(names)), strict=True):
+            theirs = renamed(part, table)
+            assert theirs, part  # a network here has no other tensors
+            written[before + theirs] = piece
+    return written

@@ -32,24 +32,23 @@ _SIGNS: dict[ForeignDialect, str] = {
     "detectron2": r"(backbone\.)?net\.(blocks|patch_embed|pos_embed)\b",
 }
 
-# official, torchvision
-_TORCHVISION_PARTS = (
-    ("cls_token", "class_token"),
-    ("pos_embed", "encoder.pos_embedding"),
-    ("patch_embed.proj", "conv_proj"),
-    ("norm", "encoder.ln"),
-    ("head", "heads.head"),
-)
-
-# official, torchvision, and its names until 0.13
+# official, torchvision, and its names until 0.13; N is the number of a block
 _TORCHVISION_BLOCK = (
     ("norm1", "ln_1", "ln_1"),
-    ("attn.qkv", "self_attention.in_proj", "self_attention.in_proj"),
+    ("attn.qkv.weight", "self_attention.in_proj_weight", "self_attention.in_proj_weight"),
+    ("attn.qkv.bias", "self_attention.in_proj_bias", "self_attention.in_proj_bias"),
     ("attn.proj", "self_attention.out_proj", "self_attention.out_proj"),
     ("norm2", "ln_2", "ln_2"),
     ("mlp.fc1", "mlp.0", "mlp.linear_1"),
     ("mlp.fc2", "mlp.3", "mlp.linear_2"),
 )
+_TORCHVISION = {
+    "class_token": "cls_token",
+    "encoder.pos_embedding": "pos_embed",
+    "conv_proj": "patch_embed.proj",
+    "encoder.ln": "norm",
+    "heads.head": "head",
+} | {f"encoder.layers.encoder_layer_N.{one}": f"blocks.N.{part}" for part, *both in _TORCHVISION_BLOCK for one in both}
 
 # official, lightly since 1.6, its MAEDecoderTIMM, its MAEDecoder of torchvision
 _LIGHTLY_DECODER = (
@@ -59,38 +58,42 @@ _LIGHTLY_DECODER = (
     ("decoder_norm", "decoder.norm", "decoder.decoder_norm", "decoder.ln"),
     ("decoder_pred", "prediction_head", "decoder.decoder_pred", "decoder.prediction_head"),
 )
+_LIGHTLY = {one: official for official, *three in _LIGHTLY_DECODER for one in three} | {
+    f"decoder.layers.encoder_layer_N.{one}": f"decoder_blocks.N.{part}"
+    for part, *both in _TORCHVISION_BLOCK
+    for one in both
+}
 
-# official, mmpretrain
-_MMPRETRAIN_PARTS = (
-    ("cls_token", "backbone.cls_token"),
-    ("pos_embed", "backbone.pos_embed"),
-    ("patch_embed.proj", "backbone.patch_embed.projection"),
-    ("norm", "backbone.ln1"),
-    ("fc_norm", "backbone.ln2"),
-    ("head", "head.fc"),
-    ("mask_token", "neck.mask_token"),
-    ("decoder_embed", "neck.decoder_embed"),
-    ("decoder_pos_embed", "neck.decoder_pos_embed"),
-    ("decoder_norm", "neck.ln1"),
-    ("decoder_pred", "neck.decoder_pred"),
-)
-_MMPRETRAIN_TOKEN_HEAD = "head.layers.head"  # of VisionTransformerClsHead, which pools the class token
+_MMPRETRAIN_BLOCK = {
+    "ln1": "norm1",
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "ln2": "norm2",
+    "ffn.layers.0.0": "mlp.fc1",
+    "ffn.layers.1": "mlp.fc2",
+}
 _MMPRETRAIN_PROBE = "neck.bn."  # of ClsBatchNormNeck, in front of a linear probe's head
-_MMPRETRAIN_BLOCK = (
-    ("norm1", "ln1"),
-    ("attn.qkv", "attn.qkv"),
-    ("attn.proj", "attn.proj"),
-    ("norm2", "ln2"),
-    ("mlp.fc1", "ffn.layers.0.0"),
-    ("mlp.fc2", "ffn.layers.1"),
+_MMPRETRAIN = (
+    {
+        "backbone.cls_token": "cls_token",
+        "backbone.pos_embed": "pos_embed",
+        "backbone.patch_embed.projection": "patch_embed.proj",
+        "backbone.ln1": "norm",
+        "backbone.ln2": "fc_norm",
+        "head.layers.head": "head",  # of VisionTransformerClsHead, which pools the class token
+        "head.fc": "head",
+        "neck.mask_token": "mask_token",
+        "neck.decoder_embed": "decoder_embed",
+        "neck.decoder_pos_embed": "decoder_pos_embed",
+        "neck.ln1": "decoder_norm",
+        "neck.decoder_pred": "decoder_pred",
+    }
+    | {f"backbone.layers.N.{theirs}": f"blocks.N.{part}" for theirs, part in _MMPRETRAIN_BLOCK.items()}
+    | {f"neck.decoder_blocks.N.{theirs}": f"decoder_blocks.N.{part}" for theirs, part in _MMPRETRAIN_BLOCK.items()}
 )
 
 LIGHTLY_MASK_TOKEN = "backbone.mask_token"
 """What every masked encoder of lightly has, and its MAE never uses."""
-
-_UNUSED_TOKEN = "the mask token of lightly's encoder, which its MAE never uses"
-_UNUSED_HEAD = "the classifier that timm and torchvision put on every network, which MAE does not train"
-_PROBE = "the classifier that lightly trains beside the network, for watching it"
 
 
 def is_foreign(dialect: str) -> TypeGuard[ForeignDialect]:
@@ -107,13 +110,29 @@ def detect_foreign(names: Iterable[str]) -> ForeignDialect | None:
     return None
 
 
+def renamed(name: str, table: Mapping[str, str]) -> str | None:
+    """A name by a table of names that have N for the number of a block, and no ``weight`` or ``bias``."""
+    number = re.search(r"(?<=[._])\d+(?=\.)", name)
+    plain = f"{name[: number.start()]}N{name[number.end() :]}" if number else name
+    stem = plain if plain in table else re.sub(r"\.(weight|bias)$", "", plain)
+    if stem not in table:
+        return None
+    return table[stem].replace("N", number[0] if number else "N", 1) + plain.removeprefix(stem)
+
+
 def foreign_official_name(name: str, dialect: ForeignDialect) -> str:
     """One name, wrappers stripped, as the official one; unknown names come back as they are."""
-    if dialect == "lightly":
-        return _from_lightly(name)
+    if dialect == "detectron2":
+        return re.sub(r"^(backbone\.)?net\.", "", name)
     if dialect == "mmpretrain":
-        return _from_mmpretrain(name)
-    return re.sub(r"^(backbone\.)?net\.", "", name)
+        whole = name if name.startswith(("backbone.", "neck.", "head.")) else f"backbone.{name}"
+        if whole.startswith(_MMPRETRAIN_PROBE):
+            return whole.replace(_MMPRETRAIN_PROBE, "head.0.", 1)
+        return renamed(whole, _MMPRETRAIN) or name
+    if of_decoder := renamed(name, _LIGHTLY):
+        return of_decoder
+    bare = re.sub(r"^(backbone\.)?(vit\.)?", "", name)
+    return renamed(bare, _TORCHVISION) or re.sub(r"^decoder\.(decoder_)?blocks\.", "decoder_blocks.", bare)
 
 
 def foreign_extras(names: Iterable[str], dialect: ForeignDialect) -> dict[str, str]:
@@ -121,22 +140,21 @@ def foreign_extras(names: Iterable[str], dialect: ForeignDialect) -> dict[str, s
     names = set(names)
     if dialect != "lightly":
         return {}
-    extras = {name: _PROBE for name in names if name.startswith("online_classifier.")}
-    if LIGHTLY_MASK_TOKEN in names:
-        extras[LIGHTLY_MASK_TOKEN] = _UNUSED_TOKEN
-    elif "mask_token" in names and any(name.startswith("vit.") for name in names):
-        extras["mask_token"] = _UNUSED_TOKEN  # of an encoder that was saved alone
-    if any(_from_lightly(name).startswith("decoder_") for name in names):
-        extras |= {name: _UNUSED_HEAD for name in names if re.fullmatch(r"(head)\.(weight|bias)", _from_lightly(name))}
+    probe = "the classifier that lightly trains beside the network, for watching it"
+    extras = {name: probe for name in names if name.startswith("online_classifier.")}
+    is_alone = any(name.startswith("vit.") for name in names)  # an encoder that was saved without its autoencoder
+    token = "mask_token" if is_alone and LIGHTLY_MASK_TOKEN not in names else LIGHTLY_MASK_TOKEN
+    if token in names:
+        extras[token] = "the mask token of lightly's encoder, which its MAE never uses"
+    official = {name: foreign_official_name(name, dialect) for name in names}
+    if any(name.startswith("decoder_") for name in official.values()):
+        unused = "the classifier that timm and torchvision put on every network, which MAE does not train"
+        extras |= {name: unused for name, bare in official.items() if bare in ("head.weight", "head.bias")}
     return extras
 
 
 def check_foreign(state: Mapping[str, Tensor], dialect: ForeignDialect) -> None:
-    """Refuse a network of these libraries that no network here computes.
-
-    Args:
-        state: official names.
-    """
+    """Refuse a network of these libraries (official names) that no network here computes."""
     if dialect == "detectron2" and "cls_token" not in state:
         raise UsageError(
             "a ViTDet backbone has no class token and no final norm, which every network here has, so it cannot be "
@@ -159,84 +177,20 @@ def to_foreign(state: Mapping[str, Tensor], dialect: ForeignDialect) -> dict[str
     if dialect == "detectron2":
         kept = ("pos_embed", "patch_embed.", "blocks.")
         return {f"backbone.net.{name}": value for name, value in state.items() if name.startswith(kept)}
-    renamed = {}
+    if dialect == "lightly":
+        table = {ours: theirs for ours, theirs, *_ in _LIGHTLY_DECODER}
+        written = {LIGHTLY_MASK_TOKEN: torch.zeros_like(state["cls_token"])}
+    else:
+        heads = {"head": "head.fc" if "fc_norm.weight" in state else "head.layers.head"}
+        table, written = {official: theirs for theirs, official in _MMPRETRAIN.items()} | heads, {}
     for name, value in state.items():
-        theirs = _to_lightly(name) if dialect == "lightly" else _to_mmpretrain(name, "fc_norm.weight" in state)
+        theirs = renamed(name, table)
+        if theirs is None and dialect == "lightly":
+            if name.startswith("decoder_blocks."):
+                theirs = name.replace("decoder_blocks.", "decoder.blocks.", 1)
+            elif not name.startswith(("decoder_", "encoder_")):  # a component of a PCA, a mask token of the encoder
+                theirs = f"backbone.vit.{name}"
         if theirs is None:
             raise UsageError(f"{dialect} has no place for {name}; write to='maehub'")
-        renamed[theirs] = value
-    if dialect == "lightly":
-        renamed[LIGHTLY_MASK_TOKEN] = torch.zeros_like(state["cls_token"])
-    return renamed
-
-
-def _from_lightly(name: str) -> str:
-    for official, *theirs in _LIGHTLY_DECODER:
-        if renamed := _renamed(name, theirs, official):
-            return renamed
-    if match := re.fullmatch(r"decoder\.(?:decoder_)?blocks\.(.+)", name):
-        return f"decoder_blocks.{match[1]}"
-    if match := re.fullmatch(r"decoder\.layers\.encoder_layer_(\d+)\.(.+)", name):
-        return _torchvision_block("decoder_blocks", match[1], match[2]) or name
-    bare = re.sub(r"^(backbone\.)?(vit\.)?", "", name)
-    if match := re.fullmatch(r"encoder\.layers\.encoder_layer_(\d+)\.(.+)", bare):
-        return _torchvision_block("blocks", match[1], match[2]) or name
-    for official, theirs_ in _TORCHVISION_PARTS:
-        if renamed := _renamed(bare, [theirs_], official):
-            return renamed
-    return bare
-
-
-def _torchvision_block(stack: str, number: str, rest: str) -> str | None:
-    part, _, leaf = rest.rpartition(".")
-    if rest.startswith("self_attention.in_proj_"):  # one parameter of the attention, not of a linear layer in it
-        part, leaf = "self_attention.in_proj", rest.removeprefix("self_attention.in_proj_")
-    official = next((row[0] for row in _TORCHVISION_BLOCK if part in row[1:]), None)
-    return f"{stack}.{number}.{official}.{leaf}" if official and leaf in ("weight", "bias") else None
-
-
-def _from_mmpretrain(name: str) -> str:
-    whole = name if name.startswith(("backbone.", "neck.", "head.")) else f"backbone.{name}"
-    if match := re.fullmatch(r"(?:backbone\.layers|neck\.(decoder_blocks))\.(\d+)\.(.+)\.(weight|bias)", whole):
-        decoder, number, part, leaf = match.groups()
-        official = next((official for official, theirs in _MMPRETRAIN_BLOCK if theirs == part), None)
-        return f"{decoder or 'blocks'}.{number}.{official}.{leaf}" if official else name
-    if whole.startswith(_MMPRETRAIN_PROBE):
-        return whole.replace(_MMPRETRAIN_PROBE, "head.0.", 1)
-    for official, theirs in (*_MMPRETRAIN_PARTS, ("head", _MMPRETRAIN_TOKEN_HEAD)):
-        if renamed := _renamed(whole, [theirs], official):
-            return renamed
-    return name
-
-
-def _to_lightly(official: str) -> str | None:
-    for ours, theirs, *_ in _LIGHTLY_DECODER:
-        if renamed := _renamed(official, [ours], theirs):
-            return renamed
-    if official.startswith("decoder_blocks."):
-        return official.replace("decoder_blocks.", "decoder.blocks.", 1)
-    if official.startswith(("decoder_", "encoder_")):  # a component of a PCA, a mask token of the encoder
-        return None
-    return f"backbone.vit.{official}"
-
-
-def _to_mmpretrain(official: str, pools_mean: bool) -> str | None:
-    if match := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", official):
-        decoder, number, part, leaf = match.groups()
-        theirs = dict(_MMPRETRAIN_BLOCK).get(part)
-        stack = "neck.decoder_blocks" if decoder else "backbone.layers"
-        return f"{stack}.{number}.{theirs}.{leaf}" if theirs else None
-    for ours, theirs in _MMPRETRAIN_PARTS:
-        if ours == "head" and not pools_mean:
-            theirs = _MMPRETRAIN_TOKEN_HEAD
-        if renamed := _renamed(official, [ours], theirs):
-            return renamed
-    return None
-
-
-def _renamed(name: str, stems: Iterable[str], to: str) -> str | None:
-    """The name with a stem replaced, if it is one of the stems or a weight or bias of one."""
-    for stem in stems:
-        if name in (stem, f"{stem}.weight", f"{stem}.bias"):
-            return to + name.removeprefix(stem)
-    return None
+        written[theirs] = value
+    return written

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 from maehub.files import fill_template
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, EncoderConfig, Origin
+from maehub.weights.config_inference import Config
 from maehub.weights.config_json import why_not_transformers
 
 _TARGETS = {
@@ -23,27 +24,29 @@ _TOKENIZERS = {
 
 
 def model_card(
-    name: str,
-    config: EncoderConfig | AutoencoderConfig,
-    preprocess: Preprocess,
-    origin: Origin | None = None,
-    text: str | None = None,
+    name: str, config: Config, preprocess: Preprocess, origin: Origin | None = None, text: str | None = None
 ) -> str:
     """The card of a model folder, Markdown.
 
-    Args:
-        name: how the model is called, for the title and the usage.
-        config: its network.
-        preprocess: its transform.
-        origin: where its weights come from; names the licence.
-        text: Markdown that follows the title: what it was trained on, what was measured. None says nothing of either.
+    ``name`` is how the model is called, in the title and the usage. ``text``, Markdown, follows the title: what it was
+    trained on, what was measured; None says nothing of either.
     """
-    if isinstance(config, EncoderConfig):
-        kind, has_picture, not_transformers = "classifier" if config.classes else "encoder", False, ""
-    else:
+    tags = ["mae", "masked-autoencoder", "vision", "timm"]
+    kind, has_picture, not_transformers = "encoder", False, ""
+    if isinstance(config, AutoencoderConfig):
         kind, has_picture, not_transformers = "autoencoder", config.has_picture, why_not_transformers(config) or ""
+        tags += [] if not_transformers else ["transformers"]
+    elif config.classes:
+        kind = "classifier"
+    licence = origin.licence if origin else ""
+    head = ModelCardData(
+        license=licence.lower() or None,
+        library_name="maehub",
+        pipeline_tag="image-classification" if kind == "classifier" else "image-feature-extraction",
+        tags=tags,
+    )
     page = {
-        "head": _head(config, origin),
+        "head": head.to_yaml(),
         "name": name,
         "summary": summary(config),
         "text": (text or "").strip(),
@@ -51,28 +54,12 @@ def model_card(
         "has_picture": has_picture,
         "not_transformers": not_transformers,
         "details": details(config, preprocess, origin),
-        "licence": origin.licence if origin and origin.licence else "not stated",
+        "licence": licence or "not stated",
     }
     return fill_template(Path(__file__).with_name("model_card.md.jinja"), page)
 
 
-def _head(config: EncoderConfig | AutoencoderConfig, origin: Origin | None) -> str:
-    tags = ["mae", "masked-autoencoder", "vision"]
-    if isinstance(config, EncoderConfig):
-        tags.append("timm")
-    else:
-        tags += ["timm"] if why_not_transformers(config) else ["timm", "transformers"]
-    is_classifier = isinstance(config, EncoderConfig) and config.classes
-    data = ModelCardData(
-        license=origin.licence.lower() if origin and origin.licence else None,
-        library_name="maehub",
-        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
-        tags=tags,
-    )
-    return data.to_yaml()
-
-
-def summary(config: EncoderConfig | AutoencoderConfig) -> str:
+def summary(config: Config) -> str:
     """What the network is, in a sentence."""
     encoder = config if isinstance(config, EncoderConfig) else config.encoder
     height, width = encoder.size
@@ -93,12 +80,7 @@ def summary(config: EncoderConfig | AutoencoderConfig) -> str:
     return f"The encoder of a masked autoencoder after {source}: {network}."
 
 
-def details(
-    config: EncoderConfig | AutoencoderConfig,
-    preprocess: Preprocess,
-    origin: Origin | None,
-    relation: str = "Weights from",
-) -> str:
+def details(config: Config, preprocess: Preprocess, origin: Origin | None, relation: str = "Weights from") -> str:
     """A list: the transform, and ``relation`` of the weights to their origin."""
     height, width = preprocess.size
     transform = f"{preprocess.resize} to {height}×{width}, {preprocess.interpolation}"
@@ -111,10 +93,6 @@ def details(
             f"- The image processor of transformers crops the centre where this transform says {preprocess.resize}."
         )
     if origin:
-        parts = [
-            origin.name,
-            origin.revision and f"revision {origin.revision}",
-            origin.sha256 and f"sha256 {origin.sha256}",
-        ]
-        lines.append(f"- {relation}: {', '.join(part for part in parts if part)}.")
+        parts = {"": origin.name, "revision ": origin.revision, "sha256 ": origin.sha256}
+        lines.append(f"- {relation}: {', '.join(f'{what}{value}' for what, value in parts.items() if value)}.")
     return "\n".join(lines)

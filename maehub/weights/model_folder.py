@@ -11,24 +11,26 @@ official names, and there are no keys of transformers and no processor. The fold
 plain timm one with our block.
 """
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from maehub.errors import UsageError
-from maehub.files import check_free, free_space_guard, read_json, whole_folder, write_json, write_text
+from maehub.errors import IntegrityError, UsageError
+from maehub.files import atomic_write, check_free, free_space_guard, read_json, whole_folder, write_json, write_text
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target
 from maehub.version import __version__
-from maehub.weights.building import AS_STORED, LoadOptions, build_autoencoder, build_encoder, check_finite
-from maehub.weights.config_inference import infer_config, with_target
+from maehub.weights.building import AS_STORED, LoadOptions, Network, build, check_finite
+from maehub.weights.config_inference import NO_HINTS, Config, Hints, infer_config, with_target
 from maehub.weights.config_json import (
     TIMM_ENCODER,
+    Block,
     our_block,
     read_block,
     timm_config,
@@ -37,11 +39,9 @@ from maehub.weights.config_json import (
     transformers_hints,
     transformers_processor,
     why_not_transformers,
-    with_statistics,
 )
 from maehub.weights.keys import from_official, to_official
 from maehub.weights.model_card import model_card
-from maehub.weights.single_file import packed_block
 from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
 
 log = logging.getLogger("maehub")
@@ -55,13 +55,14 @@ _PROCESSOR = "preprocessor_config.json"
 MEMBERS = (_CONFIG, _TENSORS, "timm", _PROCESSOR, "README.md", "certificate.json")
 """What a model folder is made of; saving over one replaces these and keeps the rest."""
 
+_PACKED = "maehub_config"  # our block in the header of a file that holds a whole model, as the embedded one does
+
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder that was read, its tensors apart."""
+    """A folder or file that was read, its tensors apart."""
 
-    path: Path
-    config: EncoderConfig | AutoencoderConfig
+    config: Config
     preprocess: Preprocess | None  # None: the published evaluation
     origin: Origin | None
     tensors: Path  # every tensor
@@ -123,83 +124,77 @@ def write_members(
     origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
     state = to_official(model.state_dict()).state
     check_finite(state, "the weights to save")
-    metadata = {"format": "pt", "maehub": __version__} | _provenance(origin)
-    values: dict[str, Any] = {}
-    hashes: dict[str, str] = {}
-
-    def tensors(filename: str, named: Mapping[str, Tensor]) -> None:
-        (staging / filename).parent.mkdir(exist_ok=True)
-        hashes[filename] = write_tensors(staging / filename, named, metadata, dtype)
-
-    if layout == "transformers":
-        values |= transformers_config(config, dtype)
-        tensors(_TENSORS, from_official(state, "transformers-4"))
-        write_json(staging / _PROCESSOR, transformers_processor(preprocess))
-    elif layout == "official":
-        tensors(_TENSORS, state)
-    elif isinstance(config, EncoderConfig):
+    metadata = {"format": "pt", "maehub": __version__}
+    if origin:
+        sources = {"source": origin.name, "source_revision": origin.revision, "source_sha256": origin.sha256}
+        metadata |= {key: value for key, value in sources.items() if value}
+    whole = config if layout == "maehub" and isinstance(config, AutoencoderConfig) else None
+    is_theirs = layout == "transformers" or (whole and not why_not_transformers(whole))
+    values = transformers_config(config, dtype) if is_theirs else {}
+    files = {_TENSORS: from_official(state, "transformers-4" if is_theirs else "official")}
+    if is_theirs:
+        processor = transformers_processor(preprocess)
+        write_json(staging / _PROCESSOR, processor)
+        # A local folder with timm's pretrained_cfg is one of timm to transformers, which then looks here for it.
+        values |= processor if whole else {}
+    if whole:
+        files[TIMM_ENCODER] = from_official(state, "timm")
+        values |= timm_config(whole.encoder, preprocess, origin, TIMM_ENCODER)
+    elif layout == "maehub" and isinstance(config, EncoderConfig):
         values |= timm_config(config, preprocess, origin, _TENSORS)
-        tensors(_TENSORS, state)
-    else:
-        if why_not_transformers(config):
-            tensors(_TENSORS, state)
-        else:
-            processor = transformers_processor(preprocess)
-            # A local folder with timm's pretrained_cfg is one of timm to transformers, which then looks here for it.
-            values |= transformers_config(config, dtype) | processor
-            tensors(_TENSORS, from_official(state, "transformers-4"))
-            write_json(staging / _PROCESSOR, processor)
-        values |= timm_config(config.encoder, preprocess, origin, TIMM_ENCODER)
-        tensors(TIMM_ENCODER, from_official(state, "timm"))
+    hashes = {}
+    for filename, tensors in files.items():
+        (staging / filename).parent.mkdir(exist_ok=True)
+        hashes[filename] = write_tensors(staging / filename, tensors, metadata, dtype)
     values["maehub"] = our_block(config, preprocess, origin, dtype, hashes)
     write_text(staging / "README.md", model_card(name, config, preprocess, origin, card))
     write_json(staging / _CONFIG, values)
 
 
-def _provenance(origin: Origin | None) -> dict[str, str]:
-    """Where weights come from, for the header of a tensor file."""
-    if origin is None:
-        return {}
-    parts = {"source": origin.name, "source_revision": origin.revision, "source_sha256": origin.sha256}
-    return {key: value for key, value in parts.items() if value}
+def pack(model: MaskedAutoencoder, path: Path, dtype: torch.dtype) -> None:
+    """Write a model with its configuration into one file; a file that is there is replaced."""
+    block = our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
+    state = to_official(model.state_dict()).state
+    with atomic_write(path) as temporary:
+        temporary.unlink()  # it is written as a new file
+        write_tensors(temporary, state, {"format": "pt", _PACKED: json.dumps(block, sort_keys=True)}, dtype)
 
 
-def read_folder(
-    folder: str | Path,
-    *,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    target: Target | None = None,
-    whole: bool = True,
-) -> ModelFolder:
+def packed_block(metadata: Mapping[str, str], where: str) -> Block | None:
+    """The configuration in a file's header; None where the file is no packed model."""
+    if _PACKED not in metadata:
+        return None
+    try:
+        values = json.loads(metadata[_PACKED])
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{where}: the configuration in its header is no JSON") from error
+    return read_block(values, where)
+
+
+def read_folder(folder: str | Path, hints: Hints = NO_HINTS, whole: bool = True) -> ModelFolder:
     """Read what a folder says about its model; of the tensors only their shapes, where nothing else tells.
 
     A model folder; a run folder with a model folder ``model`` in it; or a plain folder of timm's ViT or transformers'
     ViTMAE or ViT. A plain folder gets the published evaluation transform with its own channel statistics. Nothing in a
-    folder is executed, and keys of other libraries are ignored.
-
-    Args:
-        folder: the path.
-        heads: see `infer_config`; for plain folders that do not say it.
-        decoder_heads: likewise.
-        target: what the decoder predicts, where no model folder says it; one that says another is refused.
-        whole: whether a decoder is wanted too; False asks nothing about the one of a plain folder.
+    folder is executed, and keys of other libraries are ignored. A target that a model folder contradicts is refused;
+    not ``whole`` asks nothing about the decoder of a plain folder.
     """
     folder = find_model_folder(folder)
     if not (folder / _CONFIG).exists():
         raise UsageError(f"{folder} is no model folder: it has no {_CONFIG}")
     if not (folder / _TENSORS).exists():
-        raise UsageError(f"{folder} {_what_instead(folder)}")
+        names = {entry.name for entry in folder.iterdir()}
+        instead = f"has a {_CONFIG} but no {_TENSORS}"
+        if f"{_TENSORS}.index.json" in names:
+            instead = f"has its weights in several files, which is not read here; join them into one {_TENSORS}"
+        elif pickle := min((name for name in names if name.endswith((".bin", ".pth", ".pt"))), default=""):
+            command = f"maehub convert {folder / pickle} -o FOLDER"
+            instead = f"has no {_TENSORS}, only the pickle {pickle}; convert it once with `{command}`"
+        raise UsageError(f"{folder} {instead}")
+    files = read_config(folder / _CONFIG, folder / _TENSORS, hints, whole=whole)
     fused = folder / TIMM_ENCODER
-    return read_config(
-        folder / _CONFIG,
-        folder / _TENSORS,
-        fused if fused.exists() else None,
-        heads=heads,
-        decoder_heads=decoder_heads,
-        target=target,
-        whole=whole,
-    )
+    is_ours = files.state is None  # of another library's folder tensors were looked at
+    return replace(files, encoder_tensors=fused) if is_ours and fused.exists() else files
 
 
 def find_model_folder(folder: str | Path) -> Path:
@@ -218,11 +213,8 @@ def find_model_folder(folder: str | Path) -> Path:
 def read_config(
     config: Path,
     tensors: Path,
-    encoder_tensors: Path | None = None,
+    hints: Hints = NO_HINTS,
     *,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    target: Target | None = None,
     state: Mapping[str, Tensor] | None = None,
     whole: bool = True,
 ) -> ModelFolder:
@@ -233,21 +225,19 @@ def read_config(
     values, where = read_json(config), str(config)
     # transformers keeps our block when it saves a model that it loaded, with the old hashes; then its own keys count.
     if "maehub" in values and "transformers_version" not in values:
-        block = read_block(values["maehub"], where)
-        network, preprocess, origin, hashes = block.config, block.preprocess, block.origin, block.sha256
+        files = _described(read_block(values["maehub"], where), tensors)
     else:
         state = _official(tensors) if state is None else state
-        state = state if whole else from_official(state, "timm")
-        network, preprocess = _read_foreign(values, config, state, heads, decoder_heads, target)
-        origin, hashes, encoder_tensors = None, {}, None
+        files = _read_foreign(values, config, tensors, state if whole else from_official(state, "timm"), hints)
+    network, target = files.config, hints.target
     if isinstance(network, AutoencoderConfig) and target is not None and network.target != target:
         if network.target != "unknown":
             raise UsageError(
                 f"{config} says that its decoder predicts {network.target}, and target={target!r} was asked for; "
                 "leave target= out"
             )
-        network = with_target(network, target, str(config))
-    return ModelFolder(config.parent, network, preprocess, origin, tensors, encoder_tensors or tensors, hashes, state)
+        files = replace(files, config=with_target(network, target, where))
+    return files
 
 
 def open_encoder(
@@ -256,7 +246,6 @@ def open_encoder(
     config: Path | None = None,
     heads: int | None = None,
     options: LoadOptions = AS_STORED,
-    preprocess: Preprocess | None = None,
     origin: Origin | None = None,
 ) -> Encoder:
     """An `Encoder` from a folder (see `read_folder`) or from one safetensors file of any dialect.
@@ -266,18 +255,9 @@ def open_encoder(
         config: the ``config.json`` of a file; None takes the network from its header or reads it off the shapes.
         heads: see `infer_config`.
         options: how the network should differ from its file.
-        preprocess: the transform; None means the folder's, or the published evaluation.
         origin: where the weights come from; None means what the folder says.
     """
-    files = _read(Path(path), config, heads=heads, whole=False)
-    return build_encoder(
-        _official(files.encoder_tensors) if files.state is None else files.state,
-        files.config,
-        preprocess or files.preprocess,
-        options=options,
-        origin=origin or files.origin,
-        where=str(files.encoder_tensors),
-    )
+    return _open(Encoder, Path(path), config, Hints(heads), options, origin)
 
 
 def open_autoencoder(
@@ -288,41 +268,40 @@ def open_autoencoder(
     decoder_heads: int | None = None,
     target: Target | None = None,
     options: LoadOptions = AS_STORED,
-    preprocess: Preprocess | None = None,
     origin: Origin | None = None,
 ) -> MaskedAutoencoder:
     """A `MaskedAutoencoder` from a folder or a file; arguments as in `open_encoder` and `infer_config`."""
-    files = _read(Path(path), config, heads=heads, decoder_heads=decoder_heads, target=target)
-    return build_autoencoder(
-        _official(files.tensors) if files.state is None else files.state,
+    return _open(MaskedAutoencoder, Path(path), config, Hints(heads, decoder_heads, target), options, origin)
+
+
+def _open(
+    kind: type[Network], path: Path, config: Path | None, hints: Hints, options: LoadOptions, origin: Origin | None
+) -> Network:
+    whole = kind is MaskedAutoencoder  # of an encoder's decoder nothing is needed, so its heads need not be known
+    if config:
+        files = read_config(config, path, hints, whole=whole)
+    elif path.is_dir():
+        files = read_folder(path, hints, whole)
+    elif block := packed_block(read_header(path).metadata, str(path)):
+        files = _described(block, path)
+    else:
+        state = _official(path)
+        network = infer_config(state if whole else from_official(state, "timm"), hints, str(path))
+        files = ModelFolder(network, None, None, path, path, state=state)
+    tensors = files.tensors if whole else files.encoder_tensors
+    return build(
+        kind,
+        _official(tensors) if files.state is None else files.state,
         files.config,
-        preprocess or files.preprocess,
+        files.preprocess,
         options=options,
         origin=origin or files.origin,
-        where=str(files.tensors),
+        where=str(tensors),
     )
 
 
-def _read(
-    path: Path,
-    config: Path | None,
-    heads: int | None,
-    decoder_heads: int | None = None,
-    target: Target | None = None,
-    whole: bool = True,
-) -> ModelFolder:
-    """What a folder or a file says about its model, with the tensors where they had to be read for it."""
-    told: dict[str, Any] = {"heads": heads, "decoder_heads": decoder_heads, "target": target}
-    if config:
-        return read_config(config, path, **told, whole=whole)
-    if path.is_dir():
-        return read_folder(path, **told, whole=whole)
-    if block := packed_block(read_header(path).metadata, str(path)):
-        return ModelFolder(path.parent, block.config, block.preprocess, block.origin, path, path)
-    state = _official(path)
-    # Of an encoder's decoder nothing is needed, so its number of heads need not be known.
-    network = infer_config(state if whole else from_official(state, "timm"), **told, where=str(path))
-    return ModelFolder(path.parent, network, None, None, path, path, state=state)
+def _described(block: Block, tensors: Path) -> ModelFolder:
+    return ModelFolder(block.config, block.preprocess, block.origin, tensors, tensors, block.sha256)
 
 
 def _official(path: Path) -> dict[str, Tensor]:
@@ -333,41 +312,37 @@ def _official(path: Path) -> dict[str, Tensor]:
 
 
 def _read_foreign(
-    values: dict[str, Any],
-    config: Path,
-    state: Mapping[str, Tensor],
-    heads: int | None,
-    decoder_heads: int | None,
-    target: Target | None,
-) -> tuple[EncoderConfig | AutoencoderConfig, Preprocess]:
+    values: dict[str, Any], config: Path, tensors: Path, state: Mapping[str, Tensor], hints: Hints
+) -> ModelFolder:
     """A configuration of timm or transformers: the shapes of the tensors, and what it adds to them."""
     where = str(config)
     if values.get("model_type") in ("vit_mae", "vit"):
-        hints = transformers_hints(values, where)
+        said = transformers_hints(values, where)
         processor = config.with_name(_PROCESSOR)
         statistics = read_json(processor) if processor.exists() else {}
         mean, std = statistics.get("image_mean"), statistics.get("image_std")
     elif "model_type" in values:
         raise UsageError(f"{where} is of model_type {values['model_type']!s:.60}; vit_mae and vit are read here")
     elif "architecture" in values:
-        hints = timm_hints(values, where)
+        said = timm_hints(values, where)
         pretrained = values.get("pretrained_cfg") or {}
         mean, std = pretrained.get("mean"), pretrained.get("std")
     else:
         raise UsageError(f"{where} is of no model that is read here: maehub, timm's ViT, transformers' ViTMAE and ViT")
-    if target is None and hints.norm_pix_loss is not None:
-        target = "normalised_pixels" if hints.norm_pix_loss else "pixels"
-    inferred = infer_config(
-        state,
-        heads=heads or hints.heads,
-        decoder_heads=decoder_heads or hints.decoder_heads,
-        target=target,
-        image_size=_fitting_size(state, hints.image_size),
-        where=where,
-    )
+    told = {name: value for name, value in hints._asdict().items() if value}
+    said = said._replace(image_size=_fitting_size(state, said.image_size))._replace(**told)
+    inferred = infer_config(state, said, where)
     encoder = inferred if isinstance(inferred, EncoderConfig) else inferred.encoder
     preprocess = Preprocess.evaluation(encoder.size, encoder.channels, encoder.patch_size)
-    return inferred, with_statistics(preprocess, mean, std, where)
+    if mean is not None and std is not None:
+        if not all(isinstance(v, list) and all(isinstance(n, int | float) for n in v) for v in (mean, std)):
+            raise IntegrityError(f"{where}: mean and std must be lists of numbers")
+        if len(mean) == len(std) == encoder.channels:
+            try:
+                preprocess = replace(preprocess, mean=tuple(mean), std=tuple(std))
+            except UsageError as error:
+                raise IntegrityError(f"{where}: {error}") from error
+    return ModelFolder(inferred, preprocess, None, tensors, tensors, state=state)
 
 
 def _fitting_size(state: Mapping[str, Tensor], size: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -378,14 +353,3 @@ def _fitting_size(state: Mapping[str, Tensor], size: tuple[int, int] | None) -> 
     patch = kernel.shape[2]
     fits = not size[0] % patch and not size[1] % patch and size[0] // patch * (size[1] // patch) == table.shape[1] - 1
     return size if fits else None
-
-
-def _what_instead(folder: Path) -> str:
-    names = {entry.name for entry in folder.iterdir()}
-    if f"{_TENSORS}.index.json" in names:
-        return f"has its weights in several files, which is not read here; join them into one {_TENSORS}"
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt")))
-    if pickles:
-        command = f"maehub convert {folder / pickles[0]} -o FOLDER"
-        return f"has no {_TENSORS}, only the pickle {pickles[0]}; convert it once with `{command}`"
-    return f"has a {_CONFIG} but no {_TENSORS}"

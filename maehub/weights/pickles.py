@@ -44,11 +44,7 @@ class Pickled(NamedTuple):
 
 
 def read_pickle(path: str | Path) -> Pickled:
-    """The tensors of a PyTorch pickle, read without running code.
-
-    Args:
-        path: a ``.pth`` or ``.bin`` file: a dictionary of tensors, or one inside ``{"model": …}``.
-    """
+    """The tensors of a PyTorch pickle, at its top or inside ``{"model": …}``, read without running code."""
     version = torch.__version__
     if version < _SAFE_TORCH:  # type: ignore[operator]
         raise UsageError(
@@ -65,37 +61,6 @@ def read_pickle(path: str | Path) -> Pickled:
     except Exception as error:  # a damaged pickle raises nearly every type there is
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise IntegrityError(f"{path} cannot be read: {reason}. No code in it was run") from error
-    return _unwrapped(content, path)
-
-
-def write_pickle(path: str | Path, tensors: Mapping[str, Tensor], inside: str) -> None:
-    """A new PyTorch pickle, for libraries that read nothing else; the same tensors give the same bytes.
-
-    Args:
-        path: must not exist yet.
-        tensors: by name; written in float32, on the CPU, in the order of their names.
-        inside: the key of the dictionary around them.
-    """
-    plain = {name: tensors[name].detach().to("cpu", torch.float32).contiguous().clone() for name in sorted(tensors)}
-    with open(path, "xb") as file:
-        torch.save({inside: plain}, file)
-
-
-def is_pickle(file: Path) -> bool:
-    """Whether a file of weights is a pickle: by content where it shows, else by name."""
-    with open(file, "rb") as opened:
-        start = opened.read(9)
-    if start[8:] == b"{":
-        return False
-    return start[:4] == b"PK\x03\x04" or file.suffix in _ENDINGS
-
-
-def pickles_in(folder: Path) -> list[Path]:
-    """The files of a folder that have a pickle's ending."""
-    return sorted(entry for entry in folder.iterdir() if entry.suffix in _ENDINGS and entry.is_file())
-
-
-def _unwrapped(content: Any, path: str | Path) -> Pickled:
     beside: list[str] = []
     entry = ""
     while isinstance(content, dict):
@@ -114,3 +79,27 @@ def _unwrapped(content: Any, path: str | Path) -> Pickled:
     if not all(isinstance(name, str) for name in content):
         raise IntegrityError(f"{path} holds tensors under keys that are no text")
     return Pickled(content, tuple(beside), entry)
+
+
+def write_pickle(path: str | Path, tensors: Mapping[str, Tensor], inside: str) -> None:
+    """A new PyTorch pickle, for libraries that read nothing else; the same tensors give the same bytes.
+
+    They are written in float32, in the order of their names; ``inside`` is the key of the dictionary around them.
+    """
+    plain = {name: tensors[name].detach().to("cpu", torch.float32).contiguous().clone() for name in sorted(tensors)}
+    with open(path, "xb") as file:
+        torch.save({inside: plain}, file)
+
+
+def is_pickle(file: Path) -> bool:
+    """Whether a file of weights is a pickle: by content where it shows, else by name."""
+    with open(file, "rb") as opened:
+        start = opened.read(9)
+    if start[8:] == b"{":
+        return False
+    return start[:4] == b"PK\x03\x04" or file.suffix in _ENDINGS
+
+
+def pickles_in(folder: Path) -> list[Path]:
+    """The files of a folder that have a pickle's ending."""
+    return sorted(entry for entry in folder.iterdir() if entry.suffix in _ENDINGS and entry.is_file())

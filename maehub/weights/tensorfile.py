@@ -49,9 +49,10 @@ _KINDS = (
     (b"\x1f\x8b", "is a gzip archive; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "is a zstd archive; unpack it first"),
     (b"PK\x03\x04", "is a PyTorch pickle (a zip archive); convert it once with `maehub convert FILE -o FOLDER`"),
-    (b"\x80\x02", "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`"),
-    (b"\x80\x04", "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`"),
-    (b"\x80\x05", "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`"),
+    (
+        (b"\x80\x02", b"\x80\x04", b"\x80\x05"),
+        "is a Python pickle; convert it once with `maehub convert FILE -o FOLDER`",
+    ),
     (b"\x89HDF\r\n", "is an HDF5 file; only safetensors files are read"),
     (b"<", "is an HTML or XML page, which a server may send instead of a file; download it again"),
     (b"{", "is JSON text, perhaps a server's error message; download it again"),
@@ -94,9 +95,9 @@ def read_header(path: str | Path) -> Header:
                 _refuse(path, _kind(start, size, length))
             file.seek(8)
             text = file.read(length)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"there is no file {path}") from error
     except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise UsageError(f"there is no file {path}") from error
         raise IntegrityError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -136,16 +137,8 @@ def write_tensors(
     """Write a new safetensors file and flush it to the disk; the same content always gives the same bytes.
 
     The safetensors package writes metadata in random order and needs every tensor at once, so the file is put together
-    here, one tensor at a time.
-
-    Args:
-        path: must not exist yet.
-        tensors: any devices, any layout.
-        metadata: text for the header.
-        dtype: of the floating tensors on disk; None keeps theirs.
-
-    Returns:
-        The sha256 of the file, hexadecimal.
+    here, one tensor at a time, of any device and layout. ``dtype`` is that of the floating tensors on disk, None keeps
+    theirs. What comes back is the sha256 of the file, hexadecimal.
     """
     dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # the widest first keeps all aligned
