@@ -31,7 +31,7 @@ from skimage.feature import hog
 from torch import Tensor, nn
 
 from maehub.data.duplicates import find_twins
-from maehub.data.labels import Labelled, read_labelled
+from maehub.data.labels import Labelled, find_labelled
 from maehub.data.sources import Source
 from maehub.data.splits import LabelledSplit, inner_split, split_labelled
 from maehub.features.inference import outputs
@@ -126,8 +126,8 @@ def frozen(labelled: Path, work: Path) -> None:
     log = Log(work / "frozen.jsonl")
     for data in (work / "frozen" / name for name in SETS):
         if not data.exists():
-            _link(_some(read_labelled(labelled / data.name), MOST.get(data.name)), data)
-        everything = read_labelled(data)
+            _link(_some(find_labelled(labelled / data.name).labelled, MOST.get(data.name)), data)
+        everything = find_labelled(data).labelled
         places = {everything.samples.name(index): index for index in range(len(everything))}
         splits = {seed: split_labelled(data, seed=seed) for seed in SPLITS}
         for seed, split in splits.items():

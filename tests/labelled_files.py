@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maehub.data.labels import find_labelled
+
 
 def png(number=0):
     file = io.BytesIO()
     Image.new("L", (8, 6), number % 256).save(file, "PNG")
     return file.getvalue()
+
+
+def read_labelled(data, **given):
+    return find_labelled(data, **given).labelled
 
 
 def lay(folder, *names):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from labelled_files import read_labelled
 from PIL import Image
 
-from maehub.data.labels import read_labelled
 from maehub.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from labelled_files import lay, png, table, words, write_csv, write_tar
+from labelled_files import lay, png, read_labelled, table, words, write_csv, write_tar
 
 from maehub import rng
-from maehub.data.labels import find_labelled, read_labelled
+from maehub.data.labels import find_labelled
 from maehub.errors import DataError, UsageError
 from maehub.images.decoding import open_image
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage
-from labelled_files import write_tar
+from labelled_files import read_labelled, write_tar
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 
 from maehub.data.duplicates import _near, _Prints, _read, difference_hashes, find_twins
-from maehub.data.labels import Labelled, read_labelled
+from maehub.data.labels import Labelled
 from maehub.data.listing import Names
 from maehub.data.sources import Samples, find_images
 from maehub.errors import DataError

@@ -9,6 +9,7 @@ from .labels import given_folders as given_folders
 from .loader import VALIDATION_VIEW as VALIDATION_VIEW
 from .loader import Key as Key
 from .loader import StepKeys as StepKeys
+from .loader import Whole as Whole
 from .loader import batches_of as batches_of
 from .loader import check_shared_memory as check_shared_memory
 from .loader import naming as naming

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from maehub.data.labels import Labelled
-from maehub.data.loader import batches_of, naming, worker_count
+from maehub.data.loader import Whole, batches_of, worker_count
 from maehub.data.sources import Source
-from maehub.errors import DataError
 from maehub.files import atomic_write, sha256_file
 from maehub.images import ImagePath, Preprocess, read_pixels
 
@@ -51,16 +49,14 @@ class Duplicates:
 
     def describe(self) -> str:
         """How many there are, in a sentence."""
-        parts = [
-            f"{len(pairs)} {what}"
-            for pairs, what in ((self.exact, "the same file"), (self.near, "nearly the same picture"))
-            if pairs
-        ]
+        kinds = (self.exact, "the same file"), (self.near, "nearly the same picture")
+        parts = [f"{len(pairs)} {what}" for pairs, what in kinds if pairs]
         count, share = len(self.testing), 100 * (len(self.exact) + len(self.near)) / len(self.testing)
         if not parts:
             return f"None of {count:,} testing pictures was found in training."
         text = f"Of {count:,} testing pictures {share:.1f} % are in training too: {' and '.join(parts)}"
-        other = sum(self._labels_differ(pair) for pair in self.exact + self.near)
+        here, there = self.testing.labels, self.training.labels
+        other = sum(bool(np.any(here[one] != there[same])) for one, same in self.exact + self.near)
         return f"{text}; {other} of them with another label there." if other else f"{text}."
 
     def save(self, path: str | Path) -> None:
@@ -69,11 +65,8 @@ class Duplicates:
             rows = csv.writer(file)
             rows.writerow(["kind", "testing", "training"])
             for kind, pairs in (("exact", self.exact), ("near", self.near)):
-                for one, other in pairs:
-                    rows.writerow([kind, self.testing.samples.where(one), self.training.samples.where(other)])
-
-    def _labels_differ(self, pair: Pair) -> bool:
-        return bool(np.any(self.testing.labels[pair[0]] != self.training.labels[pair[1]]))
+                for one, same in pairs:
+                    rows.writerow([kind, self.testing.samples.where(one), self.training.samples.where(same)])
 
 
 def find_twins(
@@ -87,16 +80,11 @@ def find_twins(
     few bits, *and* so is its colour thumbnail (16 × 18), by 1 − the correlation of pixels. The hash alone would take
     most clip-art on white for the same. Pictures that are turned, mirrored, recoloured or much cropped are not found.
 
-    Args:
-        training, testing: of a split.
-        workers: processes that read; 0 reads in this one, None chooses.
-        progress: show a bar on stderr, if that is a terminal.
+    Read by ``workers`` processes, with 0 in this one; None chooses. The bar is shown if stderr is a terminal.
     """
     there = _prints(training.samples, workers, progress)
     here = _prints(testing.samples, workers, progress)
-    known: dict[str, int] = {}
-    for place, file in enumerate(there.files):
-        known.setdefault(file, place)
+    known = {file: place for place, file in reversed(list(enumerate(there.files)))}  # the first of several
     exact = [(place, known[file]) for place, file in enumerate(here.files) if file in known]
     same = {place for place, _ in exact}
     near = [pair for pair in _near(here, there) if pair[0] not in same]
@@ -108,29 +96,8 @@ class _Prints(NamedTuple):
 
     files: list[str]  # sha256 of each file
     hashes: np.ndarray  # (n,) uint64, difference hashes
-    thumbnails: np.ndarray  # (n, d) float32, of mean 0 and length 1; zeros where there is nothing to compare
-
-
-@dataclass(frozen=True)
-class _Small(Dataset[_Prints | DataError]):
-    """Prints of pictures, a whole batch at a time; of one that cannot be read its error."""
-
-    samples: Source
-
-    def __getitems__(self, indices: list[int]) -> _Prints | DataError:
-        self.samples.prefetch(indices)
-        files, pixels = [], np.empty((len(indices), *_SMALL.size, 3), np.uint8)
-        for row, index in enumerate(indices):
-            try:
-                with naming(self.samples, index):
-                    file, pixels[row] = _read(self.samples.source(index))
-            except DataError as error:
-                return error
-            files.append(file)
-        return _Prints(files, difference_hashes(pixels), _thumbnails(pixels))
-
-    def __getitem__(self, index: int) -> _Prints | DataError:
-        return self.__getitems__([index])
+    thumbnails: np.ndarray
+    """(n, 864) float32, of mean 0 in each colour and length 1 together; zeros where there is nothing to compare."""
 
 
 def difference_hashes(pixels: np.ndarray) -> np.ndarray:
@@ -140,12 +107,14 @@ def difference_hashes(pixels: np.ndarray) -> np.ndarray:
     return np.packbits(bits.reshape(-1, 64), axis=1).view(np.uint64)[:, 0]
 
 
-def _thumbnails(pixels: np.ndarray) -> np.ndarray:
-    """(n, 32, 36, 3) uint8 to (n, 864) float32, of mean 0 in each colour and length 1 together."""
+def _joined(pictures: list[tuple[str, np.ndarray]]) -> _Prints:
+    files, small = zip(*pictures, strict=True)
+    pixels = np.stack(small)  # (n, 32, 36, 3) uint8
     cells = pixels.reshape(-1, 16, 2, 18, 2, 3).astype(np.float32).mean((2, 4)).reshape(len(pixels), -1, 3)
     cells = (cells - cells.mean(axis=1, keepdims=True)).reshape(len(pixels), -1)
     length = np.linalg.norm(cells, axis=1, keepdims=True)
-    return np.where(length > _PLAIN * np.sqrt(cells.shape[1]), cells / np.maximum(length, 1e-6), 0)
+    thumbnails = np.where(length > _PLAIN * np.sqrt(cells.shape[1]), cells / np.maximum(length, 1e-6), 0)
+    return _Prints(list(files), difference_hashes(pixels), thumbnails)
 
 
 def _read(source: ImagePath | BinaryIO) -> tuple[str, np.ndarray]:
@@ -165,7 +134,7 @@ def _prints(samples: Source, workers: int | None, progress: bool) -> _Prints:
     keys = [list(range(start, min(start + _AT_ONCE, count))) for start in range(0, count, _AT_ONCE)]
     bar = tqdm(total=count, unit=" pictures", disable=None if progress else True, file=sys.stderr, leave=False)
     prints: list[_Prints] = []
-    with batches_of(_Small(samples), keys, workers=worker_count(workers), pin=False) as batches, bar:
+    with batches_of(Whole(samples, _read, _joined), keys, workers=worker_count(workers), pin=False) as batches, bar:
         for batch in batches:
             prints.append(batch)
             bar.update(len(batch.files))
@@ -182,6 +151,6 @@ def _near(here: _Prints, there: _Prints) -> list[Pair]:
         bits = np.bitwise_count(here.hashes[rows, None] ^ there.hashes)
         alike[bits > _MOST_BITS] = -1
         best = alike.argmax(axis=1)
-        for row in np.flatnonzero(alike.max(axis=1) >= 1 - _MOST_DIFFERENCE):
-            pairs.append((start + int(row), int(best[row])))
+        near = np.flatnonzero(alike.max(axis=1) >= 1 - _MOST_DIFFERENCE).tolist()
+        pairs += [(start + row, int(best[row])) for row in near]
     return pairs

@@ -5,7 +5,7 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,11 +50,11 @@ class DataCheck:
 
     def describe(self) -> str:
         """The result in a line or two."""
-        kinds = _counts(self.formats)
+        kinds, pictures = _counts(self.formats), _several(self.images, "picture")
         if not self.bad:
-            return f"{_pictures(self.images)}, all readable: {kinds}"
+            return f"{pictures}, all readable: {kinds}"
         readable = f"{self.images - len(self.bad):,} readable" + (f" ({kinds})" if kinds else "")
-        return f"{_pictures(self.images)}: {readable}, {len(self.bad):,} not"
+        return f"{pictures}: {readable}, {len(self.bad):,} not"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the pictures that cannot be read to a CSV file with the columns path and reason.
@@ -63,9 +63,7 @@ class DataCheck:
             CheckpointError: it cannot be written; what was there is unchanged.
         """
         with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("path", "reason"))
-            writer.writerows(self.bad)
+            csv.writer(file).writerows([("path", "reason"), *self.bad])
 
 
 class Spread(NamedTuple):
@@ -104,18 +102,17 @@ class DataStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain = {
             name: value._asdict() if isinstance(value, Spread) else list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
+            for name, value in asdict(self).items()
         }
         return plain | {"python": self.python()}
 
     def python(self) -> str:
         """A line of Python that makes a transform with these statistics."""
-        mean, std = (f"({', '.join(f'{number:.4f}' for number in numbers)},)" for numbers in (self.mean, self.std))
-        short = [text.replace(",)", ")") if len(self.mean) > 1 else text for text in (mean, std)]
-        return f"maehub.Preprocess(mean={short[0]}, std={short[1]})"
+        comma = "," * (len(self.mean) == 1)
+        mean, std = (", ".join(f"{number:.4f}" for number in numbers) + comma for numbers in (self.mean, self.std))
+        return f"maehub.Preprocess(mean=({mean}), std=({std}))"
 
     def describe(self) -> str:
         """A table."""
@@ -124,8 +121,13 @@ class DataStatistics:
         rows = [("pictures", f"{self.images:,}"), ("looked at", looked)]
         if self.unreadable:
             rows.append(("unreadable", f"{self.unreadable:,}; `maehub data check` lists them"))
+        low, high = self.value_range
+        # Pictures of 16 bits are scaled by all that 16 bits can hold, so those of a 12-bit camera come out dark.
+        dark = 255 < high <= 65535 // 2
+        hint = "; 16 bits can hold 65535, and are scaled by that: these pictures will be dark" if dark else ""
         rows += [("formats", _counts(self.formats)), ("modes", _counts(self.modes))]
-        lines = [f"{name:<12}{text}" for name, text in [*rows, ("values", self._values())]]
+        rows += [("values", f"{low:g} to {high:g}{hint}")]
+        lines = [f"{name:<12}{text}" for name, text in rows]
         lines += ["", f"{'':<12}{'least':>10}{'median':>10}{'greatest':>10}"]
         spreads = [("width", self.width, "{:,.0f}"), ("height", self.height, "{:,.0f}")]
         spreads += [("megapixels", self.megapixels, "{:,.2f}")]
@@ -133,18 +135,9 @@ class DataStatistics:
         lines += [f"{name:<12}" + "".join(f"{form.format(x):>10}" for x in spread) for name, spread, form in spreads]
         channels = ("grey",) if len(self.mean) == 1 else ("red", "green", "blue")
         lines += ["", f"{'':<12}" + "".join(f"{channel:>10}" for channel in channels)]
-        lines += [f"{name:<12}" + "".join(f"{x:>10.4f}" for x in numbers) for name, numbers in self._moments()]
+        for name, numbers in (("mean", self.mean), ("deviation", self.std)):
+            lines.append(f"{name:<12}" + "".join(f"{x:>10.4f}" for x in numbers))
         return "\n".join([*lines, "", self.python()])
-
-    def _values(self) -> str:
-        low, high = self.value_range
-        # Pictures of 16 bits are scaled by all that 16 bits can hold, so those of a 12-bit camera come out dark.
-        dark = 255 < high <= 65535 // 2
-        hint = "; 16 bits can hold 65535, and are scaled by that: these pictures will be dark" if dark else ""
-        return f"{low:g} to {high:g}{hint}"
-
-    def _moments(self) -> list[tuple[str, tuple[float, ...]]]:
-        return [("mean", self.mean), ("deviation", self.std)]
 
 
 def tell(picture: BadPicture) -> None:
@@ -208,22 +201,27 @@ def data_statistics(
     good = [(samples.size(index), finding) for index, finding in examined if not finding.reason]
     if not good:
         index, finding = examined[0]
-        raise DataError(f"none of {_pictures(len(examined))} can be read; {samples.where(index)}: {finding.reason}")
+        pictures = _several(len(examined), "picture")
+        raise DataError(f"none of {pictures} can be read; {samples.where(index)}: {finding.reason}")
     findings = [finding for _, finding in good]
-    mean, std = _channel_statistics(findings)
+    # Grey pictures among coloured ones count as red, green and blue.
+    channels = max(len(finding.mean) for finding in findings)
+    moments = [[np.resize(numbers, channels) for numbers in (finding.mean, finding.square)] for finding in findings]
+    mean, square = np.mean(moments, axis=0)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
     return DataStatistics(
         images=len(samples),
         looked_at=len(good),
         unreadable=len(examined) - len(good),
         formats=dict(Counter(finding.format for finding in findings).most_common()),
-        modes=dict(Counter(f"{finding.mode} ({_bits(finding.bits)})" for finding in findings).most_common()),
+        modes=dict(Counter(f"{finding.mode} ({_several(finding.bits, 'bit')})" for finding in findings).most_common()),
         bytes=_spread(size for size, _ in good),
         width=_spread(finding.width for finding in findings),
         height=_spread(finding.height for finding in findings),
         megapixels=_spread(finding.width * finding.height / 1e6 for finding in findings),
         value_range=(min(finding.low for finding in findings), max(finding.high for finding in findings)),
-        mean=mean,
-        std=std,
+        mean=tuple(mean.tolist()),
+        std=tuple(deviation.tolist()),
     )
 
 
@@ -243,30 +241,13 @@ def _findings(
             yield index, finding
 
 
-def _channel_statistics(findings: list[Finding]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel; grey pictures among coloured ones count as red, green and blue."""
-    channels = max(len(finding.mean) for finding in findings)
-
-    def average(numbers: Iterable[tuple[float, ...]]) -> np.ndarray:
-        return np.mean([number * (channels // len(number)) for number in numbers], axis=0)
-
-    mean = average(finding.mean for finding in findings)
-    square = average(finding.square for finding in findings)
-    deviation = np.sqrt(np.maximum(square - mean**2, 0))
-    return tuple(mean.tolist()), tuple(deviation.tolist())
-
-
 def _spread(numbers: Iterable[float]) -> Spread:
     values = np.fromiter(numbers, np.float64)
     return Spread(float(values.min()), float(np.median(values)), float(values.max()))
 
 
-def _pictures(count: int) -> str:
-    return f"{count:,} picture" + ("" if count == 1 else "s")
-
-
-def _bits(bits: int) -> str:
-    return f"{bits} bit" + ("" if bits == 1 else "s")
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 def _counts(kinds: dict[str, int]) -> str:

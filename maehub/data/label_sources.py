@@ -22,10 +22,8 @@ log = logging.getLogger("maehub")
 _LAYOUT = "A labelled folder holds one folder a class, with its pictures at any depth: DIR/CLASS/….jpg"
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
-
 TRAINING, TESTING = ("train", "training"), ("val", "validation", "valid", "test", "testing")
 """What may stand in the column split; of several that are for measuring, the first is meant."""
-_PATH, _LABEL, _SPLIT = "path", "label", "split"
 
 
 class Row(NamedTuple):
@@ -51,11 +49,7 @@ class NamedLabels(NamedTuple):
 def read_label_source(
     data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool
 ) -> NamedLabels:
-    """Labels and groups of pictures; see `maehub.data.labels.read_labelled`.
-
-    Args:
-        known: the classes are given, and those without a picture are only warned of.
-    """
+    """Labels and groups, see `find_labelled`; of classes that are ``known`` those without a picture are warned of."""
     if data.lower().endswith(".csv") and not os.path.isdir(data):
         return _csv(data, group, label)
     samples = find_samples(data, index_dir=index_dir)
@@ -71,7 +65,7 @@ def read_label_source(
 
 
 def _csv(path: str, group: str | None, label: str | None) -> NamedLabels:
-    rows = read_csv(path, label=label, group=group)
+    rows = read_csv(path, label, group)
     samples = Samples(os.fsencode(os.path.dirname(path)), Names.of(os.fsencode(row.path) for row in rows))
     labels: list[str] | list[list[str]] = [row.label for row in rows]
     several = [row for row in rows if "|" in row.label]
@@ -90,17 +84,13 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
     if loose:
         beside = " beside class folders" if len(loose) < len(paths) else ""
         lie = f"{len(loose)} pictures lie" if len(loose) > 1 else "a picture lies"
-        raise DataError(
-            f"{printable(data)}: {lie} in it directly{beside}, the first {printable(loose[0])}, and of which class is "
-            f"not known. {_LAYOUT}"
-        )
+        first = f"the first {printable(loose[0])}, and of which class is not known"
+        raise DataError(f"{printable(data)}: {lie} in it directly{beside}, {first}. {_LAYOUT}")
     _check_folders(data, {parts[0] for parts in paths}, known=known)
-    groups = None
-    if group is not None:
-        level = _level(group, f"of {printable(data)}: groups are folders below the class, from 2")
-        if level == 1:
-            raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
-        groups = _folder_groups(samples, paths, level)
+    if group and group.lstrip("0") == "1":
+        raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
+    what = f"of {printable(data)}: groups are folders below the class, from 2"
+    groups = None if group is None else _folder_groups(samples, paths, group, what)
     return NamedLabels(samples, [parts[0].decode() for parts in paths], None, groups)
 
 
@@ -128,10 +118,8 @@ def _shards(samples: Shards, group: str | None) -> NamedLabels:
     for number in at_once(samples.label, range(count)) if remote else map(samples.label, range(count)):
         if number is None or number < 0:
             has = "has no .cls member" if number is None else f"has the class {number}"
-            where = samples.where(len(numbers))
-            raise DataError(
-                f"{where}: it {has}; the class of a picture is a number from 0 in the .cls member beside it"
-            )
+            rule = "the class of a picture is a number from 0 in the .cls member beside it"
+            raise DataError(f"{samples.where(len(numbers))}: it {has}; {rule}")
         numbers.append(number)
     names = _class_file(samples)
     highest = int(np.argmax(numbers))
@@ -145,9 +133,9 @@ def _shards(samples: Shards, group: str | None) -> NamedLabels:
         places = np.searchsorted(samples.starts, np.arange(count), side="right") - 1
         groups = [prefixes[place] for place in places.tolist()]
     elif group is not None:
-        level = _level(group, "of shards: a group is a shard, or a folder in the names of members, from 1")
         members = [samples.index.names[index].removeprefix(b"./").split(b"/") for index in range(count)]
-        groups = _folder_groups(samples, members, level)
+        what = "of shards: a group is a shard, or a folder in the names of members, from 1"
+        groups = _folder_groups(samples, members, group, what)
     return NamedLabels(samples, [called[number] for number in numbers], list(called.values()), groups)
 
 
@@ -168,10 +156,18 @@ def _class_file(samples: Shards) -> list[str]:
 
 
 def _table(samples: Table, group: str | None, label: str | None) -> NamedLabels:
-    column = label or _label_column(samples)
+    kinds, column = samples.others.features, label or ""
+    if not column:
+        named = [name for name in _LABEL_COLUMNS if name in kinds]
+        chosen = named or [name for name, kind in kinds.items() if type(kind).__name__ == "ClassLabel"]
+        if len(chosen) != 1:
+            which = f"several may hold labels: {', '.join(chosen)}" if chosen else "none is known to hold labels"
+            where = f"of the columns of {printable(samples.parts[0])} ({', '.join(kinds) or 'none'})"
+            raise UsageError(f"{where} {which}. Name one by --label")
+        column = chosen[0]
     values = samples.values(column)
     several = any(isinstance(value, list) for value in values)
-    kind = samples.others.features[column]
+    kind = kinds[column]
     names = getattr(getattr(kind, "feature", kind), "names", None)  # of a ClassLabel, or of a list of them
     for index, value in enumerate(values):
         items = value if isinstance(value, list) else [value]
@@ -179,10 +175,8 @@ def _table(samples: Table, group: str | None, label: str | None) -> NamedLabels:
             what = "nothing" if value is None else repr(value)
             raise DataError(f"{samples.where(index)}: its column {column!r} holds {what}, no label")
     flat = {item for value in values for item in (value if several else [value])}
-    if names is None and flat and all(type(item) is int for item in flat):
-        order: list[str] | None = [str(number) for number in sorted(flat)]
-    else:
-        order = names
+    numbered = names is None and all(type(item) is int for item in flat)
+    order = [str(number) for number in sorted(flat)] if numbered else names
     called = {item: names[item] if names else str(item) for item in flat}
     labels: Any = [[called[item] for item in value] if several else called[value] for value in values]
     groups = None
@@ -194,25 +188,17 @@ def _table(samples: Table, group: str | None, label: str | None) -> NamedLabels:
     return NamedLabels(samples, labels, order, groups)
 
 
-def _label_column(samples: Table) -> str:
-    kinds = samples.others.features
-    named = [name for name in _LABEL_COLUMNS if name in kinds]
-    chosen = named or [name for name, kind in kinds.items() if type(kind).__name__ == "ClassLabel"]
-    if len(chosen) == 1:
-        return chosen[0]
-    several = f"several may hold labels: {', '.join(chosen)}" if chosen else "none is known to hold labels"
-    where = printable(samples.parts[0])
-    raise UsageError(f"of the columns of {where} ({', '.join(kinds) or 'none'}) {several}. Name one by --label")
-
-
 def _is_label(item: Any, names: list[str] | None) -> bool:
     if names is not None:
         return type(item) is int and 0 <= item < len(names)
     return type(item) in (int, bool) or (type(item) is str and item != "")
 
 
-def _folder_groups(samples: Source, paths: list[list[bytes]], level: int) -> list[str]:
-    """Groups by the name of one folder: a patient under two classes is one patient."""
+def _folder_groups(samples: Source, paths: list[list[bytes]], group: str, what: str) -> list[str]:
+    """Groups by the name of one folder: a patient under two classes is one patient. ``what`` says which levels are."""
+    if not (group.isascii() and group.isdigit()) or int(group) < 1:
+        raise UsageError(f"--group {group} is no level {what}")
+    level = int(group)
     for index, parts in enumerate(paths):
         if len(parts) <= level:
             has = f"{samples.where(index)} has {len(parts) - 1} folders in its name"
@@ -220,21 +206,11 @@ def _folder_groups(samples: Source, paths: list[list[bytes]], level: int) -> lis
     return [printable(parts[level - 1]) for parts in paths]
 
 
-def _level(group: str, what: str) -> int:
-    if not (group.isascii() and group.isdigit()) or int(group) < 1:
-        raise UsageError(f"--group {group} is no level {what}")
-    return int(group)
-
-
-def read_csv(path: str, *, label: str | None = None, group: str | None = None) -> list[Row]:
+def read_csv(path: str, label: str | None, group: str | None) -> list[Row]:
     """The pictures of a CSV in the order of its lines: commas between columns, a first line that names them, UTF-8.
 
     The file of a picture stands in the column ``path``: absolute, or relative to the folder of the CSV. A picture that
     stands there twice with the same cells is taken once. A column ``split`` is read where there is one.
-
-    Args:
-        label: the label's column; None means ``label``.
-        group: the column of what belongs together.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -246,21 +222,15 @@ def read_csv(path: str, *, label: str | None = None, group: str | None = None) -
 
 
 def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[Row]:
-    root, rows = os.path.dirname(path), dict[str, Row]()
-    header: list[str] = []
-    columns: dict[str, str | None] = {}  # fields of a row to columns
-    again = 0
-    for number, cells in _lines(path, reader):
-        if not header:
-            header = cells
-            columns = _columns(path, header, label, group)
-            continue
+    root, rows, again = os.path.dirname(path), dict[str, Row](), 0
+    lines = _lines(path, reader)
+    _, header = next(lines, (0, list[str]()))
+    columns = _columns(path, header, label, group) if header else {}  # fields of a row to columns
+    for number, cells in lines:
         where = f"{printable(path)}, line {number}"
         if len(cells) != len(header):
-            raise DataError(
-                f"{where}: it has {len(cells)} cells and the first line {len(header)}; a cell that holds a comma "
-                "stands between double quotes"
-            )
+            has = f"it has {len(cells)} cells and the first line {len(header)}"
+            raise DataError(f"{where}: {has}; a cell that holds a comma stands between double quotes")
         by_column = dict(zip(header, cells, strict=True))
         row = Row(**{field: by_column[column] if column else "" for field, column in columns.items()}, line=number)
         for field in ("path", "group", "split"):
@@ -274,7 +244,7 @@ def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[
         if before is not row:
             _check_same(where, before, row, columns)
             again += 1
-        elif not _is_file(os.path.join(root, row.path)):
+        elif not os.path.isfile(os.path.join(root, row.path)):
             raise DataError(f"{where}: there is no file {printable(os.path.join(root, row.path))}")
     if not rows:
         raise DataError(f"0 images in {printable(path)}: it has no line below the one that names the columns")
@@ -296,7 +266,8 @@ def _lines(path: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
 def _columns(path: str, header: list[str], label: str | None, group: str | None) -> dict[str, str | None]:
     if twice := [name for place, name in enumerate(header) if name in header[:place]]:
         raise DataError(f"{printable(path)}, line 1: the column {twice[0]!r} stands there twice")
-    columns = {"path": _PATH, "label": label or _LABEL, "group": group, "split": _SPLIT if _SPLIT in header else None}
+    split = "split" if "split" in header else None
+    columns = {"path": "path", "label": label or "label", "group": group, "split": split}
     missing = next((column for column in columns.values() if column and column not in header), None)
     if missing is None:
         return columns
@@ -305,7 +276,7 @@ def _columns(path: str, header: list[str], label: str | None, group: str | None)
         raise UsageError(text)
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
         raise DataError(f"{text}: put commas between columns")
-    raise DataError(f"{text}. It must be like path,label" + ("; --label names another column" * (missing == _LABEL)))
+    raise DataError(f"{text}. It must be like path,label" + ("; --label names another column" * (missing == "label")))
 
 
 def _check_same(where: str, before: Row, row: Row, columns: dict[str, str | None]) -> None:
@@ -313,14 +284,6 @@ def _check_same(where: str, before: Row, row: Row, columns: dict[str, str | None
     for field in ("label", "group", "split"):
         was, now = getattr(before, field), getattr(row, field)
         if was != now:
-            raise DataError(
-                f"{where}: {printable(row.path)} stands in line {before.line} too, with the {columns[field]} {was!r} "
-                f"there and {now!r} here. Several labels of a picture go into one cell, with | between them"
-            )
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:  # a zero byte in it
-        return False
+            other = f"{printable(row.path)} stands in line {before.line} too, with the {columns[field]} {was!r} there"
+            hint = "Several labels of a picture go into one cell, with | between them"
+            raise DataError(f"{where}: {other} and {now!r} here. {hint}")

@@ -21,7 +21,7 @@ class Labelled:
     """Pictures with their classes.
 
     ``labels``: (n,) int64, places in ``classes``; where a picture may have several, (n, classes) bool. ``groups``:
-    (n,) int64, equal for pictures that must stay on one side of a split; None where nobody said. What `read_labelled`
+    (n,) int64, equal for pictures that must stay on one side of a split; None where nobody said. What `find_labelled`
     gives is a hash of a group's name, so a group has the same number wherever it is read.
     """
 
@@ -73,34 +73,6 @@ class Sides(NamedTuple):
     testing: str
 
 
-def read_labelled(
-    data: str | Path,
-    *,
-    group: str | None = None,
-    label: str | None = None,
-    classes: Sequence[str] | None = None,
-    index_dir: Path | None = None,
-) -> Labelled:
-    """Labelled pictures: a folder of class folders, a CSV, tar shards, Parquet files or a saved dataset.
-
-    *Folder*: DIR/CLASS/…, at any depth. *CSV*: see `label_sources.read_csv`; if any cell holds several labels
-    with | between them, or none, every picture may have several. *Shards*: the number in the .cls member; classes are
-    called by the lines of a file classes.txt beside the shards, the first one 0, or by their numbers. *Table*: the
-    column label, labels, class or fine_label, or the only one of datasets' ClassLabel; text, numbers, or lists of them.
-
-    Args:
-        data: where they are, as `maehub.data.sources.find_samples` takes it, or a .csv.
-        group: what must stay on one side of a split: a column of a CSV or table; of a folder the level of the folder
-            whose name is the group, ``"2"`` being the first one below the class; of shards ``"shard"``, or the level
-            of a folder in the names of members, from ``"1"``.
-        label: the label's column, in a CSV or table.
-        classes: the classes that labels are places in, such as those of a model. None takes those that have a picture,
-            sorted by name, or in the order that the data give them.
-        index_dir: as in `find_samples`.
-    """
-    return find_labelled(data, group=group, label=label, classes=classes, index_dir=index_dir).labelled
-
-
 def find_labelled(
     data: str | Path,
     *,
@@ -109,12 +81,25 @@ def find_labelled(
     classes: Sequence[str] | None = None,
     index_dir: Path | None = None,
 ) -> LoadedLabels:
-    """What `read_labelled` gives, with the names of groups and the sides that a CSV puts its pictures on."""
+    """Labelled pictures: a folder of class folders, a CSV, tar shards, Parquet files or a saved dataset.
+
+    *Folder*: DIR/CLASS/…, at any depth. *CSV*: see `label_sources.read_csv`; if any cell holds several labels
+    with | between them, or none, every picture may have several. *Shards*: the number in the .cls member; classes are
+    called by the lines of a file classes.txt beside the shards, the first one 0, or by their numbers. *Table*: the
+    column label, labels, class or fine_label, or the only one of datasets' ClassLabel; text, numbers, or lists of them.
+
+    ``index_dir`` is as in `find_samples`. ``group`` is what must stay on one side of a split: a column of a CSV or
+    table; of a folder the level of the folder whose name is the group, ``"2"`` being the first one below the class; of
+    shards ``"shard"``, or the level of a folder in the names of members, from ``"1"``. ``label`` is the label's column,
+    in a CSV or table. ``classes`` are those that labels are places in, such as those of a model; None takes those that
+    have a picture, sorted by name, or in the order that the data give them.
+    """
     text = os.fsdecode(data)
     if sides := given_folders(text):
         raise UsageError(f"{printable(text)} holds the two sides of a split: name one, such as {sides.testing}")
     named = read_label_source(text, group, label, index_dir, known=classes is not None)
-    numbers = {name: _number(name) for name in set(named.groups or ())}
+    groups = set(named.groups or ())
+    numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in groups}
     labelled = _numbered(named, numbers)
     if classes is not None:
         labelled = mapped(labelled, tuple(classes), text)
@@ -128,10 +113,6 @@ def given_folders(data: str) -> Sides | None:
     training, *testing = [os.path.join(data, name) for name in ("train", *TESTING)]
     first = next(filter(os.path.isdir, testing), None)
     return Sides(training, first) if first and os.path.isdir(training) else None
-
-
-def _number(group: str) -> int:
-    return sample_id(b"group " + group.encode("utf-8", "surrogateescape"))
 
 
 def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:
@@ -159,14 +140,11 @@ def mapped(labelled: Labelled, classes: tuple[str, ...], data: str) -> Labelled:
     counts = dict(zip(labelled.classes, labelled.counts.tolist(), strict=True))
     if unseen := [name for name in labelled.classes if name not in times]:
         names = first_names([f"{name} (pictures: {counts[name]})" for name in unseen], 3)
-        raise DataError(
-            f"{printable(data)} has classes that are not among the {len(classes)} known ones: {names}. Known are "
-            f"{first_names(classes, 3)}. Leave those pictures out, or train with them"
-        )
-    if doubled := [name for name in labelled.classes if times[name] > 1]:
-        raise DataError(
-            f"{times[doubled[0]]} of the known classes are called {doubled[0]}; which is meant is not known"
-        )
+        has = f"{printable(data)} has classes that are not among the {len(classes)} known ones: {names}"
+        known = first_names(classes, 3)
+        raise DataError(f"{has}. Known are {known}. Leave those pictures out, or train with them")
+    if (name := next((name for name in labelled.classes if times[name] > 1), None)) is not None:
+        raise DataError(f"{times[name]} of the known classes are called {name}; which is meant is not known")
     order = {name: place for place, name in enumerate(classes)}
     places = np.array([order[name] for name in labelled.classes], np.int64)
     if not labelled.multi_label:

@@ -50,15 +50,10 @@ class Names:
 
 
 def search(root: bytes, endings: frozenset[bytes], others: Counter[bytes]) -> Iterator[bytes]:
-    """Names of files with these endings below a folder, sorted by their bytes.
+    """Names of files with these endings (lower case, with their dot) below a folder, sorted by their bytes.
 
     Hidden files and folders are left out; links are followed, except to a folder that is being searched. No more than
-    the names of the folders on the way to one file are in memory.
-
-    Args:
-        root: the folder.
-        endings: in lower case, with their dot.
-        others: counts the files with each other ending.
+    the names of the folders on the way to one file are in memory. ``others`` counts the files with each other ending.
     """
     # Each folder with its entries that are left, and the identities of those above it: a link back to one of them
     # would never end.

@@ -7,9 +7,9 @@ import math
 import os
 import shutil
 import traceback
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from maehub.data.sources import Source
 from maehub.data.workers import core_count
 from maehub.errors import DataError
+from maehub.images import ImagePath
 from maehub.rng import random_bits, sample_seed
 
 log = logging.getLogger("maehub")
@@ -87,19 +88,13 @@ class StepKeys:
 
 
 def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Where places of a row of ``count`` go when it is shuffled, without shuffling all of it.
+    """Where places of a row of ``count`` go when it is shuffled, without shuffling all of it: (n,) int64 to the same.
 
     A permutation of 0 … count − 1 that is computed place by place, so that an epoch of a billion pictures costs no
     memory: a Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that holds ``count``, walked
     on until it ends inside (Black and Rogaway 2002).
-
-    Args:
-        places: (n,) int64 in [0, count).
-
-    Returns:
-        (n,) int64 in [0, count).
     """
-    half = max(1, math.ceil(max(1, (count - 1).bit_length()) / 2))
+    half = max(1, math.ceil((count - 1).bit_length() / 2))
     low = (1 << half) - 1
     keys = random_bits(torch.tensor([seed]), _ROUNDS)[0].tolist()
 
@@ -116,16 +111,36 @@ def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
     return shuffled_places
 
 
+@dataclass(frozen=True)
+class Whole(Dataset[Read | DataError]):
+    """Whole pictures by their indices, a batch at a time; of one that cannot be read its error."""
+
+    samples: Source
+    read: Callable[[ImagePath | BinaryIO], Any]
+    join: Callable[[list[Any]], Read]
+
+    def __getitems__(self, indices: list[int]) -> Read | DataError:
+        self.samples.prefetch(indices)
+        pictures = []
+        for index in indices:
+            try:
+                with naming(self.samples, index):
+                    pictures.append(self.read(self.samples.source(index)))
+            except DataError as error:
+                return error
+        return self.join(pictures)
+
+    def __getitem__(self, index: int) -> Read | DataError:
+        return self.__getitems__([index])
+
+
 @contextlib.contextmanager
 def batches_of(
     dataset: Dataset[Read | DataError], keys: Iterable[list[Any]], *, workers: int, pin: bool
 ) -> Iterator[Iterator[Read]]:
-    """Batches of a data set, such as `Crops`, in the order of their keys.
+    """Batches of a data set, such as `Crops`, one for each list of keys for its ``__getitems__``, in their order.
 
-    Args:
-        keys: one list a batch, for the data set's ``__getitems__``.
-        workers: processes that read; 0 reads in this one.
-        pin: put batches into page-locked memory, for a GPU.
+    Read by ``workers`` processes, with 0 in this one; ``pin`` puts them into page-locked memory, for a GPU.
     """
     loader = DataLoader(
         dataset,
@@ -138,7 +153,14 @@ def batches_of(
         worker_init_fn=_own_group,
         multiprocessing_context="fork" if workers else None,
     )
-    batches = _readable(loader)
+
+    def readable() -> Generator[Read]:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    batches = readable()
     # A full garbage collection writes into every object there is: in each forked process it would copy what they share.
     if workers:
         gc.collect()
@@ -147,10 +169,16 @@ def batches_of(
         yield batches
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # what has ended by it holds the processes, which end when let go
-        # torch tells of a dead process wherever the loop happens to be, not only where it asks for a batch.
-        if (told := _of_a_reader(error)) is None:
+        # torch has no class of its own for a worker's death, and tells of it wherever the loop happens to be, not only
+        # where it asks for a batch.
+        if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
             raise
-        raise told from error
+        signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
+        reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
+        raise DataError(
+            f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
+            "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
+        ) from error
     finally:
         batches.close()
         if workers:
@@ -160,12 +188,7 @@ def batches_of(
 def check_shared_memory(each: int, views: int, workers: int) -> None:
     """See whether finished batches fit into the memory that processes share: where it is full they die or hang.
 
-    Warns if not all that may be ready at once do.
-
-    Args:
-        each: bytes of one batch of this process.
-        views: in it.
-        workers: processes that read.
+    ``each`` is the bytes of one batch of this process, of so many views. Warns if not all that may be ready at once do.
     """
     needed = workers * _PREFETCHED * each
     try:
@@ -178,41 +201,14 @@ def check_shared_memory(each: int, views: int, workers: int) -> None:
             f"{free / 1e6:,.1f} MB are free. Give it more (docker: --shm-size), or read in this process by --workers 0."
         )
     if workers and needed > free:
-        log.warning(
-            "%d processes that read may need %.2f GB of %s, and %.2f GB are free: if one dies by SIGBUS, use fewer "
-            "--workers, or give it more (docker: --shm-size)",
-            workers,
-            needed / 1e9,
-            _SHARED_MEMORY,
-            free / 1e9,
-        )
+        has = f"{needed / 1e9:.2f} GB of {_SHARED_MEMORY}, and {free / 1e9:.2f} GB are free"
+        hint = "if one dies by SIGBUS, use fewer --workers, or give it more (docker: --shm-size)"
+        log.warning("%d processes that read may need %s: %s", workers, has, hint)
 
 
 def worker_count(workers: int | None, processes: int = 1) -> int:
     """As many reading processes as asked for, or as there are cores for each training process, one left for it."""
-    if workers is not None:
-        return workers
-    return max(1, core_count() // processes - 1)
-
-
-def _readable(loader: Iterable[Read | DataError]) -> Generator[Read]:
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-def _of_a_reader(error: Exception) -> DataError | None:
-    """What to say of an error that came from a reading process; None for all others."""
-    # torch has no class of its own for a worker's death.
-    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
-        return None
-    signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
-    reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
-    return DataError(
-        f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
-        "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
-    )
+    return max(1, core_count() // processes - 1) if workers is None else workers
 
 
 def _as_is(batch: Any) -> Any:

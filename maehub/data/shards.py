@@ -4,6 +4,7 @@ A picture is read at random, by the place of its bytes in its shard, so the orde
 shards. Members are read, never extracted.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -31,15 +32,12 @@ _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _logger = logging.getLogger(__name__)
 
-
 LARGEST_MEMBER = 2**29
 """Bytes of a picture file in a shard: a larger one is refused before it is read."""
-_BLOCK = tarfile.BLOCKSIZE
 _LARGEST_HEADER = 2**20  # bytes of a long name or a block of attributes
 _AHEAD_HERE, _AHEAD_REMOTE = 2**12, 2**21  # bytes read at once while headers are sought
-_KEY = re.compile(
-    r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL
-)  # of webdataset: up to the first dot of the file's name
+# Of webdataset: up to the first dot of the file's name.
+_KEY = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL)
 _VERSION = 1  # of cached indexes
 
 
@@ -74,11 +72,9 @@ class Shards(Source):
         return self.prefixes[self._shard(index)] + b"/" + self.index.names[index]
 
     def size(self, index: int) -> int:
-        """Bytes of the picture file."""
         return int(self.index.sizes[index])
 
     def where(self, index: int) -> str:
-        """Shard and member, for messages."""
         return f"{printable(self.files[self._shard(index)].path)}, member {printable(self.index.names[index])}"
 
     def prefetch(self, indices: Sequence[int]) -> None:
@@ -86,22 +82,18 @@ class Shards(Source):
         remote = [index for index in dict.fromkeys(indices) if is_remote(self.files[self._shard(index)].path)]
         self._fetched.clear()
         if len(remote) > 1:
-            for index, data in zip(remote, at_once(self._tried, remote), strict=True):
-                if data is not None:
-                    self._fetched[index] = data
+            fetched = zip(remote, at_once(self._tried, remote), strict=True)
+            self._fetched.update((index, data) for index, data in fetched if data is not None)
 
     def source(self, index: int) -> io.BytesIO:
-        """The bytes of the picture file."""
         data = self._fetched.pop(index, None)
-        if data is None:
-            data = self._read(index, self.index.offsets, self.index.sizes)
-        return io.BytesIO(data)
+        return io.BytesIO(self._read(index) if data is None else data)
 
     def label(self, index: int) -> int | None:
         """The number in the .cls member with the same key; None if there is no such member."""
         if not self.index.label_sizes[index]:
             return None
-        text = self._read(index, self.index.label_offsets, self.index.label_sizes)
+        text = self._read(index, label=True)
         try:
             return int(text)
         except ValueError as error:
@@ -112,14 +104,16 @@ class Shards(Source):
 
     def _tried(self, index: int) -> bytes | None:
         try:
-            return self._read(index, self.index.offsets, self.index.sizes)
+            return self._read(index)
         except DataError:
             return None
 
-    def _read(self, index: int, offsets: np.ndarray, sizes: np.ndarray) -> bytes:
-        size = int(sizes[index])
+    def _read(self, index: int, *, label: bool = False) -> bytes:
+        found = self.index
+        columns = (found.label_offsets, found.label_sizes) if label else (found.offsets, found.sizes)
+        offset, size = (int(column[index]) for column in columns)
         try:
-            data = read_range(self.files[self._shard(index)], int(offsets[index]), size)
+            data = read_range(self.files[self._shard(index)], offset, size)
         except DataError as error:
             raise DataError(f"{self.where(index)}: {error}") from error
         if len(data) < size:
@@ -128,14 +122,11 @@ class Shards(Source):
 
 
 def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) -> Shards:
-    """The pictures of tar shards.
+    """The pictures of tar shards: paths or addresses with ``{000..099}``, ``{a,b}`` or the wildcards * and ?.
 
-    Args:
-        patterns: paths or addresses of .tar files, with ``{000..099}``, ``{a,b}`` or the wildcards * and ?.
-        index_dir: where to keep what was found in the headers, for shards that have not changed since. None reads
-            them every time.
+    What was found in the headers is kept in ``index_dir``, for shards that have not changed since.
     """
-    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    given = [patterns] if isinstance(patterns, str) else patterns
     paths = [path for pattern in given for path in shard_paths(pattern)]
     path, times = Counter(paths).most_common(1)[0]
     if times > 1:
@@ -201,26 +192,18 @@ def tar_index(file: StoredFile, index_dir: Path | None = None) -> TarIndex:
     """
     if index_dir is None or not file.stamp:
         return _read(file)
-    identity = hashlib.sha256("\n".join((str(_VERSION), *map(str, file))).encode("utf-8", "surrogateescape"))
+    identity = hashlib.sha256(_letters("\n".join((str(_VERSION), *map(str, file)))))
     path = index_dir / f"{identity.hexdigest()[:32]}.npz"
-    known = _cached(path)
-    if known is None:
-        known = _read(file)
-        index_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary, open(temporary, "wb") as out:
-            arrays = known._asdict() | {"names": known.names.ends}
-            np.savez(out, letters=np.frombuffer(known.names.letters, np.uint8), **arrays)
-    return known
-
-
-def _cached(path: Path) -> TarIndex | None:
-    """None where there is none, or not a whole one: it is made anew then."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            rest = [arrays[name] for name in TarIndex._fields[1:]]
-            return TarIndex(Names(arrays["letters"].tobytes(), arrays["names"]), *rest)
-    except Exception:  # whatever a damaged archive makes of itself
-        return None
+    # Where there is none, or not a whole one, whatever a damaged archive makes of itself, it is made anew.
+    with contextlib.suppress(Exception), open(path, "rb") as kept, np.load(kept, allow_pickle=False) as arrays:
+        rest = [arrays[name] for name in TarIndex._fields[1:]]
+        return TarIndex(Names(arrays["letters"].tobytes(), arrays["names"]), *rest)
+    index = _read(file)
+    index_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary, open(temporary, "wb") as out:
+        columns = index._asdict() | {"names": index.names.ends}
+        np.savez(out, letters=np.frombuffer(index.names.letters, np.uint8), **columns)
+    return index
 
 
 def _read(file: StoredFile) -> TarIndex:
@@ -238,7 +221,7 @@ def _read(file: StoredFile) -> TarIndex:
             waiting = (key, member.offset_data, member.size)
             if key == current:
                 numbers["label_offsets"][-1], numbers["label_sizes"][-1] = waiting[1:]
-        elif b"." + ending.encode("utf-8", "surrogateescape") in IMAGE_ENDINGS:
+        elif b"." + _letters(ending) in IMAGE_ENDINGS:
             if member.size > LARGEST_MEMBER:
                 limit = f"the limit is {LARGEST_MEMBER / 2**20:.0f} MiB"
                 raise _bad(file, member.name, f"it is {member.size / 2**20:,.0f} MiB large, and {limit}")
@@ -249,16 +232,13 @@ def _read(file: StoredFile) -> TarIndex:
             for column, value in zip(numbers.values(), (member.offset_data, member.size, *label), strict=True):
                 column.append(value)
     index = TarIndex(Names.of(names), *(np.array(column, np.int64) for column in numbers.values()))
-    _check_keys(file, index, np.array(keys))
-    return index
-
-
-def _check_keys(file: StoredFile, index: TarIndex, keys: np.ndarray) -> None:
-    order = keys.argsort(kind="stable")
-    again = order[1:][keys[order[1:]] == keys[order[:-1]]]
+    hashes = np.array(keys)
+    order = hashes.argsort(kind="stable")
+    again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
     if len(again):
         name = index.names[int(again.min())].decode("utf-8", "surrogateescape")
         raise _bad(file, name, "another picture of the shard has the same key, so one of them would be lost")
+    return index
 
 
 def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
@@ -277,8 +257,8 @@ def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise _broken(file, name, f"the shard is truncated or broken ({error})" if name else str(error)) from error
     # tarfile takes a header that it cannot read for the end. The true end is a block of zeros.
-    block = read_range(file, end, _BLOCK)
-    if len(block) < _BLOCK:
+    block = read_range(file, end, tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
         raise _broken(file, name, "the shard is truncated: the mark of its end is missing")
     if any(block):
         raise _broken(file, name, f"what follows at byte {end:,} is not a header")

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maehub.data.listing import IMAGE_ENDINGS as IMAGE_ENDINGS
-from maehub.data.listing import Names, search
+from maehub.data.listing import IMAGE_ENDINGS, Names, search
 from maehub.errors import DataError, UsageError
 from maehub.images import ImagePath, printable
 from maehub.rng import sample_id
@@ -70,30 +69,24 @@ class Samples(Source):
         return len(self.names)
 
     def name(self, index: int) -> bytes:
-        """The path below the folder that was searched, or the path as it was given."""
         return self.names[index]
 
     def path(self, index: int) -> bytes:
-        """The path to open."""
         return os.path.join(self.root, self.names[index])
 
     def paths(self) -> Iterator[bytes]:
-        """All paths, in order."""
         return (self.path(index) for index in range(len(self)))
 
     def size(self, index: int) -> int:
-        """Bytes of the file; −1 if it is not there."""
         try:
             return os.stat(self.path(index)).st_size
         except OSError:
             return -1
 
     def where(self, index: int) -> str:
-        """The path, for messages."""
         return printable(self.path(index))
 
     def source(self, index: int) -> bytes:
-        """The path: files are opened by who reads them."""
         return self.path(index)
 
 
@@ -109,23 +102,18 @@ class Subset(Source):
         return len(self.indices)
 
     def name(self, index: int) -> bytes:
-        """As in ``whole``."""
         return self.whole.name(int(self.indices[index]))
 
     def size(self, index: int) -> int:
-        """As in ``whole``."""
         return self.whole.size(int(self.indices[index]))
 
     def where(self, index: int) -> str:
-        """As in ``whole``."""
         return self.whole.where(int(self.indices[index]))
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """As in ``whole``."""
         self.whole.prefetch([int(self.indices[index]) for index in indices])
 
     def source(self, index: int) -> ImagePath | BinaryIO:
-        """As in ``whole``."""
         return self.whole.source(int(self.indices[index]))
 
 
@@ -142,13 +130,9 @@ def select(samples: Source, indices: np.ndarray) -> Source:
 
 
 def groups(samples: Source, level: int) -> np.ndarray:
-    """Which samples belong together, by the folders in their names.
+    """Which samples belong together, by the folders in their names: (samples,) int64, numbers as they first appear.
 
-    Args:
-        level: 1 for the first folder of the name, 2 for the first two together, and so on. A shard counts as a folder.
-
-    Returns:
-        (samples,) int64, the number of each sample's group; groups are numbered as they first appear.
+    ``level`` is 1 for the first folder of the name, 2 for the first two together. A shard counts as a folder.
     """
     if level < 1:
         raise UsageError(f"the level of a group must be 1 or more, not {level}")
@@ -179,16 +163,11 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
         return Samples(b"", Names.of([path]))
     if not os.path.isdir(path):
         raise DataError(f"{printable(path)} is neither a file nor a folder; look for a mistyped name")
-    samples, others = _searched(path)
+    others: Counter[bytes] = Counter()
+    samples = Samples(path, Names.of(search(path, IMAGE_ENDINGS, others)))
     if not len(samples):
         raise _nothing(path, others)
     return samples
-
-
-def _searched(folder: bytes) -> tuple[Samples, Counter[bytes]]:
-    """The pictures below a folder, if any, and how many other files there are of each ending."""
-    others: Counter[bytes] = Counter()
-    return Samples(folder, Names.of(search(folder, IMAGE_ENDINGS, others))), others
 
 
 def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str | None = None) -> Source:
@@ -197,53 +176,38 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
     A folder is searched for pictures as `find_images` does; without any, for .tar files, then for .parquet files. A
     folder that the datasets library saved is read as such. A .txt file is a list. What ends with .tar or .parquet may
     have braces and wildcards: ``"shards/{000..099}.tar"``; shards may lie behind an address:
-    ``"s3://bucket/shards-{000..003}.tar"``.
-
-    Args:
-        index_dir: where to keep what was found in the headers of shards, and copies of Parquet files as Arrow tables.
-        column: of a table, the one with the pictures; None finds it.
+    ``"s3://bucket/shards-{000..003}.tar"``. What was found in the headers of shards, and copies of Parquet files as
+    Arrow tables, are kept in ``index_dir``. The ``column`` of a table is the one with the pictures; None finds it.
     """
+    from maehub.data.shards import find_shards, shard_paths  # both know `Source`
+    from maehub.data.tables import find_parquet, find_saved
+
     text = os.fsdecode(data)
     if os.path.isdir(text):
-        return _folder(text, index_dir, column)
+        if any(os.path.isfile(os.path.join(text, name)) for name in ("state.json", "dataset_dict.json")):
+            return find_saved(text, column)
+        path, others = os.fsencode(text), Counter[bytes]()
+        samples = Samples(path, Names.of(search(path, IMAGE_ENDINGS, others)))
+        if len(samples):
+            if passed := [f"{others[ending]} {ending.decode()}" for ending in (b".tar", b".parquet") if others[ending]]:
+                _logger.warning("%s holds pictures; its %s files are not read", printable(path), " and ".join(passed))
+            return samples
+        if others[b".tar"]:
+            return find_shards(_below(path, b".tar"), index_dir)
+        if others[b".parquet"]:
+            return find_parquet(_below(path, b".parquet"), index_dir, column)
+        raise _nothing(path, others)
     if text.endswith(".tar"):
-        from maehub.data.shards import find_shards
-
         return find_shards(text, index_dir)
     if "://" in text:
         raise UsageError(f"{printable(text)}: behind an address there can be tar shards, and their names end with .tar")
     if text.endswith(".parquet"):
-        from maehub.data.shards import shard_paths
-        from maehub.data.tables import find_parquet
-
         return find_parquet(shard_paths(text), index_dir, column)
     if text.lower().endswith(".txt") and os.path.isfile(text):
         return read_list(text)
     if text.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise DataError(f"{printable(text)} is compressed, and shards are read at random: unpack it to a plain .tar")
     return find_images(text)
-
-
-def _folder(folder: str, index_dir: Path | None, column: str | None) -> Source:
-    if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
-        from maehub.data.tables import find_saved
-
-        return find_saved(folder, column)
-    path = os.fsencode(folder)
-    samples, others = _searched(path)
-    if len(samples):
-        if passed := [f"{others[ending]} {ending.decode()}" for ending in (b".tar", b".parquet") if others[ending]]:
-            _logger.warning("%s holds pictures; its %s files are not read", printable(path), " and ".join(passed))
-        return samples
-    if others[b".tar"]:
-        from maehub.data.shards import find_shards
-
-        return find_shards(_below(path, b".tar"), index_dir)
-    if others[b".parquet"]:
-        from maehub.data.tables import find_parquet
-
-        return find_parquet(_below(path, b".parquet"), index_dir, column)
-    raise _nothing(path, others)
 
 
 def _below(folder: bytes, ending: bytes) -> list[str]:
@@ -261,7 +225,7 @@ def read_list(path: str) -> Samples:
     def lines() -> Iterator[bytes]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                name = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") if number == 1 else line.rstrip(b"\r\n")
+                name = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n")
                 if not name.strip() or name.startswith(b"#"):
                     continue
                 if not os.path.isfile(os.path.join(root, name)):
@@ -296,7 +260,6 @@ class Pictures:
         return len(self.items)
 
     def path(self, index: int) -> bytes:
-        """The place, as a name."""
         return str(index).encode()
 
     def digest(self, first: int = 0, last: int | None = None) -> str:

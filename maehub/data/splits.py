@@ -20,8 +20,6 @@ log = logging.getLogger("maehub")
 
 _SPLIT, _INNER, _FOLDS = 11, 12, 13  # streams of hashes: an inner split does not follow the outer one
 _ALONE = "every picture has a class that no other picture has, or no other group"
-
-
 _ROUNDS = 10  # over all groups; two or three settle it
 _NOTHING = 1e-9  # what rounding may seem to gain
 
@@ -104,43 +102,34 @@ def split_labelled(
 
     DIR/train and DIR/val, or the column ``split`` of a CSV, are used as they are. Otherwise ``share`` of each class is
     for testing, at least one picture and not all, and whole groups stay together, whose sizes decide how near to
-    ``share`` that comes. Where a picture may have several labels, a class with one picture is trained on alone.
-
-    Args:
-        data: see `maehub.data.labels.read_labelled`.
-        seed: of the split, if one is made.
-        share: of each class to test on, if a split is made.
-        group, label: see `read_labelled`.
+    ``share`` that comes. Where a picture may have several labels, a class with one picture is trained on alone. The
+    seed is that of a split that is made; for ``group`` and ``label`` see `find_labelled`.
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to measure on must be above 0 and below 1, not {share:g}")
     text, index_dir = os.fsdecode(data), cache_folder() / "shards"
     if sides := given_folders(text):
-        return _of_folders(text, sides, group, label, index_dir)
-    text = _training_alone(text)
+        return _tested(text, _of_folders(text, sides, group, label, index_dir))
+    if os.path.isdir(inside := os.path.join(text, "train")):
+        with os.scandir(text) as entries:
+            if [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")] == ["train"]:
+                text = inside  # that folder alone: a split is made of it
     loaded = find_labelled(text, group=group, label=label, index_dir=index_dir)
     if loaded.sides:
-        return _of_column(text, loaded)
+        return _tested(text, _of_column(text, loaded.labelled, loaded.sides, loaded.group_names))
     labelled = loaded.labelled
     groups = SplitGroups.of(labelled, seed, _SPLIT)
     if not labelled.multi_label:
         _check_can_be_split(loaded, groups)
-    chosen = held_out(groups, share)
-    if not chosen.any():
-        raise DataError(f"{printable(text)} cannot be split: {_ALONE}")
-    split = LabelledSplit(labelled.take(np.flatnonzero(~chosen)), labelled.take(np.flatnonzero(chosen)), True)
-    _warn_untested(text, split)
-    return split
+    places = _held_out(groups, share, f"{printable(text)} cannot be split")
+    return _tested(text, LabelledSplit(labelled.take(places.train), labelled.take(places.held), True))
 
 
 def measured_part(
     data: str | Path, *, group: str | None = None, label: str | None = None, classes: tuple[str, ...] | None = None
 ) -> Labelled:
     """What a finished classifier is measured on: DIR/val, or the testing rows of a CSV with a column ``split``, where
-    there are such; else all pictures.
-
-    Args:
-        data, group, label, classes: see `maehub.data.labels.read_labelled`.
+    there are such; else all pictures. Parameters are those of `find_labelled`.
     """
     sides = given_folders(os.fsdecode(data))
     place, index_dir = sides.testing if sides else data, cache_folder() / "shards"
@@ -153,10 +142,8 @@ def inner_split(labelled: Labelled, *, share: float = 0.2, seed: int = 0) -> Inn
 
     As in `split_labelled`; a class with one picture, or in one group, is never held out.
     """
-    chosen = held_out(SplitGroups.of(labelled, seed, _INNER), share)
-    if not chosen.any():
-        raise DataError(f"{len(labelled)} training pictures cannot be split once more, to choose by: {_ALONE}")
-    return Inner(np.flatnonzero(~chosen), np.flatnonzero(chosen))
+    cannot = f"{len(labelled)} training pictures cannot be split once more, to choose by"
+    return _held_out(SplitGroups.of(labelled, seed, _INNER), share, cannot)
 
 
 def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
@@ -169,10 +156,33 @@ def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
     if count < 2:
         raise UsageError(f"cross-validation needs 2 folds or more, not {count}")
     groups = SplitGroups.of(labelled, seed, _FOLDS)
-    homes = folds_of(groups, count)
-    if homes is None:
+    large_first = sorted(groups.order, key=groups.sizes.__getitem__, reverse=True)
+    free = [group for group in large_first if all(groups.spread[number] > 1 for number, _ in groups.parts(group))]
+    if len(free) < 2:
         raise DataError(f"{len(labelled)} training pictures cannot be cross-validated: {_ALONE}")
-    _warn_of_folds(labelled, groups, homes)
+    count = min(count, len(free))
+    fold_of = np.full(len(groups.sizes), -1)
+    pictures, members = np.zeros((2, count, len(groups.totals)), int)  # of a class in a fold: pictures, groups
+    filled = [0] * count
+    totals, spread = np.array(groups.totals), np.array(groups.spread)
+    for group in free:  # to the fold that has least of its classes, if it can be so that no fold holds all of a class
+        numbers, sizes = map(list, zip(*groups.parts(group), strict=True))
+        emptied = (members[:, numbers] + 1 == spread[numbers]).sum(axis=1).tolist()
+        crowd = (pictures[:, numbers] * (sizes / totals[numbers])).sum(axis=1).tolist()
+        home = fold_of[group] = min(range(count), key=list(zip(emptied, crowd, filled, strict=True)).__getitem__)
+        filled[home] += groups.sizes[group]
+        pictures[home, numbers] += sizes
+        members[home, numbers] += 1
+    homes = fold_of[groups.members]
+    # Say which classes the folds cannot choose by.
+    if alone := [name for place, name in enumerate(labelled.classes) if groups.spread[place] == 1]:
+        what = "picture" if labelled.groups is None else "group"
+        log.warning("always fitted on, since they are in one %s: the classes %s", what, first_names(alone, 3))
+    for fold in range(homes.max() + 1):
+        has = labelled.take(np.flatnonzero(homes != fold)).counts
+        if unseen := [labelled.classes[number] for number in np.flatnonzero((has == 0) & (labelled.counts > 0))]:
+            text = "fold %d is fitted on no picture of the classes %s, since groups stay whole"
+            log.warning(text, fold + 1, first_names(unseen, 3))
     return [Inner(np.flatnonzero(homes != fold), np.flatnonzero(homes == fold)) for fold in range(homes.max() + 1)]
 
 
@@ -197,9 +207,8 @@ def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, i
     """DIR/train and DIR/val as they are."""
     passed = [name for name in TESTING if os.path.isdir(place := os.path.join(data, name)) and place != sides.testing]
     if passed:
-        log.warning(
-            "measured on %s; %s in %s is not read", printable(sides.testing), ", ".join(passed), printable(data)
-        )
+        text = "measured on %s; %s in %s is not read"
+        log.warning(text, printable(sides.testing), ", ".join(passed), printable(data))
     training = find_labelled(sides.training, group=group, label=label, index_dir=index_dir)
     classes = training.labelled.classes
     testing = find_labelled(sides.testing, group=group, label=label, classes=classes, index_dir=index_dir)
@@ -207,21 +216,18 @@ def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, i
     # Shards of two folders are never the same, even if they are called so.
     if not (group == "shard" and isinstance(split.training.samples, Shards)):
         _check_groups(data, split, training.group_names | testing.group_names)
-    _warn_untested(data, split)
     return split
 
 
-def _of_column(data: str, loaded: LoadedLabels) -> LabelledSplit:
+def _of_column(data: str, labelled: Labelled, sides: list[str], group_names: dict[int, str]) -> LabelledSplit:
     """The sides that stand in a CSV."""
-    assert loaded.sides is not None
-    rows = _rows_of(data, loaded.sides)
-    training = loaded.labelled.take(rows[0]).without_empty_classes()
+    rows = _rows_of(data, sides)
+    training = labelled.take(rows[0]).without_empty_classes()
     if len(training.classes) < 2 and not training.multi_label:
         raise one_class(f"{data}, for training", training.classes[0])
-    testing = mapped(loaded.labelled.take(rows[1]).without_empty_classes(), training.classes, data)
+    testing = mapped(labelled.take(rows[1]).without_empty_classes(), training.classes, data)
     split = LabelledSplit(training, testing, False)
-    _check_groups(data, split, loaded.group_names)
-    _warn_untested(data, split)
+    _check_groups(data, split, group_names)
     return split
 
 
@@ -231,23 +237,12 @@ def _rows_of(data: str, sides: list[str]) -> tuple[np.ndarray, np.ndarray]:
     measured = next((name for name in TESTING if name in has), None)
     if not has & set(TRAINING) or measured is None:
         missing = "to measure on" if measured is None else "to train on"
-        raise DataError(
-            f"{printable(data)} has a column split, and no row in it is {missing}, only {first_names(sorted(has), 3)}"
-        )
+        only = first_names(sorted(has), 3)
+        raise DataError(f"{printable(data)} has a column split, and no row in it is {missing}, only {only}")
     if passed := sorted(has - set(TRAINING) - {measured}):
         log.warning("%s: measured on its rows of %s; those of %s are not read", printable(data), measured, passed[0])
     cells = np.array(sides)
     return np.flatnonzero(np.isin(cells, TRAINING)), np.flatnonzero(cells == measured)
-
-
-def _training_alone(data: str) -> str:
-    """DIR/train where DIR has that folder alone: a split is made of it."""
-    inside = os.path.join(data, "train")
-    if os.path.isdir(inside):
-        with os.scandir(data) as entries:
-            if [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")] == ["train"]:
-                return inside
-    return data
 
 
 def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> None:
@@ -255,8 +250,7 @@ def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> Non
     training, testing = split.training.groups, split.testing.groups
     if training is None or testing is None:
         return
-    both = sorted(np.intersect1d(training, testing).tolist(), key=names.__getitem__)
-    if both:
+    if both := sorted(np.intersect1d(training, testing).tolist(), key=names.__getitem__):
         shown = []
         for number in both[:3]:
             sides = [int((groups == number).sum()) for groups in (training, testing)]
@@ -267,26 +261,15 @@ def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> Non
         )
 
 
-def _warn_untested(data: str, split: LabelledSplit) -> None:
+def _tested(data: str, split: LabelledSplit) -> LabelledSplit:
+    """The split itself; classes without a picture to measure on are warned of."""
     if untested := [split.testing.classes[number] for number in np.flatnonzero(split.testing.counts == 0)]:
         log.warning("%s: no picture to measure on of the classes %s", printable(data), first_names(untested, 3))
+    return split
 
 
-def _warn_of_folds(labelled: Labelled, groups: SplitGroups, homes: np.ndarray) -> None:
-    """Say which classes the folds cannot choose by."""
-    alone = [name for place, name in enumerate(labelled.classes) if groups.spread[place] == 1]
-    if alone:
-        what = "picture" if labelled.groups is None else "group"
-        log.warning("always fitted on, since they are in one %s: the classes %s", what, first_names(alone, 3))
-    for fold in range(homes.max() + 1):
-        has = labelled.take(np.flatnonzero(homes != fold)).counts
-        if emptied := [labelled.classes[number] for number in np.flatnonzero((has == 0) & (labelled.counts > 0))]:
-            text = "fold %d is fitted on no picture of the classes %s, since groups stay whole"
-            log.warning(text, fold + 1, first_names(emptied, 3))
-
-
-def held_out(groups: SplitGroups, share: float) -> np.ndarray:
-    """Which pictures are held out when about ``share`` of each class is: (n,) bool.
+def _held_out(groups: SplitGroups, share: float, cannot: str) -> Inner:
+    """Which pictures are held out when about ``share`` of each class is; where none can be, that is said.
 
     A group is moved, here or back again, if that brings the classes nearer to their shares, in the sum of squares, and
     leaves no class out of a side. For single pictures of one class each, those with the lowest hashes are held out. A
@@ -327,30 +310,6 @@ def held_out(groups: SplitGroups, share: float) -> np.ndarray:
         best = max((group for group in groups.order if number in dict(groups.parts(group))), key=gain)
         if gain(best) > -np.inf:
             move(best)
-    return held[groups.members]
-
-
-def folds_of(groups: SplitGroups, count: int) -> np.ndarray | None:
-    """The fold in which each picture is held out: (n,) int64, −1 for those of a group with a class that no other has.
-
-    Large groups come first, each to the fold that has least of its classes, if it can be so that no fold holds all of a
-    class. There are fewer folds than ``count`` where there are fewer groups; None where there are not even two.
-    """
-    large_first = sorted(groups.order, key=groups.sizes.__getitem__, reverse=True)
-    free = [group for group in large_first if all(groups.spread[number] > 1 for number, _ in groups.parts(group))]
-    if len(free) < 2:
-        return None
-    count = min(count, len(free))
-    homes = np.full(len(groups.sizes), -1)
-    pictures, members = np.zeros((2, count, len(groups.totals)), int)  # of a class in a fold: pictures, groups
-    filled = [0] * count
-    totals, spread = np.array(groups.totals), np.array(groups.spread)
-    for group in free:
-        numbers, sizes = map(list, zip(*groups.parts(group), strict=True))
-        emptied = (members[:, numbers] + 1 == spread[numbers]).sum(axis=1).tolist()
-        crowd = (pictures[:, numbers] * (sizes / totals[numbers])).sum(axis=1).tolist()
-        home = homes[group] = min(range(count), key=list(zip(emptied, crowd, filled, strict=True)).__getitem__)
-        filled[home] += groups.sizes[group]
-        pictures[home, numbers] += sizes
-        members[home, numbers] += 1
-    return homes[groups.members]
+    if not held.any():
+        raise DataError(f"{cannot}: {_ALONE}")
+    return Inner(np.flatnonzero(~held[groups.members]), np.flatnonzero(held[groups.members]))

@@ -3,6 +3,7 @@
 Addresses go through fsspec. A connection belongs to the process that made it, so a forked one makes its own.
 """
 
+import contextlib
 import functools
 import glob
 import importlib
@@ -37,20 +38,15 @@ def is_remote(path: str) -> bool:
 
 def stored_file(path: str) -> StoredFile:
     """Look at a file."""
-    if not is_remote(path):
-        try:
-            facts = os.stat(path)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if not os.path.isfile(path):
-            raise DataError(f"{printable(path)} is not a regular file")
-        return StoredFile(path, facts.st_size, f"{facts.st_mtime_ns}-{facts.st_ino}")
-    filesystem = _filesystem(path)
-    try:
-        info = filesystem.info(path)
-    except Exception as error:  # each protocol has errors of its own
-        raise _unreadable(path, error) from error
-    return StoredFile(path, int(info["size"]), next((str(info[name]) for name in _STAMPS if info.get(name)), ""))
+    with _naming(path):
+        if is_remote(path):
+            info = _filesystem(path).info(path)
+            stamp = next((str(info[name]) for name in _STAMPS if info.get(name)), "")
+            return StoredFile(path, int(info["size"]), stamp)
+        facts = os.stat(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{printable(path)} is not a regular file")
+    return StoredFile(path, facts.st_size, f"{facts.st_mtime_ns}-{facts.st_ino}")
 
 
 def read_range(file: StoredFile, start: int, size: int) -> bytes:
@@ -58,25 +54,23 @@ def read_range(file: StoredFile, start: int, size: int) -> bytes:
     end = min(start + size, file.size)
     if start >= end:  # some servers refuse to give nothing
         return b""
-    try:
+    with _naming(file.path):
         if is_remote(file.path):
             return bytes(_filesystem(file.path).cat_file(file.path, start=start, end=end))
-        return _pread(_opened(file), start, end - start)
-    except MaehubError:
-        raise
-    except Exception as error:
-        raise _unreadable(file.path, error) from error
+        # No position is shared, so threads and forked processes may use one handle.
+        handle, data = _opened(file), b""
+        while start + len(data) < end and (more := os.pread(handle.number, end - start - len(data), start + len(data))):
+            data += more
+        return data
 
 
 def matching(pattern: str) -> list[str]:
     """Files that a pattern with * and ? names, sorted; ** stands for folders at any depth."""
     if not is_remote(pattern):
         return sorted(glob.glob(pattern, recursive=True))
-    filesystem = _filesystem(pattern)
-    try:
+    with _naming(pattern):
+        filesystem = _filesystem(pattern)
         return sorted(filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern))
-    except Exception as error:
-        raise _unreadable(pattern, error) from error
 
 
 def at_once(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
@@ -104,14 +98,6 @@ def _opened(file: StoredFile) -> _Handle:
     return _Handle(file.path)
 
 
-def _pread(handle: _Handle, start: int, size: int) -> bytes:
-    # No position is shared, so threads and forked processes may use one handle.
-    data = os.pread(handle.number, size, start)
-    while len(data) < size and (more := os.pread(handle.number, size - len(data), start + len(data))):
-        data += more
-    return data
-
-
 def _filesystem(path: str) -> Any:
     return _connected(path.split("://")[0], os.getpid())
 
@@ -119,8 +105,7 @@ def _filesystem(path: str) -> Any:
 @functools.lru_cache(maxsize=16)
 def _connected(protocol: str, _process: int) -> Any:
     try:
-        fsspec = importlib.import_module("fsspec")
-        return fsspec.filesystem(protocol)
+        return importlib.import_module("fsspec").filesystem(protocol)
     except ImportError as error:
         raise MissingDependencyError(
             f"{protocol}:// addresses need a package that is not installed: pip install 'maehub[data]' ({error})"
@@ -129,6 +114,13 @@ def _connected(protocol: str, _process: int) -> Any:
         raise UsageError(f"{protocol}:// is not a kind of address that fsspec knows: {error}") from error
 
 
-def _unreadable(path: str, error: Exception) -> DataError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().split("\n")[0]
-    return DataError(f"{printable(path)} cannot be read: {reason or type(error).__name__}")
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Put the path into whatever fails: each protocol has errors of its own."""
+    try:
+        yield
+    except MaehubError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().split("\n")[0]
+        raise DataError(f"{printable(path)} cannot be read: {reason or type(error).__name__}") from error

@@ -51,21 +51,17 @@ class Table(Source):
         return self.prefixes[part] + b"%d" % row
 
     def size(self, index: int) -> int:
-        """Bytes of the picture file."""
         return int(self.sizes[index])
 
     def where(self, index: int) -> str:
-        """File and row, for messages."""
         part, row = self._place(index)
         return f"{printable(self.parts[part])}, row {row}"
 
     def source(self, index: int) -> io.BytesIO:
-        """The bytes of the picture file."""
         cell = self.rows[index][self.column]
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if data is None:
-            path = cell.get("path") if isinstance(cell, dict) else None
-            why = f"only the path {path!r} of a file" if path else "nothing"
+        cell = cell if isinstance(cell, dict) else {"bytes": cell}
+        if (data := cell.get("bytes")) is None:
+            why = f"only the path {cell['path']!r} of a file" if cell.get("path") else "nothing"
             raise DataError(f"{self.where(index)}: its column {self.column!r} holds {why}, no picture")
         return io.BytesIO(data)
 
@@ -84,13 +80,10 @@ class Table(Source):
 
 
 def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: str | None = None) -> Table:
-    """The pictures of Parquet files, in the order given.
+    """The pictures of Parquet files, in the order given; in which column, see `image_column`.
 
     The first time they are copied to an Arrow file as large as the pictures, below ``index_dir``, or in the cache of
     the datasets library if that is None.
-
-    Args:
-        column: the one with the pictures; None finds it, see `image_column`.
     """
     datasets = _datasets()
     parquet = importlib.import_module("pyarrow.parquet")
@@ -104,63 +97,45 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
     try:
         rows = datasets.Dataset.from_parquet(list(paths), cache_dir=str(index_dir) if index_dir else None)
     except Exception as error:
-        cause = error.__cause__ or error
-        where = f"{printable(paths[0])} and its like"
-        raise DataError(f"{where} cannot be read as one table: {_first_line(cause)}") from error
+        reason = _first_line(error.__cause__ or error)
+        raise DataError(f"{printable(paths[0])} and its like cannot be read as one table: {reason}") from error
     prefixes = [name + b"/" for name in below_common(paths)]
     return _table(rows, [os.fsencode(path) for path in paths], prefixes, counts, column)
 
 
 def find_saved(folder: str, column: str | None = None) -> Table:
-    """The pictures of a dataset that the datasets library saved with ``save_to_disk``.
-
-    Args:
-        column: as in `find_parquet`.
-    """
+    """The pictures of a dataset that the datasets library saved with ``save_to_disk``; see `find_parquet`."""
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         raise UsageError(f"{printable(folder)} holds several splits; name one: {', '.join(splits)}")
+    datasets = _datasets()
     try:
-        rows = _datasets().load_from_disk(folder)
-    except MissingDependencyError:
-        raise
+        rows = datasets.load_from_disk(folder)
     except Exception as error:
         raise DataError(f"{printable(folder)} cannot be read as a saved dataset: {_first_line(error)}") from error
     return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
 
 
 def image_column(features: Any, column: str | None, where: str) -> str:
-    """The column that holds pictures: the one whose feature is an image; else the one of bytes with a path; else the
-    one of bytes.
+    """The column that holds pictures, of the datasets library's names with their kinds.
 
-    Args:
-        features: of the datasets library: names to kinds.
-        column: a name that is taken in place of a search.
+    ``column``, if it is given; else the one whose feature is an image; else the one of bytes with a path; else the one
+    of bytes.
     """
     if column is not None and column not in features:
         raise UsageError(f"{where} has no column {column!r}; its columns: {', '.join(features)}")
     if column is not None:
         return column
-    ranks = {name: _rank(kind) for name, kind in features.items()}
-    best = min(ranks.values(), default=_NO_PICTURE)
-    best_columns = [name for name, rank in ranks.items() if rank == best]
-    if best == _NO_PICTURE:
+    images = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+    with_path = [name for name, kind in features.items() if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
+    plain = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("binary", "large_binary")]
+    best = images or with_path or plain
+    if not best:
         raise DataError(f"{where} has no column of pictures; its columns: {', '.join(features)}")
-    if len(best_columns) > 1:
-        names = ", ".join(best_columns)
+    if len(best) > 1:
+        names = ", ".join(best)
         raise UsageError(f"{where} has several columns of pictures: {names}. Keep one of them, or give column=")
-    return best_columns[0]
-
-
-_NO_PICTURE = 3
-
-
-def _rank(kind: Any) -> int:
-    if type(kind).__name__ == "Image":
-        return 0
-    if isinstance(kind, dict) and set(kind) == {"bytes", "path"}:
-        return 1
-    return 2 if getattr(kind, "dtype", None) in ("binary", "large_binary") else _NO_PICTURE
+    return best[0]
 
 
 def _table(rows: Any, parts: list[bytes], prefixes: list[bytes], counts: list[int], column: str | None) -> Table:
@@ -172,20 +147,15 @@ def _table(rows: Any, parts: list[bytes], prefixes: list[bytes], counts: list[in
         rows = rows.cast_column(name, _datasets().Image(decode=False))
     if not len(rows):
         raise DataError(f"0 images in {where}: the table has no rows")
-    starts = np.cumsum([0, *counts], dtype=np.int64)
-    return Table(rows, others, name, tuple(parts), tuple(prefixes), starts, _sizes(rows, name))
-
-
-def _sizes(rows: Any, column: str) -> np.ndarray:
-    """(rows,) int64. Of the offsets in the table alone: no picture is read."""
     compute, types = importlib.import_module("pyarrow.compute"), importlib.import_module("pyarrow.types")
-    sizes = []
+    sizes = []  # of the offsets in the table alone: no picture is read
     for batch in rows.with_format("arrow").iter(_BATCH):
-        cells = batch.column(column)
+        cells = batch.column(name)
         if types.is_struct(cells.type):
             cells = compute.struct_field(cells, "bytes")
         sizes.append(compute.fill_null(compute.binary_length(cells), -1).to_numpy().astype(np.int64))
-    return np.concatenate(sizes)
+    starts = np.cumsum([0, *counts], dtype=np.int64)
+    return Table(rows, others, name, tuple(parts), tuple(prefixes), starts, np.concatenate(sizes))
 
 
 def _datasets() -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, UsageError
-from maehub.images import MAX_PIXELS, ImagePath, Preprocess, decode, decoder_of, printable, read_pixels
+from maehub.images import ImagePath, Preprocess, decode, decoder_of, printable, read_pixels
 
 Reading = np.ndarray | DataError
 """Pixels (H, W, C) uint8, or why there are none."""
@@ -64,24 +64,20 @@ def core_count() -> int:
 
 def reader_count(workers: int | None, pictures: int) -> int:
     """How many processes to start: what the caller says, else as many as there are cores and work for them."""
-    if workers is not None:
-        if workers < 0:
-            raise UsageError(f"workers must be 0 or more, not {workers}; 0 reads in this process")
-        return min(workers, pictures)
-    return min(core_count(), pictures // (4 * _AT_ONCE))
+    if workers is None:
+        return min(core_count(), pictures // (4 * _AT_ONCE))
+    if workers < 0:
+        raise UsageError(f"workers must be 0 or more, not {workers}; 0 reads in this process")
+    return min(workers, pictures)
 
 
 class _Pool:
-    """Processes of one kind, with threads that wait for them; a context manager.
+    """Processes of one kind, each of which is told an order first, see `serve`; a context manager.
 
-    Args:
-        workers: number of processes; with 0 the work is done in this one.
-        order: what each of them is told first, see `serve`.
-        threads: for each process.
+    So many ``threads`` wait for each of them. With 0 ``workers`` the work is done in this process.
     """
 
-    _called = "a process"
-    _hangs = "no picture was decoded for {:.0f} s; check the disk or the network they are on"
+    _done = "decoded"
 
     def __init__(self, workers: int, order: dict[str, Any], threads: int) -> None:
         self.workers = workers
@@ -98,7 +94,7 @@ class _Pool:
         except BaseException as error:
             self.__exit__()
             if isinstance(error, OSError):
-                called = self._called.format(len(self._processes) + 1, self.workers)
+                called = f"reading process {len(self._processes) + 1} of {self.workers}"
                 raise UsageError(f"{called} cannot be started: {error.strerror}. Use fewer workers") from error
             raise
         return self
@@ -138,21 +134,15 @@ class _Pool:
             try:
                 answer = waiting.popleft().result(timeout=_SILENCE)
             except TimeoutError as error:
-                raise DataError(self._hangs.format(_SILENCE)) from error
+                where = "check the disk or the network they are on"
+                raise DataError(f"no picture was {self._done} for {_SILENCE:.0f} s; {where}") from error
             yield answer
 
 
 class Readers(_Pool):
-    """Reads pictures in ``workers`` processes, or in this one with 0. A context manager.
+    """Reads pictures in ``workers`` processes, or in this one with 0, as `read_pixels` does. A context manager."""
 
-    Args:
-        workers: number of processes.
-        preprocess: its `Preprocess.pixels` is what is done to each picture.
-        exact_decode: decode JPEGs at full size.
-    """
-
-    _called = "reading process {} of {}"
-    _hangs = "no picture was read for {:.0f} s; check the disk that they are on"
+    _done = "read"
 
     def __init__(self, workers: int, preprocess: Preprocess, *, exact_decode: bool = False) -> None:
         super().__init__(workers, {"preprocess": preprocess.to_dict(), "exact_decode": exact_decode}, threads=1)
@@ -200,11 +190,7 @@ class Examiners(_Pool):
         self.statistics = statistics
 
     def findings(self, pictures: Iterator[Callable[[], ImagePath | BinaryIO]]) -> Iterator[Finding]:
-        """One finding a picture, in order.
-
-        Args:
-            pictures: functions that give a path or a binary file, or raise DataError; they are called in threads.
-        """
+        """One finding a picture, in order; what gives a path or a file, or raises DataError, is called in threads."""
         if not self.workers:
             return map(self._examined, pictures)
         return self._in_order(self._examined, pictures, 2 * self.workers * _WAITING)
@@ -216,11 +202,10 @@ class Examiners(_Pool):
             return Finding(str(error))
         if not self.workers:
             return examine(given, self.statistics)
-        is_path = isinstance(given, ImagePath)
-        payload = os.fsencode(given) if isinstance(given, ImagePath) else given.read()
+        in_memory, payload = (0, os.fsencode(given)) if isinstance(given, ImagePath) else (1, given.read())
         process = self._idle.get()
         try:
-            _send(process, _REQUEST.pack(not is_path, len(payload)), payload)
+            _send(process, _REQUEST.pack(in_memory, len(payload)), payload)
             answer = cast(dict[str, Any], _received(process))
             return Finding(**answer | {name: tuple(answer[name]) for name in ("mean", "square")})
         except (EOFError, OSError):
@@ -299,30 +284,21 @@ def _reading(picture: ImagePath | BinaryIO, preprocess: Preprocess, exact_decode
 
 
 def examine(picture: ImagePath | BinaryIO, statistics: bool) -> Finding:
-    """Decode a whole picture, as `maehub.images.decoding.open_image` does.
-
-    Args:
-        picture: a path or a binary file.
-        statistics: whether to fill in the values, too.
-    """
+    """Decode a whole picture, as `maehub.images.decoding.open_image` does, and fill in its ``statistics``, too."""
     try:
-        image = decode(picture, None, MAX_PIXELS).image
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(picture, "rb")) if isinstance(picture, ImagePath) else picture
+        image = decode(picture).image
+        with open(picture, "rb") if isinstance(picture, ImagePath) else contextlib.nullcontext(picture) as file:
             file.seek(0)
             head = file.read(16)
             file.seek(0)
             raw = decoder_of(head)(file)
-            facts = Finding("", raw.format or "", raw.mode, _bits(raw.mode), image.width, image.height)
+            bits = 16 if raw.mode.startswith("I;16") else _BITS.get(raw.mode, 8)
+            facts = Finding("", raw.format or "", raw.mode, bits, image.width, image.height)
             return _with_values(facts, image, raw) if statistics else facts
     except DataError as error:
         cause = error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause or error)
         return Finding(reason or type(cause).__name__)
-
-
-def _bits(mode: str) -> int:
-    return 16 if mode.startswith("I;16") else _BITS.get(mode, 8)
 
 
 def _with_values(facts: Finding, image: Image.Image, raw: Image.Image) -> Finding:

@@ -5,11 +5,12 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import NoReturn, cast, get_args
 
 import numpy as np
 import PIL
@@ -89,7 +90,11 @@ def extract_features(
     job = _checked_job(encoder, pool, layers, preprocess, batch_size)
     target = None if out is None else Path(out)
     if target is not None:
-        _check_target(target, job.pool)
+        check_ending(target, job.pool)
+        if target.is_dir():
+            raise UsageError(f"{target} is a folder; name a file")
+        if not target.parent.is_dir():
+            raise UsageError(f"the folder of {target} does not exist; make it first")
     pictures = as_samples(source)
     if isinstance(pictures, Pictures) and isinstance(pictures.items[0], Tensor):
         height, width = pictures.items[0].shape[1:]  # of network inputs, whatever the transform would give
@@ -106,7 +111,8 @@ def extract_features(
         work = _Work(job, pictures, readers, bar, skip_bad)
         if target is None:
             return _in_memory(work, whole)
-        run = made_with | {"batch_size": job.batch_size, "device": job.device.type, "torch": torch.__version__}
+        run = made_with | {"batch_size": job.batch_size, "torch": torch.__version__}
+        run |= {"device": encoder.cls_token.device.type}
         with FeatureStore(target, run, job.row_shape, overwrite=overwrite) as store:
             return _on_disk(work, store, whole)
 
@@ -120,10 +126,6 @@ class _Job:
     layers: tuple[int, ...] | None
     preprocess: Preprocess
     batch_size: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.cls_token.device
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -142,7 +144,8 @@ class _Job:
 
     def features(self, pictures: Tensor) -> Tensor:
         """(B, H, W, C) uint8 pixels, or (B, C, H, W) floats that are preprocessed: (B, …), on the device."""
-        images = pictures.to(self.device)
+        device = self.encoder.cls_token.device
+        images = pictures.to(device)
         if not pictures.is_floating_point():
             images = self.preprocess.normalise(images)
         images = images.to(self.encoder.cls_token.dtype)
@@ -150,10 +153,9 @@ class _Job:
             return self.encoder.features(images, pool=self.pool, layers=self.layers)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise UsageError(
-                    f"a batch of {len(images)} pictures of {images.shape[2]}×{images.shape[3]} does not fit into the "
-                    f"memory of {self.device}; choose a smaller batch_size"
-                ) from error
+                batch = f"a batch of {len(images)} pictures of {images.shape[2]}×{images.shape[3]}"
+                fits = f"does not fit into the memory of {device}"
+                raise UsageError(f"{batch} {fits}; choose a smaller batch_size") from error
             raise
 
 
@@ -209,7 +211,11 @@ class _Work:
 
     def results(self, first: int) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
         """Of every chunk from ``first`` on: (k, …) float32 rows in order, and why pictures are left out."""
-        readings = self._readings(first * self.job.chunk_size)
+        indices = range(first * self.job.chunk_size, len(self.pictures))
+        if isinstance(self.pictures, Samples):
+            readings: Iterator[Input | DataError] = self.readers.read(map(self.pictures.path, indices))
+        else:
+            readings = map(self._in_memory, indices)
         for chunk in self.chunks(first):
             skipped: dict[int, str] = {}
             readable = self._readable(zip(chunk, readings, strict=False), skipped)
@@ -219,17 +225,12 @@ class _Work:
             none = np.empty((0, *self.job.row_shape), np.float32)
             yield np.concatenate([none, *(rows.numpy() for _, rows in results)])[order], skipped
 
-    def _readings(self, first: int) -> Iterator[Input | DataError]:
-        indices = range(first, len(self.pictures))
-        if isinstance(self.pictures, Samples):
-            yield from self.readers.read(self.pictures.path(index) for index in indices)
-            return
-        for index in indices:
-            picture = self.pictures.items[index]
-            try:
-                yield picture if isinstance(picture, Tensor) else self.job.preprocess.pixels(picture)
-            except DataError as error:
-                yield DataError(f"picture {index}: {error}")
+    def _in_memory(self, index: int) -> Input | DataError:
+        picture = cast(Pictures, self.pictures).items[index]
+        try:
+            return picture if isinstance(picture, Tensor) else self.job.preprocess.pixels(picture)
+        except DataError as error:
+            return DataError(f"picture {index}: {error}")
 
     def _readable(
         self, readings: Iterator[tuple[int, Input | DataError]], skipped: dict[int, str]
@@ -243,18 +244,15 @@ class _Work:
                 kept = ""
                 if self.store:
                     kept = f"{self.store.rows} of {len(self.pictures)} rows are kept in {self.store.folder}. "
-                raise DataError(
-                    f"{reading}. {kept}Mend or remove it and run again, or leave such pictures out: "
-                    "skip_bad (--skip-bad)"
-                ) from reading
+                hint = "Mend or remove it and run again, or leave such pictures out: skip_bad (--skip-bad)"
+                raise DataError(f"{reading}. {kept}{hint}") from reading
             skipped[index] = str(reading)
             self.bar.update()
 
 
 def _in_memory(work: _Work, provenance: Provenance) -> FeatureTable:
     rows = np.empty((len(work.pictures), *work.job.row_shape), np.float32)
-    count = 0
-    skipped: dict[int, str] = {}
+    count, skipped = 0, dict[int, str]()
     for chunk, left_out in work.results(0):
         rows[count : count + len(chunk)] = chunk
         count += len(chunk)
@@ -270,8 +268,7 @@ def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> Featur
     if first:
         log.info("%s: %d pictures are there already", store.folder, store.rows)
     work.bar.initial = work.bar.n = store.rows + len(store.skipped)
-    # Each row once more in the file that is made of them.
-    missing = 2 * len(work.pictures) - store.rows
+    missing = 2 * len(work.pictures) - store.rows  # each row once more in the file that is made of them
     free_space_guard(store.out, missing * 4 * math.prod(store.row_shape))
     for chunk, (rows, left_out) in zip(work.chunks(first), work.results(first), strict=True):
         store.append(work.pictures.digest(chunk.start, chunk.stop), rows, left_out)
@@ -281,7 +278,7 @@ def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> Featur
     write_features(store.out, store.pieces(), shape, [os.fsencode(path) for path in paths], facts)
     if skipped:
         write_bad_files(store.out.with_name("bad_files.csv"), skipped)
-    store.remove()
+    shutil.rmtree(store.folder)  # the rows are elsewhere now
     return FeatureTable.load(store.out)
 
 
@@ -294,28 +291,17 @@ def _split(work: _Work, skipped: dict[int, str]) -> tuple[list[str], list[Skippe
     return good, [Skipped(paths[index], reason) for index, reason in sorted(skipped.items())]
 
 
-def _check_target(target: Path, pool: str) -> None:
-    check_ending(target, pool)
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder; name a file")
-    if not target.parent.is_dir():
-        raise UsageError(f"the folder of {target} does not exist; make it first")
-
-
 def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTable:
     """The table that is there, if it is the one that is asked for."""
-    known = read_provenance(target)
+    known, hint = read_provenance(target), "name another file, or overwrite (--overwrite)"
     if known is None:
-        raise UsageError(f"{target} exists and is no table of features; name another file, or overwrite (--overwrite)")
+        raise UsageError(f"{target} exists and is no table of features; {hint}")
     skipped = known.pop("skipped", [])
     known.pop("shape", None)
     asked = json.loads(json.dumps(provenance))
     differing = [key for key in sorted(asked.keys() | known.keys()) if asked.get(key) != known.get(key)]
     if differing:
-        raise UsageError(
-            f"{target} exists and was made with another {', '.join(differing)}; "
-            "name another file, or overwrite (--overwrite)"
-        )
+        raise UsageError(f"{target} exists and was made with another {', '.join(differing)}; {hint}")
     if skipped and not skip_bad:
         raise UsageError(f"{target} exists and leaves out {len(skipped)} pictures; skip_bad (--skip-bad) accepts it")
     log.info("%s is done: same model, transform and pictures", target)
@@ -324,25 +310,20 @@ def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTa
 
 def _provenance(job: _Job, exact_decode: bool) -> Provenance:
     """What the rows follow from, all but the pictures."""
-    origin = job.encoder.origin
+    origin, hasher = job.encoder.origin, hashlib.sha256()
+    # Tells weights apart, those that never were a file too. Integer sums are exact on every device.
+    whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, tensor in job.encoder.state_dict().items():
+        bits = tensor.detach().contiguous().view(whole_numbers[tensor.element_size()])
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode())
     libraries = {"pillow": PIL.__version__, "libjpeg_turbo": PIL.features.version("libjpeg_turbo")}
     return {
         "maehub": __version__,
         "model": asdict(origin) if origin else None,
         "network": asdict(job.encoder.config),
-        "weights": _fingerprint(job.encoder),
+        "weights": hasher.hexdigest()[:16],
         "pool": job.pool,
         "layers": None if job.layers is None else list(job.layers),
         "transform": job.preprocess.to_dict(),
         "decode": {"jpeg": "exact" if exact_decode else "scaled", **libraries},
     }
-
-
-def _fingerprint(encoder: Encoder) -> str:
-    """Tells weights apart, those that never were a file too. Integer sums are exact on every device."""
-    whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    hasher = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
-        bits = tensor.detach().contiguous().view(whole_numbers[tensor.element_size()])
-        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode())
-    return hasher.hexdigest()[:16]

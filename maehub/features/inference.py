@@ -4,17 +4,15 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from maehub.data import Source, batches_of, naming, worker_count
-from maehub.errors import DataError
+from maehub.data import Source, Whole, batches_of, worker_count
 from maehub.images import Preprocess, grid_size, read_pixels
 
 Input = np.ndarray | Tensor
@@ -53,10 +51,15 @@ def batches_of_one_size(pictures: Iterable[tuple[int, Input]], batch_size: int) 
 
 def _stacked(pictures: list[tuple[int, Input]]) -> Batch:
     indices, inputs = zip(*pictures, strict=True)
+    return indices, _joined(list(inputs))
+
+
+def _joined(inputs: list[Any]) -> Tensor:
+    """One tensor of each `Input`."""
     if isinstance(inputs[0], Tensor):
-        return indices, torch.stack(inputs)
+        return torch.stack(inputs)
     # By numpy: the many threads of torch would only wait for the cores that decode.
-    return indices, torch.from_numpy(np.stack(inputs))
+    return torch.from_numpy(np.stack(inputs))
 
 
 def infer(
@@ -77,29 +80,6 @@ def infer(
     yield from ((some, rows.cpu()) for some, rows in waiting)
 
 
-@dataclass(frozen=True)
-class Whole(Dataset[Tensor | DataError]):
-    """Pictures through the transform of a model, a whole batch at a time; one that cannot be read is its error."""
-
-    samples: Source
-    preprocess: Preprocess
-
-    def __getitems__(self, indices: list[int]) -> Tensor | DataError:
-        """(B, H, W, C) uint8."""
-        self.samples.prefetch(indices)
-        pictures = []
-        for index in indices:
-            try:
-                with naming(self.samples, index):
-                    pictures.append(torch.from_numpy(read_pixels(self.samples.source(index), self.preprocess)))
-            except DataError as error:
-                return error
-        return torch.stack(pictures)
-
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        return self.__getitems__([index])
-
-
 def outputs(
     compute: Callable[[Tensor], Tensor],
     samples: Source,
@@ -111,19 +91,11 @@ def outputs(
     progress: bool = True,
     what: str = "pictures",
 ) -> Tensor:
-    """What ``compute`` gives for each picture, in their order.
+    """What ``compute`` gives for each picture, in their order: (n, …) float32 on the CPU.
 
-    Args:
-        compute: (B, C, H, W) float32 on ``device``, preprocessed, to (B, …).
-        samples: the pictures.
-        preprocess: of the model; not of ``native`` size, since pictures are put into one tensor.
-        batch_size: pictures at once; None chooses.
-        workers: processes that read; 0 reads in this one, None chooses.
-        progress: show a bar on stderr, if that is a terminal.
-        what: the word of the bar.
-
-    Returns:
-        (n, …) float32 on the CPU.
+    It takes (B, C, H, W) float32 on ``device``, preprocessed, to (B, …). The transform is not of ``native`` size, since
+    pictures are put into one tensor. They are read by ``workers`` processes, with 0 in this one. None chooses, for that
+    and for ``batch_size``. The bar on stderr, if that is a terminal, counts ``what``.
     """
     if batch_size is None:
         tokens = math.prod(grid_size(*preprocess.size, preprocess.patch_size))
@@ -132,7 +104,8 @@ def outputs(
     if workers is None and count * math.prod(preprocess.size) < _PIXELS_PER_WORKER:
         workers = 0
     keys = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
-    reading = batches_of(Whole(samples, preprocess), keys, workers=worker_count(workers), pin=device.type == "cuda")
+    dataset = Whole(samples, partial(read_pixels, preprocess=preprocess), _joined)
+    reading = batches_of(dataset, keys, workers=worker_count(workers), pin=device.type == "cuda")
     bar = tqdm(total=count, unit=f" {what}", disable=None if progress else True, file=sys.stderr, leave=False)
 
     def normalised(pixels: Tensor) -> Tensor:

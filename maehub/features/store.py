@@ -10,7 +10,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -32,13 +31,9 @@ class _Commit(NamedTuple):
 
 
 class FeatureStore:
-    """The folder ``OUT.partial/``; a context manager that one process at a time can hold.
+    """The folder ``OUT.partial/`` with rows for ``out``; a context manager that one process at a time can hold.
 
-    Args:
-        out: the file that the rows are for.
-        run: what the rows depend on; rows of another run are never mixed in.
-        row_shape: of one row.
-        overwrite: throw away what another run left.
+    ``run`` is what the rows depend on: those of another run are never mixed in, and are thrown away by ``overwrite``.
     """
 
     def __init__(self, out: Path, run: dict[str, Any], row_shape: tuple[int, ...], *, overwrite: bool) -> None:
@@ -97,12 +92,9 @@ class FeatureStore:
                 temporary.write_text(text)
 
     def resume(self, keys: Iterator[str], skip_bad: bool) -> int:
-        """Keep the committed chunks from the first on whose keys are these; drop what follows.
+        """Keep the committed chunks from the first on whose keys are these, and say how many; drop what follows.
 
         Without ``skip_bad`` a chunk that left a picture out does not count.
-
-        Returns:
-            How many chunks are kept.
         """
         self._journal.seek(0)
         rows = journal_bytes = 0
@@ -136,7 +128,6 @@ class FeatureStore:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
         return sum(commit.rows for commit in self._commits)
 
     @property
@@ -151,7 +142,3 @@ class FeatureStore:
             for start in range(0, self.rows, step):
                 count = min(step, self.rows - start) * self._row_bytes // 4
                 yield np.fromfile(file, "<f4", count).reshape(-1, *self.row_shape)
-
-    def remove(self) -> None:
-        """Delete the folder; the rows are elsewhere now."""
-        shutil.rmtree(self.folder)

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -28,8 +28,7 @@ Provenance = dict[str, Any]
 _KEY = "maehub"  # under which a file keeps the provenance
 _COMMENT = "# "  # before it, in the first line of a .csv
 _PIECE_BYTES = 2**24
-_MANY_DIMENSIONS = ("tokens", "map")
-_NOT_A_TABLE = (ValueError, TypeError, KeyError, OSError, EOFError, StopIteration, zipfile.BadZipFile, SafetensorError)
+_NOT_A_TABLE = (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, SafetensorError)
 
 
 class Skipped(NamedTuple):
@@ -86,8 +85,7 @@ class FeatureTable:
         if not target.is_file():
             raise UsageError(f"{target} does not exist")
         try:
-            facts = kind.provenance(target)
-            paths, features = kind.reader(target, facts["shape"])
+            facts, paths, features = kind.parts(target)
         except _NOT_A_TABLE as error:
             raise IntegrityError(f"{target} is not a file of features: {error}") from error
         skipped = [Skipped(*item) for item in facts.pop("skipped", [])]
@@ -102,7 +100,7 @@ def piece_rows(row_shape: tuple[int, ...]) -> int:
 def check_ending(path: Path, pool: str | None) -> None:
     """Whether a file of this ending can hold features of this pool, and what it needs is installed."""
     kind = _kind(path)
-    if pool in _MANY_DIMENSIONS and not kind.many_dimensions:
+    if pool in ("tokens", "map") and not kind.many_dimensions:
         raise UsageError(f"{path.suffix} holds one vector a picture, not pool={pool!r}; take .safetensors or .npz")
     if path.suffix == ".parquet":
         try:
@@ -112,40 +110,25 @@ def check_ending(path: Path, pool: str | None) -> None:
 
 
 def write_features(
-    path: Path,
-    pieces: Iterable[np.ndarray],
-    shape: tuple[int, ...],
-    paths: list[bytes],
-    provenance: Provenance,
+    path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], provenance: Provenance
 ) -> None:
-    """Write a table piece by piece.
-
-    Args:
-        path: its ending says which kind of file.
-        pieces: (k, …) float32, together ``shape``, each but the last of `piece_rows` rows.
-        shape: (rows, …).
-        paths: one a row.
-        provenance: goes into the file.
-    """
+    """Write a table of (rows, …) float32 with one path a row, whose pieces but the last have `piece_rows` rows."""
     facts = json.dumps(provenance | {"shape": list(shape)}, sort_keys=True)
     with atomic_write(path) as temporary:
-        _kind(path).writer(temporary, iter(pieces), shape, paths, facts)
+        _kind(path).write(temporary, pieces, shape, paths, facts)
 
 
 def read_provenance(path: Path) -> Provenance | None:
     """The provenance of a file of features without its rows; None if it is another file."""
     try:
-        return _kind(path).provenance(path)
+        return next(_kind(path).parts(path))
     except _NOT_A_TABLE:
         return None
 
 
 def write_bad_files(path: Path, skipped: list[Skipped]) -> None:
     """A .csv of path and reason."""
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows([Skipped._fields, *skipped])
 
 
@@ -179,15 +162,11 @@ def _write_safetensors(
         file.write(names)
 
 
-def _read_safetensors(path: Path, _: Sequence[int]) -> tuple[list[bytes], Tensor]:
+def _parts_of_safetensors(path: Path) -> Iterator[Any]:
     with safe_open(path, "pt") as file:
-        names = _names(file.get_tensor("paths").numpy().tobytes(), file.get_tensor("path_offsets").numpy())
-        return names, file.get_tensor("features")
-
-
-def _safetensors_provenance(path: Path) -> Provenance:
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {})[_KEY])
+        yield json.loads((file.metadata() or {})[_KEY])
+        yield _names(file.get_tensor("paths").numpy().tobytes(), file.get_tensor("path_offsets").numpy())
+        yield file.get_tensor("features")
 
 
 def _write_npz(
@@ -210,14 +189,11 @@ def _write_npz(
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _read_npz(path: Path, _: Sequence[int]) -> tuple[list[bytes], Tensor]:
+def _parts_of_npz(path: Path) -> Iterator[Any]:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return _names(arrays["paths"].tobytes(), arrays["path_offsets"]), torch.from_numpy(arrays["features"])
-
-
-def _npz_provenance(path: Path) -> Provenance:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return json.loads(arrays[_KEY].tobytes())
+        yield json.loads(arrays[_KEY].tobytes())
+        yield _names(arrays["paths"].tobytes(), arrays["path_offsets"])
+        yield torch.from_numpy(arrays["features"])
 
 
 def _write_parquet(
@@ -242,71 +218,60 @@ def _write_parquet(
             writer.write_table(pyarrow.Table.from_arrays([column, rows], schema=schema), row_group_size=len(piece))
 
 
-def _read_parquet(path: Path, shape: Sequence[int]) -> tuple[list[bytes], Tensor]:
+def _parts_of_parquet(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
+    yield (facts := json.loads((parquet.read_schema(path).metadata or {})[_KEY.encode()]))
     table = parquet.read_table(path)
-    names = [os.fsencode(name) for name in table["path"].to_pylist()]
+    yield [os.fsencode(name) for name in table["path"].to_pylist()]
     rows = np.concatenate([chunk.flatten().to_numpy() for chunk in table["features"].chunks] or [np.empty(0, "f4")])
-    return names, torch.from_numpy(rows.reshape(shape))
-
-
-def _parquet_provenance(path: Path) -> Provenance:
-    from pyarrow import parquet
-
-    return json.loads((parquet.read_schema(path).metadata or {})[_KEY.encode()])
+    yield torch.from_numpy(rows.reshape(facts["shape"]))
 
 
 def _write_csv(
     file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
 ) -> None:
     numbers = ",%.9g" * _width(shape) + "\n"  # nine digits bring a float32 back exactly
-    remaining = iter(paths)
+    names = map(os.fsdecode, paths)
+    quoted = (
+        '"' + name.replace('"', '""') + '"' if any(mark in name for mark in ',"\r\n#') else name for name in names
+    )
     with open(file_path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(f"{_COMMENT}{facts}\n")
         file.write("path," + ",".join(f"f{number}" for number in range(_width(shape))) + "\n")
         for piece in pieces:
-            for row in piece.reshape(len(piece), _width(shape)).tolist():
-                file.write(_quoted(os.fsdecode(next(remaining))) + numbers % tuple(row))
+            for row, name in zip(piece.reshape(len(piece), _width(shape)).tolist(), quoted, strict=False):
+                file.write(name + numbers % tuple(row))
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"' if any(mark in name for mark in ',"\r\n#') else name
-
-
-def _read_csv(path: Path, shape: Sequence[int]) -> tuple[list[bytes], Tensor]:
+def _parts_of_csv(path: Path) -> Iterator[Any]:
     names, rows = [], []
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.readline()
-        lines = csv.reader(file)
-        next(lines)
-        for name, *numbers in lines:
+        first = file.readline()
+        if not first.startswith(_COMMENT + "{"):
+            raise DataError("its first line holds no provenance")
+        yield (facts := json.loads(first.removeprefix(_COMMENT)))
+        if not file.readline():
+            raise DataError("no line names its columns")
+        for name, *numbers in csv.reader(file):
             names.append(os.fsencode(name))
             rows.append(np.array(numbers, np.float32))
-    features = np.stack(rows) if rows else np.empty(0, np.float32)
-    return names, torch.from_numpy(features.reshape(shape))
-
-
-def _csv_provenance(path: Path) -> Provenance:
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        first = file.readline()
-    if not first.startswith(_COMMENT + "{"):
-        raise DataError("its first line holds no provenance")
-    return json.loads(first.removeprefix(_COMMENT))
+    yield names
+    yield torch.from_numpy((np.stack(rows) if rows else np.empty(0, np.float32)).reshape(facts["shape"]))
 
 
 class _Kind(NamedTuple):
-    writer: Callable[[Path, Iterator[np.ndarray], tuple[int, ...], list[bytes], str], None]
-    reader: Callable[[Path, Sequence[int]], tuple[list[bytes], Tensor]]
-    provenance: Callable[[Path], Provenance]
+    write: Callable[[Path, Iterator[np.ndarray], tuple[int, ...], list[bytes], str], None]
+    parts: Callable[[Path], Iterator[Any]]
+    """Provenance, paths and features, one after the other: who asks for the first alone reads no rows."""
     many_dimensions: bool
 
 
 _KINDS = {
-    ".safetensors": _Kind(_write_safetensors, _read_safetensors, _safetensors_provenance, True),
-    ".npz": _Kind(_write_npz, _read_npz, _npz_provenance, True),
-    ".parquet": _Kind(_write_parquet, _read_parquet, _parquet_provenance, False),
-    ".csv": _Kind(_write_csv, _read_csv, _csv_provenance, False),
+    ".safetensors": _Kind(_write_safetensors, _parts_of_safetensors, True),
+    ".npz": _Kind(_write_npz, _parts_of_npz, True),
+    ".parquet": _Kind(_write_parquet, _parts_of_parquet, False),
+    ".csv": _Kind(_write_csv, _parts_of_csv, False),
 }
 
 

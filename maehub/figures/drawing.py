@@ -16,18 +16,7 @@ from maehub.images import Size
 _PANEL = 256  # pixels that a panel should have across: small pictures are scaled up to about this
 _INK, _GREY, _RED, _PAPER = (20, 20, 20), (95, 95, 95), (178, 24, 24), (255, 255, 255)
 # From black over purple and orange to pale yellow, even steps of lightness: also read in greyscale.
-_HEAT = np.array(
-    [
-        (0, 0, 6),
-        (37, 9, 76),
-        (95, 18, 110),
-        (151, 38, 102),
-        (205, 66, 71),
-        (243, 120, 25),
-        (250, 193, 43),
-        (252, 253, 191),
-    ]
-)
+_HEAT = np.frombuffer(bytes.fromhex("000006 25094c 5f126e 972666 cd4247 f37819 fac12b fcfdbf"), np.uint8).reshape(8, 3)
 
 
 class Bar(NamedTuple):
@@ -59,10 +48,9 @@ def compose(
         labels: left of the rows, one each, or none.
         bar: drawn right of the last column.
     """
-    pictures = [[as_rgb(picture) for picture in row] for row in rows]
-    widest = max(picture.width for row in pictures for picture in row)
+    widest = max(picture.shape[1] for row in rows for picture in row)
     scale = max(1, round(_PANEL / widest))
-    pictures = [[enlarged(picture, scale) for picture in row] for row in pictures]
+    pictures = [[as_rgb(picture.repeat(scale, axis=0).repeat(scale, axis=1)) for picture in row] for row in rows]
     cell = widest * scale
     text = min(30, max(16, cell // 14))  # font size, from which all distances follow
     font, small = ImageFont.load_default(text), ImageFont.load_default(round(text * 0.8))
@@ -70,7 +58,7 @@ def compose(
     label_width = max((_extent(label, font)[0] for label in labels), default=0)
     left = margin + (label_width + gap * 2 if labels else 0)
     across = len(titles) * (cell + gap) - gap
-    figures = [_number(value) for value in (bar.high, bar.low)] if bar else []
+    figures = [f"{value:.3g}" for value in (bar.high, bar.low)] if bar else []
     bar_width = gap + text + gap + max(_extent(figure, small)[0] for figure in figures) if bar else 0
     width = left + across + bar_width + margin
     below = [(line, _GREY) for line in _wrapped(caption, small, width - 2 * margin)]
@@ -112,16 +100,11 @@ def as_rgb(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(shown))
 
 
-def enlarged(picture: Image.Image, scale: int) -> Image.Image:
-    """A whole number of pixels for each, nothing smoothed."""
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
 def heat(values: np.ndarray) -> np.ndarray:
     """Colours of numbers between 0 (black) and 1 (pale yellow): (rows, columns) to (rows, columns, 3) uint8."""
     positions = np.clip(values, 0, 1) * (len(_HEAT) - 1)
-    stops = np.arange(len(_HEAT))
-    return np.stack([np.interp(positions, stops, _HEAT[:, band]) for band in range(3)], axis=2).round().astype(np.uint8)
+    bands = [np.interp(positions, np.arange(len(_HEAT)), band) for band in _HEAT.T]
+    return np.stack(bands, axis=2).round().astype(np.uint8)
 
 
 def over_patches(values: np.ndarray, size: Size) -> np.ndarray:
@@ -155,10 +138,6 @@ def check_figure(path: str | Path) -> str:
     if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return kind
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _extent(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Size:

@@ -13,14 +13,10 @@ from maehub.images import Preprocess, Size
 
 
 def mask_from_image(image: Image.Image | np.ndarray, grid: Size) -> np.ndarray:
-    """A mask that somebody painted: white hides. A patch is hidden if more than half of its area is white.
+    """A mask that somebody painted, of any size, on a grid of (rows, columns) patches: bool, True where hidden.
 
-    Args:
-        image: any size; brightness is white, a bool array counts True as white, transparency counts as black.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        (rows, columns) bool. True where the patch is hidden.
+    White hides: a patch is hidden if more than half of its area is white. Brightness is white, a bool array counts True
+    as white, transparency counts as black.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == bool else image)
@@ -32,15 +28,9 @@ def mask_from_image(image: Image.Image | np.ndarray, grid: Size) -> np.ndarray:
 
 
 def mask_from_boxes(boxes: Sequence[Sequence[float]], image_size: Size, grid: Size) -> np.ndarray:
-    """Hide every patch that a box touches.
+    """Hide every patch that a box (left, top, right, bottom) in pixels of the image touches.
 
-    Args:
-        boxes: each (left, top, right, bottom) in pixels of the image.
-        image_size: (height, width) of the image, pixels.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        (rows, columns) bool. True where the patch is hidden.
+    ``image_size`` is (height, width), pixels. The result is (rows, columns) bool as the grid, True where hidden.
     """
     masked = np.zeros(grid, dtype=bool)
     for box in boxes:
@@ -57,17 +47,9 @@ MaskSource = np.ndarray | Tensor | Image.Image | Sequence[Sequence[float]]
 
 
 def given_mask(mask: MaskSource, picture: Size, preprocess: Preprocess, pixels: Size, grid: Size) -> np.ndarray:
-    """What the caller wants hidden, on the grid.
+    """What the caller wants hidden, see `reconstruct`: (rows, columns) bool as the grid, True where hidden.
 
-    Args:
-        mask: see `reconstruct`.
-        picture: (height, width) of the picture before ``preprocess``.
-        preprocess: what the picture goes through.
-        pixels: (height, width) after it.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        (rows, columns) bool. True where the patch is hidden.
+    ``picture`` is the (height, width) of the picture before ``preprocess``, ``pixels`` that after it.
     """
     if isinstance(mask, Image.Image):
         if mask.size == picture[::-1] and picture != pixels:

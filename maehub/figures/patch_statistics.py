@@ -34,14 +34,6 @@ class PatchStatistics(NamedTuple):
     variance: Tensor  # (B, N, 1) float32
 
 
-class _Borders(NamedTuple):
-    """The normalised values on both sides of every border between neighbours along one axis of the grid."""
-
-    axis: int  # of (B, 2, rows, columns)
-    before: Tensor  # (B, …, …, P·C), one patch fewer along the axis
-    after: Tensor  # the same shape
-
-
 def true_statistics(patches: Tensor) -> PatchStatistics:
     """The statistics of the picture itself, hidden patches included: (B, N, P·P·C) floating. They leak the answer."""
     normalised = normalise_patches(patches.float())
@@ -53,15 +45,10 @@ def estimate_statistics(
 ) -> PatchStatistics:
     """Statistics of hidden patches from visible pixels and the prediction; visible patches keep their own.
 
-    Args:
-        patches: (B, N, P·P·C) floating, the preprocessed picture. Its hidden patches are not read.
-        prediction: (B, N, P·P·C), of a model trained on normalised pixels. Read where hidden.
-        masked: (B, N) bool, True where hidden; each picture has a visible patch.
-        grid: (rows, columns) of patches.
-        patch_size: P, pixels.
-
-    Returns:
-        `PatchStatistics` on the device of ``patches``. Computed in float64 on the CPU, the same for every device.
+    ``patches`` (B, N, P·P·C) floating are the preprocessed picture, read where visible; ``prediction``, as large, is
+    that of a model trained on normalised pixels, read where hidden. ``masked`` (B, N) bool is True where hidden; each
+    picture has a visible patch. ``grid`` is (rows, columns). What comes back is on the device of ``patches``, computed
+    in float64 on the CPU, the same for every device.
     """
     device, batch = patches.device, len(patches)
     patches, prediction, masked = patches.cpu().double(), prediction.cpu().double(), masked.cpu()
@@ -69,10 +56,8 @@ def estimate_statistics(
     shown = normalise_patches(patches.masked_fill(masked[:, :, None], 0))
     values = torch.where(masked[:, :, None], prediction, shown.patches)
     cells = values.reshape(batch, *grid, patch_size, patch_size, -1)
-    borders = (
-        _Borders(3, cells[:, :, :-1, :, -1].flatten(3), cells[:, :, 1:, :, 0].flatten(3)),
-        _Borders(2, cells[:, :-1, :, -1].flatten(3), cells[:, 1:, :, 0].flatten(3)),
-    )
+    across = 3, cells[:, :, :-1, :, -1].flatten(3), cells[:, :, 1:, :, 0].flatten(3)
+    borders = across, (2, cells[:, :-1, :, -1].flatten(3), cells[:, 1:, :, 0].flatten(3))
     start = torch.cat([shown.mean, torch.sqrt(shown.variance + _EPS)], dim=2)  # (B, N, 2)
     start = harmonic(start.transpose(1, 2).reshape(batch, 2, *grid), hidden)
 
@@ -89,12 +74,8 @@ def estimate_statistics(
 def harmonic(values: Tensor, hidden: Tensor) -> Tensor:
     """Fill the hidden cells of a grid so that each is the mean of its neighbours, like a stretched membrane.
 
-    Args:
-        values: (B, channels, rows, columns) float64. Its hidden cells are not read.
-        hidden: (B, 1, rows, columns) bool; each grid has a visible cell.
-
-    Returns:
-        (B, channels, rows, columns) float64; visible cells unchanged, hidden ones within the range of the visible.
+    ``values`` (B, channels, rows, columns) float64 are read where ``hidden`` (B, 1, rows, columns) is False; each grid
+    has a visible cell. Visible cells come back unchanged, hidden ones within the range of the visible.
     """
     seen = (~hidden).sum(dim=(2, 3), keepdim=True)
     level = values.masked_fill(hidden, 0).sum(dim=(2, 3), keepdim=True) / seen
@@ -112,8 +93,11 @@ def _pull_of_neighbours(values: Tensor) -> Tensor:
     return pull
 
 
-def _pull_of_borders(values: Tensor, borders: tuple[_Borders, ...]) -> Tensor:
-    """Half the gradient of the mean squared jumps over the borders, for (mean, spread): (B, 2, rows, columns)."""
+def _pull_of_borders(values: Tensor, borders: tuple[tuple[int, Tensor, Tensor], ...]) -> Tensor:
+    """Half the gradient of the mean squared jumps over the borders, for (mean, spread): (B, 2, rows, columns).
+
+    Of each axis of that the normalised values before and after every border: (B, …, …, P·C), one patch fewer along it.
+    """
     pull = torch.zeros_like(values)
     for axis, before, after in borders:
         count = values.shape[axis] - 1

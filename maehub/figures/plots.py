@@ -18,12 +18,8 @@ if TYPE_CHECKING:  # it is imported where something is drawn, for it takes a sec
 Style = Literal["line", "faint", "dashed", "points"]
 
 _PALETTE = {"ink": "#1b1f24", "soft": "#5b6470", "line": "#dfe3e8"}
-_COLOURS = {
-    "c0": "#1f6fb4",
-    "c1": "#c2410c",
-    "c2": "#6b7280",
-    "c3": "#15803d",
-}  # of curves; names are those of the page
+# Of curves; names are those of the page.
+_COLOURS = {"c0": "#1f6fb4", "c1": "#c2410c", "c2": "#6b7280", "c3": "#15803d"}
 _LOOKS: dict[Style, dict[str, Any]] = {
     "line": {"linewidth": 1.8},
     "faint": {"linewidth": 1.0, "alpha": 0.28},
@@ -83,18 +79,23 @@ def raw_and_smooth(name: str, steps: np.ndarray, values: np.ndarray, colour: int
 def curves_svg(title: str, series: Sequence[Series]) -> str:
     """Curves on one pair of axes as an SVG element, in the colours ``--c0`` … of the page; "" without a point.
 
-    Args:
-        title: what is drawn; with the ends of the last series it is told to who cannot see it.
-        series: what to draw, the first at the bottom; those without a point are left out.
+    The first series is at the bottom; those without a point are left out. The title, with the ends of the last series,
+    is told to who cannot see what is drawn.
     """
     drawn = [one for one in series if len(one.values)]
     if not drawn:
         return ""
     first, last = (number_text(float(drawn[-1].values[at])) for at in (0, -1))
-    with _plot_style():
-        figure = _new_figure(_INLINE)
-        _draw(_axes(figure, left=46, right=8, top=8, bottom=26), drawn)
-        elements = _svg_elements(figure)
+    with _new_axes(_INLINE, 11.5, left=46, right=8, top=8, bottom=26) as (figure, axes):
+        _draw(axes, drawn)
+        file, written_by = io.StringIO(), dict.fromkeys(("Format", "Type", "Creator", "Date"))
+        figure.savefig(file, format="svg", transparent=True, metadata=written_by)
+    # What a page may not have: names, addresses and styles for all of it.
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
+    text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-(family|size): [^;\"]*;? ?|\s*\n\s*", " ", text)
+    elements = re.sub(r"(\.\d\d)\d+(?=[ \"),;])", r"\1", text)  # of a pixel; what is written ends with <
     for name, colour in (_PALETTE | _COLOURS).items():
         elements = elements.replace(colour, f"var(--{name})")
     label = escape(f"{title}: {first} at first, {last} at the end")
@@ -104,57 +105,44 @@ def curves_svg(title: str, series: Sequence[Series]) -> str:
 def curves_picture(title: str, series: Sequence[Series], under: str = "step") -> Image.Image | None:
     """Curves on one pair of axes, RGB on white; None where there is no point to draw.
 
-    A curve that starts far above the rest would flatten it: what is above the 99th percentile is cut off.
-
-    Args:
-        title: above; beside it the names of the series.
-        series: what to draw, the first at the bottom.
-        under: what the horizontal axis counts.
+    The title and the names of the series stand above, what the horizontal axis counts ``under`` it. A curve that starts
+    far above the rest would flatten it: what is above the 99th percentile is cut off.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     drawn = [one for one in series if len(one.values)]
     if not drawn:
         return None
-    with _plot_style(16):
-        figure = _new_figure(_PICTURE)
-        axes = _axes(figure, left=74, right=24, top=56, bottom=64)
+    with _new_axes(_PICTURE, 16, left=74, right=24, top=56, bottom=64) as (figure, axes):
         _draw(axes, drawn, 99)
         axes.set_title(title, loc="left", fontsize=19, color=_PALETTE["ink"], pad=16)
         axes.set_xlabel(under, loc="right", color=_PALETTE["soft"])
         if any(one.name for one in drawn):
             beside = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=14, columnspacing=1.4)
             beside.set_frame_on(False)
-        return _as_picture(figure)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 @contextmanager
-def _plot_style(font_size: float = 11.5) -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's own settings say, with text in SVG as text; restored at the end.
+def _new_axes(
+    size: tuple[int, int], font_size: float, *, left: int, right: int, top: int, bottom: int
+) -> Iterator[tuple["Figure", "Axes"]]:
+    """Axes on an empty figure of (width, height) pixels, each of which is a point.
 
-    Args:
-        font_size: of what says nothing else, pixels.
+    Their margins are pixels, so that what is drawn does not hang on the font of a page. matplotlib is as it comes,
+    whatever the user's own settings say, with text in SVG as text; restored at the end.
     """
     import matplotlib.style
+    from matplotlib.figure import Figure
 
     ours = {"svg.fonttype": "none", "svg.hashsalt": "maehub", "font.size": font_size, "text.parse_math": False}
     ours |= {"lines.markersize": 0.45 * font_size}
     with matplotlib.style.context(["default", ours]):
-        yield
-
-
-def _new_figure(size: tuple[int, int]) -> "Figure":
-    """An empty figure of (width, height) pixels, each of which is a point; draw in `_plot_style`."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
-
-
-def _as_picture(figure: "Figure") -> Image.Image:
-    """A figure of `_new_figure` as RGB."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
+        inside = (size[0] - left - right) / size[0], (size[1] - top - bottom) / size[1]
+        yield figure, figure.add_axes((left / size[0], bottom / size[1], *inside))
 
 
 def number_text(value: float) -> str:
@@ -167,13 +155,6 @@ def number_text(value: float) -> str:
     if 0 < size < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
     return f"{value:.4g}"
-
-
-def _axes(figure: "Figure", *, left: int, right: int, top: int, bottom: int) -> "Axes":
-    """Axes with margins in pixels, so that what is drawn does not hang on the font of a page."""
-    width, height = figure.bbox.size
-    inside = (width - left - right) / width, (height - top - bottom) / height
-    return figure.add_axes((left / width, bottom / height, *inside))
 
 
 def _draw(axes: "Axes", series: Sequence[Series], share: float = 100) -> None:
@@ -210,14 +191,3 @@ def _draw(axes: "Axes", series: Sequence[Series], share: float = 100) -> None:
     axes.set_axisbelow(True)
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(_PALETTE["soft"])
-
-
-def _svg_elements(figure: "Figure") -> str:
-    """What a figure is made of, without what a page may not have: names, addresses and styles for all of it."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Format", "Type", "Creator", "Date")))
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
-    text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"font-(family|size): [^;\"]*;? ?|\s*\n\s*", " ", text)
-    return re.sub(r"(\.\d\d)\d+(?=[ \"),;])", r"\1", text)  # of a pixel; what is written ends with <

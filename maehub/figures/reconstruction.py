@@ -23,11 +23,10 @@ from maehub.figures.rendering import (
     ImageSource,
     Statistics,
     check_target,
-    drawn,
     model_name,
     network_input,
     open_picture,
-    patch_errors,
+    painted,
     picture_size,
 )
 from maehub.images import Preprocess, grid_size
@@ -40,8 +39,23 @@ _SPACES = {"normalised_pixels": " (normalised patches)", "pca": " (coefficients)
 _LEAK = "leaks hidden statistics: the true mean and variance of every hidden patch were used to draw it"
 
 
+class _Drawn:
+    """What a model made of a picture, with a figure of it."""
+
+    def figure(self) -> Image.Image:
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write the figure in the format of the path's ending.
+
+        Raises:
+            UsageError: the folder does not exist or the ending is unknown; nothing was written.
+        """
+        save_figure(self.figure(), path)
+
+
 @dataclass(frozen=True, eq=False)
-class Panels:
+class Panels(_Drawn):
     """The four pictures of a reconstruction and what was measured.
 
     ``mse`` is the training loss: the mean squared error over hidden patches in the space of the target, which is
@@ -103,21 +117,13 @@ class Panels:
         titles = ["Original", f"Masked {_percent(self.mask_ratio)}", "Reconstruction", "Pasted"]
         return compose([self.row()], titles, self.caption, notice=self.notice)
 
-    def save(self, path: str | Path) -> None:
-        """Write the figure in the format of the path's ending.
-
-        Raises:
-            UsageError: the folder does not exist or the ending is unknown; nothing was written.
-        """
-        save_figure(self.figure(), path)
-
     def row(self) -> list[np.ndarray]:
         """The pictures of the figure, from left to right."""
         return [self.original, self.masked, self.reconstruction, self.pasted]
 
 
 @dataclass(frozen=True, eq=False)
-class ErrorMap:
+class ErrorMap(_Drawn):
     """What a model could not guess.
 
     ``error`` is the squared error of a patch, the mean over its values and over the masks in which it was hidden, in
@@ -165,17 +171,9 @@ class ErrorMap:
         colours = heat(self.error / (largest or 1.0))
         return [self.original, self.reconstruction, over_patches(colours, picture_size(self.original))]
 
-    def save(self, path: str | Path) -> None:
-        """Write the figure in the format of the path's ending.
-
-        Raises:
-            UsageError: the folder does not exist or the ending is unknown; nothing was written.
-        """
-        save_figure(self.figure(), path)
-
 
 @dataclass(frozen=True, eq=False)
-class AttentionMap:
+class AttentionMap(_Drawn):
     """How much the class token of one block attends to each patch."""
 
     original: np.ndarray  # (H, W, C) uint8, the preprocessed picture
@@ -191,10 +189,6 @@ class AttentionMap:
         caption = f"attention of the class token, block {self.layer}, {heads}, brightest {self.attention.max():.2g}"
         caption = " · ".join(part for part in (self.name, caption) if part)
         return compose([[self.original, self.overlay]], ["Original", "Attention"], caption)
-
-    def save(self, path: str | Path) -> None:
-        """Write the figure in the format of the path's ending."""
-        save_figure(self.figure(), path)
 
 
 @torch.inference_mode()
@@ -234,21 +228,18 @@ def reconstruct(
     preprocess = preprocess or autoencoder.preprocess
     picture = open_picture(image, preprocess)
     pixels = preprocess.pixels(picture)
-    size, patch_size = (pixels.shape[0], pixels.shape[1]), autoencoder.config.encoder.patch_size
-    grid = grid_size(*size, patch_size)
+    size = picture_size(pixels)
+    grid = grid_size(*size, autoencoder.config.encoder.patch_size)
     if mask is None:
         masked = make_masks(strategy, one_seed(seed), grid, mask_ratio)
     else:
-        hidden = given_mask(mask, picture_size(picture), preprocess, size, grid)
-        masked = torch.tensor(hidden).flatten()[None]
+        masked = torch.tensor(given_mask(mask, picture_size(picture), preprocess, size, grid)).flatten()[None]
     if not masked.any():
         raise UsageError("the mask hides no patch, so there is nothing to reconstruct; hide at least one")
     images = network_input(autoencoder, preprocess, pixels)
-    output = autoencoder(images, masked.to(images.device))
-    reconstruction = drawn(autoencoder, preprocess, images, output.prediction, masked, grid, statistics)
-    errors = patch_errors(autoencoder, preprocess, images, output.prediction, reconstruction)
+    reconstruction, errors = painted(autoencoder, preprocess, images, masked, grid, statistics)
     hidden = masked[0].reshape(grid).numpy()
-    where = hidden.repeat(patch_size, axis=0).repeat(patch_size, axis=1)[:, :, None]
+    where = over_patches(hidden[:, :, None], size)
     return Panels(
         original=pixels,
         masked=np.where(where, np.uint8(_MASK_GREY), pixels),
@@ -292,16 +283,13 @@ def error_map(
     check_target(autoencoder)
     preprocess = preprocess or autoencoder.preprocess
     pixels = preprocess.pixels(open_picture(image, preprocess))
-    patch_size = autoencoder.config.encoder.patch_size
-    grid = grid_size(pixels.shape[0], pixels.shape[1], patch_size)
+    grid = grid_size(*picture_size(pixels), autoencoder.config.encoder.patch_size)
     masks = covering_masks(seed, grid[0] * grid[1], mask_ratio)  # (M, N)
     images = network_input(autoencoder, preprocess, pixels)
     error = np.zeros(grid, dtype=np.float64)
     colours = np.zeros(pixels.shape, dtype=np.float64)
     for masked in masks[:, None]:  # one by one: many patches or a high ratio would need much memory
-        prediction = autoencoder(images, masked.to(images.device)).prediction
-        picture = drawn(autoencoder, preprocess, images, prediction, masked, grid, "visible")
-        squared = patch_errors(autoencoder, preprocess, images, prediction, picture)
+        picture, squared = painted(autoencoder, preprocess, images, masked, grid, "visible")
         hidden = masked[0].reshape(grid).numpy()
         error += squared.reshape(grid).cpu().numpy() * hidden
         colours += picture * over_patches(hidden[:, :, None], picture_size(pixels))
@@ -371,16 +359,15 @@ def attention_overlay(
         raise UsageError(f"head={head} must be from 0 to {heads - 1}, or None for the mean of all")
     preprocess = preprocess or encoder.preprocess
     pixels = preprocess.pixels(open_picture(image, preprocess))
-    rows, columns = grid_size(pixels.shape[0], pixels.shape[1], encoder.config.patch_size)
+    grid = grid_size(*picture_size(pixels), encoder.config.patch_size)
     weights = encoder.attention(network_input(encoder, preprocess, pixels), layer=layer)[0, :, 0, 1:]  # (heads, N)
     chosen = weights.mean(dim=0) if head is None else weights[head]
-    attention = chosen.float().reshape(rows, columns).cpu().numpy()
+    attention = chosen.float().reshape(grid).cpu().numpy()
     colours = Image.fromarray(heat(attention / attention.max()))
-    smooth = np.asarray(colours.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BILINEAR))
+    smooth = np.asarray(colours.resize(picture_size(pixels)[::-1], Image.Resampling.BILINEAR))
     grey = np.asarray(as_rgb(pixels).convert("L"))[:, :, None]
     overlay = (0.35 * grey + 0.65 * smooth).round().astype(np.uint8)
-    number = layer % encoder.config.depth
-    return AttentionMap(pixels, attention, overlay, number, head, model_name(encoder))
+    return AttentionMap(pixels, attention, overlay, layer % encoder.config.depth, head, model_name(encoder))
 
 
 def _percent(share: float) -> str:

@@ -36,14 +36,13 @@ _DEADLINE = 300.0  # seconds for all of it
 
 def open_picture(image: ImageSource, preprocess: Preprocess) -> Image.Image | np.ndarray:
     """Something that `Preprocess.pixels` takes; files are decoded in full."""
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        try:
+            return open_image(io.BytesIO(_fetched(image)), channels=preprocess.channels)
+        except DataError as error:
+            raise DataError(f"{_without_secrets(image)}: {error}") from error
     if isinstance(image, str | Path):
-        channels = preprocess.channels
-        if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-            try:
-                return open_image(io.BytesIO(_fetched(image)), channels=channels)
-            except DataError as error:
-                raise DataError(f"{_without_secrets(image)}: {error}") from error
-        return open_image(image, channels=channels)
+        return open_image(image, channels=preprocess.channels)
     if not isinstance(image, Image.Image | np.ndarray):
         raise UsageError(f"a picture is a path, a URL, a PIL image or an (H, W, C) array, not {type(image).__name__}")
     return plain(image) if isinstance(image, Image.Image) else image
@@ -76,52 +75,41 @@ def network_input(model: Encoder | MaskedAutoencoder, preprocess: Preprocess, pi
     return preprocess.normalise(torch.from_numpy(pixels)[None].to(weight.device)).to(weight.dtype)
 
 
-def drawn(
+def painted(
     autoencoder: MaskedAutoencoder,
     preprocess: Preprocess,
     images: Tensor,
-    prediction: Tensor,
     masked: Tensor,
     grid: Size,
     statistics: Statistics,
-) -> np.ndarray:
-    """A prediction (1, N, outputs) as a picture (H, W, C) uint8, every patch as the model gives it.
+) -> tuple[np.ndarray, Tensor]:
+    """What a model makes of an input (1, C, H, W) under a mask (1, N) on a grid of (rows, columns): picture and errors.
 
-    Coefficients of ``pca`` give the pixels that have them and no others; tokens the colour of the most likely one.
+    The picture (H, W, C) uint8 has every patch as the model gives it. The errors (1, N) float32 are squared, in the
+    space of the target, the mean over the values of a patch. Coefficients of ``pca`` give the pixels that have them and
+    no others; tokens the colour of the most likely one, and since these have no squares, their errors are those of the
+    colours in preprocessed pixels.
     """
     config, patch_size = autoencoder.config, autoencoder.config.encoder.patch_size
-    prediction = prediction.float()
+    output = autoencoder(images, masked.to(images.device)).prediction  # (1, N, outputs)
+    prediction, patches = output.float(), patchify(images, patch_size)
     if not prediction.isfinite().all():
         raise DataError("the model's prediction holds NaN or infinity; run it in float32, or check its weights")
     if config.target == "tokens":
         colours = mean_colour_of(prediction.argmax(dim=2), config.encoder.channels)  # (1, N, C)
-        picture = unpatchify(colours.repeat(1, 1, patch_size**2), grid, patch_size)
-        return _as_pixels(picture)
+        picture = _as_pixels(unpatchify(colours.repeat(1, 1, patch_size**2), grid, patch_size))
+        shown = preprocess.normalise(torch.from_numpy(picture)[None].to(images.device))
+        return picture, squared_error(patchify(shown, patch_size), patches.float())
+    errors = squared_error(output, autoencoder.target(patches))
     if config.target == "pca":
         prediction = autoencoder.decoder.centre.float() + prediction @ autoencoder.decoder.components.float()
     if config.target == "normalised_pixels":
-        patches = patchify(images, patch_size)
         if statistics == "true":
             found = true_statistics(patches)
         else:
             found = estimate_statistics(patches, prediction, masked, grid, patch_size)
         prediction = denormalise_patches(prediction, found.mean, found.variance)
-    return _as_pixels(preprocess.denormalise(unpatchify(prediction, grid, patch_size)))
-
-
-def patch_errors(
-    autoencoder: MaskedAutoencoder, preprocess: Preprocess, images: Tensor, prediction: Tensor, picture: np.ndarray
-) -> Tensor:
-    """The squared error of every patch in the space of the target, mean over its values: (1, N) float32.
-
-    Tokens have no squares: for them it is that of the drawn ``picture`` (H, W, C) uint8, in preprocessed pixels.
-    """
-    patch_size = autoencoder.config.encoder.patch_size
-    patches = patchify(images, patch_size)
-    if autoencoder.config.target == "tokens":
-        colours = preprocess.normalise(torch.from_numpy(picture)[None].to(images.device))
-        return squared_error(patchify(colours, patch_size), patches.float())
-    return squared_error(prediction, autoencoder.target(patches))
+    return _as_pixels(preprocess.denormalise(unpatchify(prediction, grid, patch_size))), errors
 
 
 def _as_pixels(picture: Tensor) -> np.ndarray:

@@ -2,7 +2,6 @@ from .augment import Augmentation as Augmentation
 from .augment import colour_factors as colour_factors
 from .augment import crop as crop
 from .augment import jitter as jitter
-from .decoding import MAX_PIXELS as MAX_PIXELS
 from .decoding import ImagePath as ImagePath
 from .decoding import decode as decode
 from .decoding import decoder_of as decoder_of

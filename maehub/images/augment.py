@@ -74,13 +74,19 @@ def crop(
     def choose(picture: Size) -> Box:
         return crop_box(picture, size, augmentation, numbers[1 : 1 + 4 * _TRIES])
 
-    if isinstance(source, Image.Image):
-        part = part_of(source, choose, size)
-    else:
-        part = open_part(source, choose, size)
+    part = part_of(source, choose, size) if isinstance(source, Image.Image) else open_part(source, choose, size)
     views = scaled(part.pixels, size)
     if augmentation.kind != "none":
-        views = _turned(views, augmentation, numbers[0], *numbers[1 + 4 * _TRIES :])
+        hflip, (vflip, quarters, angle) = numbers[0], numbers[1 + 4 * _TRIES :]
+        # torch mirrors pixels ten times as fast as a copy of numpy's mirrored view.
+        if augmentation.hflip and hflip < 0.5:
+            views = views.flip(1)
+        if augmentation.vflip and vflip < 0.5:
+            views = views.flip(0)
+        if augmentation.rot90:
+            views = torch.rot90(views, int(4 * quarters))
+        if augmentation.rotate:
+            views = rotated(views, augmentation.rotate * (2 * angle - 1))
     pixels = views.numpy()
     if channels == 1 and pixels.ndim == 3:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
@@ -129,21 +135,6 @@ def scaled(pixels: np.ndarray, size: Size) -> Tensor:
     return result[0].permute(1, 2, 0).reshape(*size, *pixels.shape[2:])
 
 
-def _turned(
-    pixels: Tensor, augmentation: Augmentation, hflip: float, vflip: float, quarters: float, angle: float
-) -> Tensor:
-    # torch mirrors pixels ten times as fast as a copy of numpy's mirrored view.
-    if augmentation.hflip and hflip < 0.5:
-        pixels = pixels.flip(1)
-    if augmentation.vflip and vflip < 0.5:
-        pixels = pixels.flip(0)
-    if augmentation.rot90:
-        pixels = torch.rot90(pixels, int(4 * quarters))
-    if augmentation.rotate:
-        pixels = rotated(pixels, augmentation.rotate * (2 * angle - 1))
-    return pixels
-
-
 def rotated(pixels: Tensor, degrees: float) -> Tensor:
     """(H, W) or (H, W, 3) uint8 turned counter-clockwise about its middle, the corners filled by mirroring."""
     height, width = pixels.shape[:2]
@@ -170,15 +161,8 @@ def colour_factors(seeds: Sequence[int]) -> Tensor:
 def jitter(pixels: Tensor, factors: Tensor) -> Tensor:
     """Brightness, then contrast, then saturation, each multiplied by its factor and clipped.
 
-    Contrast is the distance from the picture's mean brightness, saturation that from the pixel's own; greyscale has
-    none.
-
-    Args:
-        pixels: (B, H, W, C) uint8.
-        factors: (B, 3) float32, on the same device.
-
-    Returns:
-        (B, H, W, C) float32 in [0, 255].
+    (B, H, W, C) uint8 and (B, 3) float32 on the same device to (B, H, W, C) float32 in [0, 255]. Contrast is the
+    distance from the picture's mean brightness, saturation that from the pixel's own; greyscale has none.
     """
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     colours = (pixels * brightness).clamp_(0, 255)

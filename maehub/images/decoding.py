@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self, TypeVar
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -27,7 +28,6 @@ from maehub.images.jpeg import fast_rows, first_rows
 from maehub.images.sizes import Size
 
 ImagePath = str | Path | bytes
-_Result = TypeVar("_Result")
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 2 GiB/4 of 24-bit pixels
 
@@ -61,11 +61,7 @@ def printable(path: ImagePath) -> str:
 
 
 def open_image(
-    source: ImagePath | BinaryIO,
-    *,
-    channels: int = 3,
-    scaled_to: Size | None = None,
-    max_pixels: int = MAX_PIXELS,
+    source: ImagePath | BinaryIO, *, channels: int = 3, scaled_to: Size | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Open a picture file, fully decoded, upright, as RGB or greyscale of 8 bits.
 
@@ -103,9 +99,24 @@ class Decoded(NamedTuple):
         return cls(image, (image.height, image.width), (0, 0, image.width, image.height))
 
 
-def decode(source: ImagePath | BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
+def decode(source: ImagePath | BinaryIO, scaled_to: Size | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
     """What `open_image` does, in the channels that the file has."""
-    return _read(source, lambda file: _decode_file(file, scaled_to, max_pixels))
+    with _file(source) as file:
+        image = _opened(file, max_pixels)
+        if not scaled_to or not isinstance(image, JpegImageFile):
+            return Decoded.whole(plain(image))
+        width, height = image.size
+        orientation = _orientation(image)
+        turned = orientation >= 5
+        rows, columns = reversed(scaled_to) if turned else scaled_to
+        drafted = image.draft(None, (columns, rows))
+        right, bottom = drafted[1][2:] if drafted else image.size
+        if turned:
+            right, bottom, width, height = bottom, right, height, width
+        upright = plain(image)
+        left = upright.width - right if orientation in _FLIPS_X else 0
+        top = upright.height - bottom if orientation in _FLIPS_Y else 0
+        return Decoded(upright, (height, width), (left, top, left + right, top + bottom))
 
 
 class Box(NamedTuple):
@@ -131,25 +142,43 @@ class Part(NamedTuple):
 
 
 def open_part(
-    source: ImagePath | BinaryIO,
-    choose: Callable[[Size], Box],
-    scaled_to: Size,
-    max_pixels: int = MAX_PIXELS,
+    source: ImagePath | BinaryIO, choose: Callable[[Size], Box], scaled_to: Size, max_pixels: int = MAX_PIXELS
 ) -> Part:
     """A part of a picture file, decoded no further than it needs.
 
-    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 at which the part still has enough pixels (a 4:2:2
-    one at 1/2 and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in
-    `open_image`, in the channels that the file has.
-
-    Args:
-        source: a path, or a binary file. In messages the file is called by its ``name``, if it has one.
-        choose: is told the (height, width) of the upright picture and says which part of it, inside of it. The edges
-            are then moved to multiples of that scale, so that the part is whole decoded pixels; see `aligned`.
-        scaled_to: (height, width) that the part must have at least, if it has as much at full scale.
-        max_pixels: larger pictures are refused before they are decoded.
+    ``choose`` is told the (height, width) of the upright picture and says which part of it, inside of it; the edges
+    are then moved to whole decoded pixels, see `aligned`. A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8
+    at which the part still has the (height, width) ``scaled_to``, if it has as much at full scale (a 4:2:2 one at 1/2
+    and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in `open_image`,
+    in the channels that the file has.
     """
-    return _read(source, lambda file: _part(file, choose, scaled_to, max_pixels))
+    with _file(source) as file:
+        start = file.tell()
+        image = _opened(file, max_pixels)
+        if not isinstance(image, JpegImageFile):
+            return part_of(plain(image), choose, scaled_to)
+        orientation = _orientation(image)
+        turned = orientation >= 5
+        upright = image.size if turned else image.size[::-1]
+        box = _mirrored(choose(upright), upright, orientation)
+        if turned:
+            box, scaled_to = _swapped(box), scaled_to[::-1]
+        stored, scale = aligned(box, scaled_to, image.size[::-1])
+        if scale > 2 and image.mode == "RGB" and get_sampling(image) not in (0, 2):
+            scale //= 2  # 4:2:2: scaled decoding halves the width of the colours once more
+        file.seek(start)
+        data = file.read()
+        rows = fast_rows(data, image, stored.bottom, scale)
+        if rows is None:
+            image = JpegImageFile(io.BytesIO(first_rows(data, stored.bottom) or data))
+            image.draft(None, (image.width // scale, image.height // scale))
+            rows = np.asarray(_flat(image))
+        left, top, right, bottom = (edge // scale for edge in stored)
+        pixels = rows[top:bottom, left:right]
+        if turned:
+            pixels = pixels.swapaxes(0, 1)
+        pixels = pixels[:: -1 if orientation in _FLIPS_Y else 1, :: -1 if orientation in _FLIPS_X else 1]
+        return Part(pixels, _mirrored(_swapped(stored) if turned else stored, upright, orientation), scale)
 
 
 def aligned(box: Box, scaled_to: Size, picture: Size) -> tuple[Box, int]:
@@ -165,51 +194,24 @@ def aligned(box: Box, scaled_to: Size, picture: Size) -> tuple[Box, int]:
     return Box(left * scale, top * scale, (left + width) * scale, (top + height) * scale), scale
 
 
-def _read(source: ImagePath | BinaryIO, action: Callable[[BinaryIO], _Result]) -> _Result:
-    """What an action makes of a file; whatever it raises becomes one error that names the file."""
+@contextmanager
+def _file(source: ImagePath | BinaryIO) -> Iterator[BinaryIO]:
+    """An open file; whatever is raised while it is read becomes one error that names it."""
     try:
         if not isinstance(source, ImagePath):
-            return action(source)
+            yield source
+            return
         # A pipe or a device would block or never end.
         if not stat.S_ISREG(os.stat(source).st_mode):
             raise DataError("it is not a regular file")
         with open(source, "rb") as file:
-            return action(file)
+            yield file
     except Exception as error:
         # Decoders raise nearly every type there is on broken bytes, so no list of types would be complete.
         path = source if isinstance(source, ImagePath) else getattr(source, "name", None)
         name = printable(path) if isinstance(path, ImagePath) else "the picture"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{name} cannot be read: {reason or type(error).__name__}") from error
-
-
-def _part(file: BinaryIO, choose: Callable[[Size], Box], scaled_to: Size, max_pixels: int) -> Part:
-    start = file.tell()
-    image = _opened(file, max_pixels)
-    if not isinstance(image, JpegImageFile):
-        return part_of(plain(image), choose, scaled_to)
-    orientation = _orientation(image)
-    turned = orientation >= 5
-    upright = image.size if turned else image.size[::-1]
-    box = _mirrored(choose(upright), upright, orientation)
-    if turned:
-        box, scaled_to = _swapped(box), scaled_to[::-1]
-    stored, scale = aligned(box, scaled_to, image.size[::-1])
-    if scale > 2 and image.mode == "RGB" and get_sampling(image) not in (0, 2):
-        scale //= 2  # 4:2:2: scaled decoding halves the width of the colours once more
-    file.seek(start)
-    data = file.read()
-    rows = fast_rows(data, image, stored.bottom, scale)
-    if rows is None:
-        image = JpegImageFile(io.BytesIO(first_rows(data, stored.bottom) or data))
-        image.draft(None, (image.width // scale, image.height // scale))
-        rows = np.asarray(_flat(image))
-    left, top, right, bottom = (edge // scale for edge in stored)
-    pixels = rows[top:bottom, left:right]
-    if turned:
-        pixels = pixels.swapaxes(0, 1)
-    pixels = pixels[:: -1 if orientation in _FLIPS_Y else 1, :: -1 if orientation in _FLIPS_X else 1]
-    return Part(pixels, _mirrored(_swapped(stored) if turned else stored, upright, orientation), scale)
 
 
 def part_of(picture: Image.Image, choose: Callable[[Size], Box], scaled_to: Size) -> Part:
@@ -251,24 +253,6 @@ def _opened(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
         megapixels = width * height / 1e6
         raise DataError(f"{width}×{height} pixels are {megapixels:.0f} MP, over the limit of {max_pixels / 1e6:.0f} MP")
     return image
-
-
-def _decode_file(file: BinaryIO, scaled_to: Size | None, max_pixels: int) -> Decoded:
-    image = _opened(file, max_pixels)
-    if not scaled_to or not isinstance(image, JpegImageFile):
-        return Decoded.whole(plain(image))
-    width, height = image.size
-    orientation = _orientation(image)
-    turned = orientation >= 5
-    rows, columns = reversed(scaled_to) if turned else scaled_to
-    drafted = image.draft(None, (columns, rows))
-    right, bottom = drafted[1][2:] if drafted else image.size
-    if turned:
-        right, bottom, width, height = bottom, right, height, width
-    upright = plain(image)
-    left = upright.width - right if orientation in _FLIPS_X else 0
-    top = upright.height - bottom if orientation in _FLIPS_Y else 0
-    return Decoded(upright, (height, width), (left, top, left + right, top + bottom))
 
 
 def decoder_of(head: bytes) -> type[ImageFile.ImageFile]:

@@ -24,11 +24,9 @@ _BELOW = 16  # rows that colour of half the resolution is smoothed over, and mor
 def first_rows(data: bytes, rows: int) -> bytearray | None:
     """A JPEG whose header says that it ends a little below ``rows``, so that decoders stop there.
 
-    The rows asked for are decoded exactly as in the whole picture.
-
-    Returns:
-        None where nothing is gained, and where the file is not one scan from its header to its end marker: it is
-        truncated, damaged, progressive or followed by something, and a decoder that stops early would not see that.
+    The rows asked for are decoded exactly as in the whole picture. None where nothing is gained, and where the file is
+    not one scan from its header to its end marker: it is truncated, damaged, progressive or followed by something, and
+    a decoder that stops early would not see that.
     """
     if not data.endswith(_END):
         return None
@@ -55,17 +53,10 @@ def _end(rows: int) -> int:
 
 
 def fast_rows(data: bytes, header: JpegImageFile, rows: int, scale: int) -> np.ndarray | None:
-    """At least the first rows of a JPEG by the fast decoder.
+    """At least the first ``rows`` of a stored JPEG at 1/``scale`` by the fast decoder; ``header`` is Pillow's.
 
-    Args:
-        data: the file.
-        header: as Pillow understood it.
-        rows: of the stored picture that are needed.
-        scale: 1, 2, 4 or 8; the picture is decoded at 1/scale.
-
-    Returns:
-        (h, w) or (h, w, 3) uint8, h at least ``rows / scale``, w as the picture's width divided by ``scale``, rounded
-        up. None where Pillow has to decide: the fast decoder is not installed, does not take the kind, or complains.
+    (h, w) or (h, w, 3) uint8, h at least ``rows / scale``, w as the picture's width divided by ``scale``, rounded up.
+    None where Pillow has to decide: the fast decoder is not installed, does not take the kind, or complains.
     """
     if simplejpeg is None or header.mode not in ("L", "RGB"):
         return None

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, IntegrityError, UsageError
-from maehub.images.decoding import MAX_PIXELS, Decoded, ImagePath, decode, plain, printable, to_channels
+from maehub.images.decoding import Decoded, ImagePath, decode, plain, printable, to_channels
 from maehub.images.sizes import Size, as_size
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ _LONGEST_SCALED = 8  # times as long as wide: beyond, what lies outside the crop
 _LARGEST_CROPPED = 224  # the published evaluation crops up to this size and takes the whole picture above
 
 
-def read_pixels(
-    source: ImagePath | BinaryIO, preprocess: Preprocess, *, exact_decode: bool = False, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def read_pixels(source: ImagePath | BinaryIO, preprocess: Preprocess, *, exact_decode: bool = False) -> np.ndarray:
     """A file, by its path or open, straight to ``preprocess.pixels``: (H, W, C) uint8.
 
     Unless ``exact_decode``, JPEGs are decoded at a smaller size that is large enough, and only the pixels inside the
@@ -42,7 +40,7 @@ def read_pixels(
     if preprocess.channels not in (1, 3):
         where = printable(source) if isinstance(source, ImagePath) else "a picture"
         raise DataError(f"{where}: files have 1 or 3 channels and the model takes {preprocess.channels}")
-    decoded = decode(source, None if exact_decode else preprocess.decode_size, max_pixels)
+    decoded = decode(source, None if exact_decode else preprocess.decode_size)
     return preprocess._fit(decoded, exact=exact_decode)
 
 
@@ -91,7 +89,8 @@ class Preprocess:
         The short side is scaled to ``round(S / 0.875)`` up to 224 pixels, to S itself above; bicubic; centre crop;
         ImageNet statistics. Other than 3 channels get the average of ImageNet's three numbers each.
         """
-        mean, std = _statistics(channels)
+        average = (sum(IMAGENET_MEAN) / 3,) * channels, (sum(IMAGENET_STD) / 3,) * channels
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else average
         size = as_size(size)
         fraction = 0.875 if max(size) <= _LARGEST_CROPPED else 1.0
         return cls(size, patch_size, "centre-crop", fraction, "bicubic", mean, std)
@@ -128,7 +127,10 @@ class Preprocess:
     @property
     def decode_size(self) -> Size | None:
         """(height, width) that a scaled decoding must not fall below; None where every pixel counts."""
-        return None if self.resize == "native" else self._cover_size()
+        if self.resize == "native":
+            return None
+        fraction = self.crop_fraction if self.resize == "centre-crop" else 1
+        return round(self.size[0] / fraction), round(self.size[1] / fraction)
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """One picture, as `pixels` takes it, to a network's input: (C, H, W) float32."""
@@ -149,13 +151,25 @@ class Preprocess:
         Raises:
             DataError: an array of another type or with other channels than the model takes.
         """
-        if isinstance(image, np.ndarray):
-            return self._array_pixels(image)
-        if not isinstance(image, Image.Image):
+        if isinstance(image, Image.Image):
+            if self.channels not in (1, 3):
+                raise DataError(f"a picture has 1 or 3 channels and the model takes {self.channels}; give an array")
+            return self._fit(Decoded.whole(plain(image)), exact=True)
+        if not isinstance(image, np.ndarray):
             raise UsageError(f"a picture is a PIL image or an (H, W, C) uint8 array, not {type(image).__name__}")
-        if self.channels not in (1, 3):
-            raise DataError(f"a picture has 1 or 3 channels and the model takes {self.channels}; give an array")
-        return self._fit(Decoded.whole(plain(image)), exact=True)
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+            raise DataError(f"an array must be (H, W, C) or (H, W) uint8, not {image.shape} {image.dtype}")
+        if image.ndim == 3 and image.shape[2] == 1:
+            image = image[:, :, 0]
+        bands = 1 if image.ndim == 2 else image.shape[2]
+        if bands == self.channels and bands not in (1, 3):
+            # Pillow would take a fourth channel for transparency.
+            pictures = [Decoded.whole(Image.fromarray(image[:, :, band])) for band in range(bands)]
+            parts = [self._resized(picture, True, band) for band, picture in enumerate(pictures)]
+            return np.stack([np.asarray(part) for part in parts], axis=2)
+        if bands in (1, 3, 4) and self.channels in (1, 3):
+            return self._fit(Decoded.whole(plain(Image.fromarray(np.ascontiguousarray(image)))), exact=True)
+        raise DataError(f"an array with {bands} channels does not fit a model that takes {self.channels}")
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels (B, H, W, C), uint8 or any other type, to a network's input (B, C, H, W) float32, on their device."""
@@ -167,10 +181,9 @@ class Preprocess:
         low, high = self.value_range
         if self.clip and (pixels.is_floating_point() or self.value_range != (0.0, 255.0)):
             images.clamp_(low, high)
+        statistics = zip(self.mean, self.std, strict=True)
         scale = images.new_tensor([1 / ((high - low) * std) for std in self.std])
-        shift = images.new_tensor(
-            [(-low / (high - low) - mean) / std for mean, std in zip(self.mean, self.std, strict=True)]
-        )
+        shift = images.new_tensor([(-low / (high - low) - mean) / std for mean, std in statistics])
         return images.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
     def denormalise(self, images: Tensor) -> Tensor:
@@ -193,28 +206,11 @@ class Preprocess:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise IntegrityError(f"unknown keys in the preprocessing: {', '.join(unknown)}; known: {', '.join(known)}")
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
-            return cls(**given)
+            return cls(**values)
         except (UsageError, TypeError, ValueError) as error:
             raise IntegrityError(f"the preprocessing cannot be used: {error}") from error
-
-    def _array_pixels(self, array: np.ndarray) -> np.ndarray:
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
-            raise DataError(f"an array must be (H, W, C) or (H, W) uint8, not {array.shape} {array.dtype}")
-        if array.ndim == 3 and array.shape[2] == 1:
-            array = array[:, :, 0]
-        bands = 1 if array.ndim == 2 else array.shape[2]
-        if bands == self.channels and bands not in (1, 3):
-            # Pillow would take a fourth channel for transparency.
-            pictures = [Decoded.whole(Image.fromarray(array[:, :, band])) for band in range(bands)]
-            parts = [self._resized(picture, True, band) for band, picture in enumerate(pictures)]
-            return np.stack([np.asarray(part) for part in parts], axis=2)
-        if bands in (1, 3, 4) and self.channels in (1, 3):
-            return self._fit(Decoded.whole(plain(Image.fromarray(np.ascontiguousarray(array)))), exact=True)
-        raise DataError(f"an array with {bands} channels does not fit a model that takes {self.channels}")
 
     def _fit(self, decoded: Decoded, *, exact: bool) -> np.ndarray:
         """A picture, possibly decoded scaled, to (H, W, C) uint8."""
@@ -246,7 +242,7 @@ class Preprocess:
     def _cropped(self, decoded: Decoded, method: Image.Resampling, exact: bool) -> Image.Image:
         """Scale to cover and crop."""
         image, (height, width), content = decoded
-        rows, columns = self._cover_size()
+        rows, columns = (round(side / self.crop_fraction) for side in self.size)  # which the scaled picture covers
         # One side is met exactly, the other rounded down, as torchvision does.
         if rows * width <= columns * height:
             scaled = max(rows, columns * height // width), columns
@@ -263,13 +259,6 @@ class Preprocess:
         shifted = (box[0] + content[0], box[1] + content[1], box[2] + content[0], box[3] + content[1])
         return image.resize(self.size[::-1], method, box=shifted)
 
-    def _cover_size(self) -> Size:
-        """(rows, columns) that the scaled picture covers before it is cropped."""
-        if self.resize != "centre-crop":
-            return self.size
-        rows, columns = (round(side / self.crop_fraction) for side in self.size)
-        return rows, columns
-
     def _fill(self, mode: str, band: int | None) -> int | tuple[int, ...]:
         """The mean colour, which becomes zero when normalised."""
         low, high = self.value_range
@@ -277,9 +266,3 @@ class Preprocess:
         if band is not None:
             return colour[band]
         return tuple(colour) if mode == "RGB" else round(sum(colour) / len(colour))
-
-
-def _statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if channels == 3:
-        return IMAGENET_MEAN, IMAGENET_STD
-    return (sum(IMAGENET_MEAN) / 3,) * channels, (sum(IMAGENET_STD) / 3,) * channels
