@@ -39,6 +39,7 @@ from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.optim import adamw, learning_rate, peak_rate
 from maehub.train.engine.settings import RunConfig
+from maehub.train.engine.steps import parts
 from maehub.train.pretraining import loop as pretraining
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
@@ -1025,7 +1026,7 @@ def test_a_batch_holds_crops_and_masks_of_its_keys(pictures):
     assert batch.seeds.tolist() == [key.mask for key in wanted]
     for pixels, key in zip(batch.pixels, wanted, strict=True):
         assert np.array_equal(pixels.numpy(), crop(samples.path(key.sample), (32, 32), 3, VIEW.augmentation, key.crop))
-    halves = list(batch.split(3))
+    halves = [half for half, _ in parts(batch, 3)]
     assert [len(half.pixels) for half in halves] == [3, 2]
     assert torch.equal(torch.cat([half.masked for half in halves]), batch.masked)
 
