@@ -9,6 +9,7 @@ A setting is changed by `dataclasses.replace`. Hours marked "plan" are what `mae
 probe" are top-1 accuracies on ImageNet-1k at 224 pixels, in percent.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,8 +46,8 @@ def paper(
         None known, but for 2000 pictures that are held out of training where DATA has no folder ``val``.
     """
     return PretrainConfig(
-        data=str(data),
-        out=Path(out),
+        data,
+        Path(out),
         model=model,
         epochs=epochs,
         batch_size=4096,
@@ -74,18 +75,8 @@ def tiny(data: str, out: str | Path, epochs: int = 400) -> PretrainConfig:
     Expected:
         Fine-tuned 76.1 (300 epochs), 74.5 from scratch: Wang et al., with their decoder. Not measured with this one.
     """
-    return PretrainConfig(
-        data=str(data),
-        out=Path(out),
-        model="vit-ti",
-        epochs=epochs,
-        batch_size=4096,
-        warmup=_WARMUP_EPOCHS / epochs,
-        target="normalised_pixels",
-        decoder_width=192,
-        decoder_depth=4,
-        decoder_heads=6,
-    )
+    config = replace(paper(data, out), model="vit-ti", epochs=epochs, warmup=_WARMUP_EPOCHS / epochs)
+    return replace(config, decoder_width=192, decoder_depth=4, decoder_heads=6)
 
 
 def small_data(data: str, out: str | Path, steps: int = 4800) -> PretrainConfig:
@@ -106,8 +97,8 @@ def small_data(data: str, out: str | Path, steps: int = 4800) -> PretrainConfig:
         Measured: 0.83 of the squared error of linear interpolation on photos of scenes that it never saw.
     """
     return PretrainConfig(
-        data=str(data),
-        out=Path(out),
+        data,
+        Path(out),
         model="vit-nano",
         target="pixels",
         batch_size=1024,
@@ -138,15 +129,7 @@ def domain_continuation(data: str, out: str | Path, from_: str = "vit-b", epochs
         No published number for these settings. Step 0 reports the weights' own loss on the held-out pictures: the run
         is worth its hours if ``val_loss`` falls well below it, and a probe before and after decides.
     """
-    return PretrainConfig(
-        data=str(data),
-        out=Path(out),
-        from_=from_,
-        epochs=epochs,
-        batch_size=1024,
-        base_lr=7.5e-5,
-        warmup=0.1,
-    )
+    return PretrainConfig(data, Path(out), from_=from_, epochs=epochs, batch_size=1024, base_lr=7.5e-5, warmup=0.1)
 
 
 def vit_masked_patch_prediction(
@@ -176,8 +159,8 @@ def vit_masked_patch_prediction(
         come from the same picture. The peak rate is theirs: 2e-4 at 4096.
     """
     return PretrainConfig(
-        data=str(data),
-        out=Path(out),
+        data,
+        Path(out),
         model=model,
         steps=steps,
         batch_size=4096,
@@ -217,8 +200,8 @@ def beit_like(data: str, out: str | Path, model: str = "vit-b", epochs: int = 80
         no stochastic depth; β 0.95 for their 0.999; fixed sine-cosine positions; the crops of MAE.
     """
     return PretrainConfig(
-        data=str(data),
-        out=Path(out),
+        data,
+        Path(out),
         model=model,
         epochs=epochs,
         batch_size=2048,

@@ -4,9 +4,7 @@ from .distributed import Group as Group
 from .distributed import joined as joined
 from .environment import available_bytes as available_bytes
 from .environment import describe_environment as describe_environment
-from .micro_batch import MEMORY_SHARE as MEMORY_SHARE
 from .micro_batch import find_micro_batch as find_micro_batch
-from .micro_batch import pass_fits as pass_fits
 from .micro_batch import pictures_fit as pictures_fit
 from .optim import adamw as adamw
 from .optim import decayed_groups as decayed_groups

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,26 +45,21 @@ class Progress:
     """Views that each computed at once; with as many processes it is used again, for equal sums."""
 
 
-class Written(NamedTuple):
-    """A file of a checkpoint, as the manifest lists it."""
-
-    bytes: int
-    sha256: str
-
-
 def save_checkpoint(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int = 2
 ) -> Path:
     """Write a checkpoint, then delete older ones, so that ``keep`` are left."""
-    parts = {_MODEL: model.state_dict(), _OPTIMIZER: _optimizer_tensors(model, optimizer)}
+    names = parameter_names(model, optimizer)
+    moments = {
+        f"{key}/{names[number]}": value  # exp_avg/encoder.blocks.0.… and so on
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    parts = {_MODEL: model.state_dict(), _OPTIMIZER: moments}
     for name, tensors in parts.items():
         check_converging(tensors, f"{name} of step {progress.step}")
     with checkpoint_folder(run, progress, [tensor for part in parts.values() for tensor in part.values()]) as staging:
-        files = {}
-        for name, tensors in parts.items():
-            sha256 = write_tensors(staging / name, tensors)
-            files[name] = Written((staging / name).stat().st_size, sha256)
-        write_manifest(staging, progress, files)
+        write_manifest(staging, progress, {name: write_tensors(staging / name, parts[name]) for name in _FILES})
     rotate(run, progress.step, keep)
     return run / "checkpoints" / f"step-{progress.step}"
 
@@ -81,9 +76,9 @@ def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor]) 
         yield staging
 
 
-def write_manifest(staging: Path, progress: Progress, files: Mapping[str, Written]) -> None:
-    """What makes a folder a checkpoint: written last."""
-    listed = {name: written._asdict() for name, written in files.items()}
+def write_manifest(staging: Path, progress: Progress, hashes: Mapping[str, str]) -> None:
+    """What makes a folder a checkpoint: written last. ``hashes`` are the sha256 of its files, by name."""
+    listed = {name: {"bytes": (staging / name).stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
     write_json(staging / _MANIFEST, {"format": _FORMAT, "progress": asdict(progress), "files": listed})
 
 
@@ -195,13 +190,3 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     """Names of the optimizer's parameters, in its own numbering."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``exp_avg/encoder.blocks.0.…`` and so on."""
-    names = parameter_names(model, optimizer)
-    return {
-        f"{key}/{names[number]}": value
-        for number, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }

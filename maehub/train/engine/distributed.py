@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,33 +31,11 @@ Value = TypeVar("Value")
 START_TIMEOUT = 600.0
 """Seconds that processes wait for each other to start, to scan the data, to save and to validate."""
 
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _REPORTS = 3.0  # seconds in which the survivors of a failure say what they know
 _WAITED = "waited for the others"
 _RUNS = itertools.count()  # of this process
 _FAILED = 1 << 16  # an exit code fits below
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "socket")
-
-
-class Together(NamedTuple):
-    """What all processes said at the beginning of a step."""
-
-    stop: int  # exit code to stop with after this step, 0 to go on
-    failed: bool  # some process cannot do this step
-
-
-class _Said(NamedTuple):
-    """What one process tells all."""
-
-    value: Any
-    failure: tuple[str, str] | None  # name of the class of an error, and its text
-
-
-class _Signs(NamedTuple):
-    """What is known of the other processes, by rank."""
-
-    silent: dict[int, Any]  # the last sign of life of those that say nothing, None where there is none
-    told: dict[int, Any]  # why the others ended
 
 
 @dataclass
@@ -84,17 +62,11 @@ class Group:
         """Rank 0: the one that writes."""
         return self.rank == 0
 
-    @property
-    def is_local_main(self) -> bool:
-        """The first process of its host: the one that downloads."""
-        return self.local_rank == 0
-
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
         """Do something in every process; if it fails in one, all raise that error, the lowest rank's.
 
-        Args:
-            what: for the error if a process does not come: "saving the checkpoint".
+        The error if a process does not come says ``what``: "saving the checkpoint".
         """
         if self.size == 1:
             yield
@@ -106,19 +78,16 @@ class Group:
             if caught in self._shared:
                 raise  # all have it already
             error = caught
-        self._gathered(None, what, error)
+        self.all(None, what, error)
 
     def first(self, value: Value, what: str) -> Value:
         """Rank 0's value, in every process."""
-        return self._gathered(value if self.is_main else None, what)[0] if self.size > 1 else value
-
-    def all(self, value: Value, what: str) -> list[Value]:
-        """Every process's value, by rank."""
-        return self._gathered(value, what) if self.size > 1 else [value]
+        sent: Any = value if self.is_main else None
+        return self.all(sent, what)[0]
 
     def host_first(self, make: Callable[[], Value], what: str) -> Value:
         """Made by the first process of each host, and then by its others, which find what that one fetched."""
-        made = [make()] if self.is_local_main else []
+        made = [make()] if self.local_rank == 0 else []
         self.all(None, what)
         return made[0] if made else make()
 
@@ -140,20 +109,19 @@ class Group:
             self._shared.append(disagreement)
             raise disagreement
 
-    def exchange(self, stop: int | None, failed: bool) -> Together:
+    def exchange(self, stop: int | None, failed: bool) -> tuple[int, bool]:
         """Tell the others at the beginning of a step, and hear from them; on the CPU, the GPU goes on working.
 
-        Args:
-            stop: exit code to stop with, or None.
-            failed: this process cannot do the step; the error is then raised in `together`.
+        Said are the exit code to stop with after this step, 0 to go on, and whether some process cannot do it; the
+        error is then raised in `together`.
         """
         if self.size == 1:
-            return Together(stop or 0, failed)
+            return stop or 0, failed
         self._pulse()
         said = torch.tensor([(stop or 0) + failed * _FAILED], dtype=torch.int64)
         with self.waiting("the beginning of a step"):
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.step_group)
-        return Together(int(said) % _FAILED, bool(int(said) & _FAILED))
+        return int(said) % _FAILED, bool(int(said) & _FAILED)
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -161,22 +129,25 @@ class Group:
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            if self.size == 1 or isinstance(error, MaehubError) or not _is_loss(error):
+            # a broken connection or a timeout, and not a mistake in a computation
+            is_loss = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)
+            if self.size == 1 or isinstance(error, MaehubError) or not is_loss:
                 raise
             lost = DistributedError(self._loss(what, error))
             self._shared.append(lost)
             raise lost from error
 
-    def _gathered(self, value: Any, what: str, error: Exception | None = None) -> list[Any]:
+    def all(self, value: Value, what: str, error: Exception | None = None) -> list[Value]:
         """Every process's value, by rank; or the lowest rank's error, raised in all of them."""
+        if self.size == 1:
+            return [value]
         kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
         text = str(error) if kinds else f"{what} failed: {type(error).__name__}: {error}"
         kind = kinds[0] if kinds else "DistributedError"
-        mine = _Said(value, (kind, text) if error else None)
         everyone: list[Any] = [None] * self.size
         self._pulse()
         with self.waiting(what):
-            dist.all_gather_object(everyone, mine)
+            dist.all_gather_object(everyone, (value, (kind, text) if error else None))
         for rank, (_, failure) in enumerate(everyone):
             if failure:
                 kind, text = failure
@@ -184,7 +155,7 @@ class Group:
                 shared.told_by = rank
                 self._shared.append(shared)
                 raise shared from error
-        return [said.value for said in everyone]
+        return [value for value, _ in everyone]
 
     def _pulse(self) -> None:
         """Leave a sign of life with the step where all can read it."""
@@ -221,26 +192,29 @@ class Group:
             lines.append(f"The reason given: {reason}.")
         return " ".join(lines) + " Checkpoints are kept: start the same command again with --resume."
 
-    def _survey(self) -> _Signs:
-        """What the others left in the store; nothing where it cannot be reached, which may take it minutes to say."""
-        signs = _Signs({}, {})
-        asking = threading.Thread(target=self._ask, args=(signs,), daemon=True)
+    def _survey(self) -> tuple[dict[int, Any], dict[int, Any]]:
+        """What the others left in the store, by rank: the last sign of life of those that say nothing, None where there
+        is none, and why the others ended. Nothing where it cannot be reached, which may take it minutes to say."""
+        silent: dict[int, Any] = {}
+        told: dict[int, Any] = {}
+
+        def ask() -> None:
+            self.report_failure(DistributedError(_WAITED))
+            until = time.monotonic() + _REPORTS
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            silent.update(dict.fromkeys(others))
+            silent.update({rank: self._read(f"pulse/{rank}") for rank in others})
+            while silent and time.monotonic() < until:
+                for rank in list(silent):
+                    if facts := self._read(f"failure/{rank}"):
+                        told[rank] = facts
+                        del silent[rank]
+                time.sleep(0.1)
+
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(_REPORTS + 2)
-        return _Signs(dict(signs.silent), dict(signs.told))
-
-    def _ask(self, signs: _Signs) -> None:
-        self.report_failure(DistributedError(_WAITED))
-        until = time.monotonic() + _REPORTS
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        signs.silent.update(dict.fromkeys(others))
-        signs.silent.update({rank: self._read(f"pulse/{rank}") for rank in others})
-        while signs.silent and time.monotonic() < until:
-            for rank in list(signs.silent):
-                if facts := self._read(f"failure/{rank}"):
-                    signs.told[rank] = facts
-                    del signs.silent[rank]
-            time.sleep(0.1)
+        return dict(silent), dict(told)
 
     def _read(self, key: str) -> Any:
         assert self.store is not None
@@ -254,36 +228,33 @@ class Group:
 def joined(device: str, timeout: float) -> Iterator[Group]:
     """This process's `Group`, from what torchrun says in the environment; a group of one without torchrun.
 
-    Args:
-        device: ``auto``, ``cpu`` or ``cuda``; several processes take a GPU each.
-        timeout: seconds to wait for the others within a step. To start and to save they have `START_TIMEOUT`.
+    Several processes take a GPU each. They have ``timeout`` seconds to wait for the others within a step, and
+    `START_TIMEOUT` to start and to save.
     """
-    told = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    if "RANK" not in told and "WORLD_SIZE" not in told:
-        yield Group(device=usable_device(device), timeout=timeout)
-        return
+    told = os.environ
+    many = "RANK" in told or "WORLD_SIZE" in told
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in told]
     numbers = [
         name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if not told.get(name, "0").isdigit()
     ]
-    if missing or numbers:
+    if many and (missing or numbers):
         wrong = f"{', '.join(missing)} missing" if missing else f"{', '.join(numbers)} no number"
         raise UsageError(
             f"the environment describes a run of many processes, but with {wrong}. Start it by torchrun, which sets "
             "all of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; or unset them for one process."
         )
-    rank, size, local = int(told["RANK"]), int(told["WORLD_SIZE"]), int(told.get("LOCAL_RANK", told["RANK"]))
-    if size == 1:
+    if not many or int(told["WORLD_SIZE"]) == 1:
         yield Group(device=usable_device(device), timeout=timeout)
         return
+    rank, size, local = int(told["RANK"]), int(told["WORLD_SIZE"]), int(told.get("LOCAL_RANK", told["RANK"]))
     if rank >= size:
         raise UsageError(f"RANK={rank} must be below WORLD_SIZE={size}; start the run by torchrun, which sets both")
     chosen = usable_device(f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # A restarted process, and a second run in one process, must not read what the one before left in the store.
-    store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_RUNS)}", _meet(rank, size, told))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_RUNS)}", _meet(rank, size))
+    here = int(told.get("LOCAL_WORLD_SIZE", "1"))
     group = Group(rank, size, local, here, chosen, timeout, store=PrefixStore("maehub", store))
     try:
         with group.waiting("the start"):
@@ -309,9 +280,9 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
                 dist.destroy_process_group()
 
 
-def _meet(rank: int, size: int, told: Mapping[str, str]) -> Store:
+def _meet(rank: int, size: int) -> Store:
     """The key-value store at the address that the environment says."""
-    host, port = told["MASTER_ADDR"], told["MASTER_PORT"]
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         socket.getaddrinfo(host, int(port))
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=timedelta(seconds=START_TIMEOUT))))
@@ -325,8 +296,3 @@ def _meet(rank: int, size: int, told: Mapping[str, str]) -> Store:
             f"rank {rank} cannot meet the others at {host}:{port}: {reason}. Nothing was changed; {remedy}."
         ) from error
     return store
-
-
-def _is_loss(error: BaseException) -> bool:
-    """A broken connection or a timeout, and not a mistake in a computation."""
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)

@@ -1,9 +1,10 @@
 """What a run runs on, and which code: for its record, and to compare processes."""
 
+import contextlib
 import hashlib
-import math
 import os
 import platform
+import re
 import socket
 from functools import cache
 from pathlib import Path
@@ -17,13 +18,14 @@ from maehub.version import __version__
 
 def describe_environment(group: Group) -> dict[str, Any]:
     """Versions, device and host counts; every process must call it."""
-    device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else _processor()
+    named = re.search(r"(?m)^model name\s*:(.*)", _text("/proc/cpuinfo"))
+    processor = named[1].strip() if named else platform.machine()
     hosts = group.all(socket.gethostname(), "the names of the hosts")
     return {
         "maehub": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": device,
+        "device": torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else processor,
         "processes": group.size,
         "hosts": len(set(hosts)),
         "threads": torch.get_num_threads(),
@@ -44,32 +46,15 @@ def code_digest() -> str:
 
 def available_bytes() -> int:
     """Memory that a process could take now without swapping or being killed by the limit of its container."""
-    return int(min(_free_of_machine(), _free_of_container()))
+    available = re.search(r"MemAvailable:\s*(\d+)", _text("/proc/meminfo"))
+    free = int(available[1]) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # what the control group leaves (version 2, at its usual place); no file or "max" where there is no limit
+    limit, used = (_text(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    return min(free, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else free
 
 
-def _free_of_container() -> float:
-    """What the control group leaves (version 2, at its usual place); no limit where there is none."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return math.inf
-
-
-def _free_of_machine() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def _text(path: str) -> str:
+    """What a file of the system says; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text()
+    return ""

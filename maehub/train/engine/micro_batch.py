@@ -11,25 +11,21 @@ from maehub.errors import CheckpointError
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
 from maehub.train.engine.parallel import autocast
-from maehub.train.engine.settings import Precision
+from maehub.train.engine.settings import RunConfig
 
 log = logging.getLogger("maehub")
 
 _ADAM = 2  # tensors of the size of the weights that the optimizer will add
-MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
+_MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
 
 
 def find_micro_batch(
     part: int, group: Group, fits: Callable[[int], bool], size: str, *, asked: int | None = None, multiple: int = 1
 ) -> int:
-    """The largest divisor of this process's part of the batch that fits, the same in every process.
+    """The largest divisor of this process's ``part`` of the batch that ``fits``, the same in every process.
 
-    Args:
-        part: views of a step in this process.
-        fits: whether so many fit.
-        size: of the pictures, for an error.
-        asked: what the user wants; nothing is tried then.
-        multiple: what a micro-batch must be a multiple of, where the part is.
+    Nothing is tried where the user ``asked`` for one. It is a multiple of ``multiple``, where the part is. An error
+    tells the ``size`` of the pictures.
     """
     if asked:
         return min(asked, part)
@@ -49,29 +45,25 @@ def pictures_fit(
     objective: nn.Module,
     blank: Callable[[int], Sequence[Tensor]],
     group: Group,
-    *,
-    precision: Precision = "auto",
-    shard: bool = False,
+    config: RunConfig,
+    estimate: Callable[[], tuple[float, float]] | None = None,
 ) -> Callable[[int], bool]:
-    """Whether training any network on so many pictures at once fits.
+    """Whether training on so many pictures at once fits. ``objective`` gives a loss, ``blank`` its arguments.
 
-    On a GPU forward and backward are tried; on a CPU what the forward of two pictures keeps for the backward is
-    counted.
-
-    Args:
-        objective: gives a loss.
-        blank: arguments of the objective for so many pictures.
+    On a GPU forward and backward are tried. A CPU never says no: there an ``estimate`` counts, the bytes that a process
+    needs beside its pictures, and those of each picture; without one what the forward of two keeps for the backward.
     """
-    device, precise = group.device, autocast(precision, group.device)
-    if device.type == "cuda" and not shard:
+    device, precise = group.device, autocast(config.precision, group.device)
+    if device.type == "cuda" and not config.fsdp:
         return lambda size: pass_fits(objective, blank(size), device, precise)
-    free = available_bytes() / group.local_size
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
-    free -= (_ADAM + 1) * trained / (group.size if shard else 1)
-    each = _kept_bytes(objective, blank(2), precise) / 2
-    return lambda size: size * each <= MEMORY_SHARE * free
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes() / group.local_size
+    if estimate:
+        fixed, each = estimate()
+    else:
+        trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
+        fixed = (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
+        each = _kept_bytes(objective, blank(2), precise) / 2
+    return lambda size: size * each <= _MEMORY_SHARE * (free - fixed)
 
 
 def pass_fits(objective: nn.Module, arguments: Sequence[Tensor], device: torch.device, precise: Any) -> bool:

@@ -1,24 +1,17 @@
 """The optimizers of the paper, their schedule as a pure function of the step, and the guard against bad updates."""
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_UNDECAYED = ("cls_token", "pos_embed")
-
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: float = 0.0) -> float:
-    """Linear warm-up from 0, then half a cosine to ``floor`` (He et al. 2021, table 8).
+    """Linear warm-up from 0 to the ``peak``, then half a cosine to ``floor`` (He et al. 2021, table 8).
 
-    Args:
-        step: 0 … steps − 1.
-        steps: length of the run.
-        peak: highest rate.
-        warmup: share of the steps that the rise takes.
-        floor: what the cosine ends at.
+    ``step`` is 0 … steps − 1, and ``warmup`` the share of the steps that the rise takes.
     """
     rise = warmup * steps
     if step < rise:
@@ -46,42 +39,27 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = (0
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def decayed_groups(
-    model: nn.Module, depth: int, weight_decay: float, layer_decay: float, undecayed: Collection[str] = _UNDECAYED
-) -> list[dict[str, Any]]:
+def decayed_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Groups of parameters for layer-wise decay of the learning rate (Clark et al. 2020; Bao et al. 2021).
 
     What stands before the first block is layer 0, block i is layer i + 1, and ``fc_norm`` and the head are layer
     depth + 1; ``norm``, which normalises tokens, counts to the last block, as in timm. A layer's rate is multiplied by
-    ``layer_decay`` once for each layer above it. Biases and norms, the class token and the positions have no weight
-    decay. Frozen parameters are left out.
+    ``layer_decay`` once for each layer above it, the ``lr_scale`` of its group. Biases and norms, the class token and
+    the positions have no weight decay. Frozen parameters are left out.
 
-    Args:
-        model: an `Encoder`, or what names its parameters in the same way.
-        depth: its blocks.
-        undecayed: names without weight decay, whatever their shape.
-
-    Returns:
-        Groups with ``lr_scale``, the factor of the rate, and ``weight_decay``.
+    The model is an `Encoder` of ``depth`` blocks, or what names its parameters in the same way.
     """
+    layers = {"cls_token": 0, "pos_embed": 0, "patch_embed": 0, "norm": depth}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = _layer(name, depth)
-        decays = parameter.ndim > 1 and name not in undecayed
+        first, *rest = name.split(".")
+        layer = int(rest[0]) + 1 if first == "blocks" else layers.get(first, depth + 1)
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
         settings = {"lr_scale": layer_decay ** (depth + 1 - layer), "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault((layer, decays), {"params": [], **settings})["params"].append(parameter)
     return list(groups.values())
-
-
-def _layer(name: str, depth: int) -> int:
-    first, *rest = name.split(".")
-    if first in ("cls_token", "pos_embed", "patch_embed"):
-        return 0
-    if first == "norm":
-        return depth
-    return int(rest[0]) + 1 if first == "blocks" else depth + 1
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -108,12 +86,8 @@ def update(
     """Change the weights, and forget the gradients. Where those are not finite, neither weights nor state change.
 
     With AdamW the device decides, so the host need not wait for it: its fused kernel reads the flag that a gradient
-    scaler would set. Other optimizers wait.
-
-    Args:
-        norm: of the gradient, as `gradient_norm` gives it.
-        nonfinite: () float32 on the device, 1 for no update.
-        clip: largest norm of the gradient.
+    scaler would set. Other optimizers wait. ``norm`` is what `gradient_norm` gives, ``clip`` its largest, and
+    ``nonfinite`` () float32 on the device, 1 for no update.
     """
     if clip:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)

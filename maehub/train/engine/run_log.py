@@ -12,9 +12,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from maehub.errors import (
     UsageError,
 )
 from maehub.files import atomic_write, write_error
+from maehub.train.engine.settings import RunConfig
 
 log = logging.getLogger("maehub")
 
@@ -76,12 +78,6 @@ class _Terminal:
         return getattr(self._stream, name)
 
 
-class _Step(NamedTuple):
-    number: int
-    numbers: Tensor  # (3,) float32 on the device: loss, norm of the gradient, 1 if the update was bad and skipped
-    rate: float
-
-
 class RunLog:
     """The record of one run; a context manager that keeps other processes out of the run folder.
 
@@ -95,16 +91,16 @@ class RunLog:
         self.is_main = is_main
         self.last_saved: int | None = None
         self.nonfinite_step: int | None = None
+        self.idle = 0.0  # seconds of waiting for pictures since the clock was started
         self._begun = False
         self._above = contextlib.ExitStack()
-        self._waiting: list[_Step] = []
+        self._waiting: list[tuple[int, Tensor, float]] = []  # what `log` is given
         self._recent: deque[float] = deque(maxlen=_SPIKE_WINDOW)
         self._spiked = False
         self._bar: tqdm[Any] | None = None  # from `begin` on
         self._boards: Any = None  # TensorBoard's writer
         self._clock = 0.0
-        self._idle = 0.0  # seconds of waiting for pictures since the clock was started
-        self._memory = 0.0
+        self._memory = 0.0  # GB, the most that was in use on the device, or on the CPU by this process
 
     def __enter__(self) -> Self:
         if not self.is_main:
@@ -127,8 +123,6 @@ class RunLog:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
         self._above.close()
         if self._begun and error is not None:
             self.failed(error)
@@ -139,23 +133,14 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self._metrics.close()
 
-    def begin(
-        self,
-        config: Mapping[str, Any],
-        first_step: int,
-        steps: int,
-        *,
-        overwrite: bool = False,
-        hide_bar: bool = False,
-        tensorboard: bool = False,
-    ) -> None:
-        """Write what the run is told, and drop the metrics of steps that will be done again."""
+    def begin(self, config: RunConfig, facts: Mapping[str, Any], first_step: int, steps: int) -> None:
+        """Write what the run is told and what is known of it, and drop the metrics of steps that will be done again."""
         self.last_saved = first_step or None
         self.restart_clock()
         if not self.is_main:
             return
         try:
-            for name in _OURS if overwrite else ():
+            for name in _OURS if config.overwrite else ():
                 path = self.folder / name
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -167,60 +152,67 @@ class RunLog:
         self._write_state("running", None)
         self._begun = True
         with atomic_write(self.folder / _CONFIG) as temporary:
-            temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
-        if tensorboard:
-            self._boards = _tensorboard(self.folder / "tensorboard", first_step)
+            temporary.write_text(json.dumps(asdict(config) | dict(facts), indent=1, default=str) + "\n")
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise MissingDependencyError('--tensorboard needs TensorBoard: pip install "maehub[log]"') from error
+            self._boards = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
         self._above.enter_context(logging_redirect_tqdm())  # what is said meanwhile stands above the line
-        self._bar = tqdm(
-            total=steps,
-            initial=first_step,
-            unit="step",
-            disable=True if hide_bar or sys.stderr is None else None,
-            dynamic_ncols=True,
-            bar_format=_BAR,
-            file=_Terminal(sys.stderr),
+        self._bar = self._above.enter_context(
+            tqdm(
+                total=steps,
+                initial=first_step,
+                unit="step",
+                disable=True if config.quiet or sys.stderr is None else None,
+                dynamic_ncols=True,
+                bar_format=_BAR,
+                file=_Terminal(sys.stderr),
+            )
         )
 
     def log(self, step: int, numbers: Tensor, rate: float) -> None:
-        """Remember a step that is done; written every few steps, since reading its numbers waits for the device.
+        """Remember a step that is done, 1 for the first, and its learning rate.
 
-        Args:
-            step: 1 for the first.
-            numbers: (3,) float32 on the device: loss, norm of the gradient, 1 if the update was bad and skipped.
-            rate: learning rate.
+        It is written every few steps, since reading its numbers waits for the device: (3,) float32, the loss, the norm
+        of the gradient, and 1 if the update was bad and skipped.
         """
-        self._waiting.append(_Step(step, numbers, rate))
+        self._waiting.append((step, numbers, rate))
         if len(self._waiting) == LOG_EVERY:
             self.flush()
-
-    def idled(self, seconds: float) -> None:
-        """The loop waited this long for pictures."""
-        self._idle += seconds
 
     def flush(self) -> None:
         """Write what is remembered, one line a step; a number that is not finite as null."""
         if not self._waiting:
             return
         steps, self._waiting = self._waiting, []
-        rows = torch.stack([step.numbers for step in steps]).tolist()
+        rows = torch.stack([numbers for _, numbers, _ in steps]).tolist()
         seconds = time.perf_counter() - self._clock
-        speed, wait = round(len(rows) * self.batch_size / seconds, 1), round(min(1.0, self._idle / seconds), 4)
-        self._memory = max(self._memory, _memory_gb(steps[0].numbers.device))
+        speed, wait = round(len(rows) * self.batch_size / seconds, 1), round(min(1.0, self.idle / seconds), 4)
+        device = steps[0][1].device
+        on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else on_cpu
+        self._memory = max(self._memory, round(used / 1e9, 3))
         first = next((index for index, (_, _, flag) in enumerate(rows) if flag), len(rows))
-        for step, (loss, norm, _) in zip(steps[: first + 1], rows[: first + 1], strict=True):
+        for (step, _, rate), (loss, norm, _) in zip(steps[: first + 1], rows[: first + 1], strict=True):
             self.note(
-                step.number,
+                step,
                 loss=loss,
-                lr=step.rate,
+                lr=rate,
                 images_per_second=speed,
                 data_wait=wait,
                 grad_norm=norm,
                 memory_gb=self._memory,
             )
         self.restart_clock()
-        self._show(len(rows), rows[-1][0], steps[-1].rate, speed, wait)
+        if self._bar is not None:
+            words = f"loss {rows[-1][0]:.4f} · lr {steps[-1][2]:.2e} · {speed:,.0f} images/s"
+            words += f" · data wait {100 * wait:.0f} % · {self._memory:.1f} GB"
+            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.update(len(rows))
         if first < len(rows):
-            number = self.nonfinite_step = steps[first].number
+            number = self.nonfinite_step = steps[first][0]
             diverged = DivergedError(
                 f"the loss or the gradient of step {number} is not finite. The update was skipped, and the weights are "
                 f"those of step {number - 1}. {self.kept()} Its samples are in {_DIVERGED}. "
@@ -228,24 +220,11 @@ class RunLog:
             )
             diverged.told_by = 0
             raise diverged
-        self._watch(steps, rows)
-
-    def _show(self, steps: int, loss: float, rate: float, speed: float, wait: float) -> None:
-        """The live line."""
-        if self._bar is None or self._bar.disable:
-            return
-        memory = f"{self._memory:.1f} GB"
-        words = f"loss {loss:.4f} · lr {rate:.2e} · {speed:,.0f} images/s · data wait {100 * wait:.0f} % · {memory}"
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.update(steps)
-
-    def _watch(self, steps: list[_Step], rows: list[list[float]]) -> None:
-        """Say once where the loss jumps, though it is finite."""
-        for step, (loss, _, _) in zip(steps, rows, strict=True):
+        for (step, _, _), (loss, _, _) in zip(steps, rows, strict=True):  # say once where it jumps, though it is finite
             usual = statistics.median(self._recent) if len(self._recent) == _SPIKE_WINDOW else math.inf
             if loss > _SPIKE * usual and not self._spiked:
                 self._spiked = True
-                log.warning("the loss of step %d is %.3g, usually %.3g: a lower --base-lr?", step.number, loss, usual)
+                log.warning("the loss of step %d is %.3g, usually %.3g: a lower --base-lr?", step, loss, usual)
             self._recent.append(loss)
 
     def note(self, step: int, **values: float) -> None:
@@ -253,23 +232,18 @@ class RunLog:
         if not self.is_main:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._draw_curves(step, finite)
+        try:
+            for name, value in finite.items():
+                if value is not None and self._boards is not None:
+                    self._boards.add_scalar(name, value, step)
+        except Exception as error:  # whatever it is, the metrics are in our own file
+            log.warning("TensorBoard's files cannot be written any more: %s; the run goes on", error)
+            self._boards = None
         try:
             self._metrics.write(json.dumps({"step": step} | finite).encode() + b"\n")
             self._metrics.flush()
         except OSError as error:
             raise write_error(self.folder / _METRICS, error) from error
-
-    def _draw_curves(self, step: int, values: Mapping[str, float | None]) -> None:
-        if self._boards is None:
-            return
-        try:
-            for name, value in values.items():
-                if value is not None:
-                    self._boards.add_scalar(name, value, step)
-        except Exception as error:  # whatever it is, the metrics are in our own file
-            log.warning("TensorBoard's files cannot be written any more: %s; the run goes on", error)
-            self._boards = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -280,7 +254,7 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """What was done since the last step does not count as time of the next one."""
-        self._clock, self._idle = time.perf_counter(), 0.0
+        self._clock, self.idle = time.perf_counter(), 0.0
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step is on the disk."""
@@ -329,26 +303,9 @@ class RunLog:
         """Cut the metrics off after a step, and a line that was not finished."""
         self._metrics.seek(0)
         end = 0
-        for line in self._metrics:
-            try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            for line in self._metrics:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > last:
                     break
-            except (ValueError, KeyError, TypeError):
-                break
-            end += len(line)
+                end += len(line)
         self._metrics.truncate(end)
-
-
-def _memory_gb(device: torch.device) -> float:
-    """The most memory that was in use on the device, or on the CPU by this process, GB."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError('--tensorboard needs TensorBoard: pip install "maehub[log]"') from error
-    return SummaryWriter(folder, purge_step=first_step + 1)

@@ -91,7 +91,8 @@ def settle(config: Any) -> None:
         elif kind is Path and isinstance(value, str):
             value = Path(value)
         elif kind == tuple[int, ...]:
-            value = sides(value)
+            value = () if value is None else value
+            value = tuple(value) if isinstance(value, tuple | list) else (value,)
         object.__setattr__(config, field.name, value)
         rules = [one for one in said if isinstance(one, Rule)]
         if get_origin(kind) is Literal:
@@ -103,13 +104,6 @@ def settle(config: Any) -> None:
 
 def numbers(value: Any, count: int) -> bool:
     return isinstance(value, tuple | list) and [type(part) in (int, float) for part in value] == [True] * count
-
-
-def sides(size: Any) -> Any:
-    """A side, or a height and a width, as a tuple; none given is empty."""
-    if size is None:
-        return ()
-    return tuple(size) if isinstance(size, tuple | list) else (size,)
 
 
 def _is_scale(value: Any) -> bool:

@@ -28,14 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from maehub.errors import CheckpointError
 from maehub.files import is_disk_full, sha256_file, sync_folder
-from maehub.train.engine.checkpoint import (
-    Progress,
-    Written,
-    check_converging,
-    checkpoint_folder,
-    rotate,
-    write_manifest,
-)
+from maehub.train.engine.checkpoint import Progress, check_converging, checkpoint_folder, rotate, write_manifest
 from maehub.train.engine.distributed import Group
 from maehub.weights import read_tensors
 
@@ -46,7 +39,9 @@ def save_shards(
     """Write a checkpoint, every process its shards, then delete older ones, so that ``keep`` are left."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
-    local = {name: _local(value) for name, value in weights.items()}
+    local: dict[str, Any] = {
+        name: value.to_local() if isinstance(value, DTensor) else value for name, value in weights.items()
+    }
     with contextlib.ExitStack() as stack:
         with group.together(f"saving step {progress.step}"):
             check_converging(local, f"the weights of step {progress.step}")
@@ -59,11 +54,9 @@ def save_shards(
             save(state, storage_writer=FileSystemWriter(folder))
         with group.together(f"saving step {progress.step}"):
             if group.is_main:
-                files = {
-                    path.name: Written(path.stat().st_size, sha256_file(path)) for path in sorted(folder.iterdir())
-                }
+                hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
                 sync_folder(folder)
-                write_manifest(folder, progress, files)
+                write_manifest(folder, progress, hashes)
                 stack.close()
                 rotate(run, progress.step, keep)
     return run / "checkpoints" / f"step-{progress.step}"
@@ -91,10 +84,6 @@ def load_whole(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         set_model_state_dict(model, dict(read_tensors(folder / "model.safetensors").tensors), options=options)
         whole: dict[str, Any] = {"state": state, "param_groups": moments["param_groups"]}
         set_optimizer_state_dict(model, optimizer, whole, options=options)
-
-
-def _local(value: Any) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @contextlib.contextmanager

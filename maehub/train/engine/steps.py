@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,8 @@ from maehub.train.engine.preemption import Stop
 from maehub.train.engine.resume import Checkpoints
 from maehub.train.engine.run_log import RunLog
 
-
-class Splittable(Protocol):
-    """A batch that can be computed in parts."""
-
-    def split(self, size: int) -> Iterator[Self]: ...
-
-
 Read = TypeVar("Read")
-Parts = TypeVar("Parts", bound=Splittable)
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 
 def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -> tuple[Read, int]:
@@ -36,14 +29,14 @@ def next_batch(batches: Iterator[Read], group: Group, run: RunLog, stop: Stop) -
         batch = next(batches)
     except (DataError, RuntimeError) as error:  # of many processes, the others must hear of it before they wait
         failure = error
-    run.idled(time.perf_counter() - begun)
-    agreement = group.exchange(stop.exit_code, failure is not None)
-    if agreement.failed:
+    run.idle += time.perf_counter() - begun
+    stop_signal, failed = group.exchange(stop.exit_code, failure is not None)
+    if failed:
         with group.together("reading pictures"):
             if failure is not None:
                 raise failure
     assert batch is not None
-    return batch, agreement.stop
+    return batch, stop_signal
 
 
 def stop_after(agreed: int, group: Group, stop: Stop) -> int:
@@ -53,18 +46,16 @@ def stop_after(agreed: int, group: Group, stop: Stop) -> int:
 
 
 def parts(batch: Parts, size: int) -> Iterator[tuple[Parts, bool]]:
-    """Micro-batches, and whether each is the last."""
-    split = list(batch.split(size))
+    """Micro-batches of a named tuple of tensors, and whether each is the last, which may be smaller."""
+    kind: Any = type(batch)
+    split = [kind(*part) for part in zip(*(field.split(size) for field in batch), strict=True)]
     return ((part, number == len(split)) for number, part in enumerate(split, start=1))
 
 
 @contextlib.contextmanager
 def step_errors(views: int, group: Group) -> Iterator[None]:
-    """Say who is lost where a process does not come, and what helps where memory runs out in a step.
-
-    Args:
-        views: that are computed at once.
-    """
+    """Say who is lost where a process does not come, and what helps where memory runs out in a step that computes so
+    many ``views`` at once."""
     with group.waiting("the gradients"):
         try:
             yield

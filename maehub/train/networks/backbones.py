@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import load
 from maehub.images import Preprocess, Size, as_size, grid_size
 from maehub.models import PRESETS, Encoder, usable_device
-from maehub.train.networks.presets import preset as architecture
+from maehub.train.networks.presets import preset
 from maehub.weights import crop_fraction, read_pickle, read_tensors
 
 _LARGEST_PATCH = 16
@@ -51,9 +52,7 @@ class Backbone:
     def features(self, images: Tensor, pool: str | None = None, layer: int = -1) -> Tensor:
         """Features of one layer: (B, C, H, W) float32, preprocessed, to (B, D), or (B, 2·D) of ``"cls+mean"``.
 
-        Args:
-            pool: one of ``pools``; None is the first.
-            layer: 0 is the first block, −1 the last.
+        ``pool`` is one of ``pools``, None the first; layer 0 is the first block, −1 the last.
         """
         return self.pooled(self.compute(images, self.layers([layer])), pool or self.pools[0])[:, 0]
 
@@ -89,7 +88,17 @@ def open_backbone(
     device = usable_device(device)
     kind, _, rest = name.partition("/")
     if kind == "baseline":
-        return _baseline(name, image_size)
+        flat: Callable[[Tensor], Tensor] = partial(torch.flatten, start_dim=1)
+        kinds = {"baseline/pixels": (_PIXELS_SIDE, flat), "baseline/colours": (_COLOURS_SIDE, _colours)}
+        if name not in kinds:
+            raise UsageError(f"there is no {name}; there are {' and '.join(kinds)}")
+        side, compute = kinds[name]
+        size = as_size(side if image_size is None else image_size, "image_size")
+        plain = Preprocess(size, _patch(size), crop_fraction=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+        width = _BINS**3 if compute is _colours else 3 * math.prod(size)
+        return Backbone(
+            name, nn.Identity(), plain, width, 1, ("own",), lambda images, _: compute(images)[:, None, None]
+        )
     if kind == "timm":
         return _timm(name, rest, image_size, device)
     if kind == "untrained":
@@ -97,7 +106,10 @@ def open_backbone(
             torch.manual_seed(seed)
             if rest.startswith("timm/"):
                 return _timm(name, rest.removeprefix("timm/"), image_size, device, untrained=True)
-            return backbone_of(name, _fresh(name, rest, image_size).to(device))
+            if rest not in PRESETS:
+                raise UsageError(f"{name}: after untrained/ stands one of {', '.join(PRESETS)}, or timm/NAME")
+            sides = as_size(image_size, "image_size") if image_size is not None else ()
+            return backbone_of(name, Encoder(*preset(rest, sides)).to(device))  # what pretraining starts with
     return backbone_of(name, load(name, image_size=image_size, classes=0, device=device))
 
 
@@ -112,14 +124,6 @@ def backbone_of(name: str, encoder: Encoder) -> Backbone:
         return pooled.unflatten(2, (len(parts), config.width))
 
     return Backbone(name, encoder, encoder.preprocess, config.width, config.depth, parts, compute)
-
-
-def _fresh(name: str, preset: str, image_size: int | Size | None) -> Encoder:
-    """The encoder that pretraining from scratch starts with."""
-    if preset not in PRESETS:
-        raise UsageError(f"{name}: after untrained/ stands one of {', '.join(PRESETS)}, or timm/NAME")
-    sides = as_size(image_size, "image_size") if image_size is not None else ()
-    return Encoder(*architecture(preset, sides))
 
 
 def _timm(
@@ -146,10 +150,17 @@ def _timm(
     else:
         if not published.has_weights:
             raise UsageError(f"timm has no weights of {architecture!r}; untrained/{name} has fresh ones")
-        network = _with_published(architecture, sizes)
+        try:
+            network = timm.create_model(architecture, pretrained=True, num_classes=0, **sizes)
+        except Exception as error:  # of the Hub's client, its transport, or the disk: they share no base
+            raise HubError(
+                f"the weights of timm/{architecture} cannot be fetched: {_first_line(error)} "
+                f"Fetch them where there is a network, or name a file of them: timm/{architecture}@FILE"
+            ) from error
     network = network.to(device).eval().requires_grad_(False)
     preprocess = _timm_preprocess(name, network, image_size)
-    ramp = _ramp(preprocess, device)
+    shape = (1, preprocess.channels, *preprocess.size)
+    ramp = torch.linspace(-1, 1, math.prod(shape), device=device).reshape(shape)  # something to look at
     try:
         with torch.inference_mode():
             own = network(ramp)
@@ -168,16 +179,6 @@ def _timm(
         return network(images)[:, None, None]
 
     return Backbone(name, network, preprocess, own.shape[1], 1, ("own",), pooled)
-
-
-def _with_published(architecture: str, sizes: dict[str, Size]) -> Any:
-    try:
-        return importlib.import_module("timm").create_model(architecture, pretrained=True, num_classes=0, **sizes)
-    except Exception as error:  # of the Hub's client, its transport, or the disk: they share no base
-        raise HubError(
-            f"the weights of timm/{architecture} cannot be fetched: {_first_line(error)} "
-            f"Fetch them where there is a network, or name a file of them: timm/{architecture}@FILE"
-        ) from error
 
 
 def _with_file(architecture: str, file: Path, sizes: dict[str, Size]) -> Any:
@@ -263,29 +264,6 @@ def _timm_tokens(network: Any, parts: tuple[str, ...]) -> Callable[[Tensor, Sequ
         return torch.stack([outputs[layer % depth] for layer in layers], dim=1)
 
     return compute
-
-
-def _ramp(preprocess: Preprocess, device: torch.device) -> Tensor:
-    """Something to look at: (1, C, H, W)."""
-    count = preprocess.channels * math.prod(preprocess.size)
-    return torch.linspace(-1, 1, count, device=device).reshape(1, preprocess.channels, *preprocess.size)
-
-
-def _baseline(name: str, image_size: int | Size | None) -> Backbone:
-    """Features without a network."""
-    kinds = {"baseline/pixels": (_PIXELS_SIDE, _pixels), "baseline/colours": (_COLOURS_SIDE, _colours)}
-    if name not in kinds:
-        raise UsageError(f"there is no {name}; there are {' and '.join(kinds)}")
-    side, compute = kinds[name]
-    size = as_size(side if image_size is None else image_size, "image_size")
-    plain = Preprocess(size, _patch(size), crop_fraction=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
-    width = _BINS**3 if compute is _colours else 3 * math.prod(size)
-    return Backbone(name, nn.Identity(), plain, width, 1, ("own",), lambda images, _: compute(images)[:, None, None])
-
-
-def _pixels(images: Tensor) -> Tensor:
-    """(B, 3, H, W) to (B, 3·H·W)."""
-    return images.flatten(1)
 
 
 def _colours(images: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Architectures by name."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from maehub.errors import UsageError
 from maehub.images import Preprocess, Size
@@ -10,15 +9,10 @@ from maehub.models import PRESETS, EncoderConfig
 _WHOLE_PICTURE = {"vit-nano"}  # presets whose evaluation crops nothing off
 
 
-class Preset(NamedTuple):
-    """A network without weights, and its transform."""
-
-    config: EncoderConfig
-    preprocess: Preprocess
-
-
-def preset(name: str, image_size: tuple[int, ...] = (), channels: int | None = None) -> Preset:
-    """An architecture by name, for pictures of another size or other channels where they are given."""
+def preset(
+    name: str, image_size: tuple[int, ...] = (), channels: int | None = None
+) -> tuple[EncoderConfig, Preprocess]:
+    """An architecture by name and its transform, for another size of pictures or other channels where given."""
     if name not in PRESETS:
         raise UsageError(f"--model {name} is not one of {', '.join(PRESETS)}; --from names weights")
     config = PRESETS[name]
@@ -27,7 +21,7 @@ def preset(name: str, image_size: tuple[int, ...] = (), channels: int | None = N
         raise UsageError(f"--image-size must be a multiple of {config.patch_size}, not {' '.join(map(str, size))}")
     config = replace(config, image_size=(size[0], size[1]), channels=channels or config.channels)
     preprocess = Preprocess.evaluation(config.size, config.channels, config.patch_size)
-    return Preset(config, replace(preprocess, crop_fraction=1.0) if name in _WHOLE_PICTURE else preprocess)
+    return config, replace(preprocess, crop_fraction=1.0) if name in _WHOLE_PICTURE else preprocess
 
 
 def pair(sides: tuple[int, ...]) -> int | Size | None:

@@ -60,11 +60,9 @@ _TORCH_NAMES = (
 
 
 def device_row(on: str, device: str = "auto") -> Device:
-    """The device to plan for.
+    """The device to plan for: one of `DEVICES`, "cpu" of this machine, measured, or "auto", its GPU or else its CPU.
 
-    Args:
-        on: a name of `DEVICES`; "cpu" is this machine's, measured; "auto" is the GPU of this machine or else its CPU.
-        device: for "auto", the ``--device`` of the run: "cpu" keeps it off a GPU.
+    For "auto" the ``--device`` of the run counts: "cpu" keeps it off a GPU.
     """
     if on in DEVICES:
         return DEVICES[on]
@@ -73,7 +71,15 @@ def device_row(on: str, device: str = "auto") -> Device:
     if on != "auto":
         raise UsageError(f"--on {on} is not one of auto, cpu, {', '.join(DEVICES)}")
     number = torch.cuda.current_device() if device in ("auto", "cuda") else torch.device(device).index
-    return _row_of(torch.cuda.get_device_name(number), torch.cuda.get_device_properties(number).total_memory)
+    name, memory = torch.cuda.get_device_name(number), torch.cuda.get_device_properties(number).total_memory
+    known = next((row for words, row in _TORCH_NAMES if words in name), None)
+    if known is None:
+        raise UsageError(
+            f"{name} is not in the table of `maehub plan`; name a GPU like it by --on {', '.join(DEVICES)}"
+        )
+    if known == "a100":
+        known = "a100-80" if memory > 60 * 2**30 else "a100-40"
+    return DEVICES[known]._replace(memory=memory / 2**30)
 
 
 def measured_cpu() -> Device:
@@ -87,14 +93,13 @@ def measured_cpu() -> Device:
         rates[dtype] = 2 * _SIDE**3 * _per_second(functools.partial(torch.mm, matrix, matrix.T)) / 1e12
     source = torch.ones(16 << 20)
     target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes * _per_second(lambda: target.copy_(source)) / 1e9
     threads = torch.get_num_threads()
     return Device(
         name="cpu",
         bf16=rates[torch.bfloat16],
         fp32=rates[torch.float32],
         memory=available_bytes() / 2**30,
-        bandwidth=bandwidth,
+        bandwidth=2 * source.nbytes * _per_second(lambda: target.copy_(source)) / 1e9,
         source=f"measured here, {threads} thread{'s' * (threads > 1)}",
     )
 
@@ -107,15 +112,3 @@ def _per_second(call: Callable[[], object]) -> float:
         call()
         count += 1
     return count / passed
-
-
-def _row_of(name: str, memory: int) -> Device:
-    """The row of a GPU, from what torch says of it."""
-    known = next((row for words, row in _TORCH_NAMES if words in name), None)
-    if known is None:
-        raise UsageError(
-            f"{name} is not in the table of `maehub plan`; name a GPU like it by --on {', '.join(DEVICES)}"
-        )
-    if known == "a100":
-        known = "a100-80" if memory > 60 * 2**30 else "a100-40"
-    return DEVICES[known]._replace(memory=memory / 2**30)

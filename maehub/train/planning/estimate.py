@@ -78,9 +78,13 @@ class Plan:
         parameters, device, view = self.parameters, self.device, "×".join(map(str, self.view))
         each = "" if self.processes == 1 else f", on each of {self.processes}"
         rate = device.rate(self.precision)
+        views = max(1, self.micro_batch)
+        used = self.fixed_bytes + views * self.view_bytes
+        batch = f"{self.processes:,} process{'es' * (self.processes > 1)} × {self.micro_batch:,}"
+        batch += f" × {self.accumulation:,} accumulated" if self.accumulation > 1 else ""
         rows = {
-            "network": f"{self.network}, {_count(parameters.encoder)} parameters in the encoder, "
-            f"{_count(parameters.decoder)} in the decoder",
+            "network": f"{self.network}, {parameters.encoder / 1e6:,.1f} M parameters in the encoder, "
+            f"{parameters.decoder / 1e6:,.1f} M in the decoder",
             "one view": f"{view} pixels, {self.work.patches} patches: {self.work.kept} seen, "
             f"{self.work.predicted} predicted",
             "FLOPs": f"{self.forward_flops / 1e9:,.1f} G forward, {self.training_flops / 1e9:,.1f} G a training step; "
@@ -88,8 +92,9 @@ class Plan:
             "device": f"{device.name}, {number_words(rate)} TFLOP/s in {self.precision}, {device.memory:,.0f} GiB "
             f"({device.source})",
             "utilisation": f"{self.utilisation.share:.0%} of that ({self.utilisation.source})",
-            "memory": self._memory_words() + each,
-            "batch": f"{self.batch_size:,} views = {self._batch_words()}",
+            "memory": f"{byte_words(used)} = {byte_words(self.fixed_bytes)} + {views:,} × {byte_words(self.view_bytes)}"
+            + each,
+            "batch": f"{self.batch_size:,} views = {batch if self.micro_batch else 'does not fit'}",
             "peak lr": f"{self.learning_rate:.3g}",
             "length": f"{self.steps:,} steps, {self.steps * self.batch_size / self.images:,.1f} views of each of "
             f"{self.images:,} images",
@@ -103,35 +108,14 @@ class Plan:
         }
         width = max(map(len, rows))
         lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
-        return "\n".join([*lines, *(["", "What to change"] if self.advice else []), *_bullets(self.advice)])
-
-    def _memory_words(self) -> str:
-        views = max(1, self.micro_batch)
-        used = self.fixed_bytes + views * self.view_bytes
-        return f"{byte_words(used)} = {byte_words(self.fixed_bytes)} + {views:,} × {byte_words(self.view_bytes)}"
-
-    def _batch_words(self) -> str:
-        if not self.micro_batch:
-            return "does not fit"
-        words = f"{self.processes:,} process{'es' * (self.processes > 1)} × {self.micro_batch:,}"
-        return words + (f" × {self.accumulation:,} accumulated" if self.accumulation > 1 else "")
-
-
-def _bullets(sentences: tuple[str, ...]) -> list[str]:
-    return [
-        line
-        for text in sentences
-        for line in textwrap.wrap(text, 100, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
-    ]
+        lines += ["", "What to change"] if self.advice else []
+        bullets = textwrap.TextWrapper(100, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+        return "\n".join([*lines, *map(bullets.fill, self.advice)])
 
 
 def number_words(value: float) -> str:
     """Three digits that count."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _count(value: int) -> str:
-    return f"{value / 1e6:,.1f} M"
 
 
 def byte_words(count: float) -> str:

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -22,7 +22,6 @@ from maehub.train.networks import (
     decoder_flops,
     fixed_bytes,
     forward_flops,
-    work_of,
 )
 from maehub.train.planning.devices import Device, device_row
 from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_words
@@ -32,7 +31,7 @@ from maehub.train.pretraining import (
     build_network,
     find_weights,
     kept_patches,
-    network_options,
+    run_work,
     split_data,
     view_of,
 )
@@ -65,19 +64,17 @@ def plan(config: PlanConfig) -> Plan:
     device = device_row(config.on, config.device)
     precision = _precision(config, device)
     utilisation = _utilisation(config, device, precision)
-    images = _images(config)
+    images, source = _images(config)
     per_step = config.batch_size / config.masks_per_image
-    steps = config.steps or math.ceil((config.epochs or 0) * images.training / per_step)
+    steps = config.steps or math.ceil((config.epochs or 0) * images / per_step)
 
     parameters = count_parameters(network)
-    kept = kept_patches(view_of(config, network))
-    corrupts = config.corruption[0] < 1
-    work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
+    work = run_work(config, network, kept_patches(view_of(config, network)))
     forward = forward_flops(network, work)
     training = forward * (1 + BACKWARD + config.checkpoint_activations)
-    view_bytes = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
+    view_bytes = activation_bytes(network, work, precision, checkpoint=config.checkpoint_activations)
     shards = config.processes if config.fsdp else 1
-    fixed = fixed_bytes(parameters, precision, shards=shards, largest_block=block_parameters(network))
+    fixed = fixed_bytes(parameters, precision, shards, block_parameters(network))
 
     share = math.ceil(config.batch_size / config.processes)
     capacity = max(0, math.floor((_usable(device) - fixed) / view_bytes))  # views
@@ -105,14 +102,14 @@ def plan(config: PlanConfig) -> Plan:
         view_bytes=view_bytes,
         micro_batch=micro,
         accumulation=math.ceil(share / micro) if micro else 0,
-        images=images.training,
+        images=images,
         steps=steps,
         batch_size=config.batch_size,
         learning_rate=peak_rate(config.base_lr, config.batch_size),
         step_seconds=seconds,
         images_per_second=speed,
         hours=steps * seconds / 3600,
-        reading=_reading(config, network, images.source, speed / config.masks_per_image),
+        reading=_reading(config, network, source, speed / config.masks_per_image),
         checkpoint_bytes=checkpoint,
         disk_bytes=(config.keep + 1) * checkpoint + exported,
         advice=(),
@@ -138,7 +135,7 @@ def network_of(config: PlanConfig) -> AutoencoderConfig:
             f"`maehub download {name}` fetches it"
         )
     with torch.device("cpu" if config.from_ else "meta"):
-        return build_network(network_options(config), find_weights(config.from_)).config
+        return build_network(config, find_weights(config.from_)).config
 
 
 def _usable(device: Device) -> float:
@@ -165,23 +162,17 @@ def _utilisation(config: PlanConfig, device: Device, precision: str) -> Utilisat
     return Utilisation(share, f"measured on an H100, {kind}, {_MEASURED}")
 
 
-class _Images(NamedTuple):
-    """The pictures of a run: how many are trained on, and where they are."""
-
-    training: int
-    source: Source | None
-
-
-def _images(config: PlanConfig) -> _Images:
+def _images(config: PlanConfig) -> tuple[int, Source | None]:
+    """How many pictures are trained on, and where they are."""
     if not config.data:
         if config.images is None:
             raise UsageError("how many images? Give --images, or DATA, where they are counted")
         held_out = min(config.images // 20, 2000) if config.holdout is None else config.holdout  # as `split_data`
         if held_out >= config.images:
             raise UsageError(f"--holdout {held_out} leaves nothing of {config.images} images to train on")
-        return _Images(config.images - held_out, None)
+        return config.images - held_out, None
     training = split_data(config.data, config.holdout, config.group).training
-    return _Images(config.images or len(training), training)
+    return config.images or len(training), training
 
 
 def _reading(config: PlanConfig, network: AutoencoderConfig, source: Source | None, rate: float) -> Reading:
@@ -253,7 +244,7 @@ def _memory_advice(config: PlanConfig, network: AutoencoderConfig, run: Plan, ca
     elif config.micro_batch and config.micro_batch > capacity:
         advice.append(f"--micro-batch {config.micro_batch} does not fit: {capacity:,} views do. Leave it out.")
     elif share > capacity:
-        small = activation_bytes(network, run.work.kept, run.precision, work=run.work, checkpoint=True)
+        small = activation_bytes(network, run.work, run.precision, checkpoint=True)
         larger = (_usable(run.device) - run.fixed_bytes) // small
         again = f" --checkpoint-activations would fit {larger:,.0f}, for a third more time."
         advice.append(

@@ -32,13 +32,8 @@ def baselines(objective: Objective, pixels: Tensor, masked: Tensor) -> Baselines
     to their counts, the tokens of all visible patches of the sample are added with a weight of √K patches, and to these
     every token once.
 
-    Args:
-        objective: says what is predicted.
-        pixels: (B, H, W, C) uint8, or floating in the same range; on any device.
-        masked: (B, N) bool, True where hidden; each row keeps the same number, at least one.
-
-    Raises:
-        UsageError: the components of a model of target ``pca`` were never fitted.
+    Pixels are (B, H, W, C) uint8, or floating in the same range, on any device; ``masked`` is (B, N) bool, True where
+    hidden, and each row keeps the same number, at least one.
     """
     config = objective.model.config
     if config.target == "tokens":
@@ -54,7 +49,10 @@ def baselines(objective: Objective, pixels: Tensor, masked: Tensor) -> Baselines
         if config.target == "normalised_pixels":
             flat = torch.zeros_like(target)
         else:
-            flat = objective.model.target(_mean_colour(patches, hidden, some.shape[3]))
+            visible = (~hidden)[:, :, None]
+            total = (patches * visible).sum(dim=1).unflatten(1, (-1, some.shape[3])).mean(dim=1)  # (b, C)
+            colour = (total / visible.sum(dim=1)).repeat(1, patches.shape[2] // some.shape[3])
+            flat = objective.model.target(colour[:, None].expand_as(patches))
         smooth = objective.model.target(interpolated(patches, hidden, grid, size))
         fill += (squared_error(flat, target) * hidden).sum().item()
         interpolation += (squared_error(smooth, target) * hidden).sum().item()
@@ -70,14 +68,8 @@ def interpolated(patches: Tensor, masked: Tensor, grid: Size, patch_size: int) -
     brightness rises evenly is restored between its visible patches. Where a patch sees no visible one in its row or its
     column, what was filled so is used in the same way.
 
-    Args:
-        patches: (B, N, P·P·C) floating. Hidden ones are not read.
-        masked: (B, N) bool, True where hidden; each row has a visible patch.
-        grid: (rows, columns) of patches.
-        patch_size: P, pixels.
-
-    Returns:
-        (B, N, P·P·C), the visible patches unchanged.
+    Patches are (B, N, P·P·C) floating, in a grid of (rows, columns); visible ones are unchanged, hidden ones not read.
+    ``masked`` is (B, N) bool, True where hidden; each row has a visible patch.
     """
     batch = len(patches)
     cells = patches.masked_fill(masked[:, :, None], 0).reshape(batch, *grid, patch_size, patch_size, -1)
@@ -119,14 +111,6 @@ def _add_nearest(total: Tensor, weight: Tensor, cells: Tensor, known: Tensor, ax
     share = share.unsqueeze(4 if axis == 1 else 3).unsqueeze(5)  # along the axis; the same across it
     total += share * nearest
     weight += share
-
-
-def _mean_colour(patches: Tensor, masked: Tensor, channels: int) -> Tensor:
-    """Every patch in the mean colour of the visible ones of its picture: (B, N, P·P·C)."""
-    visible = (~masked)[:, :, None]
-    pixels = (patches * visible).sum(dim=1).unflatten(1, (-1, channels)).mean(dim=1)  # (B, C)
-    colour = pixels / visible.sum(dim=1)
-    return colour.repeat(1, patches.shape[2] // channels)[:, None].expand_as(patches)
 
 
 def _by_frequency(objective: Objective, pixels: Tensor, masked: Tensor) -> float:

@@ -24,12 +24,10 @@ def split_data(data: str, holdout: int | None, group: int | None) -> Split:
     """Training and held-out pictures.
 
     DIR/train and DIR/val are used as such where both exist. Otherwise pictures are held out by the hash of their names,
-    or groups of pictures by the hash of theirs, so that adding pictures moves none from one side to the other.
+    or groups by the hash of their first picture's, so that adding pictures moves none from one side to the other.
 
-    Args:
-        data: see `maehub.data.sources.find_samples`.
-        holdout: how many pictures; None means one in twenty, at most 2000.
-        group: folder level whose members stay on one side.
+    ``holdout`` is how many pictures, None one in twenty, at most 2000; ``group`` the folder level whose members stay on
+    one side.
     """
     folder, index_dir = Path(data), cache_folder() / "shards"
     if (folder / "train").is_dir() and (folder / "val").is_dir():
@@ -48,23 +46,14 @@ def split_data(data: str, holdout: int | None, group: int | None) -> Split:
         chosen = np.zeros(len(samples), dtype=bool)
         chosen[np.argsort(keys, kind="stable")[:wanted]] = True
     else:
-        chosen = _whole_groups(samples, groups(samples, group), wanted)
+        members = groups(samples, group)
+        numbers, firsts, sizes = np.unique(members, return_index=True, return_counts=True)
+        order = sorted(range(len(numbers)), key=lambda place: sample_id(b"group" + samples.name(int(firsts[place]))))
+        taken = np.array(order[:-1], dtype=int)  # one group is left to train on
+        before = np.cumsum(sizes[taken]) - sizes[taken]  # pictures held out when a group's turn comes
+        chosen = np.isin(members, numbers[taken[before < wanted]])
         if chosen.all() or not chosen.any():
             raise DataError(
                 f"--group {group} puts all of {len(samples)} pictures in {data} on one side; choose another"
             )
     return Split(select(samples, np.flatnonzero(~chosen)), select(samples, np.flatnonzero(chosen)))
-
-
-def _whole_groups(samples: Source, members: np.ndarray, wanted: int) -> np.ndarray:
-    """Groups in the order of a hash of their first member's name, until so many pictures are held out: (n,) bool."""
-    numbers, firsts, sizes = np.unique(members, return_index=True, return_counts=True)
-    order = sorted(range(len(numbers)), key=lambda place: sample_id(b"group" + samples.name(int(firsts[place]))))
-    taken: list[int] = []
-    count = 0
-    for place in order[:-1]:  # one group is left to train on
-        if count >= wanted:
-            break
-        taken.append(int(numbers[place]))
-        count += int(sizes[place])
-    return np.isin(members, taken)

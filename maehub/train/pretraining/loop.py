@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
 from maehub.errors import EXIT_DONE, UsageError
-from maehub.images import Augmentation, jitter
-from maehub.models import AutoencoderConfig, MaskedAutoencoder
+from maehub.images import jitter
+from maehub.models import MaskedAutoencoder
 from maehub.train.engine import (
     Checkpoints,
     Group,
@@ -51,24 +51,14 @@ from maehub.train.engine import (
 )
 from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.holdout import Split, split_data
-from maehub.train.pretraining.network import (
-    NetworkOptions,
-    build_network,
-    find_weights,
-    kept_patches,
-    make_view,
-    views_fit,
-)
-from maehub.train.pretraining.objective import Objective, fit_components, store_components
+from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
+from maehub.train.pretraining.objective import Objective, TokenizerFunction, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
 from maehub.train.pretraining.views import Batch, Crops, View, validation_batch
 from maehub.train.reports import update_report
 from maehub.weights import save
 
 log = logging.getLogger("maehub")
-
-Tokenizer = Callable[[Tensor], Tensor]
-"""Pictures (B, C, H, W) in [0, 1] to (B, N) integers, one a patch; ``vocabulary`` is how many there are."""
 
 _PCA_PICTURES = 1000  # pictures that the components of patches are fitted on
 
@@ -81,7 +71,7 @@ class PretrainResult(NamedTuple):
     exit_code: int
 
 
-def pretrain(config: PretrainConfig, *, tokenizer: Tokenizer | None = None) -> PretrainResult:
+def pretrain(config: PretrainConfig, *, tokenizer: TokenizerFunction | None = None) -> PretrainResult:
     """Pretrain a masked autoencoder, in this process or, started by torchrun, in many.
 
     The run folder gets ``config.json``, ``run.json`` (state), ``metrics.jsonl`` (one object a step), ``pictures/``,
@@ -120,9 +110,8 @@ class _Job:
 
     model: MaskedAutoencoder  # what is saved
     empty: MaskedAutoencoder | None  # the model without weights, where they are spread over all processes
-    objective: Objective  # the model with its target: what is differentiated
-    objective_of: Callable[[MaskedAutoencoder], Objective]  # the same for a copy of the model
-    module: nn.Module  # the objective, wrapped for this machine: what is called
+    objective_of: Callable[[MaskedAutoencoder], Objective]  # a model with its target
+    module: nn.Module  # the objective, wrapped for this machine: what is called and differentiated
     optimizer: torch.optim.Optimizer
     view: View
     split: Split
@@ -132,51 +121,27 @@ class _Job:
     precision: contextlib.AbstractContextManager[Any]
 
 
-def network_options(config: PretrainConfig) -> NetworkOptions:
-    """Which network a run asks for."""
-    return NetworkOptions(
-        preset=config.model,
-        weights=config.from_,
-        image_size=config.image_size,
-        channels=config.channels,
-        target=config.target,
-        pca_components=config.pca_components,
-        decoder_width=config.decoder_width,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        mask_tokens=config.mask_tokens,
-        seed=config.seed,
-    )
-
-
-def view_of(config: PretrainConfig, network: AutoencoderConfig) -> View:
-    """How a run looks at its pictures."""
-    return make_view(
-        network,
-        Augmentation(config.augment, config.crop_scale, config.hflip, config.vflip, config.rot90, config.rotate),
-        strategy=config.strategy,
-        mask_ratio=config.mask_ratio,
-        corruption=config.corruption,
-        weights=config.from_,
-    )
-
-
-def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -> _Job:
+def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction | None) -> _Job:
     """Everything before the first step; nothing is written."""
     if config.batch_size % (group.size * config.masks_per_image):
         raise UsageError(
             f"--batch-size {config.batch_size} counts the views of all processes: it must be a multiple of "
             f"{group.size} processes times {config.masks_per_image} masks of a picture"
         )
+    vocabulary: Any = 0 if tokenizer is None else getattr(tokenizer, "vocabulary", None)
+    if tokenizer is not None and (type(vocabulary) is not int or vocabulary < 1):
+        raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
     files = group.host_first(lambda: find_weights(config.from_), "downloading the weights")
-    model = build_network(network_options(config), files, _vocabulary(tokenizer))
+    model = build_network(config, files, vocabulary)
     view = view_of(config, model.config)
     kept = kept_patches(view)
     split = group.host_first(lambda: split_data(config.data, config.holdout, config.group), "looking for pictures")
     views = len(split.training) * config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * views / config.batch_size)
     if model.config.target == "pca" and not model.decoder.components.isfinite().all():
-        _fit_pca(model, split, view, config, group)
+        sample = validation_batch(split.training, view, min(len(split.training), _PCA_PICTURES), config.seed)
+        components = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
+        store_components(model, group.first(components, "the principal components"))  # the same in every process
     start = agreed_start(group, asdict(config), {"steps": steps}, split.training.digest())
     preprocess = replace(model.preprocess, size=view.size)
     empty = copy.deepcopy(model).to("meta") if config.fsdp and group.size > 1 else None
@@ -195,28 +160,13 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
     if group.is_main:
         shown = split.heldout or split.training
         validation = Validation(objective, view, shown, split.heldout, seed=config.seed, labelled=config.knn)
-    fits = views_fit(
-        objective,
-        view,
-        group,
-        precision=config.precision,
-        shard=config.fsdp,
-        checkpoint_activations=config.checkpoint_activations,
-    )
+    fits = views_fit(objective, view, group, config)
     size = f"{view.size[0]}×{view.size[1]}"
     micro = find_micro_batch(config.batch_size // group.size, group, fits, size, asked=config.micro_batch)
-    module = wrapped(
-        objective,
-        group,
-        precision=config.precision,
-        compile=config.compile,
-        shard=config.fsdp,
-        checkpoint_activations=config.checkpoint_activations,
-    )
+    module = wrapped(objective, group, config)
     return _Job(
         model=model,
         empty=empty,
-        objective=objective,
         objective_of=objective_of,
         module=module,
         optimizer=adamw(model, config.weight_decay),
@@ -232,25 +182,10 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: Tokenizer | None) -
 def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> PretrainResult:
     """The loop."""
     steps, device, peak = job.steps, group.device, peak_rate(config.base_lr, config.batch_size)
-    checkpoints = Checkpoints(
-        group=group,
-        run=run,
-        stop=stop,
-        model=job.model,
-        optimizer=job.optimizer,
-        start=job.start,
-        steps=steps,
-        every=config.checkpoint_every,
-        keep=config.keep,
-        shard=config.fsdp,
-    )
-    done = 0
-    if config.resume:
-        done = checkpoints.resume(
-            config.data, allow_data_change=config.allow_data_change, micro_batch=config.micro_batch
-        )
-        if checkpoints.is_complete(done):
-            return PretrainResult(config.out, steps, EXIT_DONE)
+    checkpoints = Checkpoints(config, group, run, stop, job.model, job.optimizer, job.start, steps)
+    done = checkpoints.resume()
+    if checkpoints.is_complete(done):
+        return PretrainResult(config.out, steps, EXIT_DONE)
     micro = checkpoints.start.micro_batch
     workers = worker_count(config.workers, group.local_size)
     views = config.batch_size // group.size
@@ -258,9 +193,8 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
         check_shared_memory(job.view.batch_bytes(views), views, workers)
     if group.is_main:
         _announce(config, group, job, peak, micro)
-    facts = asdict(config) | {"steps": steps, "target": job.model.config.target}
-    facts |= {"environment": describe_environment(group)}
-    run.begin(facts, done, steps, overwrite=config.overwrite, hide_bar=config.quiet, tensorboard=config.tensorboard)
+    facts = {"steps": steps, "target": job.model.config.target, "environment": describe_environment(group)}
+    run.begin(config, facts, done, steps)
     if done == 0:
         _validate(config, group, job, run, 0)
     samples = job.split.training
@@ -294,7 +228,10 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
                 break
 
     if not stop_signal:
-        _export(group, job, run)
+        with group.together("exporting the model"):
+            model = single_network(job.model, job.empty, group)
+            if group.is_main and model is not None:
+                save(model.eval(), run.folder / "model", overwrite=True)
     run.finish(stop_signal)
     report()
     return PretrainResult(config.out, done, stop_signal)
@@ -321,21 +258,13 @@ def _validate(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step
         model = single_network(job.model, job.empty, group)
         if model is None or job.validation is None:
             return
-        objective = job.objective if model is job.model else job.objective_of(model).to(group.device)
-        numbers = job.validation.measure(objective, job.precision)
+        numbers = job.validation.measure(job.objective_of(model).to(group.device), job.precision)
         if numbers:
             run.note(step, **numbers)
         if step:
             job.validation.draw(model, run.folder / "pictures" / f"step-{step}.png")
         else:
             tell_start(numbers, config.from_)
-
-
-def _export(group: Group, job: _Job, run: RunLog) -> None:
-    with group.together("exporting the model"):
-        model = single_network(job.model, job.empty, group)
-        if group.is_main and model is not None:
-            save(model.eval(), run.folder / "model", overwrite=True)
 
 
 def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micro: int) -> None:
@@ -349,21 +278,3 @@ def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micr
         peak,
         group.device,
     )
-
-
-def _vocabulary(tokenizer: Tokenizer | None) -> int:
-    """How many tokens a caller's tokenizer knows; 0 without one."""
-    if tokenizer is None:
-        return 0
-    vocabulary = getattr(tokenizer, "vocabulary", None)
-    if type(vocabulary) is not int or vocabulary < 1:
-        raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
-    return vocabulary
-
-
-def _fit_pca(model: MaskedAutoencoder, split: Split, view: View, config: PretrainConfig, group: Group) -> None:
-    """Give the decoder the principal components of patches of some training pictures, the same in every process."""
-    count = min(len(split.training), _PCA_PICTURES)
-    sample = validation_batch(split.training, view, count, config.seed)
-    components = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
-    store_components(model, group.first(components, "the principal components"))

@@ -15,14 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images import Preprocess, Size, grid_size
-from maehub.models import AutoencoderConfig, MaskedAutoencoder, patchify, split_index, squared_error, take, unpatchify
-from maehub.models import mean_colour_of as mean_colour_of
-from maehub.models import mean_colours as mean_colours
+from maehub.images import Preprocess, grid_size
+from maehub.models import (
+    AutoencoderConfig,
+    MaskedAutoencoder,
+    mean_colours,
+    patchify,
+    split_index,
+    squared_error,
+    take,
+    unpatchify,
+)
 from maehub.rng import random_bits
 from maehub.train.engine import LossOn
-
-"""Which patches the loss is taken on; the paper's is ``hidden`` (section 4)."""
 
 TokenizerFunction = Callable[[Tensor], Tensor]
 """Pictures (B, C, H, W) float32 in [0, 1] to their tokens (B, N), integers from 0 up."""
@@ -37,7 +42,7 @@ class Objective(nn.Module):
     Args:
         model: its target must be known; of ``pca`` the components must be fitted before the first step.
         preprocess: its channel statistics and value range are used, its geometry is not.
-        loss_on: see `LossOn`.
+        loss_on: which patches the loss is taken on; the paper's is ``hidden`` (section 4).
         predict_share: share of the hidden patches that are predicted, drawn anew for every sample; at least one. The
             decoder runs without the others, unless hidden patches are corrupted, where it only does not predict them.
         corruption: shares of the hidden patches that become the mask token, become another patch of the picture,
@@ -77,7 +82,7 @@ class Objective(nn.Module):
         self.kept = kept
         self.corrupts = corruption[0] < 1
         if tokenizer is not None:
-            tokenizer = torch.compiler.disable(_Checked(tokenizer, model.config).__call__)
+            tokenizer = torch.compiler.disable(_checked(tokenizer, model.config))
         elif model.config.tokenizer == "mean-colour":
             tokenizer = partial(mean_colours, patch_size=model.config.encoder.patch_size)
         self.tokenizer = tokenizer
@@ -91,20 +96,24 @@ class Objective(nn.Module):
     def forward(self, pixels: Tensor, masked: Tensor, seeds: Tensor) -> Tensor:
         """The mean loss over views and wanted patches; every view has the same number of them.
 
-        Args:
-            pixels: (B, H, W, C) uint8, or floating in the same range.
-            masked: (B, N) bool, True where hidden; each row keeps ``kept``.
-            seeds: (B,) int64 in [0, 2⁶³), of the samples.
-
-        Returns:
-            () float32: the mean squared error over the values of a patch, or the cross-entropy of tokens in nats.
+        Pixels are (B, H, W, C) uint8, or floating in the same range; ``masked`` is (B, N) bool, True where hidden, and
+        each row keeps ``kept``; the samples' seeds are (B,) int64 in [0, 2⁶³). The loss is () float32: the mean squared
+        error over the values of a patch, or the cross-entropy of tokens in nats.
         """
         # First of all: a caller's tokenizer is not compiled, and a break in the graph is cheapest here.
         tokens = None if self.tokenizer is None else self.tokens(pixels)
         images = self.normalise(pixels)
         patch_size = self.model.config.encoder.patch_size
         grid = grid_size(images.shape[2], images.shape[3], patch_size)
-        _check_batch(pixels, masked, seeds, grid, self.kept)
+        batch, count = len(pixels), grid[0] * grid[1]
+        if masked.dtype != torch.bool or masked.shape != (batch, count):
+            raise UsageError(
+                f"masked must be bool of shape ({batch}, {count}), not {masked.dtype} of {tuple(masked.shape)}"
+            )
+        if seeds.dtype != torch.int64 or seeds.shape != (batch,):
+            raise UsageError(f"seeds must be int64 of shape ({batch},), not {seeds.dtype} of {tuple(seeds.shape)}")
+        if self.kept >= count:
+            raise UsageError(f"the masks keep {self.kept} of {count} patches, so nothing is hidden to be predicted")
         patches = patchify(images, patch_size)
         _, hidden = split_index(masked, self.kept)
         streams = random_bits(~seeds, 3)  # negative seeds, which no mask or crop of any sample has
@@ -135,11 +144,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
-        """The tokens of pictures (B, H, W, C): (B, N) int64.
-
-        Raises:
-            UsageError: the model predicts no tokens, or the tokenizer gives no such tokens.
-        """
+        """The tokens of pictures (B, H, W, C): (B, N) int64."""
         if self.tokenizer is None:
             raise UsageError(f"a model with target={self.model.config.target!r} has no tokenizer")
         low, high = self.preprocess.value_range
@@ -147,17 +152,14 @@ class Objective(nn.Module):
         return self.tokenizer(((images - low) / (high - low)).clamp(0, 1))
 
 
-class _Checked:
+def _checked(tokenizer: TokenizerFunction, config: AutoencoderConfig) -> TokenizerFunction:
     """A tokenizer of the caller's, whose output is checked: always its shape and type, at first its range."""
+    has_run = False
 
-    def __init__(self, tokenizer: TokenizerFunction, config: AutoencoderConfig) -> None:
-        self.tokenizer = tokenizer
-        self.config = config
-        self.has_run = False
-
-    def __call__(self, images: Tensor) -> Tensor:
-        tokens = self.tokenizer(images)
-        rows, columns = grid_size(images.shape[2], images.shape[3], self.config.encoder.patch_size)
+    def checked(images: Tensor) -> Tensor:
+        nonlocal has_run
+        tokens = tokenizer(images)
+        rows, columns = grid_size(images.shape[2], images.shape[3], config.encoder.patch_size)
         expected = (len(images), rows * columns)
         if not isinstance(tokens, Tensor):
             raise UsageError(f"the tokenizer must give a tensor of shape {expected}, not {type(tokens).__name__}")
@@ -167,15 +169,17 @@ class _Checked:
                 f"{tokens.dtype} of {tuple(tokens.shape)}"
             )
         tokens = tokens.to(images.device, torch.int64)
-        if not self.has_run:  # once: to look at values waits for the device
+        if not has_run:  # once: to look at values waits for the device
             lowest, highest = int(tokens.min()), int(tokens.max())
-            if lowest < 0 or highest >= self.config.outputs:
+            if lowest < 0 or highest >= config.outputs:
                 raise UsageError(
                     f"the tokenizer gave tokens from {lowest} to {highest}, and the model predicts "
-                    f"{self.config.outputs}: they must be from 0 to {self.config.outputs - 1}"
+                    f"{config.outputs}: they must be from 0 to {config.outputs - 1}"
                 )
-            self.has_run = True
+            has_run = True
         return tokens
+
+    return checked
 
 
 class Corrupted(NamedTuple):
@@ -195,14 +199,10 @@ def chosen(hidden: Tensor, share: float, seeds: Tensor) -> Tensor:
 def corrupted(
     patches: Tensor, hidden: Tensor, shares: tuple[float, float, float], seeds: Tensor, donor_seeds: Tensor
 ) -> Corrupted:
-    """Hide some of the hidden patches, replace some, and let some stay; see `Objective`.
+    """Hide some of the hidden patches, replace some, and let some stay: the ``shares``; see `Objective`.
 
-    Args:
-        patches: (B, N, P·P·C), N at least 2.
-        hidden: (B, H) int64.
-        shares: of mask tokens, of replacements, of those that stay.
-        seeds: (B,) int64, which patches.
-        donor_seeds: (B,) int64, what they are replaced by: any other patch of the picture, equally likely.
+    Patches are (B, N, P·P·C), N at least 2, and hidden ones (B, H) int64. The ``seeds``, (B,) int64, say which patches,
+    and ``donor_seeds`` what they are replaced by: any other patch of the picture, equally likely.
     """
     count, total = hidden.shape[1], patches.shape[1]
     first, second = round(shares[0] * count), round((shares[0] + shares[1]) * count)
@@ -229,13 +229,8 @@ def fit_components(pixels: Tensor, preprocess: Preprocess, patch_size: int, coun
     """Fit the target ``pca``: unwhitened principal components of preprocessed patches (He et al. 2021, table 1d).
 
     The eigenvectors of the covariance, in float64 on the CPU. The largest entry of each is positive, so the same sample
-    gives the same components.
-
-    Args:
-        pixels: (B, H, W, C) uint8, a sample of the training pictures.
-        preprocess: see `Objective`.
-        patch_size: P, pixels.
-        count: how many; the paper's is 96.
+    gives the same components. The paper's ``count`` is 96; pixels are (B, H, W, C) uint8, a sample of the training
+    pictures.
     """
     rows, columns = grid_size(pixels.shape[1], pixels.shape[2], patch_size)
     values, patches = patch_size**2 * pixels.shape[3], len(pixels) * rows * columns
@@ -296,15 +291,3 @@ def _check_settings(
     if not needs and tokenizer is not None:
         own = "the mean colours of its own tokenizer" if config.tokenizer else config.target
         raise UsageError(f"this model predicts {own}, so tokenizer= must be left out")
-
-
-def _check_batch(pixels: Tensor, masked: Tensor, seeds: Tensor, grid: Size, kept: int) -> None:
-    batch, patches = len(pixels), grid[0] * grid[1]
-    if masked.dtype != torch.bool or masked.shape != (batch, patches):
-        raise UsageError(
-            f"masked must be bool of shape ({batch}, {patches}), not {masked.dtype} of {tuple(masked.shape)}"
-        )
-    if seeds.dtype != torch.int64 or seeds.shape != (batch,):
-        raise UsageError(f"seeds must be int64 of shape ({batch},), not {seeds.dtype} of {tuple(seeds.shape)}")
-    if kept >= patches:
-        raise UsageError(f"the masks keep {kept} of {patches} patches, so nothing is hidden to be predicted")

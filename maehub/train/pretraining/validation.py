@@ -3,23 +3,22 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from maehub.data import Source, find_samples, groups, naming
+from maehub.data import Source, find_samples, groups
 from maehub.errors import DataError
 from maehub.figures import grid as figure_grid
 from maehub.figures import reconstruct
 from maehub.files import atomic_write
-from maehub.images import Preprocess, open_image
 from maehub.models import MaskedAutoencoder
+from maehub.train.engine import parts
 from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.objective import Objective
-from maehub.train.pretraining.views import Batch, View, validation_batch
+from maehub.train.pretraining.views import Batch, View, first_by_id, opened, validation_batch
 
 log = logging.getLogger("maehub")
 
@@ -33,11 +32,8 @@ _VIEWS_AT_ONCE = 64
 class Validation:
     """Fixed crops with fixed masks of pictures that are not trained on; only rank 0 has one.
 
-    Args:
-        objective: of the run; its settings decide what the loss is.
-        shown: pictures to draw, held-out ones where there are any.
-        heldout: None measures nothing.
-        labelled: a folder for the accuracy of nearest neighbours, or None.
+    Of the pictures that are ``shown`` some are drawn: held-out ones where there are any. Without those nothing is
+    measured but, on a ``labelled`` folder if one is given, the accuracy of nearest neighbours.
     """
 
     def __init__(
@@ -56,38 +52,41 @@ class Validation:
         self.preprocess = objective.preprocess
         self.batch: Batch | None = None
         self._baselines: dict[str, float] = {}
-        self._labelled: tuple[Tensor, Tensor] | None = None
+        self._labelled: tuple[Tensor, Tensor] | None = None  # (n, H, W, C) uint8, and (n,) as their folders say
         if heldout is not None:
             count = max(_FEWEST_CROPS, min(len(heldout), _CROPS))
             self.batch = validation_batch(heldout, view, count, seed)
             device = next(objective.model.parameters()).device
-            simple = [
-                baselines(objective, part.pixels.to(device), part.masked.to(device))
-                for part in self.batch.split(_VIEWS_AT_ONCE)
-            ]
-            shares = [len(part.pixels) / count for part in self.batch.split(_VIEWS_AT_ONCE)]
-            self._baselines = {
-                name: sum(getattr(one, name) * share for one, share in zip(simple, shares, strict=True))
-                for name in ("mean_fill", "interpolation")
-            }
+            for part, _ in parts(self.batch, _VIEWS_AT_ONCE):
+                simple = baselines(objective, part.pixels.to(device), part.masked.to(device))
+                for name, value in simple._asdict().items():
+                    self._baselines[name] = self._baselines.get(name, 0.0) + value * (len(part.pixels) / count)
         if labelled is not None:
-            self._labelled = _labelled(labelled, self.preprocess)
+            samples = find_samples(labelled)
+            classes = groups(samples, 1)
+            if classes.max() < 1:
+                raise DataError(f"{labelled} has one class; --knn needs DIR/CLASS/pictures with at least two")
+            chosen = sorted(first_by_id(samples, _LABELLED))
+            pictures = (opened(samples, index, self.preprocess.channels) for index in chosen)
+            pixels = [torch.from_numpy(self.preprocess.pixels(picture)) for picture in pictures]
+            self._labelled = torch.stack(pixels), torch.from_numpy(classes[chosen])
 
     @torch.no_grad()
     def measure(self, objective: Objective, autocast: contextlib.AbstractContextManager[object]) -> dict[str, float]:
         """The loss beside what filling holes without a network would give, and signals of the features' quality.
 
-        Returns:
-            ``val_loss``, ``mean_fill``, ``interpolation`` in the target's units and ``effective_rank``;
-            ``knn_top1`` in percent where there is a labelled folder.
+        ``val_loss``, ``mean_fill``, ``interpolation`` in the target's units and ``effective_rank``; ``knn_top1`` in
+        percent where there is a labelled folder.
         """
         model = objective.model
         device = next(model.parameters()).device
         numbers: dict[str, float] = {}
-        with _evaluating(model):
+        with contextlib.ExitStack() as after:
+            after.callback(model.train, model.training)
+            model.eval()
             if self.batch is not None:
                 total, features = 0.0, []
-                for part in self.batch.split(_VIEWS_AT_ONCE):
+                for part, _ in parts(self.batch, _VIEWS_AT_ONCE):
                     pixels, masked, seeds, _ = part.to(device)
                     with autocast:
                         total += objective(pixels, masked, seeds).item() * len(pixels)
@@ -109,31 +108,26 @@ class Validation:
         """Reconstructions of a few pictures, always the same."""
         if not model.config.has_picture:
             return  # what a caller's tokens look like is not known
-        panels = []
-        for index in sorted(range(len(self.shown)), key=self.shown.sample_id)[:_SHOWN]:
-            with naming(self.shown, index):
-                picture = open_image(self.shown.source(index), channels=model.config.encoder.channels)
-            panels.append(
-                reconstruct(
-                    model,
-                    picture,
-                    strategy=self.view.strategy,
-                    mask_ratio=self.view.mask_ratio,
-                    seed=self.seed,
-                    preprocess=self.preprocess,
-                )
+        panels = [
+            reconstruct(
+                model,
+                opened(self.shown, index, model.config.encoder.channels),
+                strategy=self.view.strategy,
+                mask_ratio=self.view.mask_ratio,
+                seed=self.seed,
+                preprocess=self.preprocess,
             )
+            for index in first_by_id(self.shown, _SHOWN)
+        ]
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as temporary:
             figure_grid(panels).save(temporary, format="png")
 
 
 def tell_start(numbers: dict[str, float], name: str) -> None:
-    """Say what is measured before the first step; warn where loaded weights do worse than the mean colour.
+    """Say what `Validation.measure` gave before the first step; warn where weights do worse than the mean colour.
 
-    Args:
-        numbers: of `Validation.measure`.
-        name: of the weights; empty for fresh ones, of which nothing is expected.
+    Their ``name`` is empty for fresh ones, of which nothing is expected.
     """
     if "val_loss" not in numbers:
         return
@@ -147,28 +141,3 @@ def tell_start(numbers: dict[str, float], name: str) -> None:
             "or pictures far from what it knows.",
             name,
         )
-
-
-def _labelled(folder: str, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Pictures (n, H, W, C) uint8 and the classes (n,) that their folders name."""
-    samples = find_samples(folder)
-    classes = groups(samples, 1)
-    if classes.max() < 1:
-        raise DataError(f"{folder} has one class; --knn needs DIR/CLASS/pictures with at least two")
-    chosen = sorted(sorted(range(len(samples)), key=samples.sample_id)[:_LABELLED])
-    pixels = []
-    for index in chosen:
-        with naming(samples, index):
-            picture = open_image(samples.source(index), channels=preprocess.channels)
-        pixels.append(torch.from_numpy(preprocess.pixels(picture)))
-    return torch.stack(pixels), torch.from_numpy(classes[chosen])
-
-
-@contextlib.contextmanager
-def _evaluating(model: MaskedAutoencoder) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -7,12 +7,9 @@ the crop, the flip and the mask of a view follow from (seed, epoch, sample id, v
 number of processes see the same samples.
 """
 
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,8 +21,6 @@ from maehub.images import Augmentation, Size, colour_factors, crop, grid_size, o
 from maehub.models import Strategy, make_masks
 from maehub.rng import sample_seed
 
-log = logging.getLogger("maehub")
-
 
 class Batch(NamedTuple):
     """Views of one step, or a part of them."""
@@ -34,10 +29,6 @@ class Batch(NamedTuple):
     masked: Tensor  # (B, N) bool, True where hidden
     seeds: Tensor  # (B,) int64, for what else is random about a view
     factors: Tensor  # (B, 3) float32 of brightness, contrast, saturation; (B, 0) without colour jitter
-
-    def split(self, size: int) -> Iterator[Self]:
-        """Parts of ``size`` views, the last one smaller."""
-        return (type(self)(*part) for part in zip(*(field.split(size) for field in self), strict=True))
 
     def to(self, device: torch.device) -> Self:
         """On a device, without waiting for it."""
@@ -90,14 +81,10 @@ class Crops(Dataset[Batch | DataError]):
     def __init__(self, samples: Source, view: View, cache: bool) -> None:
         self.samples = samples
         self.view = view
-        self.decoded = [self._decoded(index) for index in range(len(samples))] if cache else None
-
-    def _decoded(self, index: int) -> Image.Image:
-        with naming(self.samples, index):
-            return open_image(self.samples.source(index), channels=self.view.channels)
+        self.decoded = [opened(samples, index, view.channels) for index in range(len(samples))] if cache else None
 
     def __getitems__(self, keys: list[Key]) -> Batch | DataError:
-        pixels = self.view.empty(len(keys))
+        view, pixels = self.view, self.view.empty(len(keys))
         if self.decoded is None:
             self.samples.prefetch([key.sample for key in keys])
         for row, key in enumerate(keys):
@@ -105,19 +92,27 @@ class Crops(Dataset[Batch | DataError]):
                 pixels[row] = pixels[row - 1]
                 continue
             try:
-                pixels[row] = torch.from_numpy(self._crop(key))
+                with naming(self.samples, key.sample):
+                    source = self.decoded[key.sample] if self.decoded else self.samples.source(key.sample)
+                    made = crop(source, view.size, view.channels, view.augmentation, key.crop)
+                pixels[row] = torch.from_numpy(made)
             except DataError as error:
                 return error
-        return self.view.batch(pixels, keys)
-
-    def _crop(self, key: Key) -> np.ndarray:
-        view = self.view
-        with naming(self.samples, key.sample):
-            source = self.decoded[key.sample] if self.decoded else self.samples.source(key.sample)
-            return crop(source, view.size, view.channels, view.augmentation, key.crop)
+        return view.batch(pixels, keys)
 
     def __getitem__(self, key: Key) -> Batch | DataError:
         return self.__getitems__([key])
+
+
+def opened(samples: Source, index: int, channels: int) -> Image.Image:
+    """A picture, decoded; an error names it."""
+    with naming(samples, index):
+        return open_image(samples.source(index), channels=channels)
+
+
+def first_by_id(samples: Source, count: int) -> list[int]:
+    """At most so many pictures, whichever others there are, in the order of their sample ids."""
+    return sorted(range(len(samples)), key=samples.sample_id)[:count]
 
 
 def validation_batch(samples: Source, view: View, count: int, seed: int) -> Batch:
@@ -125,11 +120,10 @@ def validation_batch(samples: Source, view: View, count: int, seed: int) -> Batc
 
     Of more pictures than that, ``count`` are chosen by their sample ids. Each is decoded once.
     """
-    chosen = sorted(sorted(range(len(samples)), key=samples.sample_id)[:count])
+    chosen = sorted(first_by_id(samples, count))
     pixels, keys = view.empty(count), [Key(0, 0, 0)] * count
     for place, index in enumerate(chosen):
-        with naming(samples, index):
-            picture = open_image(samples.source(index), channels=view.channels)
+        picture = opened(samples, index, view.channels)
         for row in range(place, count, len(chosen)):
             number = sample_seed(seed, row // len(chosen), samples.sample_id(index), VALIDATION_VIEW)
             keys[row] = Key(index, number, number)
