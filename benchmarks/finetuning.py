@@ -33,9 +33,8 @@ from maehub.images.augment import Augmentation
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from maehub.models.encoder import PRESETS, Encoder
 from maehub.train.engine.optim import decayed_groups, gradient_norm, set_rates, update
-from maehub.train.finetuning.classifier import as_classifier, drop_paths
+from maehub.train.finetuning.classifier import Objective, as_classifier, drop_paths
 from maehub.train.finetuning.mixing import Mixing, seeded_torch
-from maehub.train.finetuning.objective import Objective
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import LabelledBatch, TrainTransform, policy_of
 

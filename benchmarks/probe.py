@@ -4,7 +4,7 @@
     python benchmarks/probe.py --data DIR -m vit-nano       # and pictures: the augmented published probe beside it
 
 The cached features are clusters that overlap, in some of the directions, whose sizes fall as those of a trained network
-do, so that strength matters; 10,000 more are for testing. *fast* is the whole of `maehub.train.evaluation.fit_linear`:
+do, so that strength matters; 10,000 more are for testing. *fast* is `maehub.train.evaluation.sweep` and `fit_at`:
 every strength on an inner split, and the fit of the chosen one to all. The published probe (He et al. 2021, table 10)
 is a linear layer on BatchNorm without affine parameters, timm's LARS with momentum 0.9, rate 0.1 · batch / 256, cosine
 after 10 epochs of warm-up, no weight decay, 90 epochs. Its batch of 16,384 is larger than the data: several are tried,
@@ -29,7 +29,7 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maehub.train.evaluation.linear import STRENGTHS, fit_linear
+from maehub.train.evaluation.linear import STRENGTHS, best, fit_at, sweep
 from maehub.train.probing.config import ProbeConfig
 from maehub.train.probing.probing import probe
 
@@ -113,7 +113,8 @@ def fast(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> Measured
     order = np.random.default_rng(0).permutation(len(train))
     held = len(train) // 5
     clock = Clock()
-    fit = fit_linear(train, labels.numpy(), int(labels.max()) + 1, [(order[held:], order[:held])])
+    known = train, labels.numpy(), int(labels.max()) + 1
+    fit = fit_at(*known, best(sweep(*known, [(order[held:], order[:held])])).strength)
     seconds = clock.read()
     right = fit.logits(test).argmax(1) == truth
     note = f"strength {fit.strength:.2g} of {len(STRENGTHS)} from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g}"

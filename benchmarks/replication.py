@@ -38,7 +38,7 @@ from maehub.figures.plots import Series, curves_picture
 from maehub.images.decoding import open_image
 from maehub.images.preprocess import Preprocess
 from maehub.models.encoder import Encoder, EncoderConfig
-from maehub.train.evaluation.linear import accuracy, best, fit_linear
+from maehub.train.evaluation.linear import accuracy, best, fit_at, sweep
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.loop import finetune
 from maehub.train.pretraining.config import PretrainConfig
@@ -201,9 +201,11 @@ def probed(folder: Path, arm: Arm, seed: int) -> Result:
         return outputs(compute, samples, encoder.preprocess, torch.device("cpu"), workers=0, progress=False)
 
     inner = folds(split.training, 5, seed)  # the penalty is chosen by cross-validation of the training drawings
-    fit = fit_linear(features(split.training.samples), split.training.labels, len(split.training.classes), inner)
+    known = features(split.training.samples), split.training.labels, len(split.training.classes)
+    chosen = best(sweep(*known, inner))
+    fit = fit_at(*known, chosen.strength)
     top1 = accuracy(fit.logits(features(split.testing.samples)), split.testing.labels)
-    about = {"strength": fit.strength, "inner": best(fit.inner).accuracy}
+    about = {"strength": fit.strength, "inner": chosen.accuracy}
     return Result(seed, arm.name, "probe", top1, len(split.testing), time.perf_counter() - start, about)
 
 

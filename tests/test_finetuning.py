@@ -22,7 +22,7 @@ from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import resume as saving
 from maehub.train.finetuning import loop as finetuning
-from maehub.train.finetuning.objective import Objective, class_weights
+from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.views import TrainTransform, policy_of
 
 TINY = EncoderConfig(32, 8, 3, 32, 2, 2)

@@ -19,10 +19,9 @@ from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.rng import sample_seed
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.optim import decayed_groups, learning_rate, set_rates
-from maehub.train.finetuning.classifier import GlobalBatchNorm, as_classifier, drop_paths, freeze
+from maehub.train.finetuning.classifier import GlobalBatchNorm, Objective, as_classifier, drop_paths, freeze
 from maehub.train.finetuning.mixing import _ERASING, _MIXING, Mixing
 from maehub.train.finetuning.network import Classifier, optimizer_of
-from maehub.train.finetuning.objective import Objective
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.finetuning.views import LabelledBatch, targets_of
 
@@ -96,27 +95,27 @@ def test_mixing_is_timms(seed):
     settings = Settings("official", 1, 6, 1e-3, 0, 0.05, smoothing=0.1)
     examples, labels = batch()
     preprocess = Preprocess.evaluation(32, 3, 8)
-    mixed = Mixing(settings, preprocess, CPU)(examples, seed)
+    mixed, mixed_targets = Mixing(settings, preprocess, CPU)(examples, seed)
     state = np.random.get_state()
     np.random.seed(sample_seed(seed, 0, 0, _MIXING) % 2**32)
     images, targets = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=4)(preprocess.normalise(examples.pixels), labels)
     np.random.set_state(state)
-    assert torch.equal(mixed.images, images)
-    assert torch.allclose(mixed.targets, targets, atol=1e-6)
+    assert torch.equal(mixed, images)
+    assert torch.allclose(mixed_targets, targets, atol=1e-6)
 
 
 def test_erasing_is_timms_by_the_seed_of_each_crop():
     settings = Settings("official", 1, 6, 1e-3, 0, 0.05, mixup=0, cutmix=0, smoothing=0, erasing=0.5)
     examples, _ = batch()
     preprocess = Preprocess.evaluation(32, 3, 8)
-    mixed = Mixing(settings, preprocess, CPU)(examples, 3)
-    again = Mixing(settings, preprocess, CPU)(LabelledBatch(*(field.flip(0) for field in examples)), 4)
-    assert torch.equal(mixed.images, again.images.flip(0)), "the batch and its order change nothing"
+    mixed, _ = Mixing(settings, preprocess, CPU)(examples, 3)
+    again, _ = Mixing(settings, preprocess, CPU)(LabelledBatch(*(field.flip(0) for field in examples)), 4)
+    assert torch.equal(mixed, again.flip(0)), "the batch and its order change nothing"
     plain = preprocess.normalise(examples.pixels)
-    changed = [not torch.equal(one, other) for one, other in zip(mixed.images, plain, strict=True)]
+    changed = [not torch.equal(one, other) for one, other in zip(mixed, plain, strict=True)]
     assert 0 < sum(changed) < 6
     state = random.getstate()
-    for image, seed, expected in zip(plain, examples.seeds.tolist(), mixed.images, strict=True):
+    for image, seed, expected in zip(plain, examples.seeds.tolist(), mixed, strict=True):
         own = sample_seed(seed, 0, 0, _ERASING)
         random.seed(own)
         with torch.random.fork_rng(devices=()):

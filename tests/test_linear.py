@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from maehub.errors import DataError, DivergedError, UsageError
 from maehub.train.evaluation import linear
-from maehub.train.evaluation.linear import STRENGTHS, Trial, accuracy, best, fit_at, fit_linear, sweep
+from maehub.train.evaluation.linear import STRENGTHS, Trial, accuracy, best, fit_at, sweep
 from maehub.train.evaluation.neighbours import choose_neighbours, leave_one_out, vote
 
 
@@ -65,22 +65,19 @@ def test_several_labels_are_as_many_classifiers():
 def test_the_strength_is_chosen_by_what_is_held_out_alone():
     features, labels = clusters(240, 100, 4, spread=0.6)
     inner = in_halves(240)
-    fit = fit_linear(features, labels, 4, inner)
-    assert [trial.strength for trial in fit.inner] == list(STRENGTHS)
-    most = max(trial.accuracy for trial in fit.inner)
-    chosen = min((trial for trial in fit.inner if trial.accuracy >= most - 0.5), key=lambda trial: trial.loss)
-    assert fit.strength == chosen.strength
+    trials = sweep(features, labels, 4, inner)
+    assert [trial.strength for trial in trials] == list(STRENGTHS)
+    most = max(trial.accuracy for trial in trials)
+    chosen = min((trial for trial in trials if trial.accuracy >= most - 0.5), key=lambda trial: trial.loss)
+    assert best(trials) == chosen
     # The weakest penalty fits the training half best and is not chosen: it does worse on the other half.
-    assert fit.inner[-1].loss > chosen.loss
-    assert fit.inner[-1].accuracy < chosen.accuracy
+    assert trials[-1].loss > chosen.loss
+    assert trials[-1].accuracy < chosen.accuracy
     held = inner[0][1]
     alone = fit_at(features[inner[0][0]], labels[inner[0][0]], 4, chosen.strength)
     logits = alone.logits(features[held])
     assert accuracy(logits, labels[held]) == pytest.approx(chosen.accuracy, abs=1)
     assert log_loss(labels[held], logits.double().softmax(1).numpy()) == pytest.approx(chosen.loss, rel=0.02)
-    everything = fit_at(features, labels, 4, fit.strength)
-    assert torch.equal(fit.weight, everything.weight)
-    assert torch.equal(fit.bias, everything.bias)
 
 
 def test_several_inner_splits_count_by_their_pictures():
@@ -127,9 +124,10 @@ def test_columns_that_say_nothing_change_nothing():
 
 def test_the_same_twice_is_equal_bit_for_bit():
     features, labels = clusters(150, 64, 5)
-    one, other = (fit_linear(features, labels, 5, in_halves(150)) for _ in range(2))
+    one, other = (sweep(features, labels, 5, in_halves(150)) for _ in range(2))
+    assert one == other
+    one, other = (fit_at(features, labels, 5, best(one).strength) for _ in range(2))
     assert torch.equal(one.weight, other.weight)
-    assert one.inner == other.inner
 
 
 def test_what_cannot_be_fitted():
@@ -139,7 +137,7 @@ def test_what_cannot_be_fitted():
     with pytest.raises(UsageError, match="below 2"):
         fit_at(features, labels, 2, 1.0)
     with pytest.raises(UsageError, match="inner split"):
-        fit_linear(features, labels, 3, [])
+        sweep(features, labels, 3, [])
     with pytest.raises(UsageError, match="must be"):
         fit_at(features, labels[:-1], 3, 1.0)
     broken = features.clone()

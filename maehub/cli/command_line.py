@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from maehub.cli import commands
-from maehub.cli.commands import Shared
+from maehub.cli.commands import Shared, measuring
 from maehub.cli.parsing import parsed
 from maehub.cli.reconstruct import run_reconstruct
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
@@ -29,6 +29,16 @@ Every command takes:
   -q, --quiet         print nothing but errors
   --debug             show the traceback of an error
   -h, --help          show what most runs need; --help-all shows every flag"""
+_OVERVIEW = """\
+maehub: masked autoencoders. Load, look, extract features, train, publish.
+
+usage: maehub COMMAND [ARGUMENTS]      maehub COMMAND --help      maehub --version
+
+{commands}
+
+{shared}
+
+Try `maehub reconstruct`: a model and a photo come with maehub."""
 
 
 class Command(NamedTuple):
@@ -54,23 +64,15 @@ COMMANDS = {
     "data": Command(
         "cli.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
     ),
-    "pretrain": Command("train.pretraining:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"),
-    "finetune": Command(
-        "train.finetuning:FinetuneConfig", commands.run_finetune, "train a classifier on labelled pictures"
-    ),
-    "probe": Command("train.probing:ProbeConfig", commands.run_probe, "a linear classifier on features"),
-    "knn": Command("train.probing:KnnConfig", commands.measuring("knn"), "what the nearest features tell of classes"),
-    "compare": Command(
-        "train.probing:CompareConfig", commands.measuring("compare"), "several networks by the same protocols"
-    ),
-    "evaluate": Command(
-        "train.evaluation:EvaluateConfig",
-        commands.measuring("evaluate"),
-        "measure a classifier on labelled pictures",
-    ),
+    "pretrain": Command("train:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"),
+    "finetune": Command("train:FinetuneConfig", commands.run_finetune, "train a classifier on labelled pictures"),
+    "probe": Command("train:ProbeConfig", commands.run_probe, "a linear classifier on features"),
+    "knn": Command("train:KnnConfig", measuring("knn"), "what the nearest features tell of classes"),
+    "compare": Command("train:CompareConfig", measuring("compare"), "several networks by the same protocols"),
+    "evaluate": Command("train:EvaluateConfig", measuring("evaluate"), "measure a classifier on labelled pictures"),
     "predict": Command("train.evaluation:PredictConfig", commands.run_predict, "what pictures show, by a classifier"),
     "push": Command("cli.arguments:Push", commands.run_push, "publish a model on the Hub"),
-    "plan": Command("train.pretraining:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"),
+    "plan": Command("train:PlanConfig", commands.run_plan, "memory, time and disk of a pretraining run"),
 }
 
 
@@ -80,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code; `maehub.errors` lists them.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    shared = Shared(*(_taken(words, flags) for flags in _SHARED_FLAGS))
+    given = sys.argv[1:] if argv is None else argv
+    shared = Shared(*(any(flag in given for flag in flags) for flags in _SHARED_FLAGS))
+    words = [word for word in given if word not in itertools.chain(*_SHARED_FLAGS)]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be text, and the terminal need not know ×
             stream.reconfigure(errors="backslashreplace")
@@ -121,7 +124,9 @@ def _complain(error: BaseException) -> int:
 
 def _run(words: list[str], shared: Shared) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
+        print(_OVERVIEW.format(commands="\n".join(lines), shared=_SHARED_HELP))
         return EXIT_DONE
     if words[0] == "--version":
         print(f"maehub {__version__}")
@@ -133,8 +138,7 @@ def _run(words: list[str], shared: Shared) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"there is no command {name[:80]!r}; {hint}")
-    module, _, kind = COMMANDS[name].config.partition(":")
-    arguments = getattr(import_module(f"maehub.{module}"), kind)
+    arguments = resolve_name(f"maehub.{COMMANDS[name].config}")
     asked = set(itertools.takewhile(lambda word: word != "--", rest)) & {"-h", "--help", "--help-all"}
     if asked:
         from maehub.cli.help_page import help_page
@@ -142,28 +146,3 @@ def _run(words: list[str], shared: Shared) -> int:
         print(help_page(name, arguments, _SHARED_HELP, everything="--help-all" in asked))
         return EXIT_DONE
     return COMMANDS[name].run(parsed(name, arguments, rest), shared)
-
-
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "maehub: masked autoencoders. Load, look, extract features, train, publish.",
-            "",
-            "usage: maehub COMMAND [ARGUMENTS]      maehub COMMAND --help      maehub --version",
-            "",
-            *lines,
-            "",
-            _SHARED_HELP,
-            "",
-            "Try `maehub reconstruct`: a model and a photo come with maehub.",
-        ]
-    )
-
-
-def _taken(words: list[str], flags: tuple[str, ...]) -> bool:
-    """Whether a flag stands in the line, under one of its names; it is taken out."""
-    present = any(flag in words for flag in flags)
-    words[:] = [word for word in words if word not in flags]
-    return present

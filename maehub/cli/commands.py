@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 from maehub.files import read_words
 from maehub.hub import locate
+from maehub.train.evaluation import text_table
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
+    from maehub.train import Scores
 
 
 class Shared(NamedTuple):
@@ -32,45 +34,34 @@ def run_list(config: "arguments.List", shared: Shared) -> int:
     rows = [model_info(name) for name in list_models(config.pattern)]
     if not rows:
         raise UsageError(f"no model is called {config.pattern!r}; `maehub list` shows all of them")
-    if shared.json:
-        _print_json({"models": [row.to_dict() for row in rows]})
-        return EXIT_DONE
-    table = [("NAME", "SIZE", "ROLE", "TARGET", "LICENCE", "SOURCE")]
-    table += [
-        (row.name, _side(row.image_size), row.role, row.target or "–", row.licence, row.sources[0].where())
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return EXIT_DONE
+    header = ("NAME", "SIZE", "ROLE", "TARGET", "LICENCE", "SOURCE")
+    table = []
+    for row in rows:
+        size = "×".join(map(str, dict.fromkeys(row.image_size)))  # of a square one side
+        table.append((row.name, size, row.role, row.target or "–", row.licence, row.sources[0].where()))
+    text = text_table(header, table, left=range(len(header)))
+    return report(shared._replace(quiet=False), {"models": [row.to_dict() for row in rows]}, text)
 
 
 def run_info(config: "arguments.Info", shared: Shared) -> int:
     from maehub.hub import model_info
 
     info = model_info(config.name)
-    if shared.json:
-        _print_json(info.to_dict())
-    else:
-        print(info.describe())
-    return EXIT_DONE
+    return report(shared._replace(quiet=False), info.to_dict(), info.describe())
 
 
 def run_download(config: "arguments.Download", shared: Shared) -> int:
     from maehub.hub import download
 
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
-    report(shared, {"path": str(path)}, f"{config.name} is at {path}")
-    return EXIT_DONE
+    return report(shared, {"path": str(path)}, f"{config.name} is at {path}")
 
 
 def run_cache(config: "arguments.Cache", shared: Shared) -> int:
     from maehub.hub import clean_cache
 
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
-    report(shared, cleaned.to_dict(), cleaned.describe())
-    return EXIT_DONE
+    return report(shared, cleaned.to_dict(), cleaned.describe())
 
 
 def run_verify(config: "arguments.Verify", shared: Shared) -> int:
@@ -78,8 +69,8 @@ def run_verify(config: "arguments.Verify", shared: Shared) -> int:
 
     checked = verify(config.source)
     lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
-    report(shared, {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}, "\n".join(lines))
-    return EXIT_DONE
+    facts = {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}
+    return report(shared, facts, "\n".join(lines))
 
 
 def run_identify(config: "arguments.Identify", shared: Shared) -> int:
@@ -88,8 +79,7 @@ def run_identify(config: "arguments.Identify", shared: Shared) -> int:
     found = identify(
         config.file, heads=config.heads, decoder_heads=config.decoder_heads, decide_target=config.decide_target or None
     )
-    report(shared, found.to_dict(), found.describe())
-    return found.exit_code
+    return report(shared, found.to_dict(), found.describe(), found.exit_code)
 
 
 def run_convert(config: "arguments.Convert", shared: Shared) -> int:
@@ -116,8 +106,7 @@ def run_convert(config: "arguments.Convert", shared: Shared) -> int:
         f"{result.folder}: largest difference after reloading {largest.absolute:.1e}, {largest.relative:.1e} of the "
         f"largest output; {certificate} says what was compared, renamed and left out"
     )
-    report(shared, facts, text)
-    return EXIT_DONE
+    return report(shared, facts, text)
 
 
 def run_push(config: "arguments.Push", shared: Shared) -> int:
@@ -148,8 +137,7 @@ def run_push(config: "arguments.Push", shared: Shared) -> int:
         message=config.message,
         progress=not shared.quiet,
     )
-    report(shared, done.to_dict(), done.describe())
-    return EXIT_DONE
+    return report(shared, done.to_dict(), done.describe())
 
 
 def run_features(config: "arguments.Features", shared: Shared) -> int:
@@ -179,8 +167,8 @@ def run_features(config: "arguments.Features", shared: Shared) -> int:
         "shape": list(table.features.shape),
     }
     skipped = f", {len(table.skipped)} skipped (see bad_files.csv)" if table.skipped else ""
-    report(shared, facts, f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}")
-    return EXIT_SKIPPED if table.skipped else EXIT_DONE
+    text = f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}"
+    return report(shared, facts, text, EXIT_SKIPPED if table.skipped else EXIT_DONE)
 
 
 def run_data(config: "arguments.Data", shared: Shared) -> int:
@@ -191,43 +179,38 @@ def run_data(config: "arguments.Data", shared: Shared) -> int:
     if config.what == "stats":
         sample = SAMPLE if config.sample is None else config.sample
         found = data_statistics(config.data, sample=sample, workers=config.workers, progress=not shared.quiet)
-        report(shared, found.to_dict(), found.describe())
-        return EXIT_DONE
+        return report(shared, found.to_dict(), found.describe())
     told = None if shared.json or shared.quiet else tell
     checked = check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
     if config.out is not None:
         checked.save(config.out)
-    report(shared, checked.to_dict(), checked.describe())
-    return DataError.exit_code if checked.bad else EXIT_DONE
+    return report(shared, checked.to_dict(), checked.describe(), DataError.exit_code if checked.bad else EXIT_DONE)
 
 
 def run_pretrain(config: Any, shared: Shared) -> int:
     from maehub.train import pretrain
 
-    result = pretrain(replace(config, quiet=shared.quiet))
-    return _trained(shared, result, {}, _ending(result))
+    return _trained(pretrain(replace(config, quiet=shared.quiet)), None, shared)
 
 
 def run_finetune(config: Any, shared: Shared) -> int:
     from maehub.train import finetune
 
     result = finetune(replace(config, quiet=shared.quiet))
-    if result.scores is None:
-        return _trained(shared, result, {}, _ending(result))
-    text = f"{result.scores}\n\n{_ending(result)}. {result.run}/report.html shows it"
-    return _trained(shared, result, result.scores.summary(), text)
+    return _trained(result, result.scores, shared)
 
 
-def _trained(shared: Shared, result: Any, scores: dict[str, Any], text: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        report(shared, {"run": str(result.run), "step": result.step, "exit_code": result.exit_code} | scores, text)
-    return int(result.exit_code)
-
-
-def _ending(result: Any) -> str:
+def _trained(result: Any, scores: "Scores | None", shared: Shared) -> int:
+    facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
+    text = f"{result.run}: {result.step} steps done"
     if result.exit_code:
-        return f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
-    return f"{result.run}: {result.step} steps done"
+        text = f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
+    if scores is not None:
+        facts |= scores.summary()
+        text = f"{scores}\n\n{text}. {result.run}/report.html shows it"
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
+        report(shared, facts, text)
+    return int(result.exit_code)
 
 
 def measuring(function: str) -> Callable[[Any, Shared], int]:
@@ -237,8 +220,7 @@ def measuring(function: str) -> Callable[[Any, Shared], int]:
         from maehub import train
 
         found = getattr(train, function)(replace(config, quiet=shared.quiet))
-        report(shared, found.to_dict(), str(found))
-        return EXIT_DONE
+        return report(shared, found.to_dict(), str(found))
 
     return run
 
@@ -270,32 +252,23 @@ def run_predict(config: Any, shared: Shared) -> int:
         found.save(config.out, overwrite=config.overwrite)
         facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
         text = f"{config.out}: {len(found)} images" + (f", {len(found.skipped)} skipped" if found.skipped else "")
-    report(shared, facts, text)
-    return EXIT_SKIPPED if found.skipped else EXIT_DONE
+    return report(shared, facts, text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
 
 
 def run_plan(config: Any, shared: Shared) -> int:
     from maehub.train.planning import plan
 
     found = plan(config)
-    report(shared, found.to_dict(), found.describe())
-    return EXIT_DONE
+    return report(shared, found.to_dict(), found.describe())
 
 
-def report(shared: Shared, facts: dict[str, Any], text: str) -> None:
-    """Say what came of a command: as JSON, in words, or not at all."""
+def report(shared: Shared, facts: dict[str, Any], text: str, code: int = EXIT_DONE) -> int:
+    """Say what came of a command: as JSON, in words, or not at all. Gives its exit code."""
     if shared.json:
-        _print_json(facts)
+        print(json.dumps(facts, allow_nan=False))
     elif not shared.quiet:
         print(text)
-
-
-def _print_json(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, allow_nan=False))
-
-
-def _side(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}×{size[1]}"
+    return code
 
 
 def wanted_size(sides: tuple[int, ...]) -> int | tuple[int, int] | None:

@@ -13,7 +13,7 @@ from maehub.cli.parsing import docstrings
 from maehub.train.engine import COMMON, Section, annotation, option
 
 _COLUMN = 22  # where the words about a flag begin
-_METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+_METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", bool: ""}
 
 
 class Row(NamedTuple):
@@ -39,8 +39,7 @@ def help_page(command: str, kind: type, shared: str, *, everything: bool) -> str
     """The page of a command, with what is said of flags that all share. Without common flags all are shown anyway."""
     rows = _rows(kind)
     flags = [row for row in rows if row.names]
-    shown = [row for row in rows if row.common] or rows
-    shown = rows if everything else shown
+    shown = rows if everything else [row for row in rows if row.common] or rows
     must = [row.metavar for row in rows if not row.names]
     must += [f"{row.names[0]} {row.metavar}" for row in flags if row.required]
     page = [" ".join(["usage: maehub", command, *must, *(["[FLAGS]"] if flags else [])])]
@@ -69,7 +68,9 @@ def _rows(kind: Any) -> list[Row]:
         flag = option(told.get("name", f"no_{field.name}" if field.default is True else field.name))
         own, *others = [words.get(field.name, "") for annotated, words in parts if field.name in annotated]
         words = " ".join((own or told.get("help") or "".join(others)).split())
-        hint = _hint(field.default, told.get("help_behavior_hint")).replace(" ", "\xa0")  # on one line
+        values = field.default if isinstance(field.default, tuple) else (field.default,)
+        hint = told.get("help_behavior_hint", f"(default: {' '.join(shlex.quote(str(value)) for value in values)})")
+        hint = ("(required)" if field.default is MISSING else hint).replace(" ", "\xa0")  # on one line
         rows.append(
             Row(
                 section,
@@ -84,20 +85,9 @@ def _rows(kind: Any) -> list[Row]:
 
 
 def _metavar(plain: Any) -> str:
-    if plain is bool:
-        return ""
     if get_origin(plain) is Literal:
         return "{" + ",".join(get_args(plain)) + "}"
     return " ".join(_METAVARS[part] for part in get_args(plain) or (plain,))
-
-
-def _hint(default: Any, hint: str | None) -> str:
-    if default is MISSING:
-        return "(required)"
-    if hint is not None:
-        return hint
-    values = default if isinstance(default, tuple) else (default,)
-    return f"(default: {' '.join(shlex.quote(str(value)) for value in values)})"
 
 
 def _wrapped(words: str, indent: str = "") -> list[str]:

@@ -29,16 +29,18 @@ def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments:
     """The arguments of a command."""
     if any(word.startswith("--tyro") for word in words):  # flags of the parser's own, which write files
         raise UsageError(f"maehub {command} has no --tyro flags")
-    _join_lines(kind)
+    for part in kind.__mro__[:-1]:
+        for name, described in docstrings(part).items():
+            if "\n" in described:  # tyro keeps the line breaks of those that are indented
+                told = tyro.conf.arg(help=" ".join(described.split()))
+                part.__annotations__[name] = Annotated[part.__annotations__[name], told]
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-            return tyro.cli(
-                kind, args=words, prog=f"maehub {command}", config=config, registry=registry, add_help=False
-            )
+            prog, config = f"maehub {command}", (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+            return tyro.cli(kind, args=words, prog=prog, config=config, registry=registry, add_help=False)
     except SystemExit as stop:
         cause = stop.__context__
         while cause is not None:
@@ -47,15 +49,6 @@ def parsed(command: str, kind: type[Arguments], words: list[str]) -> Arguments:
             cause = cause.__context__
         lines = [*_unframed(complaint.getvalue()), f"`maehub {command} --help` shows what it takes"]
         raise UsageError("\n".join(lines)) from None
-
-
-def _join_lines(kind: Any) -> None:
-    """The docstrings of fields as one line each: tyro keeps the line breaks of those that are indented."""
-    for part in kind.__mro__[:-1]:
-        for name, words in docstrings(part).items():
-            if "\n" in words:
-                told = tyro.conf.arg(help=" ".join(words.split()))
-                part.__annotations__[name] = Annotated[part.__annotations__[name], told]
 
 
 def docstrings(kind: type) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maehub.cli.commands import Shared, report, wanted_size
-from maehub.errors import EXIT_DONE, UsageError
+from maehub.errors import UsageError
 from maehub.files import write_error
 from maehub.hub import locate
 
@@ -31,7 +31,12 @@ def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
         raise UsageError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
     found = locate(config.model, "autoencoder")
     if one_each:
-        _make_folder(config.out)
+        if config.out.exists() and not config.out.is_dir():
+            raise UsageError(f"{config.out} is a file; name a folder, or a figure by its ending such as .png")
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(config.out, error) from error
 
     from maehub.figures import check_figure, error_map, grid, reconstruct, save_figure
     from maehub.hub import load_autoencoder
@@ -60,8 +65,7 @@ def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
         save_figure(rows[0].figure() if len(rows) == 1 else grid(rows), out)
         names = [image for image in share for _ in config.mask_ratio]
         numbers += [{"image": image, **_numbers(row)} for image, row in zip(names, rows, strict=True)]
-    report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
-    return EXIT_DONE
+    return report(shared, {"figures": [str(out) for out in outs], "images": numbers}, "\n".join(map(str, outs)))
 
 
 def _pictures(source: str) -> list[str]:
@@ -80,15 +84,6 @@ def _figure_paths(images: list[str], folder: Path) -> list[Path]:
         numbered = (f"{stem}-{number}" for number in itertools.count(2))
         names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = None
     return [folder / f"{name}_mae.png" for name in names]
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; name a folder, or a figure by its ending such as .png")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def _numbers(figure: Any) -> dict[str, Any]:

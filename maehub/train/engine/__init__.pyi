@@ -27,15 +27,11 @@ from .resume import check_run_folder as check_run_folder
 from .run_log import RunLog as RunLog
 from .settings import COMMON as COMMON
 from .settings import BatchSize as BatchSize
-from .settings import Count as Count
 from .settings import Device as Device
 from .settings import Flag as Flag
-from .settings import ImageSize as ImageSize
-from .settings import Label as Label
 from .settings import LossOn as LossOn
 from .settings import Model as Model
 from .settings import Precision as Precision
-from .settings import Quiet as Quiet
 from .settings import RunConfig as RunConfig
 from .settings import Section as Section
 from .settings import Sides as Sides

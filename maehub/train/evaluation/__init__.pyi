@@ -1,5 +1,6 @@
 from .config import EvaluateConfig as EvaluateConfig
 from .config import PredictConfig as PredictConfig
+from .config import check_target as check_target
 from .evaluating import Evaluation as Evaluation
 from .evaluating import evaluate as evaluate
 from .evaluating import labelled_sheet as labelled_sheet
@@ -9,7 +10,6 @@ from .linear import Trial as Trial
 from .linear import best as best
 from .linear import fit_at as fit_at
 from .linear import sweep as sweep
-from .neighbours import NEIGHBOURS as NEIGHBOURS
 from .neighbours import NeighbourTrial as NeighbourTrial
 from .neighbours import choose_neighbours as choose_neighbours
 from .neighbours import effective_rank as effective_rank

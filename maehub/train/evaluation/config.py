@@ -7,25 +7,11 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from maehub.errors import UsageError
-from maehub.train.engine import (
-    BatchSize,
-    Count,
-    Device,
-    Flag,
-    ImageSize,
-    Label,
-    Model,
-    Quiet,
-    Section,
-    Workers,
-    default,
-    settle,
-)
-
-PREDICTION_ENDINGS = (".csv", ".json")
+from maehub.train.engine import Flag, Section, default, settings, settle
 
 Classifier = Annotated[
-    Model, arg(help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file.")
+    settings.Model,
+    arg(help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file."),
 ]
 
 
@@ -41,16 +27,16 @@ class EvaluateConfig:
     """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv."""
     overwrite: Flag = False
     """Replace the evaluation in an existing folder."""
-    image_size: Annotated[ImageSize, Section.DATA] = ()
-    label: Label = None
+    image_size: Annotated[settings.ImageSize, Section.DATA] = ()
+    label: settings.Label = None
     group: Annotated[str | None, default("none", "COLUMN|LEVEL")] = None
     """Column of a table, or folder level, of what belongs together, such as a patient: the interval is over groups."""
-    batch_size: BatchSize = None
-    workers: Workers = None
-    device: Device = "auto"
+    batch_size: settings.BatchSize = None
+    workers: settings.Workers = None
+    device: settings.Device = "auto"
     seed: int = 0
     """Accepted everywhere; an evaluation has nothing random about it."""
-    quiet: Quiet = False
+    quiet: settings.Quiet = False
 
     def __post_init__(self) -> None:
         settle(self)
@@ -67,12 +53,12 @@ class PredictConfig:
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FILE")] = None
     """File to write, .csv or .json; without one a table is printed."""
-    top: Count = 5
+    top: settings.Count = 5
     """Classes to name for each picture."""
-    image_size: Annotated[ImageSize, Section.DATA] = ()
-    batch_size: BatchSize = None
-    workers: Workers = None
-    device: Device = "auto"
+    image_size: Annotated[settings.ImageSize, Section.DATA] = ()
+    batch_size: settings.BatchSize = None
+    workers: settings.Workers = None
+    device: settings.Device = "auto"
     skip_bad: Annotated[Flag, Section.OUTPUT] = False
     """Leave out pictures that cannot be read, list them (with a .csv in bad_files.csv beside it), and exit with 9."""
     overwrite: Flag = False
@@ -89,10 +75,12 @@ class PredictConfig:
             check_target(self.out, self.overwrite)
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Whether predictions can be written to a path, before anything is computed."""
-    if path.suffix not in PREDICTION_ENDINGS:
-        raise UsageError(f"{path}: predictions are written as {' or '.join(PREDICTION_ENDINGS)}")
+def check_target(
+    path: Path, overwrite: bool, what: str = "predictions", endings: tuple[str, ...] = (".csv", ".json")
+) -> None:
+    """Whether results can be written to a path, before anything is computed."""
+    if path.suffix not in endings:
+        raise UsageError(f"{path}: {what} are written as {' or '.join(endings)}")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
     if not path.parent.is_dir():

@@ -25,14 +25,12 @@ from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
 from maehub.train.evaluation.text_tables import printable
+from maehub.train.networks import pair
 
 log = logging.getLogger("maehub")
 
 MEMBERS = ("evaluation.json", "confusion.png", "mistakes.png", "predictions.csv")
 """What an evaluation's folder is made of."""
-
-SEVERAL = "|"
-"""Stands between the labels of a picture that has several."""
 
 _MOST_MISTAKES = 16
 
@@ -70,7 +68,13 @@ class Evaluation:
     def _repr_html_(self) -> str:
         pictures = [] if self.scores.confusion is None else [confusion_picture(self.scores)]
         pictures += [] if self.mistakes is None else [self.mistakes]
-        return self.scores._repr_html_() + "".join(map(_embedded, pictures))
+        page = self.scores._repr_html_()
+        for picture in pictures:
+            buffer = io.BytesIO()
+            picture.save(buffer, "png")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            page += f'<img src="data:image/png;base64,{data}" style="max-width: 100%">'
+        return page
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -88,8 +92,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.out is not None:
         check_free(config.out, config.overwrite, MEMBERS)
     device = usable_device(config.device)
-    size = config.image_size
-    encoder = load(config.model, image_size=(size[0], size[-1]) if size else None, device=device)
+    encoder = load(config.model, image_size=pair(config.image_size), device=device)
     if not encoder.config.classes:
         raise UsageError(
             f"{config.model} has no head, so it names no classes. Train one by `maehub finetune DATA -m {config.model} "
@@ -115,17 +118,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def worst_mistakes(logits: np.ndarray, labels: np.ndarray, most: int = _MOST_MISTAKES) -> np.ndarray:
-    """Places of the pictures that a model is wrong about, the worst first: those with the greatest loss.
+    """Places of the pictures that a model is wrong about, (up to ``most``,) int64, those with the greatest loss first.
 
     With one class a picture that is the least probability of the true one. Where it may have several, a picture is
-    wrong if a label is missing or too many at a probability of one half.
-
-    Args:
-        logits, labels: as `maehub.train.evaluation.scores.score` takes them.
-        most: how many.
-
-    Returns:
-        (at most ``most``,) int64.
+    wrong if a label is missing or too many at a probability of one half. Logits and labels are as `score` takes them.
     """
     wrong = ((logits >= 0) != labels).any(axis=1) if labels.ndim == 2 else logits.argmax(axis=1) != labels
     indices = np.flatnonzero(wrong)
@@ -135,22 +131,16 @@ def worst_mistakes(logits: np.ndarray, labels: np.ndarray, most: int = _MOST_MIS
 def labelled_sheet(
     labelled: Labelled, logits: np.ndarray, places: Sequence[int] | np.ndarray, channels: int, title: str = ""
 ) -> Image.Image:
-    """Some pictures with what they show and what they are taken for.
+    """Some pictures, in the order of ``places``, with what they show and what they are taken for.
 
-    Args:
-        labelled: all of them.
-        logits: (n, classes) of all of them.
-        places: which to draw, in this order.
-        channels: 1 or 3, of the model.
-        title: above them.
+    The logits (n, classes) are those of all pictures; the model has 1 or 3 ``channels``.
     """
     shares = probabilities(logits[places], multi_label=labelled.multi_label)
     pictures, captions, right = [], [], []
     for index, row in zip(map(int, places), shares, strict=True):
         with naming(labelled.samples, index):
-            pictures.append(open_image(labelled.samples.source(index), channels=3 if channels == 3 else 1))
-        true, said = labelled.labels[index], _said(row, labelled.multi_label)
-        told = np.flatnonzero(true).tolist() if labelled.multi_label else [int(true)]
+            pictures.append(open_image(labelled.samples.source(index), channels=channels))
+        told, said = _told_and_said(labelled, index, row)
         guesses = [f"{labelled.classes[place]} ({100 * row[place]:.0f} %)" for place in said]
         name = os.path.basename(os.fsdecode(labelled.samples.name(index)))
         shown = ", ".join(labelled.classes[place] for place in told)
@@ -170,7 +160,19 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str]:
     if folder != config.data or folder.endswith(".csv"):
         log.info("measured on %s, %d pictures", folder, len(labelled))
     if not known:
-        labelled = _by_order(labelled, encoder.config.classes, config.model, folder)
+        count, names = encoder.config.classes, labelled.classes
+        if len(names) != count:
+            raise DataError(
+                f"{config.model} has {count} classes without names, and {folder} has {len(names)}: they can only be "
+                f"matched by their order, so all of them must be there"
+            )
+        log.warning(
+            "%s does not name its %d classes: they are taken for those of %s in the order of their names, %s",
+            config.model,
+            count,
+            folder,
+            f"from {printable(names[0])} to {printable(names[-1])}",
+        )
     several = encoder.config.multi_label
     if labelled.multi_label and not several:
         raise UsageError(
@@ -204,24 +206,6 @@ def _held_out_by(config: EvaluateConfig) -> Labelled | None:
     return split.testing
 
 
-def _by_order(labelled: Labelled, classes: int, model: str, folder: str) -> Labelled:
-    """Labels for a head whose classes have no names: by their order, if there are as many."""
-    if len(labelled.classes) != classes:
-        raise DataError(
-            f"{model} has {classes} classes without names, and {folder} has {len(labelled.classes)}: they can only be "
-            f"matched by their order, so all of them must be there"
-        )
-    log.warning(
-        "%s does not name its %d classes: they are taken for those of %s in the order of their names, from %s to %s",
-        model,
-        classes,
-        folder,
-        printable(labelled.classes[0]),
-        printable(labelled.classes[-1]),
-    )
-    return labelled
-
-
 def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:
     drawn = {"confusion.png": None if evaluation.scores.multi_label else confusion_picture(evaluation.scores)}
     drawn["mistakes.png"] = evaluation.mistakes
@@ -236,30 +220,21 @@ def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelle
         write_text(folder / "evaluation.json", "{\n" + ",\n".join(lines) + "\n}\n")
         for name, picture in pictures.items():
             picture.save(folder / name)
-        _write_predictions(folder / "predictions.csv", labelled, logits)
+        path = folder / "predictions.csv"
+        with open(path, "x", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("name", "true", "predicted", "probability"))
+            for index, row in enumerate(probabilities(logits, multi_label=labelled.multi_label)):
+                told, said = _told_and_said(labelled, index, row)
+                names = ("|".join(labelled.classes[place] for place in places) for places in (told, said))
+                shown = "|".join(f"{row[place]:.6g}" for place in said)
+                rows.writerow((os.fsdecode(labelled.samples.name(index)), *names, shown))
     return evaluation
 
 
-def _write_predictions(path: Path, labelled: Labelled, logits: np.ndarray) -> None:
-    """One row a picture: its name, its class, the predicted one and its probability; of several with | between."""
-    with open(path, "x", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("name", "true", "predicted", "probability"))
-        shares = probabilities(logits, multi_label=labelled.multi_label)
-        for index, (row, true) in enumerate(zip(shares, labelled.labels, strict=True)):
-            told = np.flatnonzero(true).tolist() if labelled.multi_label else [int(true)]
-            said = _said(row, labelled.multi_label)
-            names = (SEVERAL.join(labelled.classes[place] for place in places) for places in (told, said))
-            shown = SEVERAL.join(f"{row[place]:.6g}" for place in said)
-            rows.writerow((os.fsdecode(labelled.samples.name(index)), *names, shown))
-
-
-def _said(row: np.ndarray, multi_label: bool) -> list[int]:
-    """The classes that probabilities (C,) say: the most probable, or all from one half on."""
-    return np.flatnonzero(row >= 0.5).tolist() if multi_label else [int(row.argmax())]
-
-
-def _embedded(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "png")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" style="max-width: 100%">'
+def _told_and_said(labelled: Labelled, index: int, row: np.ndarray) -> tuple[list[int], list[int]]:
+    """A picture's classes, and those that probabilities (C,) say: the most probable, or all from one half on."""
+    true = labelled.labels[index]
+    if labelled.multi_label:
+        return np.flatnonzero(true).tolist(), np.flatnonzero(row >= 0.5).tolist()
+    return [int(true)], [int(row.argmax())]

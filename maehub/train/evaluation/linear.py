@@ -10,7 +10,6 @@ strength; and n pictures span at most n directions, so wide features of few pict
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -41,51 +40,19 @@ class Trial(NamedTuple):
     loss: float  # mean negative log-likelihood, nats; with several classes a picture summed over them
 
 
-@dataclass(frozen=True)
-class LinearFit:
+class LinearFit(NamedTuple):
     """A linear classifier of features as they come: the standardisation is part of its weights.
 
     ``strength`` is λ in *mean loss + λ/2 · |weights of standardised features|²*; scikit-learn's C is 1 / (n · λ).
     """
 
-    weight: Tensor
-    """(C, D) float32."""
-    bias: Tensor
-    """(C,) float32."""
+    weight: Tensor  # (C, D) float32
+    bias: Tensor  # (C,) float32
     strength: float
-    inner: tuple[Trial, ...] = ()
-    """What the strength was chosen by, from strong to weak."""
 
     def logits(self, features: Tensor) -> Tensor:
         """(n, D) to (n, C), for a softmax; for a sigmoid each where it was fitted to several labels a picture."""
         return F.linear(features.float(), self.weight, self.bias)
-
-
-def fit_linear(
-    features: Tensor,
-    labels: np.ndarray,
-    classes: int,
-    inner: Sequence[tuple[np.ndarray, np.ndarray]],
-    strengths: Sequence[float] = STRENGTHS,
-) -> LinearFit:
-    """Fit at every strength, choose by the inner splits, fit the chosen one to all.
-
-    Chosen is, of the strengths whose accuracy on what is held out is within half a point of the best, the one of least
-    loss. Accuracy is what one wants; where it is flat a few pictures would decide for a strength that fits too closely,
-    and loss alone can be lowest where hardly anything is told apart, as with histograms that have rare bins.
-
-    Deterministic. Constant, repeated and linearly dependent columns are fine, and so is n < D.
-
-    Args:
-        features: (n, D) floating.
-        labels: (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class.
-        classes: C.
-        inner: indices to fit to and indices to choose by, once or more.
-        strengths: penalties to try.
-    """
-    trials = sweep(features, labels, classes, inner, strengths)
-    chosen = best(trials)
-    return fit_at(features, labels, classes, chosen.strength, trials)
 
 
 def sweep(
@@ -95,7 +62,12 @@ def sweep(
     inner: Sequence[tuple[np.ndarray, np.ndarray]],
     strengths: Sequence[float] = STRENGTHS,
 ) -> tuple[Trial, ...]:
-    """How well each strength does on what is held out of the inner splits; arguments and errors as in `fit_linear`."""
+    """How well each strength does, from strong to weak, on what is held out of the inner splits.
+
+    Deterministic. Features are (n, D) floating; constant, repeated and linearly dependent columns are fine, and so is
+    n < D. Labels are (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class. ``inner`` are
+    indices to fit to and indices to choose by, once or more.
+    """
     _check(features, labels, classes)
     ordered = sorted(strengths, reverse=True)
     if not inner or not ordered or ordered[-1] <= 0:
@@ -112,25 +84,31 @@ def sweep(
 
 
 def best(trials: Iterable[Trial]) -> Trial:
-    """Of the most accurate, within half a point, the one of least loss; of equal ones the strongest."""
+    """Of the most accurate, within half a point, the one of least loss; of equal ones the strongest.
+
+    Accuracy is what one wants; where it is flat a few pictures would decide for a strength that fits too closely, and
+    loss alone can be lowest where hardly anything is told apart, as with histograms that have rare bins.
+    """
     known = list(trials)
     enough = max(trial.accuracy for trial in known) - _AS_ACCURATE
     return min((trial for trial in known if trial.accuracy >= enough), key=lambda trial: (trial.loss, -trial.strength))
 
 
-def fit_at(
-    features: Tensor, labels: np.ndarray, classes: int, strength: float, inner: tuple[Trial, ...] = ()
-) -> LinearFit:
-    """Fit at one strength; arguments and errors as in `fit_linear`."""
+def fit_at(features: Tensor, labels: np.ndarray, classes: int, strength: float) -> LinearFit:
+    """Fit at one strength; arguments and errors as in `sweep`."""
     _check(features, labels, classes)
     (fit,) = _path(features, labels, classes, [strength], torch.float64)
-    return LinearFit(fit.weight, fit.bias, strength, inner)
+    return fit
 
 
 def accuracy(logits: Tensor, labels: np.ndarray) -> float:
-    """Top-1 in percent of (n, C) and (n,); of (n, C) bool the mean average precision of the classes that occur."""
+    """Top-1 in percent of (n, C) and (n,); of (n, C) bool the mean average precision of the classes that occur.
+
+    In place of logits it also takes (n,), which class is the highest.
+    """
     if labels.ndim == 1:
-        return 100 * float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
+        highest = logits.argmax(dim=1) if logits.ndim == 2 else logits
+        return 100 * float((highest.cpu().numpy() == labels).mean())
     values = logits.float().cpu().numpy()
     scores = [average_precision(values[:, column], labels[:, column]) for column in np.flatnonzero(labels.any(axis=0))]
     return 100 * float(np.mean(scores)) if scores else 0.0

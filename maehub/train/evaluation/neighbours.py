@@ -18,13 +18,6 @@ _AT_ONCE = 2**25  # similarities in memory
 _TEMPERATURE = 0.07
 
 
-class Near(NamedTuple):
-    """The nearest of some pictures, the nearest first."""
-
-    weights: Tensor  # (rows, k), exp(cosine similarity / temperature), the nearest one's being 1; 0 where it is barred
-    indices: Tensor  # (rows, k) int64, of the pictures that vote
-
-
 class NeighbourTrial(NamedTuple):
     """One number of neighbours, and how well it did."""
 
@@ -41,20 +34,14 @@ def vote(
     *,
     classes: int | None = None,
 ) -> Tensor:
-    """What share of its neighbours' votes each class gets, each voting with exp(cosine similarity / temperature).
+    """Votes for each class over all votes, (n, C) float32 in [0, 1], of the nearest of the training pictures.
 
-    Args:
-        train_features: (m, D) floating.
-        train_labels: (m,) integers from 0; or (m, C) bool, where a neighbour votes for each of its classes.
-        features: (n, D) floating, on the same device.
-        neighbours: how many vote; at most m do.
-        classes: C, where labels are integers; None is as many as they name.
-
-    Returns:
-        (n, C) float32 in [0, 1]: votes for the class over all votes.
+    Each votes with exp(cosine similarity / temperature), at most all of the m training pictures. Features are (m, D)
+    and (n, D) floating on one device; labels (m,) integers below ``classes``, or below as many as they name; or (m, C)
+    bool, where a neighbour votes for each of its classes.
     """
     ballots = _ballots(train_labels, classes, features.device)
-    return torch.cat([_shares(near, ballots) for near in _nearest(train_features, features, neighbours, temperature)])
+    return torch.cat([_shares(*near, ballots) for near in _nearest(train_features, features, neighbours, temperature)])
 
 
 def choose_neighbours(
@@ -62,41 +49,29 @@ def choose_neighbours(
     labels: np.ndarray,
     groups: np.ndarray | None = None,
     temperature: float = _TEMPERATURE,
-    candidates: Sequence[int] = NEIGHBOURS,
+    candidates: Sequence[int] = (),
 ) -> tuple[NeighbourTrial, ...]:
     """How well each number of neighbours tells the class of a picture that is left out of them.
 
-    Args:
-        features: (n, D) floating, n at least 2.
-        labels: as in `vote`.
-        groups: (n,) integers: pictures of its own group do not vote for a picture; None bars only itself.
-        candidates: numbers to try; those of n and more are left out.
+    Features are (n, D) floating, n at least 2, labels as in `vote`. Pictures of its own group, ``groups`` (n,)
+    integers, do not vote for a picture; None bars only itself. Candidates, or `NEIGHBOURS`, of n and more are left out.
     """
     count = len(features)
     if count < 2:
         raise UsageError("one picture has no neighbours to choose by")
     ballots = _ballots(labels, None, features.device)
-    tried = [number for number in candidates if number < count] or [count - 1]
+    tried = [number for number in candidates or NEIGHBOURS if number < count] or [count - 1]
     barred = torch.arange(count) if groups is None else torch.as_tensor(groups)
     votes: dict[int, list[Tensor]] = {number: [] for number in tried}
-    for near in _nearest(features, features, max(tried), temperature, barred.to(features.device)):
+    for weights, indices in _nearest(features, features, max(tried), temperature, barred.to(features.device)):
         for number in tried:
-            shares = _shares(Near(near.weights[:, :number], near.indices[:, :number]), ballots)
+            shares = _shares(weights[:, :number], indices[:, :number], ballots)
             votes[number].append(shares if labels.ndim == 2 else shares.argmax(dim=1))  # the shares are large
-    return tuple(NeighbourTrial(number, _accuracy(torch.cat(votes[number]), labels)) for number in tried)
+    return tuple(NeighbourTrial(number, accuracy(torch.cat(votes[number]), labels)) for number in tried)
 
 
 def leave_one_out(features: Tensor, labels: Tensor, neighbours: int = 20) -> float:
-    """Accuracy of the vote of the nearest other features.
-
-    Args:
-        features: (n, D) floating, any device.
-        labels: (n,) int64 from 0, on the same device.
-        neighbours: how many vote; at most n − 1.
-
-    Returns:
-        Top-1 accuracy in percent.
-    """
+    """Top-1 in percent of the vote of the nearest other features, (n, D) floating; labels (n,) int64 from 0."""
     neighbours = min(neighbours, len(features) - 1)
     return choose_neighbours(features.float(), labels.cpu().numpy(), candidates=[neighbours])[0].accuracy
 
@@ -104,13 +79,8 @@ def leave_one_out(features: Tensor, labels: Tensor, neighbours: int = 20) -> flo
 def effective_rank(features: Tensor) -> float:
     """How many directions features use: exp of the entropy of their normalised singular values.
 
-    Roy and Vetterli 2007; as a signal of representation quality without labels, RankMe (Garrido et al. 2023).
-
-    Args:
-        features: (n, D) floating.
-
-    Returns:
-        Between 1 and min(n, D).
+    Roy and Vetterli 2007; as a signal of representation quality without labels, RankMe (Garrido et al. 2023). Of
+    (n, D) floating it lies between 1 and min(n, D).
     """
     values = torch.linalg.svdvals(features.double().cpu())
     shares = values / values.sum()
@@ -120,8 +90,11 @@ def effective_rank(features: Tensor) -> float:
 
 def _nearest(
     train: Tensor, asking: Tensor, neighbours: int, temperature: float, barred: Tensor | None = None
-) -> Iterator[Near]:
-    """The nearest of ``train``, for some rows of ``asking`` at a time; of equal (n,) ``barred`` none counts."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The nearest of ``train``, for some rows of ``asking`` at a time; of equal (n,) ``barred`` none counts.
+
+    Weights (rows, k), exp(cosine similarity / temperature), the nearest one's being 1, and indices (rows, k) int64.
+    """
     train, asking = F.normalize(train.float(), dim=1), F.normalize(asking.float(), dim=1)
     step = max(1, _AT_ONCE // len(train))
     for start in range(0, len(asking), step):
@@ -131,20 +104,15 @@ def _nearest(
             similarity[barred[rows, None] == barred] = -torch.inf
         near, indices = similarity.topk(min(neighbours, len(train)), dim=1)
         weights = ((near - near[:, :1]) / temperature).exp()
-        yield Near(weights.nan_to_num(0), indices)  # where every one is barred, nobody votes
+        yield weights.nan_to_num(0), indices  # where every one is barred, nobody votes
 
 
-def _shares(near: Near, ballots: Tensor) -> Tensor:
+def _shares(weights: Tensor, indices: Tensor, ballots: Tensor) -> Tensor:
     """(rows, C): votes for each class over all votes."""
-    votes = torch.zeros(len(near.weights), ballots.shape[1], device=ballots.device)
-    for weights, indices in zip(near.weights.T, near.indices.T, strict=True):  # all at once would be k times as large
-        votes += weights[:, None] * ballots[indices]
-    return votes / near.weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
-
-
-def _accuracy(votes: Tensor, labels: np.ndarray) -> float:
-    """Of the most voted classes (n,) their top-1 in percent; of shares (n, C) as `linear.accuracy`."""
-    return accuracy(votes, labels) if votes.ndim == 2 else 100 * float((votes.cpu().numpy() == labels).mean())
+    votes = torch.zeros(len(weights), ballots.shape[1], device=ballots.device)
+    for weight, index in zip(weights.T, indices.T, strict=True):  # all at once would be k times as large
+        votes += weight[:, None] * ballots[index]
+    return votes / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def _ballots(labels: np.ndarray, classes: int | None, device: torch.device) -> Tensor:

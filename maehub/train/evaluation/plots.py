@@ -39,7 +39,9 @@ def confusion_picture(scores: Scores) -> Image.Image:
     """
     if scores.confusion is None:
         raise UsageError("where a picture may have several classes there is no confusion matrix")
-    counts, together = _drawable(scores.confusion)
+    together = -(-len(scores.confusion) // _MOST_ROWS)  # of very many classes some stand together in a row
+    starts = np.arange(0, len(scores.confusion), together)
+    counts = np.add.reduceat(np.add.reduceat(scores.confusion, starts, axis=0), starts, axis=1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cell = max(1, min(_LARGEST_CELL, _SIDE // len(counts)))
     across = cell * len(counts)
@@ -80,12 +82,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Pictures in a grid, each with its caption below and in a frame: green where a model is right, red where not.
 
-    Args:
-        pictures: RGB or grey, any size: they are scaled into squares.
-        captions: one each; a line break starts a new line, long lines are cut.
-        right: one each.
-        title: above them all.
-        columns: in a row, if there are as many.
+    Pictures are RGB or grey of any size, and scaled into squares. Long lines of a caption are cut.
     """
     if not pictures or not len(pictures) == len(captions) == len(right):
         raise UsageError(
@@ -108,19 +105,14 @@ def contact_sheet(
         row, column = divmod(number, columns)
         x, y = gap + column * (side + gap), head + row * step
         draw.rectangle((x, y, x + side - 1, y + side - 1), outline=_GREEN if right[number] else _RED, width=_FRAME)
-        small = _scaled(picture)
+        scale = _THUMBNAIL / max(picture.size)  # small ones are enlarged
+        wide, high = (max(1, round(length * scale)) for length in picture.size)
+        small = picture.convert("RGB").resize((wide, high), Image.Resampling.LANCZOS)
         sheet.paste(small, (x + (side - small.width) // 2, y + (side - small.height) // 2))
         for place, text in enumerate(words):
             colour = _GREY if place else _INK
             draw.text((x, y + side + 6 + place * line), _cut(text, font, side), colour, font)
     return sheet
-
-
-def _drawable(confusion: np.ndarray) -> tuple[np.ndarray, int]:
-    """The matrix, of very many classes with some of them together in a row; and how many are together."""
-    together = -(-len(confusion) // _MOST_ROWS)
-    starts = np.arange(0, len(confusion), together)
-    return np.add.reduceat(np.add.reduceat(confusion, starts, axis=0), starts, axis=1), together
 
 
 def _coloured(shares: np.ndarray) -> Image.Image:
@@ -133,16 +125,15 @@ def _coloured(shares: np.ndarray) -> Image.Image:
 def _labels(names: Sequence[str], together: int, cell: int, font: Font) -> dict[int, str]:
     """What stands beside which rows: names, or the places of some."""
     if cell >= _NAMED_CELL:
-        return {place: _cut(_written(name, place, font), font, _LONGEST_NAME) for place, name in enumerate(names)}
+        unknown = bytes(font.getmask("\uffff"))
+        labels = {}
+        for place, name in enumerate(names):
+            missing = any(bytes(font.getmask(character)) == unknown for character in set(name) - {" "})
+            labels[place] = _cut(f"class {place}" if missing else printable(name), font, _LONGEST_NAME)
+        return labels
     rows = -(-len(names) // together)
     step = next(size for size in (5, 10, 20, 50, 100, 200, 500) if size * cell >= 40)
     return {place: f"{place * together:,}" for place in range(0, rows, step)}
-
-
-def _written(name: str, place: int, font: Font) -> str:
-    unknown = bytes(font.getmask("\uffff"))
-    missing = any(bytes(font.getmask(character)) == unknown for character in set(name) - {" "})
-    return f"class {place}" if missing else printable(name)
 
 
 def _cut(text: str, font: Font, width: float) -> str:
@@ -184,10 +175,3 @@ def _write_legend(picture: Image.Image, at: Place) -> None:
         y = at[1] + round((1 - share**0.5) * (_LEGEND - 1))
         draw.line((at[0] + 18, y, at[0] + 22, y), _GREY)
         draw.text((at[0] + 26, y), f"{100 * share:.0f} %", _GREY, font, anchor="lm")
-
-
-def _scaled(picture: Image.Image) -> Image.Image:
-    """As large as fits into a square; small ones are enlarged."""
-    scale = _THUMBNAIL / max(picture.size)
-    size = [max(1, round(side * scale)) for side in picture.size]
-    return picture.convert("RGB").resize((size[0], size[1]), Image.Resampling.LANCZOS)

@@ -80,9 +80,8 @@ class Predictions:
             else:
                 count = min(self.shown, len(self.classes))
                 rows = csv.writer(file)
-                rows.writerow(
-                    ["path", *(f"{what}{n}" for n in range(1, count + 1) for what in ("class", "probability"))]
-                )
+                columns = (f"{what}{n}" for n in range(1, count + 1) for what in ("class", "probability"))
+                rows.writerow(["path", *columns])
                 for name, guesses in zip(self.paths, self.top(), strict=True):
                     cells = ((guess.name, f"{guess.probability:.6g}") for guess in guesses)
                     rows.writerow([name, *(cell for pair in cells for cell in pair)])
@@ -113,8 +112,9 @@ class Predictions:
         header = ["PICTURE", *(f"{'TOP' if place == 1 else ''} {place}".strip() for place in range(1, count + 1))]
         first = Predictions(self.paths[:_PRINTED], self.classes, self.probabilities[:_PRINTED], self.multi_label, [])
         rows = [
-            [_ending(name), *(f"{100 * share:5.1f} % {printable(word, 24)}" for word, share in guesses)]
-            for name, guesses in zip(first.paths, first.top(count), strict=True)
+            [name if len(name) <= 40 else f"…{name[-39:]}"]  # the end of a path tells files apart
+            + [f"{100 * share:5.1f} % {printable(word, 24)}" for word, share in guesses]
+            for name, guesses in zip((printable(path, 10_000) for path in first.paths), first.top(count), strict=True)
         ]
         return header, rows
 
@@ -165,9 +165,3 @@ def predict(
     names = config.class_names or tuple(map(str, range(config.classes)))
     shares = probabilities(torch.cat(parts).numpy(), multi_label=config.multi_label)
     return Predictions(table.paths, names, shares, config.multi_label, table.skipped, top)
-
-
-def _ending(name: str, longest: int = 40) -> str:
-    """The end of a path, which tells files apart."""
-    shown = printable(name, 10_000)
-    return shown if len(shown) <= longest else "…" + shown[1 - longest :]

@@ -162,11 +162,9 @@ class Scores:
 
 
 def wilson(right: float, n: int) -> Interval:
-    """The 95 % interval of a share (Wilson 1927), which is sound for few pictures and for shares near 0 and 1.
+    """The 95 % interval of the share of ``n`` independent trials that is right (Wilson 1927).
 
-    Args:
-        right: how many of them, from 0 to ``n``.
-        n: independent trials, at least 1.
+    It is sound for few pictures and for shares near 0 and 1.
     """
     if n < 1 or not 0 <= right <= n:
         raise UsageError(f"an interval needs 0 to n of n >= 1 trials, not {right} of {n}")
@@ -177,19 +175,15 @@ def wilson(right: float, n: int) -> Interval:
 
 
 def score(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups: np.ndarray | None = None) -> Scores:
-    """Compare logits with labels.
+    """Compare logits (n, C) with labels; of equal logits the first class counts as the higher.
 
-    Of equal logits the first class counts as the higher.
+    Labels are (n,) integers, places in ``classes``; or (n, C) bool where a picture may have several classes. Then
+    ``top1`` is the share of pictures with a label whose highest logit is among their labels.
 
-    Args:
-        logits: (n, C) floating.
-        labels: (n,) integers, places in ``classes``; or (n, C) bool where a picture may have several classes. Then
-            ``top1`` is the share of pictures with a label whose highest logit is among their labels.
-        classes: C names.
-        groups: (n,) integers, equal for pictures that are not independent, such as those of a patient. Then the
-            interval is a percentile bootstrap over groups (Efron 1979; 1000 resamples, always the same ones) instead
-            of Wilson's. Where all groups have the same share of right ones it would have no width, and Wilson's is
-            taken with each group as one trial.
+    ``groups``, (n,) integers, are equal for pictures that are not independent, such as those of a patient. With them
+    the interval is a percentile bootstrap over groups (Efron 1979; 1000 resamples, always the same ones) instead of
+    Wilson's. Where all groups have the same share of right ones it would have no width, and Wilson's is taken with each
+    group as one trial.
     """
     _check(logits, labels, classes, groups)
     highest = logits.argmax(axis=1)
@@ -230,14 +224,9 @@ def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def average_precision(values: np.ndarray, truth: np.ndarray) -> float:
-    """Area under the precision-recall steps, equal values being one step.
+    """Area under the precision-recall steps, in [0, 1], equal values being one step.
 
-    Args:
-        values: (n,) floating, higher for what is more surely so.
-        truth: (n,) bool, at least one true.
-
-    Returns:
-        In [0, 1].
+    Of values (n,), higher for what is more surely so, and the truth (n,) bool, at least once true.
     """
     order = np.argsort(-values, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last of each run of equal values
@@ -279,16 +268,15 @@ def _one_label(scores: Scores, logits: np.ndarray, labels: np.ndarray, classes: 
         most = int(wrong[number].argmax())
         times = int(wrong[number, most])
         recall, precision = _share(right[number], shown[number]), _share(right[number], said[number])
-        rows.append(
-            ClassScore(
-                name, shown[number], said[number], recall, precision, None, classes[most] if times else None, times
-            )
-        )
+        taken_for = classes[most] if times else None
+        rows.append(ClassScore(name, shown[number], said[number], recall, precision, None, taken_for, times))
     bins = _bins(logits, predicted == labels)
+    own = logits[np.arange(len(labels)), labels][:, None]
+    higher = (logits > own) | ((logits == own) & (np.arange(count) < labels[:, None]))  # than the true class
     return replace(
         scores,
         per_class=tuple(rows),
-        top5=_top(logits, labels, 5) if count > 5 else None,
+        top5=100 * float((higher.sum(axis=1) < 5).mean()) if count > 5 else None,
         balanced_accuracy=float(np.mean([row.recall for row in rows if row.recall is not None])),
         calibration_error=sum(row.n * row.gap for row in bins) / len(logits),
         bins=bins,
@@ -299,15 +287,15 @@ def _one_label(scores: Scores, logits: np.ndarray, labels: np.ndarray, classes: 
 def _several_labels(scores: Scores, logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Scores:
     """The scores with what only exists where a picture may have several classes."""
     predicted = logits >= 0  # a probability of one half
-    rows, f1, precisions = [], [], []
+    rows, f1 = [], []
     for number, name in enumerate(classes):
         truth, guess = labels[:, number], predicted[:, number]
         shown, said, right = int(truth.sum()), int(guess.sum()), int((truth & guess).sum())
         precise = 100 * average_precision(logits[:, number], truth) if shown else None
-        precisions += [precise] if precise is not None else []
         rows.append(ClassScore(name, shown, said, _share(right, shown), _share(right, said), precise))
         if shown:
             f1.append(200 * right / (shown + said))
+    precisions = [row.average_precision for row in rows if row.average_precision is not None]
     return replace(
         scores,
         per_class=tuple(rows),
@@ -316,25 +304,15 @@ def _several_labels(scores: Scores, logits: np.ndarray, labels: np.ndarray, clas
     )
 
 
-def _top(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Percent of pictures whose class is among the k highest."""
-    own = logits[np.arange(len(labels)), labels][:, None]
-    equal_before = (logits == own) & (np.arange(logits.shape[1]) < labels[:, None])
-    return 100 * float((((logits > own) | equal_before).sum(axis=1) < k).mean())
-
-
 def _bins(logits: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
-    sure = -losses(logits, logits.argmax(axis=1))
-    places = np.clip(np.ceil(np.exp(sure) * _BINS).astype(int) - 1, 0, _BINS - 1)
+    sure = np.exp(-losses(logits, logits.argmax(axis=1)))
+    places = np.clip(np.ceil(sure * _BINS).astype(int) - 1, 0, _BINS - 1)
     rows = []
     for number in range(_BINS):
-        edges = 100 * number / _BINS, 100 * (number + 1) / _BINS
         inside = places == number
-        if inside.any():
-            confidence, accuracy = np.exp(sure[inside]).mean(), right[inside].mean()
-            rows.append(Bin(*edges, int(inside.sum()), 100 * float(confidence), 100 * float(accuracy)))
-        else:
-            rows.append(Bin(*edges, 0, None, None))
+        count = int(inside.sum())
+        means = [100 * float(one[inside].mean()) for one in (sure, right)] if count else [None, None]
+        rows.append(Bin(100 * number / _BINS, 100 * (number + 1) / _BINS, count, *means))
     return tuple(rows)
 
 

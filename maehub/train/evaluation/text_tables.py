@@ -5,13 +5,7 @@ from collections.abc import Collection, Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
-    """Aligned columns, two spaces apart.
-
-    Args:
-        header: above the columns.
-        rows: as many cells as ``header``.
-        left: columns that begin at the same place; the others end at the same place.
-    """
+    """Aligned columns, two spaces apart: those ``left`` begin at the same place, the others end at the same place."""
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 

@@ -1,13 +1,15 @@
-"""Encoders with a head, as they are trained: pooling, stochastic depth, frozen parts, probes on a frozen network."""
+"""What is trained, and its loss: encoders with a head, stochastic depth, frozen parts, probes on a frozen network."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from maehub.errors import UsageError
 from maehub.models import Block, Encoder, Pool
@@ -20,18 +22,40 @@ _BATCH_NORM_EPS = 1e-6
 _HEAD_WIDTH = 64  # of the attention that pools
 
 
+class Objective(nn.Module):
+    """A classifier and its loss: soft-target cross-entropy, or binary cross-entropy of each label."""
+
+    def __init__(self, network: nn.Module, positive: Tensor | None, *, multi_label: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.multi_label = multi_label
+        self.positive: Tensor | None
+        self.register_buffer("positive", positive, persistent=False)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Images (B, C, H, W) and targets (B, classes) to the mean loss, () float32."""
+        logits = self.network(images).float()
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive)
+        return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1).mean()
+
+
+def class_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """(classes,) float32. What makes every class count alike; of several labels, how much more a present one counts."""
+    if labels.ndim == 2:
+        present = labels.sum(axis=0)
+        return torch.from_numpy(((len(labels) - present) / np.maximum(present, 1)).astype(np.float32))
+    counts = np.bincount(labels, minlength=classes)
+    return torch.from_numpy((len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32))
+
+
 def as_classifier(
     encoder: Encoder, classes: Sequence[str], *, pool: Pool, multi_label: bool = False, seed: int = 0
 ) -> Encoder:
-    """An encoder with a head to be fine-tuned: its weights, and fresh ones for what they lack.
+    """An encoder on the CPU with a head to be fine-tuned: its weights, and fresh ones for what they lack.
 
     With the mean the final norm is a fresh ``fc_norm``, unless the weights have one. The head is kept where it is one
     of the same classes, else drawn with the published small deviation. Positions are trained, as published.
-
-    Args:
-        encoder: on the CPU.
-        classes: their names.
-        pool: what the head sees.
     """
     old = encoder.config
     names = tuple(classes)
@@ -49,20 +73,29 @@ def as_classifier(
     return model
 
 
-def drop_paths(blocks: Sequence[Block], rate: float) -> None:
+def with_head(encoder: Encoder, classes: Sequence[str], weight: Tensor, bias: Tensor, *, multi_label: bool) -> Encoder:
+    """The encoder as it is, on the CPU and in eval mode, with a head of these weights (C, D) and biases (C,)."""
+    model = as_classifier(encoder.cpu(), classes, pool=encoder.config.pool, multi_label=multi_label)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
+    return model.eval()
+
+
+def drop_paths(blocks: Sequence[nn.Module], rate: float, names: Sequence[str] = ("drop_path",)) -> None:
     """Put stochastic depth into blocks: the first is never passed over, the last for ``rate`` of the samples."""
     from timm.layers.drop import DropPath
 
     for number, block in enumerate(blocks):
         share = rate * number / max(1, len(blocks) - 1)
-        block.drop_path = DropPath(share) if share else nn.Identity()
+        for name in names:
+            setattr(block, name, DropPath(share) if share else nn.Identity())
 
 
 def freeze(encoder: Encoder, blocks: float) -> None:
     """Leave the last so many blocks, the final norm and the head to be trained (He et al. 2021, figure 9).
 
-    Args:
-        blocks: 0.5 is the MLP of the last block with its norm, as in the paper.
+    Half a block is the MLP of the last one with its norm, as in the paper.
     """
     depth = encoder.config.depth
     if blocks > depth:
@@ -86,6 +119,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     does not run on a CPU.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, width: int, group: Group) -> None:
         super().__init__(width, eps=_BATCH_NORM_EPS, affine=False)
         self.group = group
@@ -94,9 +131,6 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         """(B, D) to (B, D)."""
         if not self.training or self.group.size == 1:
             return super().forward(features)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         with torch.no_grad():
             x = features.double()
             sums = torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])])
@@ -153,16 +187,10 @@ class LinearProbe(_Probe):
         encoder = self.trunk
         if not isinstance(encoder, Encoder) or self.pool != encoder.config.pool:
             return None
-        assert self.norm.running_mean is not None
-        assert self.norm.running_var is not None
-        model = as_classifier(encoder.cpu(), classes, pool=encoder.config.pool, multi_label=multi_label)
         scale = (self.norm.running_var.double().cpu() + self.norm.eps).rsqrt()
         weight = self.head.weight.detach().double().cpu() * scale
         bias = self.head.bias.detach().double().cpu() - weight @ self.norm.running_mean.double().cpu()
-        with torch.no_grad():
-            model.head.weight.copy_(weight)
-            model.head.bias.copy_(bias)
-        return model
+        return with_head(encoder, classes, weight, bias, multi_label=multi_label)
 
 
 class AttentiveProbe(_Probe):
@@ -186,16 +214,14 @@ class AttentiveProbe(_Probe):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to logits (B, classes)."""
-        with torch.no_grad():
-            tokens = self._tokens(images)
+        network: Any = self.trunk
+        with torch.no_grad():  # patch tokens (B, N, D) after the final norm; of a convolutional network its last map
+            if isinstance(network, Encoder):
+                tokens = network.features(images, pool="tokens")
+            else:
+                tokens = network.forward_features(images)
+                maps = tokens.ndim == 4
+                tokens = tokens.flatten(2).transpose(1, 2) if maps else tokens[:, network.num_prefix_tokens :]
         query = self.query.expand(len(tokens), -1, -1)
         pooled, _ = self.attention(query, tokens, tokens, need_weights=False)
         return self.head(self.norm(pooled[:, 0]))
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        """Patch tokens (B, N, D) after the final norm; of a convolutional network its last map."""
-        if isinstance(self.trunk, Encoder):
-            return self.trunk.features(images, pool="tokens")
-        network: Any = self.trunk
-        found = network.forward_features(images)
-        return found.flatten(2).transpose(1, 2) if found.ndim == 4 else found[:, network.num_prefix_tokens :]

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maehub.data import MOST_LOOKED_AT, LabelledSplit, StepKeys, batches_of, find_twins, split_labelled, worker_count
+from maehub.data import Labelled, LabelledSplit, StepKeys, batches_of, split_labelled, worker_count
 from maehub.errors import EXIT_DONE, DataError, UsageError
-from maehub.hub import Located
 from maehub.images import Augmentation
 from maehub.train.engine import (
     Checkpoints,
@@ -49,14 +48,15 @@ from maehub.train.engine import (
     update,
     wrapped,
 )
-from maehub.train.evaluation import Scores
+from maehub.train.evaluation import Scores, score
+from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.config import FinetuneConfig
-from maehub.train.finetuning.measuring import Measured, export, logits_of, show
+from maehub.train.finetuning.measuring import export, logits_of, look_for_twins, show
 from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
 from maehub.train.finetuning.network import Classifier, build_classifier, find_weights, open_network, optimizer_of
-from maehub.train.finetuning.objective import Objective, class_weights
 from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
 from maehub.train.finetuning.views import LabelledBatch, LabelledCrops, TrainTransform, policy_of
+from maehub.train.networks import Backbone
 from maehub.train.reports import update_report
 
 log = logging.getLogger("maehub")
@@ -144,9 +144,15 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
         "looking for pictures",
     )
     classes, many = len(split.training.classes), split.training.multi_label
-    classifier, facts, settings = _fitted(config, files, split, group)
+    backbone = open_network(config, files)
+    facts, settings = _settled(config, backbone, split.training, group)
+    classifier = build_classifier(config, backbone, settings, split.training, group)
     derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
-    start = agreed_start(group, asdict(config), derived, _digest(split))
+    pictures = hashlib.sha256()
+    for side in (split.training, split.testing):
+        pictures.update(side.samples.digest().encode() + np.ascontiguousarray(side.labels).tobytes())
+    pictures.update("\0".join(split.training.classes).encode())
+    start = agreed_start(group, asdict(config), derived, pictures.hexdigest())
     classifier.network.to(group.device).train()
     spreads = config.fsdp and group.size > 1
     empty = copy.deepcopy(classifier.network).to("meta") if spreads else None
@@ -165,6 +171,7 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
     if average is not None and spreads:
         wrapped(average.module, group, replace(config, compile=False, checkpoint_activations=False))
     augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
+    policy = policy_of(settings.randaugment, classifier.preprocess)
     return _Job(
         classifier=classifier,
         kept=kept,
@@ -173,9 +180,7 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
         module=module,
         optimizer=optimizer_of(classifier, settings),
         mixing=mixing,
-        transform=TrainTransform(
-            classifier.preprocess, augmentation, policy_of(settings.randaugment, classifier.preprocess)
-        ),
+        transform=TrainTransform(classifier.preprocess, augmentation, policy),
         split=split,
         facts=facts,
         settings=settings,
@@ -198,8 +203,8 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     facts |= {"classes": list(job.split.training.classes), "environment": describe_environment(group)}
     run.begin(config, facts, done, steps)
     with group.together("looking for twins"):
-        if group.is_main:
-            _look_for_twins(config, job.split, run)
+        if group.is_main and not config.resume:
+            look_for_twins(config, job.split, run.folder / "twins.csv")
     samples = job.split.training.samples
     keys = StepKeys(samples, settings.batch_size, config.seed, done, steps, 1, group.rank, group.size)
     crops = LabelledCrops(job.split.training, job.transform, config.cache)
@@ -253,46 +258,36 @@ def _forward_backward(job: _Job, batch: LabelledBatch, micro: int, seed: int, de
     return loss
 
 
-def _validate(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: int) -> Measured | None:
+def _validate(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: int) -> Scores | None:
     """Measure on the held-out pictures, and draw some of them; the numbers are in rank 0."""
     with group.together("measuring"):
         testing = job.split.testing
-        logits = logits_of(
-            job.measured, job.empty, testing.samples, job.classifier.preprocess, group, job.precision, config.workers
-        )
+        preprocess, last = job.classifier.preprocess, step == job.settings.steps
+        logits = logits_of(job.measured, job.empty, testing.samples, preprocess, group, job.precision, config.workers)
         if logits is None:
             return None
-        measured = Measured.of(logits, testing)
-        run.note(step, **measured.numbers())
-        log.info("step %d: top-1 %.1f %% on the held-out pictures", step, measured.scores.top1)
-        last, channels = step == job.settings.steps, job.classifier.preprocess.channels
-        show(measured, testing, channels, run.folder / "pictures", step, last=last)
-        return measured
+        scores = score(logits, testing.labels, testing.classes, testing.groups)
+        numbers = {"val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5}
+        numbers |= {"val_mean_average_precision": scores.mean_average_precision}
+        run.note(step, **{name: value for name, value in numbers.items() if value is not None})
+        log.info("step %d: top-1 %.1f %% on the held-out pictures", step, scores.top1)
+        show(logits, scores, testing, preprocess.channels, run.folder / "pictures", step, last=last)
+        return scores
 
 
 def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Scores | None:
     """Measure for the last time, and write the scores and the model."""
-    measured = _validate(config, group, job, run, job.settings.steps)
+    scores = _validate(config, group, job, run, job.settings.steps)
     with group.together("exporting the model"):
         network = single_network(job.measured, job.empty, group)
-        if network is not None and measured is not None:
-            export(run.folder, config.model, job.settings, network, measured, job.split)
-    return measured.scores if measured else None
+        if network is not None and scores is not None:
+            export(run.folder, config.model, job.settings, network, scores, job.split)
+    return scores
 
 
-class _Fitted(NamedTuple):
-    """A network, and the recipe fitted to it and to the data."""
-
-    classifier: Classifier
-    facts: Facts
-    settings: Settings
-
-
-def _fitted(config: FinetuneConfig, files: Located | None, split: LabelledSplit, group: Group) -> _Fitted:
-    training, asked = split.training, asked_of(config)
-    backbone = open_network(
-        config.model, files, image_size=config.image_size, channels=config.channels, seed=config.seed
-    )
+def _settled(config: FinetuneConfig, backbone: Backbone, training: Labelled, group: Group) -> tuple[Facts, Settings]:
+    """The recipe, and what it was fitted to."""
+    asked = asked_of(config)
     facts = Facts(
         width=backbone.width,
         depth=backbone.depth,
@@ -305,9 +300,6 @@ def _fitted(config: FinetuneConfig, files: Located | None, split: LabelledSplit,
     settings = settle(config.recipe, facts, asked, config.model)
     if config.fsdp and settings.head != "linear":
         raise UsageError(f"--fsdp is for training a network, which --recipe {settings.recipe} freezes")
-    classifier = build_classifier(
-        backbone, settings, training, group, blocks=config.blocks, pool=config.pool, seed=config.seed
-    )
     size, even = settings.batch_size, settings.mixed_at_once
     if size % (group.size * even):
         if config.batch_size is not None:
@@ -319,42 +311,22 @@ def _fitted(config: FinetuneConfig, files: Located | None, split: LabelledSplit,
         settings = settle(config.recipe, facts, asked, config.model)
     if settings.optimizer == "lars" and len(training) < 2 * group.size:
         raise DataError(f"batch normalisation needs at least two pictures, and {config.data} has {len(training)}")
-    return _Fitted(classifier, facts, settings)
-
-
-def _digest(split: LabelledSplit) -> str:
-    """Of pictures and labels on both sides."""
-    hasher = hashlib.sha256()
-    for side in (split.training, split.testing):
-        hasher.update(side.samples.digest().encode() + np.ascontiguousarray(side.labels).tobytes())
-    hasher.update("\0".join(split.training.classes).encode())
-    return hasher.hexdigest()
+    return facts, settings
 
 
 def _micro_batch(
     config: FinetuneConfig, objective: Objective, classifier: Classifier, settings: Settings, classes: int, group: Group
 ) -> int:
-    height, width = classifier.preprocess.size
+    channels, (height, width) = classifier.preprocess.channels, classifier.preprocess.size
 
     def blank(count: int) -> tuple[Tensor, Tensor]:
-        shape = (count, classifier.preprocess.channels, height, width)
-        return torch.zeros(shape, device=group.device), torch.zeros(count, classes, device=group.device)
+        images = torch.zeros(count, channels, height, width, device=group.device)
+        return images, torch.zeros(count, classes, device=group.device)
 
     part, size = settings.batch_size // group.size, f"{height}×{width}"
     with seeded_torch(0, group.device):
         fits = pictures_fit(objective, blank, group, config)
         return find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=settings.mixed_at_once)
-
-
-def _look_for_twins(config: FinetuneConfig, split: LabelledSplit, run: RunLog) -> None:
-    """Say which held-out pictures are in training too, and write them down."""
-    few = len(split.training) + len(split.testing) <= MOST_LOOKED_AT
-    if config.skip_twins or config.resume or not few:
-        return
-    twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
-    if twins.exact or twins.near:
-        twins.save(run.folder / "twins.csv")
-        log.warning("%s See %s.", twins.describe(), run.folder / "twins.csv")
 
 
 def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> None:

@@ -3,21 +3,20 @@
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from maehub.data import Labelled, LabelledSplit, Source, select
+from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, Source, find_twins, select
 from maehub.features import outputs
 from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import Encoder
 from maehub.train.engine import Group, single_network
-from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, score, worst_mistakes
+from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, worst_mistakes
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
 from maehub.weights import save
@@ -27,22 +26,15 @@ log = logging.getLogger("maehub")
 _SHOWN = 8
 
 
-class Measured(NamedTuple):
-    """Logits (n, classes) float32 of labelled pictures, and what they score."""
-
-    logits: np.ndarray
-    scores: Scores
-
-    @classmethod
-    def of(cls, logits: np.ndarray, labelled: Labelled) -> "Measured":
-        """Score them; of pictures in groups the interval is one of groups."""
-        return cls(logits, score(logits, labelled.labels, labelled.classes, labelled.groups))
-
-    def numbers(self) -> dict[str, float]:
-        """For ``metrics.jsonl``."""
-        found = {"val_loss": self.scores.loss, "val_top1": self.scores.top1}
-        more = {"val_top5": self.scores.top5, "val_mean_average_precision": self.scores.mean_average_precision}
-        return found | {name: value for name, value in more.items() if value is not None}
+def look_for_twins(config: Any, split: LabelledSplit, file: Path | None) -> None:
+    """Say which test pictures are in training too, unless ``--skip-twins``, and write them to a file that is named."""
+    if config.skip_twins or len(split.training) + len(split.testing) > MOST_LOOKED_AT:
+        return
+    twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
+    if twins.exact or twins.near:
+        if file:
+            twins.save(file)
+        log.warning("%s%s", twins.describe(), f" See {file}." if file else "")
 
 
 def logits_of(
@@ -56,9 +48,8 @@ def logits_of(
 ) -> np.ndarray | None:
     """Logits of every picture, (n, classes) float32 in rank 0, None elsewhere; each process computes a part.
 
-    Args:
-        network: as it is trained; weights that are spread over all processes are gathered in rank 0, which then
-            computes alone, with ``empty``, the network without weights.
+    Weights that are spread over all processes are gathered in rank 0, which then computes alone, with ``empty``, the
+    network without weights.
     """
     single = single_network(network, empty, group)
     shares = 1 if empty is not None or len(samples) < group.size else group.size
@@ -86,44 +77,38 @@ def logits_of(
     return whole
 
 
-def show(measured: Measured, labelled: Labelled, channels: int, folder: Path, step: int, *, last: bool) -> None:
-    """Write a sheet of some pictures, always the same, with what is said of them; at the end also what goes wrong.
+def show(
+    logits: np.ndarray, scores: Scores, labelled: Labelled, channels: int, folder: Path, step: int, *, last: bool
+) -> None:
+    """Write a sheet of some pictures, always the same, with what is said of them: ``step-N.png``.
 
-    Args:
-        channels: of the network.
-        folder: gets ``step-N.png``, at the end ``confusion.png`` and ``mistakes.png``.
+    At the end also what goes wrong: ``confusion.png`` and ``mistakes.png``.
     """
     folder.mkdir(exist_ok=True)
     order = sorted(range(len(labelled)), key=labelled.samples.sample_id)[:_SHOWN]
-    pictures = {f"step-{step}.png": labelled_sheet(labelled, measured.logits, order, channels)}
+    pictures = {f"step-{step}.png": labelled_sheet(labelled, logits, order, channels)}
     if last and not labelled.multi_label:
-        pictures["confusion.png"] = confusion_picture(measured.scores)
-    wrong = worst_mistakes(measured.logits, labelled.labels)
+        pictures["confusion.png"] = confusion_picture(scores)
+    wrong = worst_mistakes(logits, labelled.labels)
     if last and len(wrong):
-        pictures["mistakes.png"] = labelled_sheet(labelled, measured.logits, wrong, channels)
+        pictures["mistakes.png"] = labelled_sheet(labelled, logits, wrong, channels)
     for name, picture in pictures.items():
         with atomic_write(folder / name) as temporary:
             picture.save(temporary, format="png")
 
 
-def export(
-    run: Path, model: str, settings: Settings, network: nn.Module, measured: Measured, split: LabelledSplit
-) -> None:
+def export(run: Path, model: str, settings: Settings, network: nn.Module, scores: Scores, split: LabelledSplit) -> None:
     """Write ``scores.json`` and the model folder, which has the classes, the transform and ``metrics.json``.
 
-    An attentive probe, and a linear one on a pooling that no classifier has, are measured but not exported.
-
-    Args:
-        run: the run folder.
-        model: what the training started from.
-        network: what was measured, on one device.
+    An attentive probe, and a linear one on a pooling that no classifier has, are measured but not exported. ``network``
+    is on one device, and ``model`` is what its training started from.
     """
     facts = {
         "trained_from": model,
         "recipe": asdict(settings),
         "training_pictures": len(split.training),
         "split": "made by seed" if split.made else "as given",
-        "scores": measured.scores.to_dict(),
+        "scores": scores.to_dict(),
     }
     text = json.dumps(facts, indent=1) + "\n"
     with atomic_write(run / "scores.json") as temporary:
@@ -132,23 +117,18 @@ def export(
     if isinstance(network, LinearProbe):
         classifier = network.folded(split.training.classes, multi_label=split.training.multi_label) or network
     if isinstance(classifier, Encoder):
-        save(classifier.eval(), run / "model", card=_card(model, settings, measured.scores, split), overwrite=True)
+        save(classifier.eval(), run / "model", card=_card(model, settings, scores, split), overwrite=True)
     elif isinstance(network, LinearProbe | AttentiveProbe):
         log.info("this probe is no network that can be loaded, so no model folder is written; its scores are kept")
         return
     else:
-        _save_timm(network, run / "model", split.training.classes)
+        from timm.models._hub import save_for_hf  # where it is in every version
+
+        folder, names = run / "model", {"label_names": list(split.training.classes)}
+        folder.mkdir(exist_ok=True)
+        save_for_hf(network.cpu().eval(), str(folder), model_config=names, safe_serialization=True)
     with atomic_write(run / "model" / "metrics.json") as temporary:
         temporary.write_text(text)
-
-
-def _save_timm(network: Any, folder: Path, classes: Sequence[str]) -> None:
-    """A network of timm as timm saves it."""
-    from timm.models._hub import save_for_hf  # where it is in every version
-
-    folder.mkdir(exist_ok=True)
-    names = {"label_names": list(classes)}
-    save_for_hf(network.cpu().eval(), str(folder), model_config=names, safe_serialization=True)
 
 
 def _card(model: str, settings: Settings, scores: Scores, split: LabelledSplit) -> str:

@@ -2,8 +2,8 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,10 @@ from maehub.train.finetuning.views import LabelledBatch, seeded
 _MIXING, _STEP, _ERASING = 6, 7, 8  # views of `sample_seed`
 
 
-class Mixed(NamedTuple):
-    """What a network and its loss are given."""
-
-    images: Tensor  # (B, C, H, W) float32, normalised
-    targets: Tensor  # (B, classes) float32
-
-
 class Mixing:
     """Normalisation, then timm's random erasing of single crops, then its mixup or cutmix of the batch.
 
-    Args:
-        settings: of the recipe.
-        preprocess: of the model.
-        class_weights: (classes,) float32 that the loss of each class is multiplied by, or None.
+    With ``class_weights``, (classes,) float32, the loss of each class is multiplied by its own.
     """
 
     def __init__(
@@ -38,8 +28,8 @@ class Mixing:
         self.settings = settings
         self.preprocess = preprocess
         self.class_weights = None if class_weights is None else class_weights.to(device)
-        self._erase: Callable[[Tensor], Tensor] | None = None
-        self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self._erase: Any = None
+        self._mix: Any = None
         if settings.erasing:
             from timm.data.random_erasing import RandomErasing
 
@@ -50,45 +40,27 @@ class Mixing:
             # With as many "classes" as pictures its target says in which shares pictures are mixed.
             self._mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0)
 
-    def __call__(self, batch: LabelledBatch, seed: int) -> Mixed:
-        """The batch as the network sees it: normalised, erased, mixed.
+    def __call__(self, batch: LabelledBatch, seed: int) -> tuple[Tensor, Tensor]:
+        """A batch on the device as the network and its loss see it: (B, C, H, W) and (B, classes), float32.
 
-        Args:
-            batch: on the device.
-            seed: of the batch, for its mixup; crops are erased by their own seeds.
+        The seed is of its mixup; crops are erased by their own.
         """
-        images = self.preprocess.normalise(batch.pixels)
-        if self._erase is not None:
-            self._erase_each(images, batch.seeds.tolist(), self._erase)
-        targets = batch.targets
+        images, targets = self.preprocess.normalise(batch.pixels), batch.targets
+        if self._erase is not None:  # timm's erasing draws from the global generators
+            with seeded(0), seeded_torch(0, images.device):
+                for image, number in zip(images, batch.seeds.tolist(), strict=True):
+                    own = sample_seed(number, 0, 0, _ERASING)
+                    random.seed(own)
+                    torch.manual_seed(own)
+                    self._erase(image)  # in place
         if self._mix is not None:
             with seeded(sample_seed(seed, 0, 0, _MIXING)):
-                images, targets = self._mixed(images, targets)
-        return Mixed(images, self._weighted(self._smoothed(targets)))
-
-    @staticmethod
-    def _erase_each(images: Tensor, seeds: list[int], erase: Callable[[Tensor], Tensor]) -> None:
-        """In place, each crop by its own seed: timm's erasing draws from the global generators."""
-        with seeded(0), seeded_torch(0, images.device):
-            for image, number in zip(images, seeds, strict=True):
-                own = sample_seed(number, 0, 0, _ERASING)
-                random.seed(own)
-                torch.manual_seed(own)
-                erase(image)
-
-    def _mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        assert self._mix is not None
-        places = torch.arange(len(images), device=images.device)
-        self._mix.num_classes = len(images)  # type: ignore[attr-defined]
-        images, shares = self._mix(images, places)
-        return images, shares.to(targets.dtype) @ targets
-
-    def _smoothed(self, targets: Tensor) -> Tensor:
-        smoothing = self.settings.smoothing
-        return targets * (1 - smoothing) + smoothing / targets.shape[1] if smoothing else targets
-
-    def _weighted(self, targets: Tensor) -> Tensor:
-        return targets if self.class_weights is None else targets * self.class_weights
+                self._mix.num_classes = len(images)
+                images, shares = self._mix(images, torch.arange(len(images), device=images.device))
+            targets = shares.to(targets.dtype) @ targets
+        if smoothing := self.settings.smoothing:
+            targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
+        return images, targets if self.class_weights is None else targets * self.class_weights
 
 
 @contextlib.contextmanager

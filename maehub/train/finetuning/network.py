@@ -15,7 +15,7 @@ from maehub.images import Preprocess
 from maehub.models import Encoder
 from maehub.train.engine import Group, decayed_groups
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
-from maehub.train.finetuning.config import HeadPool
+from maehub.train.finetuning.config import FinetuneConfig, HeadPool
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.networks import Backbone, backbone_of, open_backbone, pair
 
@@ -41,84 +41,53 @@ def find_weights(name: str) -> Located | None:
     return locate(name, "encoder")
 
 
-def open_network(
-    name: str, files: Located | None, *, image_size: tuple[int, ...], channels: int | None, seed: int
-) -> Backbone:
-    """The network to start from, on the CPU.
-
-    Args:
-        files: what `find_weights` gives.
-        seed: of fresh weights.
-    """
-    size = pair(image_size)
+def open_network(config: FinetuneConfig, files: Located | None) -> Backbone:
+    """The network to start from, on the CPU, from what `find_weights` gives."""
+    name, size, channels = config.model, pair(config.image_size), config.channels
     if files is not None:
         backbone = backbone_of(name, load(files, image_size=size, channels=channels))
     elif channels not in (None, 3):
         raise UsageError(f"--channels {channels} is for weights of maehub; {name} takes 3")
     else:
-        backbone = open_backbone(name, image_size=size, seed=seed)
+        backbone = open_backbone(name, image_size=size, seed=config.seed)
     if backbone.preprocess.channels not in (1, 3):
         raise UsageError(f"pictures have 1 or 3 channels, and {name} takes {backbone.preprocess.channels}")
     return backbone
 
 
 def build_classifier(
-    backbone: Backbone,
-    settings: Settings,
-    training: Labelled,
-    group: Group,
-    *,
-    blocks: float | None,
-    pool: HeadPool | None,
-    seed: int,
+    config: FinetuneConfig, backbone: Backbone, settings: Settings, training: Labelled, group: Group
 ) -> Classifier:
-    """What is trained, on the CPU: the network with a fresh head.
-
-    Args:
-        settings: the settled recipe.
-        training: the labelled pictures.
-        blocks: see `FinetuneConfig`.
-        pool: what the user wants, whatever the recipe.
-        seed: of the head.
-    """
-    classes = len(training.classes)
+    """What is trained, on the CPU: the network with a fresh head, by the settled recipe."""
+    classes, encoder = training.classes, backbone.module
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         if settings.head != "linear":
-            return _frozen(backbone, settings, classes, group, pool)
-        if isinstance(backbone.module, Encoder):
-            return _ours(backbone.module, settings, training, blocks, seed)
-        return _timms(backbone, settings, classes, blocks, pool)
-
-
-def _ours(encoder: Encoder, settings: Settings, training: Labelled, blocks: float | None, seed: int) -> Classifier:
-    network = as_classifier(encoder, training.classes, pool=settings.pool, multi_label=training.multi_label, seed=seed)
+            return _frozen(backbone, settings, len(classes), group, config.pool)
+        if not isinstance(encoder, Encoder):
+            return _timms(config, backbone, settings, len(classes))
+        several = training.multi_label
+        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=config.seed)
     depth = network.config.depth
-    if blocks is not None:
-        freeze(network, blocks)
-    drop_paths(list(network.blocks), settings.drop_path)  # type: ignore[arg-type]
+    if config.blocks is not None:
+        freeze(network, config.blocks)
+    drop_paths(list(network.blocks), settings.drop_path)
     return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
 
-def _timms(
-    backbone: Backbone, settings: Settings, classes: int, trained: float | None, pool: HeadPool | None
-) -> Classifier:
-    """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
-    from timm.layers.drop import DropPath
-
+def _timms(config: FinetuneConfig, backbone: Backbone, settings: Settings, classes: int) -> Classifier:
+    """A network of timm with a fresh head, pooled as timm pools it unless ``--pool`` says otherwise."""
     optim: Any = import_module("timm.optim")
     if not hasattr(optim, "param_groups_layer_decay"):  # timm before 1.0.12
         optim = import_module("timm.optim.optim_factory")
     grouped = optim.param_groups_layer_decay
-    if trained is not None:
+    if config.blocks is not None:
         raise UsageError(f"--blocks is for networks of maehub, and {backbone.name} is timm's")
     network: Any = backbone.module.requires_grad_(True)
     pools = {None: {}, "cls": {"global_pool": "token"}, "mean": {"global_pool": "avg"}}
-    network.reset_classifier(classes, **pools[pool])
+    network.reset_classifier(classes, **pools[config.pool])
     blocks = [block for block in getattr(network, "blocks", []) if hasattr(block, "drop_path1")]
-    for number, block in enumerate(blocks):
-        share = settings.drop_path * number / max(1, len(blocks) - 1)
-        block.drop_path1, block.drop_path2 = DropPath(share), DropPath(share)
+    drop_paths(blocks, settings.drop_path, ("drop_path1", "drop_path2"))
     undecayed: set[str] = getattr(network, "no_weight_decay", set)()
 
     def groups(weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
@@ -128,12 +97,9 @@ def _timms(
 
 
 def _frozen(backbone: Backbone, settings: Settings, classes: int, group: Group, pool: HeadPool | None) -> Classifier:
-    network: nn.Module
-    if settings.head == "attentive":
-        network = AttentiveProbe(backbone, classes)
-    else:
-        own = settings.pool if pool or settings.pool in backbone.pools else backbone.pools[0]
-        network = LinearProbe(backbone, own, classes, group)
+    own = settings.pool if pool or settings.pool in backbone.pools else backbone.pools[0]
+    attentive = settings.head == "attentive"
+    network = AttentiveProbe(backbone, classes) if attentive else LinearProbe(backbone, own, classes, group)
 
     def groups(weight_decay: float, _: float) -> list[dict[str, Any]]:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -79,19 +79,23 @@ def settle(recipe: RecipeName, facts: Facts, asked: Mapping[str, Any], model: st
     With fewer than `SMALL` pictures: batches of at most an eighth of them, at least 1,000 steps, a warm-up of a
     twentieth, no mixup and cutmix with fewer than 20 pictures a class, a layer decay that gives the first block the
     factor of ViT-B's, 0.65 to the twelfth, and of LARS the published peak rate. Multi-label targets are neither mixed
-    nor smoothed, unless it is asked for.
-
-    Args:
-        asked: fields of `Settings` that the user gave.
-        model: name of the network, for an error.
+    nor smoothed, unless it is asked for. ``asked`` are fields of `Settings`.
     """
-    name = recipe if recipe != "auto" else _chosen(facts)
+    name = recipe
+    if recipe == "auto":
+        name = "scratch" if not facts.trained else "448" if facts.size >= _LARGE else "official"
     if name == "scratch" and facts.trained:
         raise UsageError(f"--recipe scratch is for fresh weights and {model} has its own: use -m untrained/{model}")
     found = published = _published(name, facts)
     small = facts.images < SMALL
     if small:
-        found = _fitted(found, facts)
+        least, most = _SMALL_BATCH
+        batch = 2 ** int(math.log2(max(1, facts.images / _STEPS_AN_EPOCH)))
+        found = replace(found, batch_size=min(most, max(least, batch)))
+        if _few_a_class(facts):
+            found = replace(found, mixup=0.0, cutmix=0.0)
+        if found.layer_decay < 1:
+            found = replace(found, layer_decay=_FIRST_BLOCK ** (1 / facts.depth))
     if facts.multi_label:
         found = replace(found, mixup=0.0, cutmix=0.0, smoothing=0.0)
     found = replace(found, **asked)
@@ -143,40 +147,32 @@ def describe(settings: Settings, facts: Facts, batch: str) -> str:
     )
 
 
-def _chosen(facts: Facts) -> RecipeName:
-    if not facts.trained:
-        return "scratch"
-    return "448" if facts.size >= _LARGE else "official"
-
-
 def _published(name: RecipeName, facts: Facts) -> Settings:
     """A recipe as published for B, L and H; smaller networks take B's."""
     large, huge = facts.width >= 1024, facts.width >= 1280
+    paper = Settings(  # He et al. 2021, table 9
+        name,
+        epochs=50 if large else 100,
+        batch_size=1024,
+        base_lr=1e-3,
+        warmup_epochs=5,
+        weight_decay=0.05,
+        layer_decay=0.75,
+        drop_path=0.2 if huge else 0.1,
+    )
+    if name == "paper":
+        return paper
     if name in ("official", "448"):
         # Values of the published code for weights trained on normalised pixels. He et al. published none for 448: those
         # are mmpretrain's for ViT-H, which reached 87.3.
         long = name == "official" and not large
-        return Settings(
-            name,
+        return replace(
+            paper,
             epochs=100 if long else 50,
-            batch_size=1024,
             base_lr=5e-4 if long else 1e-3,
-            warmup_epochs=5,
-            weight_decay=0.05,
             layer_decay=0.75 if large else 0.65,
             drop_path=0.3 if huge else 0.2 if large else 0.1,
             erasing=0.25,
-        )
-    if name == "paper":  # He et al. 2021, table 9
-        return Settings(
-            name,
-            epochs=50 if large else 100,
-            batch_size=1024,
-            base_lr=1e-3,
-            warmup_epochs=5,
-            weight_decay=0.05,
-            layer_decay=0.75,
-            drop_path=0.2 if huge else 0.1,
         )
     if name == "scratch":  # He et al. 2021, table 11
         return Settings(
@@ -211,18 +207,6 @@ def _published(name: RecipeName, facts: Facts) -> Settings:
         return plain
     # Ours: not in He et al.
     return replace(plain, batch_size=1024, base_lr=5e-4, weight_decay=0.05, optimizer="adamw", head="attentive")
-
-
-def _fitted(found: Settings, facts: Facts) -> Settings:
-    """A recipe for little data."""
-    least, most = _SMALL_BATCH
-    batch = 2 ** int(math.log2(max(1, facts.images / _STEPS_AN_EPOCH)))
-    found = replace(found, batch_size=min(most, max(least, batch)))
-    if _few_a_class(facts):
-        found = replace(found, mixup=0.0, cutmix=0.0)
-    if found.layer_decay < 1:
-        found = replace(found, layer_decay=_FIRST_BLOCK ** (1 / facts.depth))
-    return found
 
 
 def _few_a_class(facts: Facts) -> bool:

@@ -5,6 +5,7 @@ draw from the global generators, run while those are seeded for the sample.
 """
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,9 +103,6 @@ class LabelledCrops(Dataset[LabelledBatch | DataError]):
         targets = targets_of(labels, len(self.labelled.classes))
         return LabelledBatch(torch.stack(crops), targets, torch.tensor([key.crop for key in keys]))
 
-    def __getitem__(self, key: Key) -> LabelledBatch | DataError:
-        return self.__getitems__([key])
-
 
 def policy_of(words: str, preprocess: Preprocess) -> Policy | None:
     """A policy of timm by its words, such as ``rand-m9-mstd0.5-inc1``; None for ``none``."""
@@ -122,23 +120,19 @@ def policy_of(words: str, preprocess: Preprocess) -> Policy | None:
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
-        return _mended(make(words, hints))
+        policy: Any = make(words, hints)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--randaugment {words} is not understood; rand-m9-mstd0.5-inc1, augmix-m3-w3 and original are, or none"
         ) from error
-
-
-def _mended(policy: Any) -> Policy:
-    """With timm's own meaning of posterizing to no bits at all, which Pillow refuses since version 12."""
-    rows = getattr(policy, "policy", None) or [policy.ops]
-    for op in (op for row in rows for op in row):
+    for op in itertools.chain.from_iterable(getattr(policy, "policy", None) or [policy.ops]):
         if op.name.startswith("Posterize"):
             op.aug_fn = _posterized
     return policy
 
 
 def _posterized(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    """With timm's own meaning of no bits at all, which Pillow refuses since version 12."""
     if bits <= 0:
         return Image.new(picture.mode, picture.size)
     return picture if bits >= 8 else ImageOps.posterize(picture, bits)

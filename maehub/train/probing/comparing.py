@@ -65,14 +65,12 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         runs = [{"seed": run.seed, "settings": run.settings, **run.scores.summary()} for run in self.runs]
-        low, high = self.interval
         return {
             "model": self.model,
             "protocol": self.protocol,
             "top1": self.top1,
             "n": self.n,
-            "low": low,
-            "high": high,
+            **self.interval._asdict(),
             "deviation": self.deviation,
             "runs": runs,
         }
@@ -105,9 +103,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        header, rows = self._table()
-        parts = [text_table(header, rows), self._note()]
-        return "\n\n".join([*parts, *([str(self.out)] if self.out else [])])
+        return "\n\n".join(filter(None, (text_table(*self._table()), self._note(), str(self.out or ""))))
 
     def _repr_html_(self) -> str:
         return html_table(*self._table()) + self._note()
@@ -153,7 +149,10 @@ def compare(config: CompareConfig) -> Comparison:
     first = splits[config.seeds[0]]
     comparison = Comparison(config.data, (), len(first.training), first.made, config.out)
     if config.out is not None:  # not sooner: data or a model that is not there leaves no folder behind
-        _make_folder(config.out)
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(config.out, error) from error
     _write(comparison)
     for name in config.model:
         runs = _frozen_runs(config, name, splits)
@@ -176,7 +175,7 @@ def _frozen_runs(config: CompareConfig, name: str, splits: dict[int, LabelledSpl
         if features is None or split.made or name.startswith("untrained/"):
             features = extract(config, backbone, split, [-1])
         if "probe" in runs:
-            linear = fast_probe(config, backbone, split, features, seed).result
+            linear, _ = fast_probe(config, backbone, split, features, seed)
             runs["probe"].append(Run(seed, linear.scores, {"pool": linear.pool, "strength": linear.strength}))
         if "knn" in runs:
             near = nearest_probe(KnnConfig(config.data), backbone, split, features)
@@ -206,10 +205,3 @@ def _write(comparison: Comparison) -> None:
     if comparison.out is not None:
         with atomic_write(comparison.out / MEMBERS[0]) as temporary:
             temporary.write_text(json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error

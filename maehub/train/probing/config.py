@@ -8,10 +8,10 @@ from tyro.conf import UseAppendAction, arg
 
 from maehub.errors import UsageError
 from maehub.train.engine import Flag, Section, default, settings, settle
+from maehub.train.evaluation import check_target
 
 Method = Literal["fast", "lars", "attentive"]
-Protocol = Literal["probe", "knn", "finetune"]
-PROTOCOLS: tuple[Protocol, ...] = ("probe", "knn", "finetune")
+PROTOCOLS = ("probe", "knn", "finetune")
 
 MODEL = "vit-nano"
 Models = Annotated[UseAppendAction[tuple[str, ...]], Section.MODEL, default(MODEL, "MODEL"), arg(aliases=["-m"])]
@@ -107,7 +107,8 @@ class KnnConfig(FrozenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_json(self.out, self.overwrite)
+        if self.out is not None:
+            check_target(self.out, self.overwrite, "results", (".json",))
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,3 @@ def _settle_models(config: ProbeConfig | CompareConfig) -> None:
     """One name is a tuple of it, and none is the default."""
     given = (config.model,) if isinstance(config.model, str | Path) else config.model
     object.__setattr__(config, "model", tuple(dict.fromkeys(map(str, given))) or (MODEL,))
-
-
-def _check_json(path: Path | None, overwrite: bool) -> None:
-    """Whether a result can be written to a path, before anything is computed."""
-    if path is None:
-        return
-    if path.suffix != ".json":
-        raise UsageError(f"{path}: results are written as .json")
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder of {path} does not exist; make it first")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise UsageError(f"{path} exists; choose another file, or replace it with --overwrite")

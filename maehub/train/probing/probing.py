@@ -5,7 +5,6 @@ training pictures alone, and the test pictures are looked at once.
 """
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,33 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, find_twins, folds, inner_split, split_labelled
+from maehub.data import Labelled, LabelledSplit, folds, inner_split, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
-from maehub.files import atomic_write, check_free, whole_folder, write_text
+from maehub.files import atomic_write, check_free, whole_folder, write_json
 from maehub.models import Encoder, usable_device
-from maehub.train.evaluation import (
-    NEIGHBOURS,
-    LinearFit,
-    NeighbourTrial,
-    Trial,
-    best,
-    choose_neighbours,
-    fit_at,
-    score,
-    sweep,
-    vote,
-)
-from maehub.train.finetuning import FinetuneConfig, as_classifier
-from maehub.train.networks import Backbone, open_backbone
+from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
+from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
+from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
 from maehub.weights import save
 
 MEMBERS = ("probe.json",)
 """What marks the folder of a probe."""
-
-log = logging.getLogger("maehub")
 
 _FEW = 2000  # training pictures below which settings are chosen by cross-validation instead of one inner split
 _FOLDS = 5
@@ -56,13 +42,6 @@ class Features(NamedTuple):
     testing: Tensor
     layers: tuple[int, ...]
     seconds: float
-
-
-class Inner(NamedTuple):
-    """Parts of the training pictures to choose by."""
-
-    parts: Sequence[tuple[np.ndarray, np.ndarray]]
-    words: str
 
 
 def probe(config: ProbeConfig) -> ProbeResult:
@@ -102,17 +81,16 @@ def probe_sweep(config: ProbeConfig) -> Sweep:
         check_free(config.out, config.overwrite, MEMBERS)
     split = read_split(config, config.seed)
     for name in config.model:  # a name that is wrong is found before any work
-        backbone = open_for(config, name, config.seed)
-        backbone.layers(_layers(config, backbone))
+        open_for(config, name, config.seed)
     results = []
     for name in config.model:
         backbone = open_for(config, name, config.seed)
-        features = extract(config, backbone, split, _layers(config, backbone))
+        features = extract(config, backbone, split, config.layer or range(backbone.depth))
         results.append(fast_probe(config, backbone, split, features, config.seed)[0])
     table = Sweep(tuple(results), config.out)
     if config.out is not None:
         with whole_folder(config.out, overwrite=config.overwrite, members=MEMBERS) as staging:
-            write_text(staging / "probe.json", _json(table.to_dict()))
+            write_json(staging / "probe.json", table.to_dict())
     return table
 
 
@@ -133,24 +111,20 @@ def knn(config: KnnConfig) -> KnnResult:
     if config.out is not None:
         result = replace(result, out=config.out)
         with atomic_write(config.out) as temporary:
-            temporary.write_text(_json(result.to_dict()))
+            temporary.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return result
 
 
 def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
     """The pictures to train on and to test on; says how many of the latter are among the former."""
     split = split_labelled(config.data, seed=seed, share=config.val_share, group=config.group, label=config.label)
-    if not config.skip_twins and len(split.training) + len(split.testing) <= MOST_LOOKED_AT:
-        twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
-        if twins.exact or twins.near:
-            log.warning("%s", twins.describe())
+    look_for_twins(config, split, None)
     return split
 
 
-def open_for(config: ProbeConfig | KnnConfig | FrozenConfig, name: str, seed: int) -> Backbone:
+def open_for(config: FrozenConfig, name: str, seed: int) -> Backbone:
     """A network as a configuration wants it; one that lacks the pool that was named is refused."""
-    size = config.image_size
-    backbone = open_backbone(name, image_size=(size[0], size[-1]) if size else None, device=config.device, seed=seed)
+    backbone = open_backbone(name, image_size=pair(config.image_size), device=config.device, seed=seed)
     if isinstance(config, ProbeConfig | KnnConfig):
         _pools(config, backbone)
         backbone.layers(config.layer if isinstance(config, ProbeConfig) else [config.layer])
@@ -178,35 +152,27 @@ def extract(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, laye
     return Features(training, testing, tuple(numbers), time.monotonic() - start)
 
 
-class Probed(NamedTuple):
-    """What a fast probe gave."""
-
-    result: ProbeResult
-    fit: LinearFit
-
-
-def fast_probe(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, features: Features, seed: int) -> Probed:
+def fast_probe(
+    config: FrozenConfig, backbone: Backbone, split: LabelledSplit, features: Features, seed: int
+) -> tuple[ProbeResult, LinearFit]:
     """Choose pool, layer and strength on the training pictures, fit, and measure on the test pictures.
 
     Each pool and layer is taken at its own best strength, and the most accurate of them is chosen.
     """
     start = time.monotonic()
     training, classes = split.training, len(split.training.classes)
-    inner = inner_parts(training, seed)
-    trials: dict[tuple[int, str], tuple[Trial, ...]] = {}
-    for position, layer in enumerate(features.layers):
-        for pool in _pools(config, backbone):
-            pooled = backbone.pooled(features.training[:, position], pool)
-            trials[layer, pool] = sweep(pooled, training.labels, classes, inner.parts)
+    inner, words = inner_parts(training, seed)
+    trials = {
+        (layer, pool): sweep(backbone.pooled(features.training[:, position], pool), training.labels, classes, inner)
+        for position, layer in enumerate(features.layers)
+        for pool in _pools(config, backbone)
+    }
     (layer, pool), chosen = max(trials.items(), key=lambda item: (best(item[1]).accuracy, item[0][0]))
     position = features.layers.index(layer)
     known, unseen = (backbone.pooled(side[:, position], pool) for side in (features.training, features.testing))
-    fit = fit_at(known, training.labels, classes, best(chosen).strength, chosen)
+    fit = fit_at(known, training.labels, classes, best(chosen).strength)
     logits = fit.logits(unseen).numpy()
-    rows = tuple(
-        Combination(name, number, best(tried).strength, best(tried).accuracy)
-        for (number, name), tried in trials.items()
-    )
+    rows = tuple(Combination(name, number, *best(tried)[:2]) for (number, name), tried in trials.items())
     result = ProbeResult(
         model=backbone.name,
         data=config.data,
@@ -216,18 +182,18 @@ def fast_probe(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, f
         strength=fit.strength,
         scores=score(logits, split.testing.labels, training.classes, split.testing.groups),
         n_train=len(training),
-        chosen=Chosen(rows, inner.words),
+        chosen=Chosen(rows, words),
         inner=chosen,
         seconds=Seconds(features.seconds, time.monotonic() - start),
     )
-    return Probed(result, fit)
+    return result, fit
 
 
 def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, features: Features) -> KnnResult:
     """Choose pool and number of neighbours on the training pictures, and measure on the test pictures."""
     start = time.monotonic()
     training, testing = split.training, split.testing
-    candidates = NEIGHBOURS if config.neighbours is None else [config.neighbours]
+    candidates = [config.neighbours] if config.neighbours else []
     trials: dict[str, tuple[NeighbourTrial, ...]] = {}
     for pool in _pools(config, backbone):
         pooled = backbone.pooled(features.training[:, 0], pool)
@@ -257,29 +223,18 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
 
 def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> FinetuneConfig:
     """A run of fine-tuning on the same pictures and the same split."""
-    return FinetuneConfig(
-        config.data,
-        out,
-        model=model,
-        image_size=config.image_size,
-        val_share=config.val_share,
-        group=config.group,
-        label=config.label,
-        seed=seed,
-        device=config.device,
-        workers=config.workers,
-        overwrite=config.overwrite,
-        quiet=config.quiet,
-    )
+    names = ("image_size", "val_share", "group", "label", "device", "workers", "overwrite", "quiet")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return FinetuneConfig(config.data, out, model=model, seed=seed, **shared)
 
 
-def inner_parts(training: Labelled, seed: int) -> Inner:
-    """Cross-validation of few training pictures, one inner split of many."""
+def inner_parts(training: Labelled, seed: int) -> tuple[Sequence[tuple[np.ndarray, np.ndarray]], str]:
+    """What to choose by, and in words: cross-validation of few training pictures, one inner split of many."""
     if len(training) < _FEW:
         parts = folds(training, _FOLDS, seed)
-        return Inner(parts, f"{len(parts)}-fold cross-validation of {len(training):,} training pictures")
+        return parts, f"{len(parts)}-fold cross-validation of {len(training):,} training pictures"
     inner = inner_split(training, seed=seed)
-    return Inner([inner], f"{len(inner[1]):,} of {len(training):,} training pictures, which were not fitted to")
+    return [inner], f"{len(inner[1]):,} of {len(training):,} training pictures, which were not fitted to"
 
 
 def why_no_model(backbone: Backbone, pool: str, layer: int) -> str:
@@ -297,18 +252,6 @@ def why_no_model(backbone: Backbone, pool: str, layer: int) -> str:
     return ""
 
 
-def as_model(backbone: Backbone, fit: LinearFit, labelled: Labelled) -> Encoder:
-    """The encoder with the probe as its head."""
-    encoder = backbone.module
-    assert isinstance(encoder, Encoder)
-    pool, classes = encoder.config.pool, labelled.classes
-    model = as_classifier(encoder.cpu(), classes, pool=pool, multi_label=labelled.multi_label)
-    with torch.no_grad():
-        model.head.weight.copy_(fit.weight)
-        model.head.bias.copy_(fit.bias)
-    return model.eval()
-
-
 def _write(
     config: ProbeConfig, backbone: Backbone, split: LabelledSplit, result: ProbeResult, fit: LinearFit
 ) -> ProbeResult:
@@ -324,8 +267,11 @@ def _write(
                 f"{result.strength:.2g}, chosen on a part of them).\n\nTop-1 {scores.top1:.1f} % (95 % interval "
                 f"{scores.low:.1f} to {scores.high:.1f}) on {scores.n:,} other pictures."
             )
-            save(as_model(backbone, fit, split.training), staging / "model", card=card)
-        write_text(staging / "probe.json", _json(result.to_dict()))
+            assert isinstance(backbone.module, Encoder)
+            several = split.training.multi_label
+            model = with_head(backbone.module, split.training.classes, fit.weight, fit.bias, multi_label=several)
+            save(model, staging / "model", card=card)
+        write_json(staging / "probe.json", result.to_dict())
     return result
 
 
@@ -372,14 +318,6 @@ def _pools(config: FrozenConfig, backbone: Backbone) -> tuple[str, ...]:
     return backbone.pools if named is None else (named,)
 
 
-def _layers(config: ProbeConfig, backbone: Backbone) -> Sequence[int]:
-    return config.layer or range(backbone.depth)
-
-
 def _most(trials: Sequence[NeighbourTrial]) -> NeighbourTrial:
     """The most accurate; of equal ones the one with most neighbours."""
     return max(trials, key=lambda trial: (trial.accuracy, trial.neighbours))
-
-
-def _json(facts: dict[str, Any]) -> str:
-    return json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -98,9 +98,8 @@ class Sweep:
     def __str__(self) -> str:
         by = self.results[0].chosen.by
         note = f"INNER is measured on {by}; * is chosen by it, and it alone is measured on the test pictures."
-        return "\n\n".join(
-            [text_table(_SWEEP, self._rows(), left=(0, 1, 6, 7)), note, *([str(self.out)] if self.out else [])]
-        )
+        table = text_table(_SWEEP, self._rows(), left=(0, 1, 6, 7))
+        return "\n\n".join(filter(None, (table, note, str(self.out or ""))))
 
     def _repr_html_(self) -> str:
         return html_table(_SWEEP, self._rows())
@@ -187,7 +186,7 @@ def _text(result: ProbeResult | KnnResult, kind: str, setting: str, note: str = 
     """Title, scores, what was chosen among, what it took, where it is."""
     parts = [f"{result.model} on {printable(result.data, 200)}: {kind}", str(result.scores)]
     if result.chosen.combinations:
-        table = text_table(_header(setting), _chosen_rows(result), left=(0, 4))
+        table = text_table(*_table(result, setting), left=(0, 4))
         parts.append(f"* chosen by {result.chosen.by}\n\n{table}")
     words = [] if result.n_train is None else [f"{result.n_train:,} training pictures"]
     if result.seconds is not None:
@@ -196,16 +195,13 @@ def _text(result: ProbeResult | KnnResult, kind: str, setting: str, note: str = 
 
 
 def _html(result: ProbeResult | KnnResult, setting: str) -> str:
-    table = html_table(_header(setting), _chosen_rows(result)) if result.chosen.combinations else ""
+    table = html_table(*_table(result, setting)) if result.chosen.combinations else ""
     return html_table(("MODEL",), [(result.model,)]) + result.scores._repr_html_() + table
 
 
-def _header(setting: str) -> tuple[str, ...]:
-    return "POOL", "LAYER", setting, "INNER", ""
-
-
-def _chosen_rows(result: ProbeResult | KnnResult) -> list[tuple[str, ...]]:
-    return [
+def _table(result: ProbeResult | KnnResult, setting: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of what was chosen among."""
+    return ("POOL", "LAYER", setting, "INNER", ""), [
         (row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), "*" * _is_chosen(result, row))
         for row in result.chosen.combinations
     ]

@@ -19,7 +19,7 @@ _FITTED = ("epochs", "warmup_epochs")  # of a recipe: `steps` and `warmup` say w
 
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as it was fitted to the network and the data, by the names of `finetune_recipes.Settings`."""
+    """The recipe as it was fitted to the network and the data, by the names of `finetuning.recipes.Settings`."""
     settings = config.get("settings")
     return settings if isinstance(settings, dict) else {}
 
@@ -39,18 +39,15 @@ def scores_of(scored: Mapping[str, Any]) -> Scores | None:
 
 
 def sentence(config: Mapping[str, Any], done: int) -> str:
-    """What was trained from what, by which recipe, on what.
-
-    Args:
-        config: of the run.
-        done: steps.
-    """
+    """What was trained from what, by which recipe, on what, for how many steps."""
     recipe, names, size = settled(config), config.get("classes"), config.get("image_size")
+    total, batch, epochs = (_number(recipe.get(name)) for name in ("steps", "batch_size", "epochs"))
+    pictures = f"{round(total * batch / epochs):,} pictures" if total and batch and epochs else "pictures"  # an epoch's
     classes = f" of {len(names):,} classes" if isinstance(names, list) else ""
     sides = f" at {'×'.join(map(str, [*size, *size][:2]))} pixels" if isinstance(size, list) and size else ""
     steps = f"{done:,} step{'s' * (done != 1)}"
     return (
-        f"{_trained(config, recipe)} by the recipe {recipe.get('recipe', config.get('recipe'))} on {_pictures(recipe)}"
+        f"{_trained(config, recipe)} by the recipe {recipe.get('recipe', config.get('recipe'))} on {pictures}"
         f"{classes}{sides}: {steps} of {recipe.get('batch_size', '?')} pictures."
     )
 
@@ -66,20 +63,8 @@ def _trained(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return f"{part}{start}, {'trained' if fresh else 'fine-tuned'}"
 
 
-def _pictures(recipe: Mapping[str, Any]) -> str:
-    """How many are in training: what an epoch goes through once."""
-    steps, batch, epochs = (_number(recipe.get(name)) for name in ("steps", "batch_size", "epochs"))
-    return f"{round(steps * batch / epochs):,} pictures" if steps and batch and epochs else "pictures"
-
-
 def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores) -> dict[str, str]:
-    """How often a finished run's classifier is right, and how that was measured.
-
-    Args:
-        config: of the run.
-        scored: what ``scores.json`` says.
-        scores: in it.
-    """
+    """How often a finished run's classifier is right, and how that was measured, by ``scores.json``."""
     interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"
     facts = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
     for words, value, note in (

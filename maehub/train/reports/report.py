@@ -46,28 +46,42 @@ def write_report(run: Path, kind: type[RunConfig]) -> Path:
     """Write ``report.html`` into a run folder, from what else is in it. The run may be finished, stopped or broken.
 
     The page is one file without scripts and loads nothing. Of the user's data it shows the pictures that the run drew,
-    the names of classes and what the configuration says; its text has no names of picture files.
-
-    Args:
-        kind: the configuration's class, whose defaults are not worth a mark.
-
-    Returns:
-        The page's path.
+    the names of classes and what the configuration says, and marks what is not a default of its class ``kind``; its
+    text has no names of picture files. Gives the page's path.
     """
     config = _json(run / "config.json")
     if not config:
         raise UsageError(f"{run} has no config.json that can be read, so it is no run folder; nothing was written")
-    state = _json(run / "run.json")
+    state, environment = _json(run / "run.json"), config.get("environment")
     metrics = read_metrics(run / "metrics.jsonl")
+    done = int(metrics["loss"].steps[-1]) if "loss" in metrics else 0
+    finetuned = config.get("kind") == "finetune"
+    settled = report_classifier.settled(config) if finetuned else config
+    batch = settled.get("batch_size")
+    progress = _progress(settled.get("steps"), done, batch, "pictures" if finetuned else "views", metrics)
+    if not finetuned:
+        progress |= _validation(metrics)
+    elif "training loss" in progress and (differs := report_classifier.trained_on(config)):
+        progress["training loss"] += f"; of {differs}"
+    drawn = "Held-out pictures" if finetuned else "Reconstructions"
+    apart = ("environment", *(("kind", "settings", "classes", "steps", *settled) if finetuned else ()))
     page = {
         "name": run.resolve().name,
         "state": (word := str(state.get("state", "unknown"))),
         "badge": _BADGES.get(word, "quiet"),
         "ending": _ending(state),
         "charts": _charts(metrics),
-        "environment": _environment(config),
+        "environment": {
+            str(name).replace("_gb", ", GB").replace("_", " "): value_text(value)
+            for name, value in (environment.items() if isinstance(environment, dict) else ())
+        },
+        "classifier": _classifier(run, config, metrics) if finetuned else None,
+        "sentence": (report_classifier.sentence if finetuned else _sentence)(config, done),
+        "progress": progress | _costs(batch, state, metrics),
+        "pictures_title": drawn,
+        "pictures": _pictures(run / "pictures", drawn),
+        "settings": _settings(config, kind, apart),
     }
-    page |= (_finetuning if config.get("kind") == "finetune" else _pretraining)(run, config, state, metrics, kind)
     text = fill_template(Path(__file__).with_name("report.html.jinja"), page)
     path = run / "report.html"
     with atomic_write(path) as temporary:
@@ -121,39 +135,10 @@ def _json(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _pretraining(
-    run: Path,
-    config: Mapping[str, Any],
-    state: Mapping[str, Any],
-    metrics: Mapping[str, Metrics],
-    kind: type[RunConfig],
-) -> dict[str, Any]:
-    batch = config.get("batch_size")
-    progress = _progress(config.get("steps"), batch, "views", metrics)
-    return {
-        "classifier": None,
-        "sentence": _sentence(config, _done(metrics)),
-        "progress": progress | _validation(metrics) | _costs(batch, state, metrics),
-        "pictures_title": "Reconstructions",
-        "pictures": _pictures(run / "pictures", "Reconstructions"),
-        "settings": _settings(config, kind, ("environment",)),
-    }
-
-
-def _finetuning(
-    run: Path,
-    config: Mapping[str, Any],
-    state: Mapping[str, Any],
-    metrics: Mapping[str, Metrics],
-    kind: type[RunConfig],
-) -> dict[str, Any]:
-    settled = report_classifier.settled(config)
-    scored, batch = _json(run / "scores.json"), settled.get("batch_size")
+def _classifier(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Metrics]) -> dict[str, Any]:
+    scored = _json(run / "scores.json")
     scores = report_classifier.scores_of(scored)
-    progress = _progress(settled.get("steps"), batch, "pictures", metrics)
-    if "training loss" in progress and (differs := report_classifier.trained_on(config)):
-        progress["training loss"] += f"; of {differs}"
-    classifier = {
+    return {
         "warning": report_classifier.warning(run / "twins.csv", scores),
         "result": report_classifier.result(config, scored, scores) if scores else _so_far(metrics),
         "reliability": report_classifier.reliability(scores) if scores else None,
@@ -161,36 +146,19 @@ def _finetuning(
         "pictures": report_classifier.pictures(run / "pictures") if scores else [],
         "recipe": report_classifier.recipe(config),
     }
-    return {
-        "classifier": classifier,
-        "sentence": report_classifier.sentence(config, _done(metrics)),
-        "progress": progress | _costs(batch, state, metrics),
-        "pictures_title": "Held-out pictures",
-        "pictures": _pictures(run / "pictures", "Held-out pictures"),
-        "settings": _settings(config, kind, ("environment", "kind", "settings", "classes", "steps", *settled)),
-    }
-
-
-def _done(metrics: Mapping[str, Metrics]) -> int:
-    """Steps that were taken."""
-    return int(metrics["loss"].steps[-1]) if "loss" in metrics else 0
 
 
 def _ending(state: Mapping[str, Any]) -> str:
     """Why the run is not complete. The reason itself may name files, so it stays in run.json."""
-    word, code, saved = state.get("state"), state.get("exit_code"), state.get("last_good_step")
+    code, saved = state.get("exit_code"), state.get("last_good_step")
     kept = f"The newest checkpoint is that of step {saved:,}." if type(saved) is int else "There is no checkpoint."
-    if word == "completed":
-        return ""
-    if word == "running":
-        text = f"It was still running when this page was written, or was killed. {kept}"
-    elif word == "preempted":
-        text = f"It was stopped from outside and goes on with --resume. {kept}"
-    elif word == "diverged":
-        text = f"The loss or a gradient was not finite. {kept} run.json says more."
-    else:
-        text = f"It ended with exit code {code}. {kept} run.json says why."
-    return text
+    endings = {
+        "completed": "",
+        "running": f"It was still running when this page was written, or was killed. {kept}",
+        "preempted": f"It was stopped from outside and goes on with --resume. {kept}",
+        "diverged": f"The loss or a gradient was not finite. {kept} run.json says more.",
+    }
+    return endings.get(str(state.get("state")), f"It ended with exit code {code}. {kept} run.json says why.")
 
 
 def _sentence(config: Mapping[str, Any], done: int) -> str:
@@ -210,14 +178,12 @@ def _sentence(config: Mapping[str, Any], done: int) -> str:
     )
 
 
-def _progress(total: Any, batch: Any, seen: str, metrics: Mapping[str, Metrics]) -> dict[str, str]:
+def _progress(total: Any, done: int, batch: Any, seen: str, metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """How far it came, and the loss that was trained on."""
-    facts: dict[str, str] = {}
-    loss, done = metrics.get("loss"), _done(metrics)
-    facts["steps"] = f"{done:,} of {total:,}" if type(total) is int else f"{done:,}"
+    facts = {"steps": f"{done:,} of {total:,}" if type(total) is int else f"{done:,}"}
     if type(batch) is int:
         facts[f"{seen} seen"] = f"{done * batch:,}"
-    if loss:
+    if loss := metrics.get("loss"):
         last = loss.values[-max(1, min(100, len(loss.values) // 10)) :]
         facts["training loss"] = f"{last.mean():.4g} at the end" + (
             f", mean over {len(last)} steps" if len(last) > 1 else ""
@@ -277,7 +243,18 @@ def _costs(batch: Any, state: Mapping[str, Any], metrics: Mapping[str, Metrics])
 
 def _charts(metrics: Mapping[str, Metrics]) -> list[Chart]:
     """Every curve that there are numbers for."""
-    charts = [*_loss_chart(metrics), *_accuracy_chart(metrics)]
+    loss = raw_and_smooth("training", *metrics["loss"], 0) if "loss" in metrics else []
+    for number, (key, words) in enumerate(_BASELINES):
+        if key in metrics:
+            loss.append(Series(words, *metrics[key], colour=2 + number, style="dashed"))
+    if "val_loss" in metrics:
+        loss.append(Series("validation", *metrics["val_loss"], colour=1, style="points"))
+    right = [
+        Series(words, *metrics[key], colour=colour, style="points")
+        for key, words, colour in (("val_top5", "top-5", 2), ("val_top1", "top-1", 1))
+        if key in metrics
+    ]
+    charts = chart("Loss", "", loss, legend=True) + chart("Right on held-out pictures", "%", right, legend=True)
     for name, title, unit, scale in (
         ("lr", "Learning rate", "", 1),
         ("knn_top1", "Nearest neighbours", "%, of the labelled folder", 1),
@@ -296,28 +273,6 @@ def _charts(metrics: Mapping[str, Metrics]) -> list[Chart]:
     return charts
 
 
-def _loss_chart(metrics: Mapping[str, Metrics]) -> list[Chart]:
-    series = []
-    if "loss" in metrics:
-        steps, values = metrics["loss"]
-        series = raw_and_smooth("training", steps, values, 0)
-    for number, (key, words) in enumerate(_BASELINES):
-        if key in metrics:
-            series.append(Series(words, *metrics[key], colour=2 + number, style="dashed"))
-    if "val_loss" in metrics:
-        series.append(Series("validation", *metrics["val_loss"], colour=1, style="points"))
-    return chart("Loss", "", series, legend=True)
-
-
-def _accuracy_chart(metrics: Mapping[str, Metrics]) -> list[Chart]:
-    series = [
-        Series(words, *metrics[key], colour=colour, style="points")
-        for key, words, colour in (("val_top5", "top-5", 2), ("val_top1", "top-1", 1))
-        if key in metrics
-    ]
-    return chart("Right on held-out pictures", "%", series, legend=True)
-
-
 def _pictures(folder: Path, what: str) -> list[Picture]:
     """Pictures of a few steps, spread over the run."""
     paths = {}
@@ -334,23 +289,8 @@ def _pictures(folder: Path, what: str) -> list[Picture]:
 
 def _settings(config: Mapping[str, Any], kind: type[RunConfig], apart: Collection[str]) -> list[Setting]:
     """Every setting but those ``apart``, those that are not the default marked."""
-    defaults = {field.name: field.default for field in fields(kind)}
-    names = [*defaults, *(name for name in config if name not in defaults)]
-    shown = {name: config[name] for name in names if name in config and name not in apart}
-    changed = {
-        name
-        for name, value in shown.items()
-        if (default := defaults.get(name, MISSING)) is MISSING or _plain(value) != _plain(default)
+    defaults: dict[str, Any] = {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default for field in fields(kind)
     }
-    return marked_settings(shown, changed)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _environment(config: Mapping[str, Any]) -> dict[str, str]:
-    facts = config.get("environment")
-    if not isinstance(facts, dict):
-        return {}
-    return {str(name).replace("_gb", ", GB").replace("_", " "): value_text(value) for name, value in facts.items()}
+    shown = {name: config[name] for name in {**defaults, **config} if name in config and name not in apart}
+    return marked_settings(shown, {name for name, value in shown.items() if value != defaults.get(name, MISSING)})
