@@ -229,9 +229,8 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     facts |= {"classes": list(job.split.training.classes), "environment": describe_environment(group)}
     run.begin(facts, done, steps, overwrite=config.overwrite, hide_bar=config.quiet, tensorboard=config.tensorboard)
     with group.together("looking for twins"):
-        if group.is_main and not config.resume:
-            if not config.skip_twins:
-                look_for_twins(job.split, run.folder / "twins.csv", config.workers, progress=not config.quiet)
+        if group.is_main and not config.resume and not config.skip_twins:
+            look_for_twins(job.split, run.folder / "twins.csv", config.workers, progress=not config.quiet)
     samples = job.split.training.samples
     keys = StepKeys(samples, settings.batch_size, config.seed, done, steps, 1, group.rank, group.size)
     crops = LabelledCrops(job.split.training, job.transform, config.cache)
