@@ -210,7 +210,8 @@ def read_csv(path: str, label: str | None, group: str | None) -> list[Row]:
     """The pictures of a CSV in the order of its lines: commas between columns, a first line that names them, UTF-8.
 
     The file of a picture stands in the column ``path``: absolute, or relative to the folder of the CSV. A picture that
-    stands there twice with the same cells is taken once. A column ``split`` is read where there is one.
+    stands there twice with the same cells is taken once. A column ``split`` is read where there is one; the label is
+    in the column ``label``, unless another is named.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
