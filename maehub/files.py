@@ -153,7 +153,9 @@ def whole_folder(folder: str | Path, *, overwrite: bool, members: Collection[str
     except OSError as error:
         if isinstance(error, MaehubError):
             raise
-        raise write_error(folder, error) from error
+        full, safe = is_disk_full(error), "what was there before is untouched"
+        remedy = "free some space or choose another disk" if full else "choose a folder that can be written"
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}; {safe}; {remedy}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

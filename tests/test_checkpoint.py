@@ -149,7 +149,7 @@ def test_row_30_a_disk_that_fails_during_a_save_costs_only_that_save(run, monkey
 
 
 def test_row_30_a_disk_that_is_too_full_is_noticed_before_writing(run, monkeypatch):
-    monkeypatch.setattr(files, "_free_bytes", lambda folder: 100)
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 100)
     model = network()
     with pytest.raises(CheckpointError, match=r"needs 0\.0 MB, and 0\.0 MB are free"):
         save_checkpoint(run, model, adamw(model, 0.05), progress(6))

@@ -28,8 +28,7 @@ from maehub.train.engine import micro_batch as fitting
 from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.preemption import Stop
-from maehub.train.engine.settings import RunConfig
-from maehub.train.networks.costs import activation_bytes, count_parameters, fixed_bytes, work_of
+from maehub.train.networks.costs import activation_bytes, count_parameters, fixed_bytes
 from maehub.train.pretraining import network
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
@@ -157,10 +156,20 @@ def test_row_57_a_slow_save_is_warned_about_and_the_time_limit_leaves_room_for_i
     monkeypatch.setattr(saving, "save_checkpoint", lambda *arguments: clock.__setitem__(0, clock[0] + 25))
     stop = Stop(deadline=1000.0)
     model = torch.nn.Linear(2, 2)
-    config = RunConfig("", tmp_path / "run", quiet=True)
     with log.RunLog(tmp_path / "run", 4) as run:
-        run.begin(config, {}, first_step=0, steps=10)
-        saver = saving.Checkpoints(config, saving.Group(), run, stop, model, None, None, 10)
+        run.begin({}, first_step=0, steps=10, hide_bar=True)
+        saver = saving.Checkpoints(
+            group=saving.Group(),
+            run=run,
+            stop=stop,
+            model=model,
+            optimizer=None,
+            start=None,
+            steps=10,
+            every=1000,
+            keep=2,
+            shard=False,
+        )
         monkeypatch.setattr(saving, "replace", lambda progress, step: progress)
         for step in (1, 2):
             saver.save(step, must=False)
@@ -207,9 +216,7 @@ def test_a_batch_that_does_not_fit_is_accumulated(pictures, tmp_path, monkeypatc
     pretrain(config_of(pictures, tmp_path / "whole", batch_size=12))
     network = AutoencoderConfig(TINY, 32, 1, 2, "pixels")
     fixed = fixed_bytes(count_parameters(network), "fp32")
-    room = fixed + 2 * 5 * activation_bytes(
-        network, work_of(network, 4), "fp32"
-    )  # half of what is left is for five views
+    room = fixed + 2 * 5 * activation_bytes(network, 4, "fp32")  # half of what is left is for five views
     monkeypatch.setattr("maehub.train.engine.micro_batch.available_bytes", lambda: room)
     with caplog.at_level("INFO", "maehub"):
         pretrain(config_of(pictures, tmp_path / "parts", batch_size=12))

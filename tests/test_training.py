@@ -38,7 +38,7 @@ from maehub.train.engine import checkpoint
 from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.optim import adamw, learning_rate, peak_rate
-from maehub.train.engine.settings import RunConfig
+from maehub.train.engine.steps import parts
 from maehub.train.pretraining import loop as pretraining
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
@@ -632,7 +632,7 @@ def test_row_58_the_message_names_the_step_and_the_samples_are_those_of_it(pictu
 
 def test_row_59_a_jump_of_the_loss_is_said_once(tmp_path, caplog):
     with log.RunLog(tmp_path / "run", 6) as run:
-        run.begin(RunConfig("", tmp_path, quiet=True), {}, first_step=0, steps=200)
+        run.begin({}, first_step=0, steps=200, hide_bar=True)
         for step in range(200):
             loss = 10.0 if step in (30, 100, 150) else 1.0  # too early to tell, told, not again
             run.log(step + 1, torch.tensor([loss, 1.0, 0.0]), 1e-3)
@@ -727,7 +727,7 @@ def test_row_30_the_last_checkpoint_of_a_run_must_succeed(pictures, tmp_path, mo
 
 def test_a_disk_that_fails_under_the_metrics_is_a_checkpoint_error(tmp_path):
     with log.RunLog(tmp_path / "run", 6) as run:
-        run.begin(RunConfig("", tmp_path, quiet=True), {}, first_step=0, steps=1)
+        run.begin({}, first_step=0, steps=1, hide_bar=True)
         run._metrics.close()
         run._metrics = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: the disk is full"):
@@ -1025,7 +1025,7 @@ def test_a_batch_holds_crops_and_masks_of_its_keys(pictures):
     assert batch.seeds.tolist() == [key.mask for key in wanted]
     for pixels, key in zip(batch.pixels, wanted, strict=True):
         assert np.array_equal(pixels.numpy(), crop(samples.path(key.sample), (32, 32), 3, VIEW.augmentation, key.crop))
-    halves = list(batch.split(3))
+    halves = [half for half, _ in parts(batch, 3)]
     assert [len(half.pixels) for half in halves] == [3, 2]
     assert torch.equal(torch.cat([half.masked for half in halves]), batch.masked)
 

@@ -10,8 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 class Family(NamedTuple):
     """One family: what it is, its signs, and what to do with a file of it; see ``families.toml``."""
@@ -48,7 +46,7 @@ def families() -> tuple[Family, ...]:
     return tuple(Family(**row) for row in table["families"])
 
 
-def recognise(shapes: Shapes) -> Family | None:
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
     """The family that tensors are of, by names without wrappers such as ``module.``; None if no row fits."""
     tokens = (shape for name, shape in shapes.items() if re.search(r"(^|\.)cls_token$", name) and len(shape) == 3)
     count = next(tokens, (0, 0, 0))[1]

@@ -104,21 +104,7 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
         lie = f"{len(loose)} pictures lie" if len(loose) > 1 else "a picture lies"
         first = f"the first {printable(loose[0])}, and of which class is not known"
         raise DataError(f"{printable(data)}: {lie} in it directly{beside}, {first}. {_LAYOUT}")
-    _check_folders(data, {parts[0] for parts in paths}, known=known)
-    if group and group.lstrip("0") == "1":
-        raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
-    what = f"of {printable(data)}: groups are folders below the class, from 2"
-    groups = None if group is None else _folder_groups(samples, paths, group, what)
-    names = [label_name(parts[0].decode()) for parts in paths]
-    if odd := sorted(name for name in set(names) if split_word(name)):
-        log.warning(
-            "%s: the folders %s are taken for classes, not for parts of a split", printable(data), ", ".join(odd)
-        )
-    return NamedLabels(samples, names, None, groups)
-
-
-def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
-    """See that every class folder has pictures, and a name that can be written down."""
+    full = {parts[0] for parts in paths}
     with os.scandir(os.fsencode(data)) as entries:
         folders = {
             entry.name
@@ -136,6 +122,15 @@ def _check_folders(data: str, full: set[bytes], *, known: bool) -> None:
             name.decode()
         except UnicodeDecodeError as error:
             raise DataError(f"{printable(data)}: the name of the class {printable(name)} is not UTF-8") from error
+    if group and group.lstrip("0") == "1":
+        raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
+    what = f"of {printable(data)}: groups are folders below the class, from 2"
+    groups = None if group is None else _folder_groups(samples, paths, group, what)
+    names = [label_name(parts[0].decode()) for parts in paths]
+    if odd := sorted(name for name in set(names) if split_word(name)):
+        text = "%s: the folders %s are taken for classes, not for parts of a split"
+        log.warning(text, printable(data), ", ".join(odd))
+    return NamedLabels(samples, names, None, groups)
 
 
 def _shards(samples: Shards, group: str | None) -> NamedLabels:
@@ -239,7 +234,8 @@ def read_csv(path: str, label: str | None, group: str | None) -> list[Row]:
     """The pictures of a CSV in the order of its lines: commas between columns, a first line that names them, UTF-8.
 
     The file of a picture stands in the column ``path``: absolute, or relative to the folder of the CSV. A picture that
-    stands there twice with the same cells is taken once. A column ``split`` is read where there is one.
+    stands there twice with the same cells is taken once. A column ``split`` is read where there is one; the label is
+    in the column ``label``, unless another is named.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -113,7 +113,7 @@ def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Whole(Dataset[Read | DataError]):
-    """Whole pictures by their indices, a batch at a time; of one that cannot be read its error."""
+    """Whole pictures by their indices, each ``read`` and a batch joined; of one that cannot be read its error."""
 
     samples: Source
     read: Callable[[ImagePath | BinaryIO], Any]

@@ -85,17 +85,15 @@ def at_once(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterat
 class _Handle:
     """An open file that is closed when nobody holds it: another thread may still read what the cache let go."""
 
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, file: StoredFile) -> None:
+        self.number = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
 
 
-@functools.lru_cache(maxsize=_OPEN_FILES)
-def _opened(file: StoredFile) -> _Handle:
-    return _Handle(file.path)
+_opened = functools.lru_cache(_OPEN_FILES)(_Handle)
 
 
 def _filesystem(path: str) -> Any:

@@ -178,11 +178,7 @@ def locate(
 
 
 def download(
-    name: str,
-    *,
-    revision: str | None = None,
-    cache_dir: PathLike | None = None,
-    lock_timeout: float = LOCK_TIMEOUT,
+    name: str, *, revision: str | None = None, cache_dir: PathLike | None = None, lock_timeout: float = LOCK_TIMEOUT
 ) -> Path:
     """Bring a model's files to this machine and verify them, so that it loads without a network.
 

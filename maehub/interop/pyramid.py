@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from maehub.errors import UsageError
 from maehub.models import Encoder
 
-STRIDES = (4, 8, 16, 32)
-
 LEVELS = ("p2", "p3", "p4", "p5")
 """Names by the power of two of the stride."""
 
@@ -89,7 +87,7 @@ class FeaturePyramid(nn.Module):
         for part in [*unused, encoder.head] if encoder.config.classes else unused:
             part.requires_grad_(False)
         patch = encoder.config.patch_size
-        doublings = [round(math.log2(patch / stride)) for stride in STRIDES]
+        doublings = [round(math.log2(patch / stride)) for stride in (4, 8, 16, 32)]
         self.levels = nn.ModuleList(_Level(encoder.config.width, width, times) for times in doublings)
         self.names = tuple(names)
         self.out_channels = width

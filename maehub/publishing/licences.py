@@ -29,21 +29,15 @@ def settle_licence(asked: str | None, base: Origin | None) -> Licence:
     wanted = asked.strip().lower() if asked else ""
     if wanted and not _IDENTIFIER.fullmatch(wanted):
         raise UsageError(f"--licence takes an identifier of the Hub, such as apache-2.0, not {asked!r:.80}")
-    if base is None:
+    theirs = base.licence.strip().lower() if base else ""
+    if base is None or not theirs:
+        reason, how = "chosen by the author", "trained from scratch, so their licence is yours to choose: name it"
+        if base:
+            reason = f"stated by the author; that of {base.name} is not recorded"
+            how = f"trained from {base.name}, whose licence is not recorded: look it up, and name one that it allows"
         if not wanted:
-            raise UsageError(
-                "these weights were trained from scratch, so their licence is yours to choose: name it by --licence, "
-                "such as --licence apache-2.0. Nothing was sent"
-            )
-        return Licence(wanted, "chosen by the author")
-    theirs = base.licence.strip().lower()
-    if not theirs:
-        if not wanted:
-            raise UsageError(
-                f"the licence of {base.name}, from which these weights were trained, is not recorded: look it up, and "
-                "name one that it allows by --licence. Nothing was sent"
-            )
-        return Licence(wanted, f"stated by the author; that of {base.name} is not recorded")
+            raise UsageError(f"these weights were {how} by --licence, such as --licence apache-2.0. Nothing was sent")
+        return Licence(wanted, reason)
     if not wanted or wanted == theirs:
         return Licence(theirs, f"inherited from {base.name}")
     match = _NON_COMMERCIAL.fullmatch(theirs)

@@ -96,12 +96,12 @@ def _of_probe(folder: Path) -> Provenance:
 
 def _told(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that may be told, by name."""
-    known = {field.name for field in fields(_CONFIGS[kind])} - _NOT_TOLD
-    told = {name.strip("_"): value for name, value in config.items() if name in known and value is not None}
-    for name in ("model", "from"):
-        if told.get(name):
-            told[name] = _public_name(str(told[name]))
-    return {name: value for name, value in told.items() if name not in _NAMES_DATA and value not in ("", [], ())}
+    known = {field.name for field in fields(_CONFIGS[kind])} - _NOT_TOLD - {*_NAMES_DATA}
+    return {
+        name.strip("_"): _public_name(str(value)) if name in ("model", "from_") else value
+        for name, value in config.items()
+        if name in known and value not in (None, "", [], ())
+    }
 
 
 def _command(kind: str, config: Mapping[str, Any]) -> str:

@@ -68,6 +68,8 @@ def look(
     may write there, a CheckpointError that the file that keeps the login cannot be read.
     """
     hub = Hub(repo_id, token, endpoint)
+    from huggingface_hub import errors
+
     try:
         identity = hub.ask("the question whose token it is", hub.api.whoami)
     except HubError as error:
@@ -86,17 +88,19 @@ def look(
     if not remote.exists:
         _check_owner(hub, identity, access, whose)
     elif not pull_request:
-        _check_writing(hub, whose)
+        try:
+            hub.ask("the question what the token may do", lambda: hub.api.auth_check(hub.repo_id, write=True))
+        except HubError as error:
+            cause, status = error.__cause__, status_of(error)
+            if status in (401, 403) or isinstance(cause, errors.RepositoryNotFoundError):
+                raise hub.no_right(f"{whose} may not write there (HTTP {status})") from cause
+            if status != 404:  # a mirror that does not know the question: the upload will tell
+                raise
     return remote
 
 
 def verify_remote(
-    repo_id: str,
-    commit: str,
-    files: Mapping[str, LocalFile],
-    *,
-    token: str | None = None,
-    endpoint: str | None = None,
+    repo_id: str, commit: str, files: Mapping[str, LocalFile], *, token: str | None = None, endpoint: str | None = None
 ) -> None:
     """Compare what the Hub states about each file at a commit with the files that were to be there.
 
@@ -326,20 +330,6 @@ def _check_owner(hub: Hub, identity: dict[str, Any], access: dict[str, Any], who
     entities = [scope.get("entity") or {} for scope in scopes if "repo.write" in (scope.get("permissions") or [])]
     if owner not in [entity.get("name") for entity in entities]:
         raise hub.no_right(f"{whose} may not make repositories of {owner}")
-
-
-def _check_writing(hub: Hub, whose: str) -> None:
-    """Ask the Hub whether the token may write to a repository that exists."""
-    from huggingface_hub import errors
-
-    try:
-        hub.ask("the question what the token may do", lambda: hub.api.auth_check(hub.repo_id, write=True))
-    except HubError as error:
-        cause = error.__cause__
-        if status_of(error) in (401, 403) or isinstance(cause, errors.RepositoryNotFoundError):
-            raise hub.no_right(f"{whose} may not write there (HTTP {status_of(error)})") from cause
-        if status_of(error) != 404:  # a mirror that does not know the question: the upload will tell
-            raise
 
 
 def _stated(one: Any) -> RemoteFile:

@@ -62,13 +62,15 @@ def build_repository(
         (folder / target).parent.mkdir(exist_ok=True)
         picture.save(folder / target)
     verdict = check_repository(folder, model)
-    card = published_card(repo_id, model, licence, provenance, verdict, about, dataset, figures, names)
-    _rewrite(folder / "README.md", card)
+    with atomic_write(folder / "README.md") as file:
+        card = published_card(repo_id, model, licence, provenance, verdict, about, dataset, figures, names)
+        file.write_text(card, encoding="utf-8")
     config = read_json(folder / "config.json")
     config["maehub"]["verified"] = {library: at for library, at in verdict.verified.items() if library != "maehub"}
     if "pretrained_cfg" in config:
         config["pretrained_cfg"]["license"] = licence.identifier
-    _rewrite(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    with atomic_write(folder / "config.json") as file:
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = [f"{sha256_file(path)}  {name}" for name, path in files_of(folder).items()]
     write_text(folder / "checksums.sha256", "\n".join(lines) + "\n")
     return verdict
@@ -103,8 +105,3 @@ def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenanc
 def _numbers(curve: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(line["step"], line[key]) for line in curve if key in line and "step" in line]
     return np.array([step for step, _ in points], float), np.array([value for _, value in points], float)
-
-
-def _rewrite(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

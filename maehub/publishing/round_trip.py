@@ -15,17 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-def with_timm(repo: str, images: Tensor) -> dict[str, Tensor]:
-    """The encoder or classifier: ``images`` (B, C, H, W) to ``forward``, logits or the pooled feature."""
-    import timm
-
-    return {"forward": timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()(images)}
-
-
 def with_transformers(repo: str, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """The autoencoder: ``images`` and ``noise`` (B, N), whose smallest values stay visible, to ``prediction``.
+    """The autoencoder: ``images`` (B, C, H, W) and ``noise`` (B, N), whose smallest values stay visible.
 
-    And as what reads the encoder alone, ``tokens`` (B, N + 1, D) without masking.
+    To ``prediction``, and as what reads the encoder alone, ``tokens`` (B, N + 1, D) without masking.
     """
     from transformers import AutoModel, ViTMAEForPreTraining
 
@@ -46,8 +39,11 @@ if __name__ == "__main__":
     settings = json.loads(Path(sys.argv[1]).read_text())
     inputs = load_file(settings["inputs"])
     with torch.inference_mode():
-        if settings["library"] == "timm":
-            outputs = with_timm(settings["repo"], inputs["images"])
+        if settings["library"] == "timm":  # the encoder or classifier: logits or the pooled feature
+            import timm
+
+            network = timm.create_model(f"hf-hub:{settings['repo']}", pretrained=True).eval()
+            outputs = {"forward": network(inputs["images"])}
         else:
             outputs = with_transformers(settings["repo"], inputs["images"], inputs["noise"])
     save_file({name: tensor.float().contiguous() for name, tensor in outputs.items()}, settings["outputs"])

@@ -60,17 +60,17 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 ENCODER_MASK_TOKEN = "encoder_mask_token"
 """The mask token of an autoencoder whose encoder sees it. No published file has one, so the name is ours."""
 
-# official, our modules; of what no published file has the official names are ours
-_MODULE_PARTS = {
-    ENCODER_MASK_TOKEN: "mask_token",
-    "mask_token": "decoder.mask_token",
-    "decoder_embed": "decoder.embed",
-    "decoder_pos_embed": "decoder.pos_embed",
-    "decoder_blocks": "decoder.blocks",
-    "decoder_norm": "decoder.norm",
-    "decoder_pred": "decoder.pred",
-    "decoder_centre": "decoder.centre",
-    "decoder_components": "decoder.components",
+# our modules to the official names, which are ours where no published file has such a tensor
+_MODULE = {
+    "mask_token": ENCODER_MASK_TOKEN,
+    "decoder.mask_token": "mask_token",
+    "decoder.embed": "decoder_embed",
+    "decoder.pos_embed": "decoder_pos_embed",
+    "decoder.blocks": "decoder_blocks",
+    "decoder.norm": "decoder_norm",
+    "decoder.pred": "decoder_pred",
+    "decoder.centre": "decoder_centre",
+    "decoder.components": "decoder_components",
 }
 
 # official, transformers 4.x, transformers 5.x
@@ -191,14 +191,14 @@ def to_official(state: Mapping[str, Tensor]) -> OfficialState:
     dialect does not have stay as they are, so that the strict check lists them.
     """
     known = official_names(state)
-    renamed: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for key, official in known.names.items():
-        if official in renamed:
+        if official in named:
             raise IntegrityError(f"two tensors of this file are both {official}; one of them is {key}")
-        renamed[official] = state[key]
+        named[official] = state[key]
     if is_foreign(known.dialect):
-        check_foreign(renamed, known.dialect)
-    return OfficialState(_with_plain_head(_fuse(renamed)), known.dialect, known.dropped)
+        check_foreign(named, known.dialect)
+    return OfficialState(_with_plain_head(_fuse(named)), known.dialect, known.dropped)
 
 
 def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[str, Tensor]:
@@ -216,8 +216,8 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
     if dialect == "module":
         if not any(is_decoder(name) for name in state):
             return dict(state)
-        names = {name: _by_stem(name, _MODULE_PARTS) for name in state}
-        return {names[name] or f"encoder.{name}": value for name, value in state.items()}
+        table = {official: module for module, official in _MODULE.items()}
+        return {_by_stem(name, table) or f"encoder.{name}": value for name, value in state.items()}
     if dialect == "transformers-4":
         return _to_transformers(state)
     return to_foreign(state, dialect)
@@ -241,8 +241,7 @@ def _official_name(name: str, dialect: Dialect) -> str:
     if is_foreign(dialect):
         return foreign_official_name(name, dialect)
     if dialect == "module":
-        official = _by_stem(name, {module: official for official, module in _MODULE_PARTS.items()})
-        return official or name.removeprefix("encoder.")
+        return _by_stem(name, _MODULE) or name.removeprefix("encoder.")
     return renamed(name.removeprefix("vit."), _TRANSFORMERS[dialect]) or name
 
 

@@ -95,9 +95,9 @@ def read_header(path: str | Path) -> Header:
                 _refuse(path, _kind(start, size, length))
             file.seek(8)
             text = file.read(length)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"there is no file {path}") from error
     except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise UsageError(f"there is no file {path}") from error
         raise IntegrityError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)

@@ -117,7 +117,7 @@ class Group:
         """
         if self.size == 1:
             return stop or 0, failed
-        self._pulse()
+        self._leave("pulse")
         said = torch.tensor([(stop or 0) + failed * _FAILED], dtype=torch.int64)
         with self.waiting("the beginning of a step"):
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.step_group)
@@ -145,7 +145,7 @@ class Group:
         text = str(error) if kinds else f"{what} failed: {type(error).__name__}: {error}"
         kind = kinds[0] if kinds else "DistributedError"
         everyone: list[Any] = [None] * self.size
-        self._pulse()
+        self._leave("pulse")
         with self.waiting(what):
             dist.all_gather_object(everyone, (value, (kind, text) if error else None))
         for rank, (_, failure) in enumerate(everyone):
@@ -157,21 +157,16 @@ class Group:
                 raise shared from error
         return [value for value, _ in everyone]
 
-    def _pulse(self) -> None:
-        """Leave a sign of life with the step where all can read it."""
-        assert self.store is not None
-        with contextlib.suppress(Exception):  # the wait that follows has the better error
-            self.store.set(f"pulse/{self.rank}", self._sign())
-
-    def _sign(self, error: str = "") -> str:
+    def _leave(self, sign: str, error: str = "") -> None:
+        """Leave a sign of life with the step, or of failure with its error, where all can read it."""
         facts = {"step": self.step, "pid": os.getpid(), "host": socket.gethostname(), "at": time.time()}
-        return json.dumps(facts | {"error": error})
+        with contextlib.suppress(Exception):  # the wait that follows has the better error
+            if self.store is not None:
+                self.store.set(f"{sign}/{self.rank}", json.dumps(facts | {"error": error}))
 
     def report_failure(self, error: BaseException) -> None:
         """Say why this process ends, for the others, whose connections to it will break."""
-        if self.store is not None:
-            with contextlib.suppress(Exception):
-                self.store.set(f"failure/{self.rank}", self._sign(f"{type(error).__name__}: {error}"[:500]))
+        self._leave("failure", f"{type(error).__name__}: {error}"[:500])
 
     def _loss(self, what: str, error: BaseException) -> str:
         """Who is to blame for a wait that failed."""

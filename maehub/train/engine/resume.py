@@ -18,7 +18,6 @@ from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import code_digest
 from maehub.train.engine.preemption import Stop
 from maehub.train.engine.run_log import RunLog, last_good_step, run_state
-from maehub.train.engine.settings import RunConfig
 from maehub.version import __version__
 
 log = logging.getLogger("maehub")
@@ -34,11 +33,10 @@ _FREE = {
 _GRACE = 30  # seconds between torchrun's SIGTERM and its SIGKILL
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Checkpoints:
     """Those of a run: found again, written when they are due, and one that cannot be written is borne."""
 
-    config: RunConfig
     group: Group
     run: RunLog
     stop: Stop
@@ -47,22 +45,30 @@ class Checkpoints:
     start: Progress
     """Where the run begins. Its micro-batch is what the run computes at once."""
     steps: int
+    every: int
+    """Steps between two."""
+    keep: int
+    shard: bool
+    """Whether weights are spread, where there are several processes."""
     _failed: bool = field(default=False, init=False)
     _first_weights: list[float] | None = field(default=None, init=False)  # sums of them, where the run began here
 
-    def resume(self) -> int:
-        """Put the newest valid checkpoint back, if the user resumes; the step where the run goes on: 0 without one.
-
-        Rank 0 chooses, and every process reads. As many processes as before go on with the micro-batch that they had,
-        for equal sums, unless the user wants another.
-        """
-        run, group, config = self.run.folder, self.group, self.config
+    def __post_init__(self) -> None:
         self._first_weights = _sums(self.model)
-        if not config.resume:
-            return 0
+
+    def resume(self, data: str, *, allow_data_change: bool, micro_batch: int | None) -> int:
+        """Put the newest valid checkpoint back; the step where the run goes on: 0 if there was never one.
+
+        Rank 0 chooses, and every process reads.
+
+        Args:
+            data: name of the pictures, for an error.
+            micro_batch: what the user wants; otherwise as many processes go on with what they had, for equal sums.
+        """
+        run, group = self.run.folder, self.group
         with group.together("looking for a checkpoint"):
             found = newest_checkpoint(run) if group.is_main else None
-            if group.is_main and not (found and self.is_complete(found[1].step)):
+            if group.is_main and not (found and self._ends_at(found[1].step)):
                 check_version(run)
         found = group.first(found, "the newest checkpoint")
         if found is None:
@@ -77,7 +83,7 @@ class Checkpoints:
             return 0
         folder, before = found
         with group.together("reading the checkpoint"):
-            _check_same(config, before, self.start)
+            _check_same(run, data, before, self.start, allow_data_change=allow_data_change)
             if not folder.is_dir():
                 raise DistributedError(
                     f"rank {group.rank} on {socket.gethostname()} does not see {Path(folder).absolute()}, which rank 0 "
@@ -87,7 +93,7 @@ class Checkpoints:
                 from maehub.train.engine.sharded import load_shards  # here, since its format takes a second to import
 
                 load_shards(folder, self.model, self.optimizer, group)
-            elif config.fsdp and group.size > 1:
+            elif self.shard and group.size > 1:
                 from maehub.train.engine.sharded import load_whole
 
                 load_whole(folder, self.model, self.optimizer)
@@ -101,18 +107,25 @@ class Checkpoints:
                     before.processes,
                 )
         self._first_weights = None
-        if before.processes == group.size and before.micro_batch and not config.micro_batch:
+        if before.processes == group.size and before.micro_batch and not micro_batch:
             self.start = replace(self.start, micro_batch=before.micro_batch)
-        if self.is_complete(before.step):
-            log.info("%s is already at step %d: nothing to do", run, before.step)
         return before.step
 
     def is_complete(self, step: int) -> bool:
-        """Whether nothing is left to do."""
+        """Whether nothing is left to do, which is then said."""
+        if self._ends_at(step):
+            log.info("%s is already at step %d: nothing to do", self.run.folder, step)
+        return self._ends_at(step)
+
+    def _ends_at(self, step: int) -> bool:
         return step == self.steps and run_state(self.run.folder) == "completed"
 
     def after_step(self, step: int, stop_signal: int) -> int:
-        """Save if one is due; the exit code to stop with now, 0 to go on: `maehub.train.engine.steps.stop_after`."""
+        """Save if one is due; the exit code to stop with now, 0 to go on.
+
+        Args:
+            stop_signal: see `maehub.train.engine.steps.stop_after`.
+        """
         last = step == self.steps
         if last and self._first_weights is not None:
             with self.group.together("looking at the weights"):
@@ -121,34 +134,40 @@ class Checkpoints:
                         f"after {step} steps all weights are those of the start: nothing was learned, and nothing is "
                         "exported. Look at the rate and the losses in metrics.jsonl; --base-lr may be far too small"
                     )
-        if last or stop_signal or step % self.config.checkpoint_every == 0:
+        if last or stop_signal or step % self.every == 0:
             with self.run.paused():
                 self.save(step, must=last or bool(stop_signal))
         return 0 if last else stop_signal
 
     def save(self, step: int, *, must: bool) -> None:
-        """A checkpoint of this step. A first failure is only said, unless it ``must`` succeed, as no other follows."""
+        """A checkpoint of this step.
+
+        Args:
+            must: no other will follow, so it has to succeed. Otherwise a first failure is only said.
+        """
         begun = time.monotonic()
         progress = replace(self.start, step=step)
         try:
-            if self.config.fsdp and self.group.size > 1:
+            if self.shard and self.group.size > 1:
                 from maehub.train.engine.sharded import save_shards
 
-                save_shards(self.run.folder, self.model, self.optimizer, progress, self.config.keep, self.group)
+                save_shards(self.run.folder, self.model, self.optimizer, progress, self.keep, self.group)
             else:
                 with self.group.together(f"saving step {step}"):
                     if self.group.is_main:
-                        save_checkpoint(self.run.folder, self.model, self.optimizer, progress, self.config.keep)
+                        save_checkpoint(self.run.folder, self.model, self.optimizer, progress, self.keep)
         except CheckpointError as error:
             if must or self._failed:
                 raise
             self._failed = True
             if self.group.is_main:
-                log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.config.checkpoint_every)
+                log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.every)
             return
         self._failed = False
         self.run.saved(step)
-        seconds = time.monotonic() - begun
+        self._warn_if_slow(time.monotonic() - begun)
+
+    def _warn_if_slow(self, seconds: float) -> None:
         first, self.stop.ending = not self.stop.ending, seconds
         if first and seconds > 0.7 * _GRACE and self.group.is_main:
             log.warning(
@@ -205,7 +224,7 @@ def agreed_start(group: Group, settings: Mapping[str, Any], derived: Mapping[str
     return Progress(0, fixed, data, group.size)
 
 
-def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
+def _check_same(run: Path, data: str, before: Progress, now: Progress, *, allow_data_change: bool) -> None:
     """Refuse what would make another run of it."""
     changed = [
         f"{name} {before.config.get(name)} → {now.config.get(name)}"
@@ -214,12 +233,12 @@ def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
     ]
     if changed:
         raise UsageError(
-            f"{config.out} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
+            f"{run} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
             "Resume with the same ones, or choose another --out."
         )
-    if before.data != now.data and not config.allow_data_change:
+    if before.data != now.data and not allow_data_change:
         raise DataError(
-            f"the pictures in {config.data} are not those that {config.out} was started with: names or sizes differ. "
+            f"the pictures in {data} are not those that {run} was started with: names or sizes differ. "
             "Nothing was changed. Put them back, or accept it by --allow-data-change."
         )
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +30,6 @@ from maehub.errors import (
     UsageError,
 )
 from maehub.files import atomic_write, write_error
-from maehub.train.engine.settings import RunConfig
 
 log = logging.getLogger("maehub")
 
@@ -142,14 +140,23 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self._metrics.close()
 
-    def begin(self, config: RunConfig, facts: Mapping[str, Any], first_step: int, steps: int) -> None:
-        """Write what the run is told and what is known of it, and drop the metrics of steps that will be done again."""
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        first_step: int,
+        steps: int,
+        *,
+        overwrite: bool = False,
+        hide_bar: bool = False,
+        tensorboard: bool = False,
+    ) -> None:
+        """Write what the run is told, and drop the metrics of steps that will be done again."""
         self.last_saved = first_step or None
         self.restart_clock()
         if not self.is_main:
             return
         try:
-            for name in _OURS if config.overwrite else ():
+            for name in _OURS if overwrite else ():
                 path = self.folder / name
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -161,8 +168,8 @@ class RunLog:
         self._write_state("running", None)
         self._begun = True
         with atomic_write(self.folder / _CONFIG) as temporary:
-            temporary.write_text(json.dumps(asdict(config) | dict(facts), indent=1, default=str) + "\n")
-        if config.tensorboard:
+            temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
+        if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
@@ -174,7 +181,7 @@ class RunLog:
                 total=steps,
                 initial=first_step,
                 unit="step",
-                disable=True if config.quiet or sys.stderr is None else None,
+                disable=True if hide_bar or sys.stderr is None else None,
                 dynamic_ncols=True,
                 bar_format=_BAR,
                 file=_Terminal(sys.stderr),

@@ -35,7 +35,7 @@ from maehub.weights import read_tensors
 
 def save_shards(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int, group: Group
-) -> Path:
+) -> None:
     """Write a checkpoint, every process its shards, then delete older ones, so that ``keep`` are left."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
@@ -59,7 +59,6 @@ def save_shards(
                 write_manifest(folder, progress, hashes)
                 stack.close()
                 rotate(run, progress.step, keep)
-    return run / "checkpoints" / f"step-{progress.step}"
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:

@@ -144,9 +144,13 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
         "looking for pictures",
     )
     classes, many = len(split.training.classes), split.training.multi_label
-    backbone = open_network(config, files)
+    backbone = open_network(
+        config.model, files, image_size=config.image_size, channels=config.channels, seed=config.seed
+    )
     facts, settings = _settled(config, backbone, split.training, group)
-    classifier = build_classifier(config, backbone, settings, split.training, group)
+    classifier = build_classifier(
+        backbone, settings, split.training, group, blocks=config.blocks, pool=config.pool, seed=config.seed
+    )
     derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
     pictures = hashlib.sha256()
     for side in (split.training, split.testing):
@@ -167,9 +171,16 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
     objective = Objective(classifier.network, weights if many else None, multi_label=many).to(group.device)
     mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
     micro = _micro_batch(config, objective, classifier, settings, classes, group)
-    module = wrapped(objective, group, config)
+    module = wrapped(
+        objective,
+        group,
+        precision=config.precision,
+        compile=config.compile,
+        shard=config.fsdp,
+        checkpoint_activations=config.checkpoint_activations,
+    )
     if average is not None and spreads:
-        wrapped(average.module, group, replace(config, compile=False, checkpoint_activations=False))
+        wrapped(average.module, group, precision=config.precision, shard=True)
     augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
     policy = policy_of(settings.randaugment, classifier.preprocess)
     return _Job(
@@ -192,19 +203,34 @@ def _set_up(config: FinetuneConfig, group: Group) -> _Job:
 def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> FinetuneResult:
     """The loop."""
     settings, steps, device = job.settings, job.settings.steps, group.device
-    checkpoints = Checkpoints(config, group, run, stop, job.kept, job.optimizer, job.start, steps)
-    done = checkpoints.resume()
-    if checkpoints.is_complete(done):
-        return FinetuneResult(config.out, steps, EXIT_DONE, None)
+    checkpoints = Checkpoints(
+        group=group,
+        run=run,
+        stop=stop,
+        model=job.kept,
+        optimizer=job.optimizer,
+        start=job.start,
+        steps=steps,
+        every=config.checkpoint_every,
+        keep=config.keep,
+        shard=config.fsdp,
+    )
+    done = 0
+    if config.resume:
+        done = checkpoints.resume(
+            config.data, allow_data_change=config.allow_data_change, micro_batch=config.micro_batch
+        )
+        if checkpoints.is_complete(done):
+            return FinetuneResult(config.out, steps, EXIT_DONE, None)
     micro = checkpoints.start.micro_batch
     if group.is_main:
         _announce(config, group, job, micro)
-    facts = {"kind": "finetune", "settings": asdict(settings)}
+    facts = asdict(config) | {"kind": "finetune", "settings": asdict(settings)}
     facts |= {"classes": list(job.split.training.classes), "environment": describe_environment(group)}
-    run.begin(config, facts, done, steps)
+    run.begin(facts, done, steps, overwrite=config.overwrite, hide_bar=config.quiet, tensorboard=config.tensorboard)
     with group.together("looking for twins"):
-        if group.is_main and not config.resume:
-            look_for_twins(config, job.split, run.folder / "twins.csv")
+        if group.is_main and not config.resume and not config.skip_twins:
+            look_for_twins(job.split, run.folder / "twins.csv", config.workers, progress=not config.quiet)
     samples = job.split.training.samples
     keys = StepKeys(samples, settings.batch_size, config.seed, done, steps, 1, group.rank, group.size)
     crops = LabelledCrops(job.split.training, job.transform, config.cache)
@@ -325,7 +351,7 @@ def _micro_batch(
 
     part, size = settings.batch_size // group.size, f"{height}×{width}"
     with seeded_torch(0, group.device):
-        fits = pictures_fit(objective, blank, group, config)
+        fits = pictures_fit(objective, blank, group, precision=config.precision, shard=config.fsdp)
         return find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=settings.mixed_at_once)
 
 

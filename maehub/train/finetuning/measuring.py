@@ -26,11 +26,11 @@ log = logging.getLogger("maehub")
 _SHOWN = 8
 
 
-def look_for_twins(config: Any, split: LabelledSplit, file: Path | None) -> None:
-    """Say which test pictures are in training too, unless ``--skip-twins``, and write them to a file that is named."""
-    if config.skip_twins or len(split.training) + len(split.testing) > MOST_LOOKED_AT:
+def look_for_twins(split: LabelledSplit, file: Path | None, workers: int | None, *, progress: bool) -> None:
+    """Say which test pictures are in training too, and write them to a file that is named."""
+    if len(split.training) + len(split.testing) > MOST_LOOKED_AT:
         return
-    twins = find_twins(split.training, split.testing, workers=config.workers, progress=not config.quiet)
+    twins = find_twins(split.training, split.testing, workers=workers, progress=progress)
     if twins.exact or twins.near:
         if file:
             twins.save(file)

@@ -15,7 +15,7 @@ from maehub.images import Preprocess
 from maehub.models import Encoder
 from maehub.train.engine import Group, decayed_groups
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
-from maehub.train.finetuning.config import FinetuneConfig, HeadPool
+from maehub.train.finetuning.config import HeadPool
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.networks import Backbone, backbone_of, open_backbone, pair
 
@@ -41,51 +41,65 @@ def find_weights(name: str) -> Located | None:
     return locate(name, "encoder")
 
 
-def open_network(config: FinetuneConfig, files: Located | None) -> Backbone:
-    """The network to start from, on the CPU, from what `find_weights` gives."""
-    name, size, channels = config.model, pair(config.image_size), config.channels
+def open_network(
+    name: str, files: Located | None, *, image_size: tuple[int, ...], channels: int | None, seed: int
+) -> Backbone:
+    """The network to start from, on the CPU, from what `find_weights` gives; ``seed`` is that of fresh weights."""
+    size = pair(image_size)
     if files is not None:
         backbone = backbone_of(name, load(files, image_size=size, channels=channels))
     elif channels not in (None, 3):
         raise UsageError(f"--channels {channels} is for weights of maehub; {name} takes 3")
     else:
-        backbone = open_backbone(name, image_size=size, seed=config.seed)
+        backbone = open_backbone(name, image_size=size, seed=seed)
     if backbone.preprocess.channels not in (1, 3):
         raise UsageError(f"pictures have 1 or 3 channels, and {name} takes {backbone.preprocess.channels}")
     return backbone
 
 
 def build_classifier(
-    config: FinetuneConfig, backbone: Backbone, settings: Settings, training: Labelled, group: Group
+    backbone: Backbone,
+    settings: Settings,
+    training: Labelled,
+    group: Group,
+    *,
+    blocks: float | None,
+    pool: HeadPool | None,
+    seed: int,
 ) -> Classifier:
-    """What is trained, on the CPU: the network with a fresh head, by the settled recipe."""
+    """What is trained, on the CPU: the network with a fresh head, by the settled recipe.
+
+    ``blocks`` and ``pool`` are what the user wants, as in `FinetuneConfig`.
+    """
     classes, encoder = training.classes, backbone.module
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         if settings.head != "linear":
-            return _frozen(backbone, settings, len(classes), group, config.pool)
+            return _frozen(backbone, settings, len(classes), group, pool)
         if not isinstance(encoder, Encoder):
-            return _timms(config, backbone, settings, len(classes))
+            return _timms(backbone, settings, len(classes), blocks, pool)
         several = training.multi_label
-        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=config.seed)
+        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=seed)
     depth = network.config.depth
-    if config.blocks is not None:
-        freeze(network, config.blocks)
+    if blocks is not None:
+        freeze(network, blocks)
     drop_paths(list(network.blocks), settings.drop_path)
     return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
 
-def _timms(config: FinetuneConfig, backbone: Backbone, settings: Settings, classes: int) -> Classifier:
-    """A network of timm with a fresh head, pooled as timm pools it unless ``--pool`` says otherwise."""
+def _timms(
+    backbone: Backbone, settings: Settings, classes: int, trained: float | None, pool: HeadPool | None
+) -> Classifier:
+    """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
     optim: Any = import_module("timm.optim")
     if not hasattr(optim, "param_groups_layer_decay"):  # timm before 1.0.12
         optim = import_module("timm.optim.optim_factory")
     grouped = optim.param_groups_layer_decay
-    if config.blocks is not None:
+    if trained is not None:
         raise UsageError(f"--blocks is for networks of maehub, and {backbone.name} is timm's")
     network: Any = backbone.module.requires_grad_(True)
     pools = {None: {}, "cls": {"global_pool": "token"}, "mean": {"global_pool": "avg"}}
-    network.reset_classifier(classes, **pools[config.pool])
+    network.reset_classifier(classes, **pools[pool])
     blocks = [block for block in getattr(network, "blocks", []) if hasattr(block, "drop_path1")]
     drop_paths(blocks, settings.drop_path, ("drop_path1", "drop_path2"))
     undecayed: set[str] = getattr(network, "no_weight_decay", set)()

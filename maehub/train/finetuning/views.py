@@ -35,10 +35,6 @@ class LabelledBatch(NamedTuple):
     targets: Tensor  # (B, classes) float32, 1 for the classes of a picture
     seeds: Tensor  # (B,) int64 on the CPU, for what else is random about a crop
 
-    def split(self, size: int) -> Iterator[Self]:
-        """Parts of ``size`` crops, the last one smaller."""
-        return (type(self)(*part) for part in zip(*(field.split(size) for field in self), strict=True))
-
     def to(self, device: torch.device) -> Self:
         """On a device, without waiting for it; seeds are read by the host and stay."""
         pixels, targets = (field.to(device, non_blocking=True) for field in self[:2])

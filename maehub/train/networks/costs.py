@@ -75,10 +75,14 @@ def count_parameters(network: AutoencoderConfig) -> Parameters:
 def work_of(
     network: AutoencoderConfig, kept: int, *, share: float = 1.0, loss_on: LossOn = "hidden", corrupts: bool = False
 ) -> Work:
-    """The patches of one view of the encoder's native size, of which ``kept`` (K) stay visible.
+    """The patches of one view.
 
-    The decoder runs without those hidden patches that the ``share`` to predict leaves out, unless hidden ones are
-    corrupted. With ``loss_on`` "all" every patch is predicted.
+    Args:
+        network: its encoder's native size is the size of the views.
+        kept: K, patches that stay visible.
+        share: of the hidden patches that are predicted; the decoder runs without the others.
+        loss_on: with "all" every patch is predicted.
+        corrupts: hidden patches are corrupted, and then none is left out of the decoder.
     """
     patches = math.prod(network.encoder.grid)
     predicted = patches if loss_on == "all" else max(1, round(share * (patches - kept)))
@@ -95,13 +99,28 @@ def decoder_flops(network: AutoencoderConfig, work: Work) -> int:
     return _flops(_products(network, work)[1:], _blocks(network, work)[network.encoder.depth :])
 
 
-def activation_bytes(network: AutoencoderConfig, work: Work, precision: Precision, *, checkpoint: bool = False) -> int:
-    """Peak memory that one more view in a micro-batch takes, in bytes, the encoder's native size being the view's.
+def activation_bytes(
+    network: AutoencoderConfig,
+    kept: int,
+    precision: Precision,
+    *,
+    work: Work | None = None,
+    checkpoint: bool = False,
+) -> int:
+    """Peak memory that one more view in a micro-batch takes, in bytes.
 
-    What the backward pass needs of every block (with ``checkpoint`` its input alone), the picture and its target, and
-    what lives beside them where the backward pass begins. Parameters, gradients and optimizer state are not in it.
-    "bf16" is autocast: the residual stream and what a LayerNorm reads stay float32. Others count as float32.
+    What the backward pass needs of every block, the picture and its target, and what lives beside them where the
+    backward pass begins. Parameters, gradients and optimizer state are not in it.
+
+    Args:
+        network: its encoder's native size is the size of the views.
+        kept: K, patches that stay visible.
+        precision: "bf16" is autocast: the residual stream and what a LayerNorm reads stay float32. Others count as
+            float32.
+        work: which patches are computed where, if not all hidden ones are predicted.
+        checkpoint: keep only the input of each block and compute the rest again.
     """
+    work = work or work_of(network, kept)
     half = 2 if precision == "bf16" else _FP32
     blocks = _blocks(network, work)
     if checkpoint:
@@ -120,11 +139,14 @@ def activation_bytes(network: AutoencoderConfig, work: Work, precision: Precisio
     return stored + max([loss, *passing])
 
 
-def fixed_bytes(parameters: Parameters, precision: Precision, shards: int = 1, largest_block: int = 0) -> int:
+def fixed_bytes(parameters: Parameters, precision: Precision, *, shards: int = 1, largest_block: int = 0) -> int:
     """Memory of one process that does not depend on the batch, in bytes.
 
     Weights, gradients and the two moments of AdamW, float32; with "bf16" the copies that autocast makes of weights.
-    FSDP divides the former among ``shards`` processes, and gathers two blocks at a time, of the largest's parameters.
+
+    Args:
+        shards: processes that weights, gradients and moments are divided among (FSDP).
+        largest_block: with ``shards`` the parameters of the largest block, of which two are gathered at a time.
     """
     held = 4 * _FP32 * parameters.trained + _FP32 * parameters.fixed
     half = 2 if precision == "bf16" else 0

@@ -22,6 +22,7 @@ from maehub.train.networks import (
     decoder_flops,
     fixed_bytes,
     forward_flops,
+    work_of,
 )
 from maehub.train.planning.devices import Device, device_row
 from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_words
@@ -32,7 +33,7 @@ from maehub.train.pretraining import (
     build_network,
     find_weights,
     kept_patches,
-    run_work,
+    network_options,
     split_data,
     view_of,
 )
@@ -71,12 +72,14 @@ def plan(config: PlanConfig) -> Plan:
     steps = config.steps or math.ceil((config.epochs or 0) * images / per_step)
 
     parameters = count_parameters(network)
-    work = run_work(config, network, kept_patches(view_of(config, network)))
+    kept = kept_patches(view_of(config, network))
+    corrupts = config.corruption[0] < 1
+    work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
     forward = forward_flops(network, work)
     training = forward * (1 + BACKWARD + config.checkpoint_activations)
-    view_bytes = activation_bytes(network, work, precision, checkpoint=config.checkpoint_activations)
+    view_bytes = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
     shards = config.processes if config.fsdp else 1
-    fixed = fixed_bytes(parameters, precision, shards, block_parameters(network))
+    fixed = fixed_bytes(parameters, precision, shards=shards, largest_block=block_parameters(network))
 
     share = math.ceil(batch_size / config.processes)
     capacity = max(0, math.floor((_usable(device) - fixed) / view_bytes))  # views
@@ -137,7 +140,7 @@ def network_of(config: PlanConfig) -> AutoencoderConfig:
             f"`maehub download {name}` fetches it"
         )
     with torch.device("cpu" if config.from_ else "meta"):
-        return build_network(config, find_weights(config.from_)).config
+        return build_network(network_options(config), find_weights(config.from_)).config
 
 
 def _usable(device: Device) -> float:
@@ -246,7 +249,7 @@ def _memory_advice(config: PlanConfig, network: AutoencoderConfig, run: Plan, ca
     elif config.micro_batch and config.micro_batch > capacity:
         advice.append(f"--micro-batch {config.micro_batch} does not fit: {capacity:,} views do. Leave it out.")
     elif share > capacity:
-        small = activation_bytes(network, run.work, run.precision, checkpoint=True)
+        small = activation_bytes(network, run.work.kept, run.precision, work=run.work, checkpoint=True)
         larger = (_usable(run.device) - run.fixed_bytes) // small
         again = f" --checkpoint-activations would fit {larger:,.0f}, for a third more time."
         advice.append(

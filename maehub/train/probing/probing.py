@@ -118,7 +118,8 @@ def knn(config: KnnConfig) -> KnnResult:
 def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
     """The pictures to train on and to test on; says how many of the latter are among the former."""
     split = split_labelled(config.data, seed=seed, share=config.val_share, group=config.group, label=config.label)
-    look_for_twins(config, split, None)
+    if not config.skip_twins:
+        look_for_twins(split, None, config.workers, progress=not config.quiet)
     return split
 
 
