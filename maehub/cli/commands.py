@@ -233,9 +233,12 @@ def run_predict(config: Any, shared: Shared) -> int:
     size = wanted_size(config.image_size)
     located = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.data import find_images
+    from maehub.features import check_bad_files
     from maehub.hub import load
     from maehub.train import predict
 
+    if config.skip_bad and config.out is not None and config.out.suffix == ".csv":
+        check_bad_files(config.out, config.overwrite)
     paths = dict.fromkeys(path for source in config.pictures for path in find_images(source).paths())
     encoder = load(located, image_size=size, device=config.device)
     found = predict(

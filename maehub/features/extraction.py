@@ -27,6 +27,7 @@ from maehub.features.table import (
     FeatureTable,
     Provenance,
     Skipped,
+    check_bad_files,
     check_ending,
     read_provenance,
     write_bad_files,
@@ -104,6 +105,8 @@ def extract_features(
     whole = made_with | {"source": {"images": len(pictures), "sha256": pictures.digest()}}
     if target is not None and target.exists() and not overwrite:
         return _finished(target, whole, skip_bad)
+    if target is not None and skip_bad:
+        check_bad_files(target, overwrite)
 
     readers = Readers(processes, job.preprocess, exact_decode=exact_decode)
     bar = tqdm(total=len(pictures), unit=" images", disable=None if progress else True, file=sys.stderr)
@@ -277,7 +280,7 @@ def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> Featur
     shape = (store.rows, *store.row_shape)
     write_features(store.out, store.pieces(), shape, [os.fsencode(path) for path in paths], facts)
     if skipped:
-        write_bad_files(store.out.with_name("bad_files.csv"), skipped)
+        write_bad_files(store.out, skipped)
     shutil.rmtree(store.folder)  # the rows are elsewhere now
     return FeatureTable.load(store.out)
 

@@ -126,9 +126,24 @@ def read_provenance(path: Path) -> Provenance | None:
         return None
 
 
-def write_bad_files(path: Path, skipped: list[Skipped]) -> None:
-    """A .csv of path and reason."""
-    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+def check_bad_files(out: Path, overwrite: bool) -> None:
+    """Refuse what the list of skipped pictures beside ``out`` would replace."""
+    listed = out.with_name("bad_files.csv")
+    if out == listed:
+        raise UsageError(f"{out}: so the list of skipped pictures is called; choose another name")
+    if listed.exists() and not overwrite:
+        raise UsageError(
+            f"{listed} exists, and the list of skipped pictures would replace it; move it away, or accept that by "
+            "--overwrite (overwrite=True)"
+        )
+
+
+def write_bad_files(out: Path, skipped: list[Skipped]) -> None:
+    """A .csv of path and reason, ``bad_files.csv`` beside ``out``."""
+    with (
+        atomic_write(out.with_name("bad_files.csv")) as part,
+        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file).writerows([Skipped._fields, *skipped])
 
 

@@ -137,13 +137,19 @@ def _blob(path: Path) -> Path | None:
 
 
 def discard(path: Path, cache: Path) -> None:
-    """Remove a file, what it links to, and its stamp, so that nothing takes it for whole again."""
+    """Remove a file of a cache, its blob there, and its stamp, so that nothing takes it for whole again.
+
+    A link that leads out of the repository's folder is removed, and never what it leads to.
+    """
     try:
         _stamp(path, cache).unlink(missing_ok=True)
     except OSError as error:
         logger.debug("stamp of %s stays: %s", path, error)
-    for one in {Path(os.path.realpath(path)), _blob(path) or path, path}:
-        one.unlink(missing_ok=True)
+    blobs = {parent / "blobs" for parent in path.parents if parent / "snapshots" in path.parents}
+    blob = _blob(path)
+    path.unlink(missing_ok=True)
+    if blob and blob.parent in blobs:
+        blob.unlink(missing_ok=True)
 
 
 def _stamp(path: Path, cache: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from maehub.data import PictureSource
 from maehub.errors import UsageError
-from maehub.features import Skipped, extract_features, write_bad_files
+from maehub.features import Skipped, check_bad_files, extract_features, write_bad_files
 from maehub.files import atomic_write
 from maehub.models import Encoder
 from maehub.train.evaluation.config import check_target
@@ -71,6 +71,8 @@ class Predictions:
         """
         path = Path(path)
         check_target(path, overwrite)
+        if self.skipped and path.suffix == ".csv":
+            check_bad_files(path, overwrite)
         with (
             atomic_write(path) as temporary,
             open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
@@ -86,7 +88,7 @@ class Predictions:
                     cells = ((guess.name, f"{guess.probability:.6g}") for guess in guesses)
                     rows.writerow([name, *(cell for pair in cells for cell in pair)])
         if self.skipped and path.suffix == ".csv":
-            write_bad_files(path.with_name("bad_files.csv"), self.skipped)
+            write_bad_files(path, self.skipped)
 
     def to_dict(self) -> dict[str, object]:
         """Plain lists, numbers and strings, for JSON: of each picture the ``shown`` most probable classes."""
