@@ -1,0 +1,85 @@
+"""What must stay as it is: files beside a result, and files outside of a cache, with decoys in temporary folders."""
+
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+import maehub
+from maehub.cli import command_line as cli
+from maehub.errors import UsageError
+from maehub.hub.verification import discard
+from maehub.models import EncoderConfig
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A file of the Hub's cache, and something outside."""
+    repo = tmp_path / "hub" / "models--a--b"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots" / "c0ffee" / "timm").mkdir(parents=True)
+    outside = tmp_path / "outside.txt"
+    outside.write_text("keep me")
+    return repo, repo / "snapshots" / "c0ffee" / "timm" / "model.safetensors", outside
+
+
+def test_a_blob_goes_with_its_file(cached, tmp_path):
+    repo, path, _ = cached
+    blob = repo / "blobs" / ("0" * 64)
+    blob.write_bytes(b"broken")
+    path.symlink_to(os.path.relpath(blob, path.parent))
+    discard(path, tmp_path / "own")
+    assert not path.is_symlink()
+    assert not blob.exists()
+
+
+def test_a_blob_that_is_a_link_takes_nothing_with_it(cached, tmp_path):
+    repo, path, outside = cached
+    blob = repo / "blobs" / ("0" * 64)
+    blob.symlink_to(outside)
+    path.symlink_to(os.path.relpath(blob, path.parent))
+    discard(path, tmp_path / "own")
+    assert outside.read_text() == "keep me"
+    assert not path.is_symlink()
+    assert not blob.is_symlink()
+
+
+def test_a_snapshot_that_leads_out_takes_nothing_with_it(cached, tmp_path):
+    _, path, outside = cached
+    path.symlink_to(outside)
+    discard(path, tmp_path / "own")
+    assert outside.read_text() == "keep me"
+    assert not path.is_symlink()
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    torch.manual_seed(0)
+    network = maehub.Encoder(EncoderConfig(width=48, depth=1, heads=3, image_size=16, patch_size=8))
+    maehub.save(network, tmp_path / "encoder")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "b.png").write_bytes(b"no picture")
+    return network
+
+
+def features(tmp_path, out, *more):
+    words = ["features", str(tmp_path / "photos"), "-m", str(tmp_path / "encoder"), "-o", str(out), "--skip-bad", *more]
+    return cli.main([*words, "--quiet", "--workers", "0"])
+
+
+def test_a_table_is_not_called_like_the_list_of_skipped_pictures(encoder, tmp_path):
+    assert features(tmp_path, tmp_path / "bad_files.csv") == 2
+    assert not (tmp_path / "bad_files.csv").exists()
+    with pytest.raises(UsageError, match="choose another name"):
+        maehub.extract_features(encoder, tmp_path / "photos", out=tmp_path / "bad_files.csv", skip_bad=True)
+
+
+def test_a_list_that_is_there_is_not_replaced(encoder, tmp_path):
+    (tmp_path / "bad_files.csv").write_text("mine")
+    assert features(tmp_path, tmp_path / "table.csv") == 2
+    assert (tmp_path / "bad_files.csv").read_text() == "mine"
+    assert not (tmp_path / "table.csv").exists()
+    assert features(tmp_path, tmp_path / "table.csv", "--overwrite") == 9
+    assert "b.png" in (tmp_path / "bad_files.csv").read_text()
