@@ -307,7 +307,7 @@ def test_row_85_what_cannot_be_written_is_refused_before_the_work(encoder, photo
     for ending in (".csv", ".parquet"):
         with pytest.raises(UsageError, match="tokens"):
             extract_features(encoder, photos, pool="tokens", out=tmp_path / f"o{ending}")
-    monkeypatch.setattr("maehub.files._free_bytes", lambda _: 10)
+    monkeypatch.setattr("maehub.files.free_bytes", lambda _: 10)
     with pytest.raises(CheckpointError, match="free"):
         extract_features(encoder, photos, out=tmp_path / "o.npz")
 

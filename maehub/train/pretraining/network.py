@@ -208,7 +208,7 @@ def views_fit(
     return pictures_fit(objective, blank, group, precision=precision, shard=shard, estimate=estimate)
 
 
-def _blank(view: View, size: int, *, device: torch.device) -> Sequence[Tensor]:
+def _blank(view: View, size: int, device: torch.device) -> Sequence[Tensor]:
     keys = [Key(0, number, number) for number in range(size)]
     batch: Batch = view.batch(view.empty(size).zero_(), keys).to(device)
     return batch.pixels, batch.masked, batch.seeds
