@@ -66,7 +66,7 @@ class CheckpointError(MaehubError, OSError):
 
 
 class DivergedError(MaehubError, ArithmeticError):
-    """Training produced a loss or a gradient that is not finite."""
+    """Training produced a loss or a gradient that is not finite, or left every weight as it was."""
 
     exit_code = 7
 

@@ -575,3 +575,23 @@ def test_the_command_prints_scores_and_json(pictures, tmp_path, capsys):
     assert facts["n"] == 12
     assert facts["low"] <= facts["top1"] <= facts["high"]
     assert facts["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mixup": 0.8, "micro_batch": 3}, "odd number of pictures, and they are mixed in pairs"),
+        ({"mixup": 0.8, "batch_size": 6, "micro_batch": 4, "cutmix": 0}, None),
+        ({"recipe": "linear", "batch_size": 1}, "batch normalisation needs two pictures at once"),
+        ({"recipe": "linear", "batch_size": 5, "micro_batch": 4}, "batch normalisation needs two pictures at once"),
+    ],
+)
+def test_parts_of_a_step_on_which_a_library_would_stumble(pictures, weights, tmp_path, changes, words):
+    config = settings_of(pictures, tmp_path / "run", model=str(weights), **{"steps": 1} | changes)
+    if words is None:
+        assert finetune(config).step == 1
+        return
+    with pytest.raises(UsageError, match=words) as caught:
+        finetune(config)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run").exists()

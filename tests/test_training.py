@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -1074,3 +1075,43 @@ def test_shuffling_looks_random_and_needs_no_memory_for_a_billion():
     assert len(set(found.tolist())) == 1000
     assert 0 <= found.min() < found.max() < 10**9
     assert abs(found.mean() / 10**9 - 0.5) < 0.05
+
+
+# --- little data -----------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_is_fitted_to_little_data(pictures, tmp_path):
+    """What is asked for is not fitted: it is refused where an epoch has fewer views."""
+    count = 16
+    result = pretrain(settings_of(pictures, tmp_path / "run", batch_size=None, steps=None, epochs=2, holdout=0))
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["batch_size"] == 8
+    assert result.step == written["steps"] == 4
+    with pytest.raises(UsageError, match=r"more than the \d+ views of an epoch"):
+        pretrain(settings_of(pictures, tmp_path / "more", batch_size=4 * count, holdout=0))
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_run_of_few_steps_has_a_rate_from_the_first_on():
+    for steps in range(1, 10):
+        rates = [learning_rate(step, steps, 1.0, warmup) for warmup in (0.0, 0.05, 0.5) for step in range(steps)]
+        assert min(rates) > 0
+        assert max(rates) <= 1
+    assert learning_rate(0, 10, 1.0, 0.5) == 0
+
+
+def test_a_run_that_changes_nothing_fails(pictures, tmp_path):
+    with pytest.raises(DivergedError, match="all weights are those of the start") as caught:
+        pretrain(settings_of(pictures, tmp_path / "run", steps=2, base_lr=1e-300, weight_decay=0.0))
+    assert caught.value.exit_code == 7
+    assert state(tmp_path / "run")["state"] == "failed"
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_row_32_a_run_whose_checkpoints_are_gone_does_not_start_anew(pictures, finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    shutil.rmtree(finished / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"run\.json names step 2 as the last good one") as caught:
+        pretrain(settings_of(pictures, finished, steps=4, resume=True))
+    assert caught.value.exit_code == 6
+    assert (finished / "metrics.jsonl").read_bytes() == before

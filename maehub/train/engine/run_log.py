@@ -295,7 +295,8 @@ class RunLog:
             self.flush()
         with contextlib.suppress(Exception):
             if isinstance(error, MaehubError):
-                state = "diverged" if isinstance(error, DivergedError) else "failed"
+                finite = not isinstance(error, DivergedError) or self.nonfinite_step is None
+                state = "failed" if finite else "diverged"
                 self._write_state(state, error.exit_code, str(error))
             elif isinstance(error, KeyboardInterrupt):
                 self._write_state("failed", EXIT_INTERRUPTED, f"stopped within a step. {self.kept()}")

@@ -350,9 +350,22 @@ def _micro_batch(
         return images, torch.zeros(count, classes, device=group.device)
 
     part, size = settings.batch_size // group.size, f"{height}×{width}"
+    micro, multiple = min(config.micro_batch or part, part), settings.mixed_at_once
+    sizes = {micro, part % micro or micro}  # of the parts of a step
+    if any(count % multiple for count in sizes):
+        raise UsageError(
+            f"--micro-batch {micro} of {part} leaves an odd number of pictures, and they are mixed in pairs"
+        )
+    if settings.head == "normed":
+        multiple = 2
+        if 1 in sizes:
+            raise UsageError(
+                f"batch normalisation needs two pictures at once, and with --batch-size {settings.batch_size} and "
+                f"--micro-batch {micro} a part of a step has one"
+            )
     with seeded_torch(0, group.device):
         fits = pictures_fit(objective, blank, group, precision=config.precision, shard=config.fsdp)
-        return find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=settings.mixed_at_once)
+        return find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=multiple)
 
 
 def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> None:
