@@ -81,3 +81,12 @@ def first_names(names: Sequence[str], most: int, between: str = ", ") -> str:
     """The first of some names or lines of an error, and how many more there are; empty if there are none."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + rest
+
+
+SPACES = "\n\t\xa0"
+"""What lays out a text of several lines."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text in which what cannot be seen, such as control codes of a terminal, but ``keep``, is written as in Python."""
+    return "".join(sign if sign.isprintable() or sign in keep else ascii(sign)[1:-1] for sign in text)

@@ -826,3 +826,26 @@ def test_row_10_21_no_network_and_no_cache(tmp_path, model, code, offline):
         assert "maehub download" in ran.stderr or "cannot be reached" in ran.stderr
     if model == "vit-h-44":
         assert "vit-h-448" in ran.stderr
+
+
+def test_names_do_not_steer_the_terminal(run, tmp_path):
+    """Escape codes in the names of files, folders, classes and models are shown, never sent."""
+    evil = "\x1b[2J\x1b]0;owned\x07\u202e"
+    folder = tmp_path / f"d{evil}"
+    for name in (f"cat{evil}", "dog"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{evil}.png").write_bytes(b"no picture")
+    for words in (
+        ["data", "check", str(folder)],
+        ["info", f"vit{evil}"],
+        ["evaluate", str(folder), "-m", f"gone{evil}"],
+        ["identify", str(folder / f"cat{evil}" / f"{evil}.png")],
+        ["features", str(folder), "-m", "vit-nano", "-o", str(tmp_path / "f.npz"), "--skip-bad"],
+        [f"com{evil}mand"],
+    ):
+        _, out, err = run(*words)
+        told = "".join(out + err)
+        assert told
+        assert "\x1b" not in told, words
+        assert "\x07" not in told, words
+        assert "\u202e" not in told, words

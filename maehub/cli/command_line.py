@@ -19,7 +19,7 @@ from maehub.cli import commands
 from maehub.cli.commands import Shared, measuring
 from maehub.cli.parsing import parsed
 from maehub.cli.reconstruct import run_reconstruct
-from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, CheckpointError, MaehubError, UsageError
+from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, SPACES, CheckpointError, MaehubError, UsageError, visible
 from maehub.version import __version__
 
 _SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be text, and the terminal need not know ×
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    said = logging.StreamHandler(sys.stderr)
+    said.setFormatter(_Visible())
+    logging.basicConfig(handlers=[said])
     logging.getLogger("maehub").setLevel(logging.WARNING if shared.quiet else logging.INFO)
     try:
         code = _run(words, shared)
@@ -105,6 +107,13 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(error)
 
 
+class _Visible(logging.Formatter):
+    """Messages alone; names of files and what servers say cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), SPACES)
+
+
 def _complain(error: BaseException) -> int:
     """Say what went wrong, on stderr; the exit code."""
     if isinstance(error, KeyboardInterrupt):
@@ -112,12 +121,13 @@ def _complain(error: BaseException) -> int:
         return EXIT_INTERRUPTED
     if isinstance(error, MaehubError):
         if error.told_by is None or str(error.told_by) == os.environ.get("RANK", str(error.told_by)):
-            print(f"maehub: {error}", file=sys.stderr)
+            print(visible(f"maehub: {error}", SPACES), file=sys.stderr)
         return error.exit_code
     if isinstance(error, OSError) and error.strerror:
-        print(f"maehub: {error.filename or 'the output'}: {error.strerror}; --debug shows where", file=sys.stderr)
+        where = visible(str(error.filename or "the output"))
+        print(f"maehub: {where}: {error.strerror}; --debug shows where", file=sys.stderr)
         return UsageError.exit_code if error.errno == errno.ENAMETOOLONG else CheckpointError.exit_code
-    first = str(error).strip().split("\n")[0]
+    first = visible(str(error).strip().split("\n")[0])
     print(f"maehub: {type(error).__name__}: {first}\nmaehub did not expect this; --debug shows where", file=sys.stderr)
     return MaehubError.exit_code
 

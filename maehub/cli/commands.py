@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maehub.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
+from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
 from maehub.files import read_words
 from maehub.hub import locate
 from maehub.train.evaluation import text_table
@@ -270,7 +270,7 @@ def report(shared: Shared, facts: dict[str, Any], text: str, code: int = EXIT_DO
     if shared.json:
         print(json.dumps(facts, allow_nan=False))
     elif not shared.quiet:
-        print(text)
+        print(visible(text, SPACES))
     return code
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from maehub.data.sources import Source, find_samples
 from maehub.data.workers import Examiners, Finding, reader_count
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, visible
 from maehub.files import atomic_write
 from maehub.images import ImagePath
 
@@ -150,7 +150,7 @@ class DataStatistics:
 
 def tell(picture: BadPicture) -> None:
     """Print a picture that cannot be read, above a progress bar."""
-    tqdm.write(f"{picture.where}: {picture.reason}")
+    tqdm.write(visible(f"{picture.where}: {picture.reason}"))
 
 
 def check_data(

@@ -26,7 +26,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, visible
 from maehub.images.jpeg import Jpeg, decode_rows, read_jpeg
 from maehub.images.png import open_png, transparent_pixels
 from maehub.images.sizes import Size
@@ -64,8 +64,7 @@ _UPRIGHT = {  # what undoes each of its values; 5 and above swap height and widt
 
 def printable(path: ImagePath) -> str:
     """A path for messages: one line, every byte visible, whatever the file is called."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return visible(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def open_image(

@@ -3,6 +3,8 @@
 import html
 from collections.abc import Collection, Sequence
 
+from maehub.errors import visible
+
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
     """Aligned columns, two spaces apart: those ``left`` begin at the same place, the others end at the same place."""
@@ -33,7 +35,7 @@ def percent(value: float | None) -> str:
 
 def printable(text: str, longest: int = 32) -> str:
     """One line without control characters or broken Unicode, its end cut off where it is too long."""
-    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    shown = visible(text)
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
