@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -207,9 +208,13 @@ def fill_template(template: Path, values: Mapping[str, Any]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block, a device never end
+            raise IntegrityError(f"{path} is no configuration: it is no regular file")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+        if len(data) > _MAX_JSON_BYTES:
             raise IntegrityError(f"{path} is no configuration: it has {path.stat().st_size:,} bytes")
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
     except (RecursionError, ValueError) as error:
         if isinstance(error, IntegrityError):
             raise

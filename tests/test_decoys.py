@@ -1,6 +1,9 @@
 """What must stay as it is: files beside a result, and files outside of a cache, with decoys in temporary folders."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from PIL import Image
 
 import maehub
 from maehub.cli import command_line as cli
-from maehub.errors import UsageError
+from maehub.errors import IntegrityError, UsageError
 from maehub.hub.verification import discard
 from maehub.models import EncoderConfig
 
@@ -83,3 +86,26 @@ def test_a_list_that_is_there_is_not_replaced(encoder, tmp_path):
     assert not (tmp_path / "table.csv").exists()
     assert features(tmp_path, tmp_path / "table.csv", "--overwrite") == 9
     assert "b.png" in (tmp_path / "bad_files.csv").read_text()
+
+
+def test_a_pipe_or_a_device_is_no_configuration(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(IntegrityError, match="no regular file"):
+        maehub.load(folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(IntegrityError, match="no regular file"):
+        maehub.load(folder)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>&- >&-"])
+def test_closed_outputs_are_no_error(tmp_path, closed):
+    photos = Path(maehub.__file__).parent / "assets"
+    words = f"{sys.executable} -m maehub features {photos} -m vit-nano -o {tmp_path / 'table.npz'} --workers 0 {closed}"
+    assert subprocess.run(words, shell=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
+    assert (tmp_path / "table.npz").exists()
+    wrong = f"{sys.executable} -m maehub info nothing {closed}"
+    assert subprocess.run(wrong, shell=True, check=False, stdin=subprocess.DEVNULL).returncode == 2

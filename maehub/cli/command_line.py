@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     shared = Shared(*(any(flag in given for flag in flags) for flags in _SHARED_FLAGS))
     words = [word for word in given if word not in itertools.chain(*_SHARED_FLAGS)]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be text, and the terminal need not know ×
             stream.reconfigure(errors="backslashreplace")
