@@ -105,7 +105,7 @@ def test_a_pipe_or_a_device_is_no_configuration(tmp_path):
 def test_closed_outputs_are_no_error(tmp_path, closed):
     photos = Path(maehub.__file__).parent / "assets"
     words = f"{sys.executable} -m maehub features {photos} -m vit-nano -o {tmp_path / 'table.npz'} --workers 0 {closed}"
-    assert subprocess.run(words, shell=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run(["sh", "-c", words], check=False, stdin=subprocess.DEVNULL).returncode == 0
     assert (tmp_path / "table.npz").exists()
     wrong = f"{sys.executable} -m maehub info nothing {closed}"
-    assert subprocess.run(wrong, shell=True, check=False, stdin=subprocess.DEVNULL).returncode == 2
+    assert subprocess.run(["sh", "-c", wrong], check=False, stdin=subprocess.DEVNULL).returncode == 2

@@ -54,8 +54,8 @@ class OfficialState(NamedTuple):
     dropped: dict[str, str]  # names, wrappers stripped, that were left out on purpose, and why
 
 
-WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""Prefixes of DistributedDataParallel, torch.compile and training scripts, stripped where every key has them."""
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "net.", "network.", "student.", "teacher.")
+"""Prefixes of DistributedDataParallel, torch.compile, FSDP and training scripts, stripped where every key has them."""
 
 ENCODER_MASK_TOKEN = "encoder_mask_token"
 """The mask token of an autoencoder whose encoder sees it. No published file has one, so the name is ours."""
