@@ -1,4 +1,4 @@
-"""Checkpoints of other training programs: what they keep beside the weights is passed over, never imported or called."""
+"""Checkpoints of other training programs: what they keep beside the weights is passed over, never called."""
 
 import os
 import subprocess
@@ -71,7 +71,7 @@ class Calls:
         Calls(os.system, "touch OWNED"),
         Calls(eval, "open('OWNED', 'w')"),
         Calls(exec, "open('OWNED', 'w')"),
-        Calls(getattr, os, "system"),
+        Calls(getattr, "", "join"),
         Calls(open, "OWNED", "w"),
     ],
 )
