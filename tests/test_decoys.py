@@ -109,3 +109,15 @@ def test_closed_outputs_are_no_error(tmp_path, closed):
     assert (tmp_path / "table.npz").exists()
     wrong = f"{sys.executable} -m maehub info nothing {closed}"
     assert subprocess.run(["sh", "-c", wrong], check=False, stdin=subprocess.DEVNULL).returncode == 2
+
+
+def test_no_spreadsheet_takes_a_name_for_a_formula(encoder, tmp_path):
+    names = ["=1+1.png", "-x.png", "@a.png", "+b.png", "'=c.png", "plain.png"]
+    maehub.FeatureTable(names, torch.zeros(6, 2)).save(tmp_path / "names.csv")
+    cells = [line.split(",")[0] for line in (tmp_path / "names.csv").read_text().splitlines()[2:]]
+    assert cells == ["'=1+1.png", "'-x.png", "'@a.png", "'+b.png", "''=c.png", "plain.png"]
+    assert maehub.FeatureTable.load(tmp_path / "names.csv").paths == names
+    (tmp_path / "photos" / "=bad.png").write_bytes(b"no picture")
+    code = cli.main(["data", "check", str(tmp_path / "photos"), "-o", str(tmp_path / "list.csv"), "--quiet"])
+    assert code == 5
+    assert "photos/=bad.png" in (tmp_path / "list.csv").read_text()  # a whole path is no formula

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from maehub.data.labels import Labelled
 from maehub.data.loader import Whole, batches_of, worker_count
 from maehub.data.sources import Source
-from maehub.files import atomic_write, sha256_file
+from maehub.files import atomic_write, sha256_file, sheet_cells
 from maehub.images import ImagePath, Preprocess, read_pixels
 
 Pair = tuple[int, int]
@@ -66,7 +66,8 @@ class Duplicates:
             rows.writerow(["kind", "testing", "training"])
             for kind, pairs in (("exact", self.exact), ("near", self.near)):
                 for one, same in pairs:
-                    rows.writerow([kind, self.testing.samples.where(one), self.training.samples.where(same)])
+                    where = self.testing.samples.where(one), self.training.samples.where(same)
+                    rows.writerow(sheet_cells([kind, *where]))
 
 
 def find_twins(

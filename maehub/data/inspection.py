@@ -15,7 +15,7 @@ from tqdm import tqdm
 from maehub.data.sources import Source, find_samples
 from maehub.data.workers import Examiners, Finding, reader_count
 from maehub.errors import DataError, UsageError, visible
-from maehub.files import atomic_write
+from maehub.files import atomic_write, sheet_cells
 from maehub.images import ImagePath
 
 SAMPLE = 2000
@@ -71,7 +71,7 @@ class DataCheck:
             CheckpointError: it cannot be written; what was there is unchanged.
         """
         with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("path", "reason"), *self.bad])
+            csv.writer(file).writerows([("path", "reason"), *map(sheet_cells, self.bad)])
 
 
 class Spread(NamedTuple):

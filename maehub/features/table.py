@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maehub.errors import DataError, IntegrityError, MissingDependencyError, UsageError
-from maehub.files import atomic_write
+from maehub.files import FORMULA, atomic_write, sheet_cells
 from maehub.weights import header_bytes
 
 Provenance = dict[str, Any]
@@ -144,7 +144,7 @@ def write_bad_files(out: Path, skipped: list[Skipped]) -> None:
         atomic_write(out.with_name("bad_files.csv")) as part,
         part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
-        csv.writer(file).writerows([Skipped._fields, *skipped])
+        csv.writer(file).writerows([Skipped._fields, *map(sheet_cells, skipped)])
 
 
 def _offsets(paths: list[bytes]) -> np.ndarray:
@@ -247,7 +247,7 @@ def _write_csv(
     file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
 ) -> None:
     numbers = ",%.9g" * _width(shape) + "\n"  # nine digits bring a float32 back exactly
-    names = map(os.fsdecode, paths)
+    names = (sheet_cells([os.fsdecode(path)])[0] for path in paths)
     quoted = (
         '"' + name.replace('"', '""') + '"' if any(mark in name for mark in ',"\r\n#') else name for name in names
     )
@@ -269,7 +269,8 @@ def _parts_of_csv(path: Path) -> Iterator[Any]:
         if not file.readline():
             raise DataError("no line names its columns")
         for name, *numbers in csv.reader(file):
-            names.append(os.fsencode(name))
+            quoted = name.startswith("'") and name.lstrip("'").startswith(FORMULA)
+            names.append(os.fsencode(name[1:] if quoted else name))
             rows.append(np.array(numbers, np.float32))
     yield names
     yield torch.from_numpy((np.stack(rows) if rows else np.empty(0, np.float32)).reshape(facts["shape"]))

@@ -17,7 +17,7 @@ from PIL import Image
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
 from maehub.errors import UsageError
 from maehub.features import outputs
-from maehub.files import check_free, whole_folder, write_text
+from maehub.files import check_free, sheet_cells, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
 from maehub.models import Encoder, usable_device
@@ -228,7 +228,7 @@ def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelle
                 told, said = _told_and_said(labelled, index, row)
                 names = ("|".join(labelled.classes[place] for place in places) for places in (told, said))
                 shown = "|".join(f"{row[place]:.6g}" for place in said)
-                rows.writerow((os.fsdecode(labelled.samples.name(index)), *names, shown))
+                rows.writerow(sheet_cells((os.fsdecode(labelled.samples.name(index)), *names, shown)))
     return evaluation
 
 

@@ -12,7 +12,7 @@ import torch
 from maehub.data import PictureSource
 from maehub.errors import UsageError
 from maehub.features import Skipped, check_bad_files, extract_features, write_bad_files
-from maehub.files import atomic_write
+from maehub.files import atomic_write, sheet_cells
 from maehub.models import Encoder
 from maehub.train.evaluation.config import check_target
 from maehub.train.evaluation.scores import probabilities
@@ -86,7 +86,7 @@ class Predictions:
                 rows.writerow(["path", *columns])
                 for name, guesses in zip(self.paths, self.top(), strict=True):
                     cells = ((guess.name, f"{guess.probability:.6g}") for guess in guesses)
-                    rows.writerow([name, *(cell for pair in cells for cell in pair)])
+                    rows.writerow(sheet_cells([name, *(cell for pair in cells for cell in pair)]))
         if self.skipped and path.suffix == ".csv":
             write_bad_files(path, self.skipped)
 
