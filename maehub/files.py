@@ -229,7 +229,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sheet_cells(cells: Iterable[Any]) -> list[Any]:
-    """Cells for a .csv, of which no spreadsheet may take one for a formula: such a text gets an apostrophe before it."""
+    """Cells for a .csv, none of which a spreadsheet takes for a formula: such a text gets an apostrophe before it."""
     return [f"'{cell}" if isinstance(cell, str) and cell.lstrip("'").startswith(FORMULA) else cell for cell in cells]
 
 
