@@ -136,6 +136,13 @@ def _public_name(name: str) -> str:
     return name if known else "MODEL"
 
 
+def public_origin(origin: Origin | None) -> Origin | None:
+    """Where weights come from, as far as anybody knows it: a file or folder of the author's keeps its licence alone."""
+    if origin is None or is_model(origin.name) or origin.revision:
+        return origin
+    return Origin("weights that are not public", licence=origin.licence)
+
+
 def base_model_of(origin: Origin | None) -> str:
     """The Hub id of what weights were trained from; empty where it has none."""
     if origin is None:

@@ -23,7 +23,7 @@ from maehub.publishing.committing import Committed, commit
 from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import find_leaks, refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
-from maehub.publishing.provenance import Provenance, base_model_of, read_run
+from maehub.publishing.provenance import Provenance, base_model_of, public_origin, read_run
 from maehub.publishing.remote import Hub, LocalFile, Remote, check_conditions, check_name, look, same, verify_remote
 from maehub.publishing.repository import build_repository, files_of
 from maehub.weights import check_finite, find_model_folder, open_autoencoder, open_encoder, read_block
@@ -161,8 +161,9 @@ def push(
     check_name(repo_id)
     model, folder = _open(source)
     _check_weights(model)
-    origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
-    settled = settle_licence(licence, origin)
+    encoder = model if isinstance(model, Encoder) else model.encoder
+    settled = settle_licence(licence, encoder.origin)
+    origin = encoder.origin = public_origin(encoder.origin)
     provenance = read_run(folder) if folder is not None else Provenance()
     remote: Remote | HubError
     try:

@@ -59,6 +59,7 @@ def build_repository(
     names = [f"pictures/{number + 1}.png" for number in range(len(pictures))]
     for source, target in zip(pictures, names, strict=True):
         picture = open_image(source)  # written anew, so that nothing else that a file holds goes along
+        picture.info.clear()  # where Pillow keeps profiles and texts, and writes them from
         (folder / target).parent.mkdir(exist_ok=True)
         picture.save(folder / target)
     verdict = check_repository(folder, model)

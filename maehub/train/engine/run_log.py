@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import math
+import os
 import resource
 import shutil
 import statistics
@@ -167,6 +168,9 @@ class RunLog:
             raise write_error(self.folder, error) from error
         self._write_state("running", None)
         self._begun = True
+        for name in {"model", "from_"} & config.keys():  # elsewhere a path may look like a Hub id
+            if "/" in str(config[name]) and os.path.exists(str(config[name])):
+                config = {**config, name: os.path.abspath(str(config[name]))}
         with atomic_write(self.folder / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1, default=str) + "\n")
         if tensorboard:
