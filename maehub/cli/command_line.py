@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pkgutil import resolve_name
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from maehub.cli import commands
@@ -151,7 +151,8 @@ def _run(words: list[str], shared: Shared) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"there is no command {name[:80]!r}; {hint}")
-    arguments = resolve_name(f"maehub.{COMMANDS[name].config}")
+    module, _, kind = COMMANDS[name].config.partition(":")
+    arguments = getattr(import_module(f"maehub.{module}"), kind)
     asked = set(itertools.takewhile(lambda word: word != "--", rest)) & {"-h", "--help", "--help-all"}
     if asked:
         from maehub.cli.help_page import help_page

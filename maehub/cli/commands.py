@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
 from maehub.files import read_words
 from maehub.hub import locate
-from maehub.train.evaluation import text_table
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
@@ -39,8 +38,11 @@ def run_list(config: "arguments.List", shared: Shared) -> int:
     for row in rows:
         size = "×".join(map(str, dict.fromkeys(row.image_size)))  # of a square one side
         table.append((row.name, size, row.role, row.target or "–", row.licence, row.sources[0].where()))
-    text = text_table(header, table, left=range(len(header)))
-    return report(shared._replace(quiet=False), {"models": [row.to_dict() for row in rows]}, text)
+    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
+    lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *table))
+    text = "\n".join(lines)
+    facts = {"models": [row.to_dict() for row in rows if shared.json]}
+    return report(shared._replace(quiet=False), facts, text)
 
 
 def run_info(config: "arguments.Info", shared: Shared) -> int:

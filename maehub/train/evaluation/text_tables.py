@@ -1,6 +1,5 @@
 """Results as tables: in a terminal, and in a notebook."""
 
-import html
 from collections.abc import Collection, Sequence
 
 from maehub.errors import visible
@@ -20,6 +19,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Co
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same for a notebook; texts are escaped. An empty header is left out."""
+    import html  # here, since its table of entities takes as long as all the rest of this package
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
