@@ -4,11 +4,14 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import tarfile
 import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from labelled_files import lay, png, read_labelled, table, write_csv
 from PIL import Image
@@ -31,6 +34,12 @@ def encoded(kind, **options):
     return file.getvalue()
 
 
+def heic():
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Image.open(io.BytesIO(encoded("PNG")))).save(file)
+    return file.getvalue()
+
+
 @pytest.fixture
 def mixed(tmp_path):
     """As phones, browsers and rotating programs leave them."""
@@ -43,8 +52,8 @@ def mixed(tmp_path):
         "noending": encoded("PNG"),
         "d.png.1": encoded("PNG"),
         "e.jpg?width=200": encoded("JPEG"),
-        "f.HEIC": b"\0\0\0\x18ftypheic" + b"x" * 100,
-        "g.heic": b"\0\0\0\x18ftypheic" + b"x" * 100,
+        "f.HEIC": heic(),
+        "g.heif": heic(),
         "notes": b"BMW and other cars, P3 too",
         "list.txt": b"a.JPG",
     }
@@ -53,26 +62,63 @@ def mixed(tmp_path):
     return folder
 
 
-READ = [b"a.JPG", b"b.avif", b"c.jp2", b"d.png.1", b"e.jpg?width=200", b"noending"]
+READ = [b"a.JPG", b"b.avif", b"c.jp2", b"d.png.1", b"e.jpg?width=200", b"f.HEIC", b"g.heif", b"noending"]
+PASSED_OVER = {".txt": 1, "": 1}
 
 
 def test_pictures_are_known_by_content_where_the_ending_says_nothing(mixed, caplog):
     samples = find_images(mixed)
     assert [samples.names[index] for index in range(len(samples))] == READ
-    assert samples.passed_over == {".heic": 2, ".txt": 1, "": 1}
+    assert samples.passed_over == PASSED_OVER
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "passed over: 2 .heic, 1 " in record.getMessage()
+    assert "passed over: 1 " in record.getMessage()
     assert "1 .txt" in record.getMessage()
-    assert "1 without an ending (to read HEIC: pip install 'maehub[formats]')" in record.getMessage()
+    assert "1 without an ending" in record.getMessage()
 
 
 def test_data_check_says_what_was_passed_over(mixed, capsys):
     assert cli.main(["data", "check", str(mixed), "--json", "--workers", "0"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["images"], told["readable"]) == (6, 6)
-    assert told["passed_over"] == {".heic": 2, ".txt": 1, "": 1}
-    assert told["formats"] == {"JPEG": 2, "PNG": 2, "AVIF": 1, "JPEG2000": 1}
+    assert (told["images"], told["readable"]) == (8, 8)
+    assert told["passed_over"] == PASSED_OVER
+    assert told["formats"] == {"JPEG": 2, "PNG": 2, "HEIF": 2, "AVIF": 1, "JPEG2000": 1}
+
+
+def test_heic_names_the_extra_where_it_is_not_installed(mixed):
+    hidden = "import sys; sys.modules['pillow_heif'] = None; "
+    code = hidden + "from maehub.cli.command_line import main; sys.exit(main(sys.argv[1:]))"
+    check = [sys.executable, "-c", code, "data", "check", "--workers", "0", "--json"]
+    done = subprocess.run([*check, mixed], capture_output=True, text=True)
+    assert json.loads(done.stdout)["passed_over"] == {".heic": 1, ".heif": 1, **PASSED_OVER}
+    assert "(to read HEIC: pip install 'maehub[formats]')" in done.stderr
+    (mixed / "f.HEIC").rename(mixed / "f.jpg")
+    done = subprocess.run([*check, mixed], capture_output=True, text=True)
+    assert done.returncode == 5
+    (bad,) = json.loads(done.stdout)["bad"]
+    assert bad["reason"].endswith("it is HEIC, which takes: pip install 'maehub[formats]'")
+
+
+COMMANDS = {
+    "features": ["features", "DATA/train", "-m", "vit-nano", "-o", "OUT.npz"],
+    "knn": ["knn", "DATA", "-m", "vit-nano", "--neighbours", "1"],
+    "predict": ["predict", "DATA/train", "-m", "untrained/vit-nano", "--classes", "2"],
+    "pretrain": ["pretrain", "DATA/train", "-o", "OUT", "--arch", "vit-nano", "--steps", "1", "--workers", "0"],
+}
+
+
+@pytest.mark.parametrize("command", ["features", "knn", "pretrain"])
+def test_commands_say_what_was_passed_over(tmp_path, capsys, caplog, command):
+    for part in ("train", "val"):
+        lay(tmp_path / part, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+        for name in ("notes.txt", "more.txt", "clip.mov"):
+            (tmp_path / part / "a" / name).write_bytes(b"")
+    words = [word.replace("DATA", str(tmp_path)).replace("OUT", str(tmp_path / "out")) for word in COMMANDS[command]]
+    assert cli.main([*words, "--json"]) == 0
+    parts = 2 if command == "knn" else 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["passed_over"] == {".txt": 2 * parts, ".mov": parts}
+    assert caplog.text.count("passed over: 2 .txt, 1 .mov") == parts
 
 
 def test_harmless_oddities_are_counted(tmp_path, capsys):

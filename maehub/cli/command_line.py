@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code; `maehub.errors` lists them.
     """
     given = sys.argv[1:] if argv is None else argv
-    shared = Shared(*(any(flag in given for flag in flags) for flags in _SHARED_FLAGS))
+    shared = Shared(*(any(flag in given for flag in flags) for flags in _SHARED_FLAGS), passed_over={})
     words = [word for word in given if word not in itertools.chain(*_SHARED_FLAGS)]
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
@@ -94,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     said = logging.StreamHandler(sys.stderr)
     said.setFormatter(_Visible())
     logging.basicConfig(handlers=[said])
-    logging.getLogger("maehub").setLevel(logging.WARNING if shared.quiet else logging.INFO)
+    log, searches = logging.getLogger("maehub"), _Searches(shared.passed_over)
+    log.setLevel(logging.WARNING if shared.quiet else logging.INFO)
+    log.addHandler(searches)
     try:
         code = _run(words, shared)
         if sys.stdout is not None:
@@ -108,6 +110,19 @@ def main(argv: list[str] | None = None) -> int:
         if shared.debug:
             raise
         return _complain(error)
+    finally:
+        log.removeHandler(searches)
+
+
+class _Searches(logging.Handler):
+    """Keeps what searches say that they passed over."""
+
+    def __init__(self, passed_over: dict[str, dict[str, int]]) -> None:
+        super().__init__()
+        self.passed_over = passed_over
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.passed_over |= getattr(record, "passed_over", {})
 
 
 class _Visible(logging.Formatter):

@@ -6,6 +6,7 @@ torch is imported inside the commands, so that ``list``, a mistyped name and a r
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,11 @@ class Shared(NamedTuple):
     json: bool
     quiet: bool
     debug: bool
+    passed_over: dict[str, dict[str, int]]  # what each search of this command left out, by ending
+
+    def searched(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """The facts of a command that searches for pictures."""
+        return facts | {"passed_over": dict(sum(map(Counter, self.passed_over.values()), Counter[str]()))}
 
 
 def run_list(config: "arguments.List", shared: Shared) -> int:
@@ -170,7 +176,7 @@ def run_features(config: "arguments.Features", shared: Shared) -> int:
     }
     skipped = f", {len(table.skipped)} skipped (see bad_files.csv)" if table.skipped else ""
     text = f"{config.out}: {len(table)} images, {tuple(table.features.shape)}{skipped}"
-    return report(shared, facts, text, EXIT_SKIPPED if table.skipped else EXIT_DONE)
+    return report(shared, shared.searched(facts), text, EXIT_SKIPPED if table.skipped else EXIT_DONE)
 
 
 def run_data(config: "arguments.Data", shared: Shared) -> int:
@@ -211,7 +217,7 @@ def _trained(result: Any, scores: "Scores | None", shared: Shared) -> int:
         facts |= scores.summary()
         text = f"{scores}\n\n{text}. {result.run}/report.html shows it"
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        report(shared, facts, text)
+        report(shared, shared.searched(facts), text)
     return int(result.exit_code)
 
 
@@ -222,7 +228,7 @@ def measuring(function: str) -> Callable[[Any, Shared], int]:
         from maehub import train
 
         found = getattr(train, function)(replace(config, quiet=shared.quiet))
-        return report(shared, found.to_dict(), str(found))
+        return report(shared, shared.searched(found.to_dict()), str(found))
 
     return run
 
@@ -257,7 +263,7 @@ def run_predict(config: Any, shared: Shared) -> int:
         found.save(config.out, overwrite=config.overwrite)
         facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
         text = f"{config.out}: {len(found)} images" + (f", {len(found.skipped)} skipped" if found.skipped else "")
-    return report(shared, facts, text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
+    return report(shared, shared.searched(facts), text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
 
 
 def run_plan(config: Any, shared: Shared) -> int:

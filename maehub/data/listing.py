@@ -41,9 +41,9 @@ def passed_over(others: Counter[bytes]) -> dict[str, int]:
 
 
 def say_passed_over(where: str, kinds: dict[str, int]) -> None:
-    """One line of it."""
+    """One line of it; the record has the counts too."""
     if kinds:
-        log.warning("%s: passed over: %s", where, passed_over_words(kinds))
+        log.warning("%s: passed over: %s", where, passed_over_words(kinds), extra={"passed_over": {where: kinds}})
 
 
 def passed_over_words(kinds: dict[str, int]) -> str:

@@ -254,6 +254,7 @@ def open_header(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile
     file.seek(start)
     # Not `Image.open`: its limit on pixels is a global setting and half of it a global warning filter.
     decoder, jpeg = decoder_of(head), None
+    image: ImageFile.ImageFile
     if decoder is JpegImageFile:
         jpeg = read_jpeg(file.read())
         image = JpegImageFile(io.BytesIO(jpeg.data))
@@ -276,10 +277,10 @@ def decoder_of(head: bytes) -> type[ImageFile.ImageFile]:
         if beginning.match(head):
             if decoder is None:
                 try:
-                    from pillow_heif import HeifImageFile as decoder
+                    from pillow_heif import HeifImageFile
                 except ImportError:
                     raise DataError(f"it is {name}, which takes: pip install 'maehub[formats]'") from None
-            return decoder
+            return decoder or HeifImageFile
     if not head:
         raise DataError("the file is empty")
     names = ", ".join(name for name, _, _ in _DECODERS)

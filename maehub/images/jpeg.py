@@ -90,7 +90,7 @@ def read_jpeg(data: bytes) -> Jpeg:
     return Jpeg(bytes(kept + data[start:]), frame, len(kept), restarts, tuple(dict.fromkeys(warnings)))
 
 
-def _check_scans(data: bytes, frame: bytes, channels: int) -> None:
+def _check_scans(data: bytes, frame: bytearray, channels: int) -> None:
     """Each scan adds bits of coefficients of some channels: in the end all of them must have come.
 
     Args:

@@ -46,7 +46,7 @@ def transparent_pixels(image: PngImageFile) -> np.ndarray | None:
         return None
     raw, file = image.tile[0].args, image.fp
     values = np.asarray(image)
-    if raw == "RGB;16B":  # of which Pillow keeps the upper bytes; read the other way round, it keeps the lower ones
+    if raw == "RGB;16B" and file:  # Pillow keeps the upper bytes; read the other way round, it keeps the lower ones
         file.seek(0)
         lower = PngImageFile(file)
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]

@@ -33,6 +33,7 @@ from maehub.images.jpeg import decode_rows, read_jpeg
 _RAW, _OLD_JPEG, _JPEG = 1, 6, 7  # the old way has many dialects, and damage in it cannot be seen
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _MEANINGS = {
+    -1: "no photometric interpretation",
     _WHITE_IS_ZERO: "grey whose zero is white",
     _BLACK_IS_ZERO: "grey",
     _RGB: "RGB",
@@ -63,7 +64,7 @@ def open_tiff(file: BinaryIO) -> TiffImageFile:
     file.seek(start)
     if IMAGEWIDTH not in tags:
         raise DataError("its directory is missing")
-    compression, meaning = tags.get(COMPRESSION, _RAW), tags.get(PHOTOMETRIC_INTERPRETATION)
+    compression, meaning = tags.get(COMPRESSION, _RAW), tags.get(PHOTOMETRIC_INTERPRETATION, -1)
     planes = tags.get(PLANAR_CONFIGURATION, 1) == 2
     extra = tuple(tags.get(EXTRASAMPLES, ()))
     # JPEG inside may leave out what its own header says.
@@ -102,7 +103,7 @@ def _check_jpegs(file: BinaryIO, tags: ImageFileDirectory_v2) -> None:
 
 
 def _certain(
-    meaning: int | None, kind: tuple[int, ...], bands: int, extra: tuple[int, ...], planes: bool, compression: int
+    meaning: int, kind: tuple[int, ...], bands: int, extra: tuple[int, ...], planes: bool, compression: int
 ) -> bool:
     """Whether Pillow's pixels are known to be the file's; ``kind`` is (bits, format) where samples have the same."""
     if (

@@ -72,7 +72,7 @@ def _certain_order(folders: Sequence[str], classes: int) -> tuple[str, ...] | No
     if all(name.isdecimal() for name in folders):
         ordered = tuple(sorted(folders, key=int))
         return ordered if [int(name) for name in ordered] == list(range(classes)) else None
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     published = tuple(ImageNetInfo("imagenet-1k").label_names())
     return published if set(published) == set(folders) else None
