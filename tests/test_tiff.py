@@ -15,6 +15,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+import maehub
 from maehub.errors import DataError
 from maehub.images import open_image
 
@@ -261,6 +262,20 @@ def test_damage_of_a_jpeg_inside_is_seen(mode):
     middle = tags[273][0] + tags[279][0] // 2
     data[middle : middle + 2] = b"\xff\xd9"
     assert "its picture data is damaged" in read(bytes(data))
+
+
+def test_damage_of_compressed_values_is_seen():
+    """libtiff takes what a damaged stream gives as long as it is long enough."""
+    file = io.BytesIO()
+    photo = Image.open(Path(maehub.__file__).parent / "assets/coffee.jpg").resize((301, 203))
+    photo.save(file, "TIFF", compression="tiff_adobe_deflate")
+    data = file.getvalue()
+    assert not isinstance(read(data), str)
+    tags = Image.open(file).tag_v2
+    middle = tags[273][0] + tags[279][0] // 2
+    damaged = data[:middle] + bytes(200) + data[middle + 200 :]
+    assert not np.array_equal(Image.open(io.BytesIO(damaged)), photo)
+    assert "its picture data is damaged" in read(damaged)
 
 
 def test_a_cut_file_says_so():

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code; `maehub.errors` lists them.
     """
     given = sys.argv[1:] if argv is None else argv
-    shared = Shared(*(any(flag in given for flag in flags) for flags in _SHARED_FLAGS), passed_over={})
+    shared = Shared({}, *(any(flag in given for flag in flags) for flags in _SHARED_FLAGS))
     words = [word for word in given if word not in itertools.chain(*_SHARED_FLAGS)]
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class Shared(NamedTuple):
     """Flags that every command takes, wherever they stand on the line."""
 
+    passed_over: dict[str, dict[str, int]]  # what each search of this command left out, by ending
     json: bool
     quiet: bool
     debug: bool
-    passed_over: dict[str, dict[str, int]]  # what each search of this command left out, by ending
 
     def searched(self, facts: dict[str, Any]) -> dict[str, Any]:
         """The facts of a command that searches for pictures."""

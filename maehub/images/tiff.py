@@ -8,6 +8,7 @@ several planes for the picture. So the tags are looked at first, and what is not
 from __future__ import annotations
 
 import contextlib
+import zlib
 from typing import BinaryIO
 
 from PIL.TiffImagePlugin import (
@@ -31,6 +32,8 @@ from maehub.images.jpeg import decode_rows, read_jpeg
 
 # Values of the tags, as TIFF 6.0 numbers them.
 _RAW, _OLD_JPEG, _JPEG = 1, 6, 7  # the old way has many dialects, and damage in it cannot be seen
+_DEFLATE = (8, 32946)
+_LARGEST_PART = 2**29  # bytes of a strip or tile
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _MEANINGS = {
     -1: "no photometric interpretation",
@@ -79,8 +82,8 @@ def open_tiff(file: BinaryIO) -> TiffImageFile:
         )
         if not turned and _certain(meaning, kind, bands, extra, planes, compression):
             image = TiffImageFile(file)
-            if compression == _JPEG:
-                _check_jpegs(file, tags)
+            if compression in (_JPEG, *_DEFLATE):
+                _check_parts(file, tags, compression)
             return image
     numbers = " and ".join(_FORMATS.get(number, f"numbers of format {number}") for number in sorted(formats))
     raise DataError(
@@ -91,14 +94,24 @@ def open_tiff(file: BinaryIO) -> TiffImageFile:
     )
 
 
-def _check_jpegs(file: BinaryIO, tags: ImageFileDirectory_v2) -> None:
-    """Refuse damage in strips or tiles that are JPEGs, which share their tables."""
+def _check_parts(file: BinaryIO, tags: ImageFileDirectory_v2, compression: int) -> None:
+    """Refuse damage in strips or tiles that are JPEGs, which share their tables, or have a checksum, which libtiff
+    passes over."""
     offsets, lengths = (273, 279) if STRIPOFFSETS in tags else (324, 325)
     tables = bytes(tags.get(JPEGTABLES, b""))[2:-2]  # without start and end
     for offset, length in zip(tags[offsets], tags[lengths], strict=True):
         file.seek(offset)
         data = file.read(length)
-        decode_rows(read_jpeg(data[:2] + tables + data[2:]), 8)
+        if compression == _JPEG:
+            decode_rows(read_jpeg(data[:2] + tables + data[2:]), 8)
+            continue
+        inflated = zlib.decompressobj()
+        try:
+            inflated.decompress(data, _LARGEST_PART)
+        except zlib.error as error:
+            raise DataError(f"its picture data is damaged: {error}") from error
+        if not inflated.eof:
+            raise DataError("its picture data ends too early")
     file.seek(0)
 
 
