@@ -233,6 +233,47 @@ def test_row_39_a_part_with_missing_rows_is_refused(kind):
     assert 0 < read < (len(body) - scan) // 397
 
 
+def fuzzed(seed: int) -> int:
+    """How often a drawn JPEG whose end is missing is refused; an AssertionError where it is read, and read wrong."""
+    draw = random.Random(seed)
+    noise = np.random.default_rng(seed).integers(0, 256, (draw.randrange(2, 7), draw.randrange(2, 7), 3), np.uint8)
+    size = draw.randrange(1, 160), draw.randrange(1, 160)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(draw.choice(["RGB", "L", "CMYK"]))
+    options = {"quality": draw.randrange(5, 100), "progressive": draw.random() < 0.4, "optimize": draw.random() < 0.4}
+    if draw.random() < 0.4:
+        options |= {"restart_marker_blocks": draw.randrange(1, 40)}
+    if image.mode == "RGB":
+        options |= {"keep_rgb": True} if draw.random() < 0.2 else {"subsampling": draw.randrange(3)}
+    data = encoded(image, **options)
+    right, refused = whole(data), 0
+    end = data.rindex(END)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    for _ in range(6):
+        begin = draw.randrange(scans[0] + 14, end) if end > scans[0] + 14 else end
+        damaged = {
+            "cut": data[:begin] + draw.choice([b"", END, b"\xff", bytes(9), END + bytes(9), END + data]),
+            "scans left out": data[: draw.choice(scans)] + END,
+            "header": data[: draw.randrange(2, scans[0])] + data[end:],
+        }
+        kind = draw.choice(list(damaged))
+        try:
+            pixels = whole(damaged[kind])
+        except DataError:
+            refused += 1
+            continue
+        assert np.array_equal(pixels, right), f"seed {seed}, {kind} at {begin} of {len(data)}: {options}, {image}"
+    return refused
+
+
+def test_row_39_drawn_files_that_lack_something_are_refused():
+    assert sum(map(fuzzed, range(60))) > 200
+
+
+@pytest.mark.slow
+def test_row_39_many_drawn_files_that_lack_something_are_refused():
+    assert sum(map(fuzzed, range(60, 6000))) > 20_000
+
+
 def test_row_39_a_cut_picture_names_its_file(tmp_path):
     path = tmp_path / "cut.jpg"
     path.write_bytes(KINDS["4:2:0"][:3000])

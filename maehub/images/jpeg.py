@@ -84,8 +84,9 @@ def read_jpeg(data: bytes) -> Jpeg:
         offset = at + 1 + length
     if not frame:
         raise DataError("it ends before its picture")
-    _check_scans(data[start:], kept[frame:], channels)
-    if data.find(_END, at) + len(_END) < len(data):
+    end = data.find(_END, at) % (len(data) + 1)  # without one, that of the file
+    _check_scans(data[start:end], kept[frame:], channels)  # what follows may be another picture, with its own scans
+    if end + len(_END) < len(data):
         warnings.append("bytes after its end")
     return Jpeg(bytes(kept + data[start:]), frame, len(kept), restarts, tuple(dict.fromkeys(warnings)))
 
