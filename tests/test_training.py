@@ -251,7 +251,7 @@ def test_row_53_the_comparison_notices_a_lost_part_of_the_state(pictures, tmp_pa
     run = tmp_path / "run"
     real, found = checkpoint.load_checkpoint, checkpoint.newest_checkpoint
 
-    def forgetful(folder, model, optimizer):
+    def forgetful(folder, model, optimizer, spread):
         fresh = {name: value.clone() for name, value in model.state_dict().items()}
         real(folder, model, optimizer)
         if part == "weights":

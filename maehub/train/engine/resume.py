@@ -93,12 +93,8 @@ class Checkpoints:
                 from maehub.train.engine.sharded import load_shards  # here, since its format takes a second to import
 
                 load_shards(folder, self.model, self.optimizer, group)
-            elif self.shard and group.size > 1:
-                from maehub.train.engine.sharded import load_whole
-
-                load_whole(folder, self.model, self.optimizer)
             else:
-                load_checkpoint(folder, self.model, self.optimizer)
+                load_checkpoint(folder, self.model, self.optimizer, spread=self.shard and group.size > 1)
         if group.is_main:
             log.info("resumed %s", folder)
             if before.processes != group.size:
