@@ -108,6 +108,7 @@ def die_at(monkeypatch, module, function, call):
     monkeypatch.setattr(module, function, deadly)
 
 
+@pytest.mark.parametrize("keep", [2, 1])
 @pytest.mark.parametrize(
     ("module", "function", "call", "left"),
     [
@@ -121,7 +122,7 @@ def die_at(monkeypatch, module, function, call):
     ],
 )
 def test_row_29_a_kill_at_any_moment_of_a_save_leaves_the_newest_committed_one(
-    run, monkeypatch, module, function, call, left
+    run, monkeypatch, module, function, call, left, keep
 ):
     model = network()
     optimizer = adamw(model, 0.05)
@@ -129,9 +130,10 @@ def test_row_29_a_kill_at_any_moment_of_a_save_leaves_the_newest_committed_one(
     child = os.fork()
     if not child:
         die_at(monkeypatch, module, function, call)
-        save_checkpoint(run, model, optimizer, progress(6))
+        save_checkpoint(run, model, optimizer, progress(6), keep)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert {"step-2", "step-4"} <= set(names(run))  # the old ones go when the new one is committed
     assert newest_checkpoint(run)[1].step == left
     save_checkpoint(run, model, optimizer, progress(8))
     assert names(run) == [f"step-{left}", "step-8"]  # what the killed save left is gone
@@ -202,6 +204,12 @@ def other_step(path):
     path.write_text(path.read_text().replace('"step": 4', '"step": 5'))
 
 
+def unlisted(path):
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["optimizer.safetensors"]
+    path.write_text(json.dumps(manifest))
+
+
 DAMAGES = [
     ("model.safetensors", truncate),
     ("model.safetensors", flip),
@@ -212,6 +220,7 @@ DAMAGES = [
     ("manifest.json", lambda path: path.write_text("{}")),
     ("manifest.json", lambda path: path.write_text('{"format": 1, "progress": {"step": 4}, "files": []}')),
     ("manifest.json", other_step),
+    ("manifest.json", unlisted),
     ("manifest.json", os.unlink),
 ]
 
@@ -230,6 +239,33 @@ def test_row_32_a_damaged_checkpoint_gives_way_to_the_one_before(run, caplog, na
     caplog.clear()
     assert newest_checkpoint(run)[1].step == 2
     assert not caplog.records  # said once
+
+
+def test_row_32_the_one_before_is_the_one_with_the_next_lower_number(tmp_path):
+    model = network()
+    optimizer = adamw(model, 0.05)
+    train(model, optimizer, 1)
+    for step in (8, 9, 10, 11):
+        save_checkpoint(tmp_path, model, optimizer, progress(step), keep=4)
+    assert newest_checkpoint(tmp_path)[1].step == 11
+    for step in (11, 10):
+        flip(tmp_path / "checkpoints" / f"step-{step}" / "model.safetensors")
+    assert newest_checkpoint(tmp_path)[1].step == 9
+    save_checkpoint(tmp_path, model, optimizer, progress(12))
+    assert names(tmp_path) == ["step-10.corrupt", "step-11.corrupt", "step-12", "step-9"]
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", [truncate, flip, os.unlink])
+def test_row_32_a_damaged_shard_gives_way_too(tmp_path, name, damage):
+    model = averaged()
+    optimizer = adamw(model, 0.05)
+    learn(model, optimizer)
+    for step in (2, 4):
+        shards(tmp_path, model, optimizer, progress(step))
+    damage(tmp_path / "checkpoints" / "step-4" / name)
+    assert newest_checkpoint(tmp_path)[1].step == 2
+    assert names(tmp_path) == ["step-2", "step-4.corrupt"]
 
 
 def test_row_32_none_valid_is_an_error_and_stays_one(run):

@@ -59,15 +59,14 @@ def save_checkpoint(
     parts = {_MODEL: model.state_dict(), _OPTIMIZER: moments}
     for name, tensors in parts.items():
         check_converging(tensors, f"{name} of step {progress.step}")
-    with checkpoint_folder(run, progress, [tensor for part in parts.values() for tensor in part.values()]) as staging:
+    with checkpoint_folder(run, progress, [one for part in parts.values() for one in part.values()], keep) as staging:
         write_manifest(staging, progress, {name: write_tensors(staging / name, parts[name]) for name in _FILES})
-    rotate(run, progress.step, keep)
     return run / "checkpoints" / f"step-{progress.step}"
 
 
 @contextlib.contextmanager
-def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor]) -> Iterator[Path]:
-    """The folder to put a checkpoint together in; when the block ends without an error, it gets its name."""
+def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor], keep: int) -> Iterator[Path]:
+    """Where to put a checkpoint together; when the block ends without error it gets its name, and ``keep`` are left."""
     checkpoints = run / "checkpoints"
     for remains in checkpoints.glob(".step-*.partial"):
         if _TORN.fullmatch(remains.name):
@@ -75,6 +74,7 @@ def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor]) 
     free_space_guard(checkpoints, sum(tensor.nbytes for tensor in tensors))
     with whole_folder(checkpoints / f"step-{progress.step}", overwrite=False, members=()) as staging:
         yield staging
+    _rotate(run, progress.step, keep)
 
 
 def write_manifest(staging: Path, progress: Progress, hashes: Mapping[str, str]) -> None:
@@ -83,7 +83,7 @@ def write_manifest(staging: Path, progress: Progress, hashes: Mapping[str, str])
     write_json(staging / _MANIFEST, {"format": _FORMAT, "progress": asdict(progress), "files": listed})
 
 
-def rotate(run: Path, newest: int, keep: int) -> None:
+def _rotate(run: Path, newest: int, keep: int) -> None:
     """Delete checkpoints older than the newest, so that ``keep`` are left; others' folders are left alone."""
     older = [step for step in _steps(run) if step < newest]
     for step in older[: max(0, len(older) - (keep - 1))]:
@@ -188,9 +188,8 @@ def _verified(folder: Path, step: int) -> Progress:
     try:
         progress = Progress(**manifest["progress"])
         listed = manifest["files"]
-        facts = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in [*listed] or _FILES}
-        if not is_sharded(folder) and not set(_FILES) <= set(facts):
-            raise KeyError(*sorted(set(_FILES) - set(facts)))
+        wanted = {*listed, *(() if is_sharded(folder) else _FILES)}
+        facts = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in wanted}
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"its manifest is malformed at {error}") from error
     if progress.step != step:

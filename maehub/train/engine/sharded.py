@@ -23,14 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from maehub.errors import CheckpointError
 from maehub.files import is_disk_full, sha256_file, sync_folder
-from maehub.train.engine.checkpoint import (
-    Progress,
-    check_converging,
-    check_fits,
-    checkpoint_folder,
-    rotate,
-    write_manifest,
-)
+from maehub.train.engine.checkpoint import Progress, check_converging, check_fits, checkpoint_folder, write_manifest
 from maehub.train.engine.distributed import Group
 
 
@@ -47,7 +40,7 @@ def save_shards(
         with group.together(f"saving step {progress.step}"):
             check_converging(local, f"the weights of step {progress.step}")
             tensors = [*local.values()] * 3  # AdamW has two more of each
-            entered = checkpoint_folder(run, progress, tensors)
+            entered = checkpoint_folder(run, progress, tensors, keep)
             staging = stack.enter_context(entered) if group.is_main else None
         folder = group.first(staging, "the name of the checkpoint")
         assert folder is not None
@@ -59,7 +52,6 @@ def save_shards(
                 sync_folder(folder)
                 write_manifest(folder, progress, hashes)
                 stack.close()
-                rotate(run, progress.step, keep)
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:
@@ -86,8 +78,7 @@ def _as_checkpoint_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, RuntimeError, KeyError, ValueError, OSError) as error:
-        causes = [*error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        cause = causes[0][0] if isinstance(causes[0], tuple) else causes[0]
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         full = isinstance(cause, Exception) and is_disk_full(cause)
         reason = "the disk is full" if full else str(cause).strip().splitlines()[0][:300]
         raise CheckpointError(
