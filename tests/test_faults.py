@@ -135,7 +135,7 @@ def test_row_49_too_little_shared_memory_is_said_with_numbers(monkeypatch, caplo
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root to mount")
 def test_row_49_a_shared_memory_that_is_full_ends_in_one_clear_error(pictures, tmp_path):
-    line = words(pictures, tmp_path / "run", workers=2, **{"batch-size": 32})
+    line = words(pictures, tmp_path / "run", workers=2, **{"batch-size": 12, "image-size": 96})
     code = f"{PRESET}\nimport sys\nsys.exit(cli.main({line!r}))"
     mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" -c "$1"'
     done = subprocess.run(
@@ -144,7 +144,7 @@ def test_row_49_a_shared_memory_that_is_full_ends_in_one_clear_error(pictures, t
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("mounts are not allowed here")
     assert done.returncode == 5, done.stderr
-    assert "a batch of 32 views needs 0.1 MB of /dev/shm" in done.stderr
+    assert "a batch of 12 views needs 0.3 MB of /dev/shm" in done.stderr
     assert "Traceback" not in done.stderr
 
 
