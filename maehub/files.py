@@ -163,11 +163,25 @@ def whole_folder(folder: str | Path, *, overwrite: bool, members: Collection[str
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_place(path: Path, overwrite: bool = True) -> None:
+    """Refuse a path at which no file or folder can be made or, without ``overwrite``, one is; before any work."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder of {path} does not exist; make it first")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; choose another file, or replace it with --overwrite (overwrite=True)")
+    if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def check_free(folder: str | Path, overwrite: bool, members: Collection[str]) -> None:
     """Refuse a folder that is in use, before any work; arguments and errors as in `whole_folder`."""
     folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+    if missing := [place for place in (folder, *folder.parents) if not place.exists()]:
+        return check_place(missing[-1])
+    if folder.is_dir() and not any(folder.iterdir()):
+        return None
     if not overwrite:
         raise UsageError(
             f"{folder} exists and is not empty; choose another folder or replace it (--overwrite, overwrite=True)"

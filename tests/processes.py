@@ -164,7 +164,7 @@ class Launch:
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += list(options) or ["--standalone"]
         start = subprocess.Popen
-        if not (fresh or options):
+        if not fresh and (not options or "--max-restarts" in options):
             start = Forked
             command += ["--run-path", "--start-method", "fork"]
         command += ["--nproc-per-node", str(processes), str(WORKER), str(self.place)]
@@ -187,6 +187,18 @@ class Launch:
         """Exit codes of the scenarios that a process finished."""
         path = self.place.with_suffix(f".{rank}.json")
         return json.loads(path.read_text()) if path.exists() else []
+
+
+def restarted(data, folder, out, rank):
+    """A job of which a process is killed in the step after 6, and which torchrun then starts again, once."""
+    scenario = {"words": words(data, out, resume=True), "fault": "kill_once", "rank": rank, "step": 6}
+    scenario["out"] = f"{out}.steps"
+    return Launch(folder, [scenario], options=("--standalone", "--max-restarts", "1"))
+
+
+def steps_again(out):
+    """The steps that the process did which is killed, after the restart."""
+    return [int(line) for line in Path(f"{out}.steps").read_text().split()]
 
 
 def metrics(run):

@@ -26,6 +26,7 @@ import maehub
 from maehub.cli import arguments
 from maehub.cli import command_line as cli
 from maehub.cli.command_line import COMMANDS, main
+from maehub.data import workers as processes
 from maehub.errors import CheckpointError, DivergedError
 from maehub.hub.catalog import list_models
 
@@ -70,10 +71,25 @@ def idle(monkeypatch):
     """No command computes anything."""
     for owner, name in (
         (maehub.Encoder, "features"),
+        (maehub.Encoder, "forward"),
         (maehub.MaskedAutoencoder, "forward"),
         (maehub.MaskedAutoencoder, "loss"),
+        (processes._Pool, "__enter__"),
     ):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("computed"))
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory):
+    """Pictures of two classes, and a classifier of these."""
+    folder = tmp_path_factory.mktemp("classified")
+    for kind in ("cat", "dog"):
+        (folder / "pictures" / kind).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (20, 16), (number * 9, 99, 9)).save(folder / "pictures" / kind / f"{kind}{number}.png")
+    config = maehub.EncoderConfig(16, 4, 3, 32, 1, 2, classes=2, class_names=("cat", "dog"))
+    maehub.save(maehub.Encoder(config), folder / "classifier")
+    return folder
 
 
 def child(*words, **options):
@@ -660,24 +676,41 @@ def test_row_84_ctrl_c_while_training_and_going_on(crowd, tmp_path, run):
         ("pretrain PHOTOS -o there --steps 1", "there"),
         ("pretrain PHOTOS -o full --steps 1 --overwrite", "no run folder"),
         ("convert NANO -o full --heads 6", "full"),
+        ("data check PHOTOS -o there.csv", "there.csv exists"),
+        ("data check PHOTOS -o folder.csv", "is a folder"),
+        ("data check PHOTOS -o no/c.csv", "does not exist"),
+        ("predict PHOTOS -m CLASSIFIED/classifier -o there.csv", "there.csv exists"),
+        ("predict PHOTOS -m CLASSIFIED/classifier -o folder.csv", "is a folder"),
+        ("predict PHOTOS -m CLASSIFIED/classifier -o no/p.csv", "does not exist"),
+        ("predict PHOTOS -m CLASSIFIED/classifier -o p.txt", "are written as .csv or .json"),
+        ("evaluate CLASSIFIED/pictures -m CLASSIFIED/classifier -o full", "full exists"),
+        ("evaluate CLASSIFIED/pictures -m CLASSIFIED/classifier -o full --overwrite", "is not overwritten"),
+        ("evaluate CLASSIFIED/pictures -m CLASSIFIED/classifier -o there/e", "does not exist"),
+        ("probe CLASSIFIED/pictures -m vit-nano -o full", "full exists"),
+        ("probe CLASSIFIED/pictures -m vit-nano -o there/p", "does not exist"),
+        ("probe CLASSIFIED/pictures -m vit-nano -o full --sweep", "full exists"),
+        ("probe CLASSIFIED/pictures -m vit-nano -o full --method lars", "full exists"),
+        ("knn CLASSIFIED/pictures -m vit-nano -o there.json", "there.json exists"),
+        ("knn CLASSIFIED/pictures -m vit-nano -o no/k.json", "does not exist"),
+        ("knn CLASSIFIED/pictures -m vit-nano -o k.csv", "are written as .json"),
+        ("compare CLASSIFIED/pictures -m vit-nano -o full --protocol knn", "full exists"),
+        ("finetune CLASSIFIED/pictures -m vit-nano -o full", "full exists"),
+        ("finetune CLASSIFIED/pictures -m vit-nano -o full --overwrite", "no run folder"),
     ],
 )
-def test_row_85_outputs_are_refused_before_the_work(run, idle, photos, tmp_path, words, says):
-    for name in ("there", "there.npz", "there.png"):
+def test_row_85_outputs_are_refused_before_the_work(run, idle, photos, classified, tmp_path, words, says):
+    for name in ("there", "there.npz", "there.png", "there.csv", "there.json"):
         (tmp_path / name).write_text("mine")
-    for folder in ("folder.npz", "folder.png", "full"):
+    for folder in ("folder.npz", "folder.png", "folder.csv", "full"):
         (tmp_path / folder).mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
     words = words.replace("PHOTOS", str(photos)).replace("NANO", str(ASSETS / "vit-nano.safetensors"))
-    code, out, err = run(*words.split())
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*words.replace("CLASSIFIED", str(classified)).split())
     assert (code, out) == (2, [])
     assert says in " ".join(err)
-    assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {
-        "there": "mine",
-        "there.npz": "mine",
-        "there.png": "mine",
-        "mine": "mine",
-    }
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all(path.read_text() == "mine" for path in before if path.is_file())
 
 
 @needs_root
@@ -689,15 +722,28 @@ def test_row_85_outputs_are_refused_before_the_work(run, idle, photos, tmp_path,
         "reconstruct -o figures/",
         "pretrain PHOTOS -o run --steps 1",
         "convert nano -o other",
+        "data check PHOTOS -o c.csv",
+        "predict PHOTOS -m CLASSIFIED/classifier -o p.csv",
+        "evaluate CLASSIFIED/pictures -m CLASSIFIED/classifier -o e",
+        "probe CLASSIFIED/pictures -m vit-nano -o p",
+        "knn CLASSIFIED/pictures -m vit-nano -o k.json",
+        "compare CLASSIFIED/pictures -m vit-nano -o c --protocol knn",
+        "finetune CLASSIFIED/pictures -m vit-nano -o f --epochs 1",
     ],
 )
-def test_row_85_a_read_only_folder(run, idle, photos, tmp_path, words):
-    for late in ("torch._dynamo", "maehub.conversion.conversion", "maehub.train.pretraining.loop"):
+def test_row_85_a_read_only_folder(run, idle, photos, classified, tmp_path, words):
+    rooms = (
+        "train.pretraining.loop",
+        "train.finetuning.loop",
+        "train.probing.comparing",
+        "train.evaluation.evaluating",
+    )
+    for late in ("torch._dynamo", "maehub.conversion.conversion", *(f"maehub.{room}" for room in rooms)):
         importlib.import_module(late)  # it may lie where only root reads
     maehub.save(maehub.load_autoencoder("vit-nano"), tmp_path / "nano")
-    let_enter(tmp_path, photos)
+    let_enter(tmp_path, photos, classified)
     with as_nobody():
-        code, out, err = run(*words.replace("PHOTOS", str(photos)).split())
+        code, out, err = run(*words.replace("PHOTOS", str(photos)).replace("CLASSIFIED", str(classified)).split())
     assert (code, out) == (6, []), err
     assert "Permission denied" in " ".join(err)
     assert [path.name for path in tmp_path.iterdir()] == ["nano"]
@@ -719,6 +765,54 @@ def test_row_86_parquet_without_pyarrow(run, idle, photos, monkeypatch):
     code, _, err = run("features", photos, "-o", "f.parquet")
     assert code == 2
     assert err == ["maehub: .parquet needs pyarrow: pip install 'maehub[parquet]'"]
+
+
+WITHOUT = """
+import contextlib, io, json, pkgutil, sys
+from importlib import import_module
+missing, lines = json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(missing))
+import maehub
+for module in pkgutil.walk_packages(maehub.__path__, "maehub."):
+    if not module.name.endswith("__main__"):
+        import_module(module.name)
+from maehub.cli.command_line import main
+for line in lines:
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(line)
+    print(json.dumps([code, err.getvalue().splitlines()[-1]]))
+"""
+# Of each extra a command that needs it, and what is to be installed.
+NEEDING = [
+    ("features PHOTOS -o f.parquet", 2, "maehub: .parquet needs pyarrow: pip install 'maehub[parquet]'"),
+    ("features FOLDER/s.heic -o f.csv", 5, "it is HEIC, which takes: pip install 'maehub[formats]'"),
+    ("data check FOLDER/t.parquet", 2, "need the datasets library: pip install 'maehub[data]'"),
+    ("data check s3://bucket/t.tar", 2, "need a package that is not installed: pip install 'maehub[data]'"),
+    ("convert NANO -o graph --to onnx", 2, "pip install 'maehub[onnx]'"),
+    (
+        "pretrain PHOTOS -o run --tensorboard --target pixels",
+        2,
+        '--tensorboard needs TensorBoard: pip install "maehub[log]"',
+    ),
+]
+
+
+def test_row_86_without_any_extra_all_is_imported_and_commands_say_what_to_install(photos, tmp_path):
+    (tmp_path / "s.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    extras = "pyarrow pillow_heif datasets fsspec s3fs webdataset tensorboard onnx onnxscript onnxruntime transformers"
+    names = {"PHOTOS": str(photos), "FOLDER": str(tmp_path), "NANO": str(ASSETS / "vit-nano.safetensors")}
+    lines = []
+    for words, _, _ in NEEDING:
+        for name, path in names.items():
+            words = words.replace(name, path)
+        lines.append([*words.split(), *(map(str, TRAINING) if "pretrain" in words else ())])
+    command = [sys.executable, "-c", WITHOUT, json.dumps([extras.split(), lines])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    for (words, code, says), (got, line) in zip(NEEDING, told, strict=True):
+        assert (got, says in line) == (code, True), (words, got, line)
 
 
 @pytest.mark.parametrize("command", ["features", "reconstruct", "pretrain"])

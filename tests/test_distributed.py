@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import Launch, losses, metrics, state, words
+from processes import Launch, losses, metrics, restarted, state, steps_again, words
 from safetensors.torch import load_file
 
 import maehub
@@ -281,6 +281,20 @@ def test_an_error_that_all_have_is_printed_once(failed):
 
 
 # --- a process that is gone -------------------------------------------------------------------------------------------
+
+
+def test_row_67_a_job_that_is_restarted_goes_on_from_the_checkpoint(pictures, whole, tmp_path):
+    """To bring the processes together again is torch's part and may fail: then another job; see `test_endurance`."""
+    for number in range(3):
+        run = tmp_path / f"{number}"
+        launch = restarted(pictures, tmp_path, run, 1)
+        if launch.wait() == 0:
+            break
+    assert launch.process.returncode == 0, launch.output()
+    assert steps_again(run) == list(range(4, 12))
+    assert losses(run) == losses(whole / "ddp")
+    assert same(weights(run), weights(whole / "ddp"))
+    assert state(run)["state"] == "completed"
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])

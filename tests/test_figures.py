@@ -521,10 +521,10 @@ def test_figures_are_saved_whole_or_not_at_all(photo, tmp_path, monkeypatch):
     with Image.open(tmp_path / "a.png") as saved:
         np.testing.assert_array_equal(saved, panels.figure())
     for path in (tmp_path / "none" / "a.png", tmp_path / "a.xyz", tmp_path / "a"):
-        with pytest.raises(UsageError, match="cannot be written"):
+        with pytest.raises(UsageError, match=r"cannot be written|does not exist"):
             panels.save(path)
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UsageError, match="it is a folder"):
+    with pytest.raises(UsageError, match="is a folder"):
         panels.save(tmp_path / "folder.png")
     before = (tmp_path / "a.png").read_bytes()
 

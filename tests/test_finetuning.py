@@ -249,7 +249,7 @@ def test_row_56_a_signal_stops_after_the_step_and_the_run_goes_on_bit_for_bit(
     assert equal(tensors(tmp_path / "run"), tensors(undisturbed))
 
 
-def test_row_61_a_damaged_checkpoint_is_passed_over(pictures, tmp_path, undisturbed, monkeypatch, caplog):
+def test_row_32_a_damaged_checkpoint_is_passed_over(pictures, tmp_path, undisturbed, monkeypatch, caplog):
     config = settings_of(pictures, tmp_path / "run", checkpoint_every=3, **FULL)
     with monkeypatch.context() as patch:
         at_step(patch, 7, kill)
@@ -508,7 +508,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before(pictures, tmp_path, 
 
 
 @pytest.mark.parametrize("side", ["train", "val"])
-def test_row_19_a_broken_picture_ends_the_run_with_its_name(tmp_path, capsys, side):
+def test_row_39_a_broken_picture_ends_the_run_with_its_name(tmp_path, capsys, side):
     fill(tmp_path / "data" / "train", range(4))
     fill(tmp_path / "data" / "val", range(4, 6))
     (tmp_path / "data" / side / "noise" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")

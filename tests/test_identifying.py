@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import pickle
-import resource
 import shlex
 import struct
 import subprocess
@@ -21,6 +20,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import WITH_TESTS, peak
 from peers import TINY, autoencoder_config, make_autoencoder, make_encoder, official
 from torch import nn
 
@@ -130,9 +130,9 @@ def test_published_sizes_from_a_header_alone(name, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     sparse(path, {key: tuple(value.shape) for key, value in state.items()})
     monkeypatch.setattr(identifying, "file_hashes", lambda *_: FileHashes("0" * 64, "1" * 32, []))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = identify(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    with peak() as grown:
+        found = identify(path)
+    assert grown[0] < 100_000  # kB
     assert found.network.name.lower() == f"{name}/{preset.patch_size}".lower()
     assert (found.network.heads, found.network.image_size) == (preset.heads, preset.size)
     assert (found.network.positions, found.network.size_from) == ("learned", "square")  # zeros are no sine-cosine table
@@ -734,13 +734,13 @@ def test_row_22_a_large_file_takes_little_memory(tmp_path):
         state = maehub.Encoder(PRESETS["vit-h"]).state_dict()
     sparse(tmp_path / "h.safetensors", {key: tuple(value.shape) for key, value in state.items()})
     code = f"""
-import resource
 from maehub.conversion.identifying import identify
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert identify({str(tmp_path / "h.safetensors")!r}).network.name == "ViT-H/14"
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+from memory import peak
+with peak() as grown:
+    assert identify({str(tmp_path / "h.safetensors")!r}).network.name == "ViT-H/14"
+print(grown[0])
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=WITH_TESTS)
     assert int(ran.stdout) < 100_000  # kB
 
 

@@ -15,10 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import WITH_TESTS
 from PIL import Image, ImageOps
 
+from maehub.data.workers import examine
 from maehub.errors import DataError, IntegrityError, UsageError
-from maehub.images.decoding import MAX_PIXELS, open_image, printable
+from maehub.images import decoding
+from maehub.images.augment import Augmentation, crop
+from maehub.images.decoding import MAX_PIXELS, Box, open_image, open_part, printable
 from maehub.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, read_pixels
 
 
@@ -419,6 +423,35 @@ def test_row_39_cut_or_changed_anywhere_gives_a_picture_or_a_data_error(data, dr
     assert mode == "RGB"
 
 
+FILES = {
+    " ".join([kind, *map(str, options.values())]): encoded(
+        photo(120, 90).quantize() if kind == "GIF" else photo(120, 90), kind, **options
+    )
+    for kind, options in [
+        *((kind, {}) for kind in ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "AVIF", "JPEG2000")),
+        *(("TIFF", {"compression": f"tiff_{method}"}) for method in ("lzw", "adobe_deflate")),
+        *(("TIFF", {"compression": method}) for method in ("jpeg", "packbits")),
+        *(("JPEG", {"progressive": True}), ("WEBP", {"lossless": True}), ("JPEG2000", {"no_jp2": True})),
+    ]
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_row_39_what_is_cut_off_is_refused_or_all_there(kind):
+    """Never a picture whose rest is grey, or of which a part is another."""
+    data = FILES[kind]
+    whole, refused = opened(data), 0
+    lengths = {*range(0, len(data), len(data) // 40 + 1), *range(len(data) - 5, len(data))}
+    for length in sorted(lengths):
+        try:
+            found = opened(data[:length])
+        except DataError:
+            refused += 1
+        else:
+            assert np.array_equal(found, whole), length
+    assert refused >= len(lengths) - 6  # of some only the marks of the end are missing
+
+
 def png_of_zeros(width, height, grey=True):
     """A valid PNG of one colour without holding its pixels."""
 
@@ -437,12 +470,12 @@ def test_row_40_a_picture_of_100_megapixels_decodes_in_bounded_memory(tmp_path):
     path.write_bytes(png_of_zeros(10_000, 10_000))
     assert path.stat().st_size < 200_000
     code = (
-        "import resource, sys; from maehub.images.preprocess import Preprocess, read_pixels\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(read_pixels(sys.argv[1], Preprocess.evaluation(224)).shape)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "import sys; from memory import peak; from maehub.images.preprocess import Preprocess, read_pixels\n"
+        "with peak() as grown: print(read_pixels(sys.argv[1], Preprocess.evaluation(224)).shape)\n"
+        "print(grown[0])"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code, path], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-W", "error", "-c", code, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=WITH_TESTS)
     shape, kilobytes = done.stdout.splitlines()
     assert shape == "(224, 224, 3)"
     assert int(kilobytes) < 300_000
@@ -455,11 +488,36 @@ def test_row_40_bombs_are_refused_before_they_are_decoded(tmp_path):
     data = bytearray(path.read_bytes())
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"20000×10000 pixels are 200 MP.*179 MP"):
-        open_image(path)
+    box = Box(0, 0, 8, 8)
+    for way in (
+        lambda: open_image(path),
+        lambda: open_part(path, lambda _: box, box.size),
+        lambda: read_pixels(path, Preprocess.evaluation(32)),
+        lambda: crop(os.fspath(path), (32, 32), 3, Augmentation(), 0),
+    ):
+        with pytest.raises(DataError, match=r"20000×10000 pixels are 200 MP.*179 MP"):
+            way()
+    assert "200 MP" in examine(path, statistics=True).reason
     with pytest.raises(DataError, match="over the limit"):
         open_image(io.BytesIO(PNG), max_pixels=64 * 48 - 1)
     assert open_image(io.BytesIO(PNG), max_pixels=64 * 48)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_row_40_no_decoder_begins_with_too_many_pixels(kind, monkeypatch):
+    """Whatever the format; a picture of just the limit is read."""
+    data, box = FILES[kind], Box(0, 0, 8, 8)
+    size = opened(data, max_pixels=120 * 90).shape[:2]
+    assert size == (90, 120)
+    for decoder in decoding._DECODERS:
+        if decoder[2] is not None:
+            monkeypatch.setattr(decoder[2], "load", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding, "decode_rows", lambda *_: pytest.fail("decoded"))
+    for way in (open_image, lambda source, max_pixels: open_part(source, lambda _: box, box.size, max_pixels)):
+        with pytest.raises(DataError, match="over the limit"):
+            way(io.BytesIO(data), max_pixels=120 * 90 - 1)
+        with pytest.raises(pytest.fail.Exception):
+            way(io.BytesIO(data), max_pixels=120 * 90)
 
 
 def test_row_40_and_89_no_global_setting_is_changed():

@@ -158,8 +158,14 @@ def test_row_48_a_decoder_that_crashes_takes_one_picture_along(photos, monkeypat
 def test_row_48_a_process_that_hangs(photos, monkeypatch):
     monkeypatch.setattr(processes, "_START", "import time; time.sleep(60)")
     monkeypatch.setattr(processes, "_SILENCE", 0.5)
+    started = []
+    start = processes.subprocess.Popen
+    monkeypatch.setattr(
+        processes.subprocess, "Popen", lambda *words, **options: started.append(start(*words, **options)) or started[-1]
+    )
     with pytest.raises(DataError, match="no picture was decoded for"):
         check_data(photos, workers=1)
+    assert [os.path.exists(f"/proc/{process.pid}") for process in started] == [False]  # neither asleep nor a zombie
 
 
 def test_wrong_numbers_of_workers(photos):

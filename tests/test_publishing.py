@@ -12,6 +12,8 @@ import torch
 from hub_writes import Token
 from huggingface_hub import ModelCard
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 import maehub
 from maehub.cli import command_line as cli
@@ -226,8 +228,6 @@ def test_a_library_that_computes_something_else_stops_it(hub, monkeypatch):
         state = maehub.weights.model_folder.read_tensors(folder / "timm" / "model.safetensors").tensors
         changed = {key: tensor.clone() for key, tensor in state.items()}
         changed["blocks.1.mlp.fc2.bias"][0] += 0.1
-        from safetensors.torch import save_file
-
         save_file(changed, folder / "timm" / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(repository, "write_members", wrong)
@@ -316,17 +316,89 @@ def test_row_79_secrets_and_paths_are_refused(text, what, hub, unread):
     assert not sent_anything(hub)
 
 
-def test_row_79_what_the_weights_say_of_their_origin_is_searched_too(hub, unread):
+def test_row_79_where_local_weights_lie_is_not_published(hub, unread):
     model = tiny()
     model.encoder.origin = Origin("/home/jane/weights.pth", licence="mit")
-    text = fails(UsageError, model, REPO)
-    assert "model.safetensors: a path of a machine" in text
+    push(model, REPO, progress=False)
+    assert {name for name, content in held(hub).items() if b"jane" in content} == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "origin", "files"),
+    [
+        ({"classes": 2, "class_names": ("cat", "/mnt/scans/jane")}, None, {"config.json"}),
+        ({}, Origin("/mnt/scans/jane", "a" * 40, licence="mit"), {"config.json", "model.safetensors"}),
+    ],
+)
+def test_row_79_what_the_weights_and_the_configuration_say_is_searched_too(changes, origin, files, hub, unread):
+    model = maehub.Encoder(maehub.EncoderConfig(16, 4, 3, 32, 2, 4, **changes)).eval()
+    model.origin = origin
+    text = fails(UsageError, model, REPO, licence="mit")
+    assert set(re.findall(r"^(\S+): a path of a machine \(/mnt/scans/jane\)$", text, re.MULTILINE)) == files
     assert not sent_anything(hub)
 
 
-def test_leaks_are_found_inside_of_pictures(tmp_path):
-    from PIL.PngImagePlugin import PngInfo
+SECRET = "hf_" + "A" * 34
 
+
+@pytest.mark.parametrize("place", ["text", "the token in use", "a name of the data", "a user name and host"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "md", "txt", "csv", "sha256", "", "safetensors", "png", "jpg"])
+def test_row_79_every_file_is_searched(place, ending, tmp_path, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "jdoe")
+    words = {
+        "text": SECRET,
+        "the token in use": "t/o/k",
+        "a name of the data": "st-marys",
+        "a user name and host": "jdoe@box",
+    }
+    path = tmp_path / f"x.{ending}".rstrip(".")
+    if ending == "safetensors":
+        save_file({"a": torch.zeros(1)}, path, {"note": words[place]})
+    elif ending == "png":
+        info = PngInfo()
+        info.add_text("Source", words[place])
+        Image.new("RGB", (4, 4)).save(path, pnginfo=info)
+    elif ending == "jpg":
+        Image.new("RGB", (4, 4)).save(path, comment=words[place].encode())
+    else:
+        path.write_text(f"a {words[place]} b")
+    (leak,) = find_leaks({path.name: path}, token="t/o/k", names=["st-marys"])
+    assert leak.what == ("a token of the Hub" if place == "text" else place)
+    assert leak.file == path.name
+    assert SECRET not in str(leak)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "x.pkl", "x.bin", "x.npz", "x.py", "x.html"])
+def test_row_79_files_of_other_kinds_are_refused_whatever_is_in_them(name, hub, unread, monkeypatch):
+    real = repository.write_members
+
+    def more(folder, *arguments, **options):
+        real(folder, *arguments, **options)
+        (folder / name).write_bytes(b"harmless")
+
+    monkeypatch.setattr(repository, "write_members", more)
+    assert f"{name} is no file that a model repository has" in fails(UsageError, tiny(), REPO, licence="mit")
+    assert not sent_anything(hub)
+
+
+def test_row_79_nothing_that_lies_in_the_folders_goes_along(hub, unread, tmp_path):
+    """Checkpoints with the state of the optimizer, logs, whatever the author put beside the model."""
+    run = pretrained(tmp_path / "run", patients(tmp_path))
+    assert (run / "checkpoints" / "step-3" / "optimizer.safetensors").is_file()
+    for place in (run, run / "model", run / "model" / "timm"):
+        place.mkdir(exist_ok=True)
+        (place / "notes.txt").write_text("patient jane")
+        (place / ".env").write_text(SECRET)
+        (place / "optimizer.safetensors").write_bytes((run / "checkpoints/step-3/optimizer.safetensors").read_bytes())
+    push(run, REPO, licence="mit", progress=False)
+    assert set(held(hub)) == {
+        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
+        *("timm/model.safetensors", "recipe.json", "metrics.jsonl", "checksums.sha256"),
+        *("figures/curve.png", "figures/reconstruction.png"),
+    }
+
+
+def test_leaks_are_found_inside_of_pictures(tmp_path):
     info = PngInfo()
     info.add_text("Source", "/home/jane/scan.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=info)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import peak
 from PIL import Image
 from processes import losses, words
 
@@ -203,10 +204,38 @@ def test_row_47_a_key_that_is_used_again(tmp_path):
             find_shards(path)
 
 
-def test_row_47_a_member_that_is_too_large(folder, monkeypatch):
-    monkeypatch.setattr(tar_index, "LARGEST_MEMBER", 100)
-    with pytest.raises(DataError, match=r"s-000\.tar, member k/0000\.jpg: it is .* large, and the limit is"):
-        find_samples(folder)
+@pytest.mark.parametrize("name", ["k.jpg", "k.cls"])
+def test_row_47_a_member_that_is_too_large(tmp_path, name):
+    """A sparse file: what is claimed is there, and is not read."""
+    info = member(name, tarfile.REGTYPE)
+    info.size = tar_index.LARGEST_MEMBER + 1
+    with (tmp_path / "s.tar").open("wb") as file:
+        file.write(info.tobuf())
+        file.truncate(info.size + 4096)
+    with peak() as grown, pytest.raises(DataError, match=rf"s\.tar, member {name}: it is .* large, and the limit is"):
+        find_samples(tmp_path)
+    assert grown[0] < 20_000  # kB
+    info.name = "film.mp4"  # passed over, however large
+    with (tmp_path / "s.tar").open("r+b") as file:
+        file.write(info.tobuf())
+    with pytest.raises(DataError, match=r"0 images in 1 tar shards.*1 \.mp4"):
+        find_samples(tmp_path)
+
+
+def test_row_47_nothing_is_ever_extracted(folder, monkeypatch):
+    """Members are read where they lie: no tarfile is asked for one, and no file is written."""
+    path = write_tar(folder / "x.tar", [("a.jpg", jpeg(1)), ("a.cls", b"7")])
+    for name in ("extract", "extractall", "extractfile", "_extract_member", "makefile"):
+        monkeypatch.setattr(tarfile.TarFile, name, lambda *_, **__: pytest.fail("extracted"))
+    for name in ("mkstemp", "mkdtemp"):
+        monkeypatch.setattr(f"tempfile.{name}", lambda *_, **__: pytest.fail("a temporary place"))
+    written, real = [], os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *more, **k: written.append(flags) or real(path, flags, *more, **k)
+    )
+    samples = find_shards(path)
+    assert (samples.source(0).getvalue(), samples.label(0)) == (jpeg(1), 7)
+    assert not any(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) for flags in written)
 
 
 def test_row_47_a_shard_cut_anywhere_is_named_with_its_member(tmp_path):

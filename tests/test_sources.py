@@ -10,13 +10,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import own
 from PIL import Image
 from rights import as_nobody, let_enter, needs_root
 
 from maehub import rng
 from maehub.data.listing import search
+from maehub.data.loader import StepKeys, batches_of
 from maehub.data.sources import Pictures, as_samples, find_images, find_samples, groups, select
 from maehub.errors import DataError, UsageError
+from maehub.images.augment import Augmentation
+from maehub.train.pretraining import views
+from maehub.train.pretraining.views import Crops
 
 
 @pytest.fixture
@@ -178,6 +183,35 @@ def test_row_50_a_folder_is_searched_in_the_memory_of_one_folder(tmp_path):
     kept = len(samples.names.letters) + samples.names.ends.nbytes
     assert len(samples) == 4000
     assert peak < 3 * kept  # a list of them would be more than that alone
+
+
+class Measured(Crops):
+    """By how many kB what a process that reads takes for itself has grown since it began, after each batch."""
+
+    before = None
+
+    def __getitems__(self, keys):
+        if self.before is None:
+            self.before = own()
+        assert len(super().__getitems__(keys).pixels) == len(keys)
+        return own() - self.before
+
+
+@pytest.mark.parametrize(("count", "letters"), [(5000, 3000), pytest.param(200_000, 180, marks=pytest.mark.slow)])
+def test_row_50_processes_that_read_take_no_more_after_three_epochs(count, letters, monkeypatch):
+    """Neither do they copy the names that they share, as counting references does, nor keep what they were asked for.
+
+    As the loop of pretraining reads; nothing is decoded.
+    """
+    blank = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(views, "crop", lambda source, *_: blank)
+    samples = find_images([b"%s/%06d.jpg" % (b"f" * letters, index) for index in range(count)])
+    view = views.View((8, 8), 4, 3, Augmentation(), "random", 0.75)
+    keys = StepKeys(samples, 500, seed=0, first_step=0, steps=3 * count // 500)
+    with batches_of(Measured(samples, view, cache=False), keys, workers=1, pin=False) as batches:
+        grown = list(batches)
+    assert len(grown) == 3 * count // 500
+    assert max(grown) < len(samples.names.letters) / 1024 / 2, grown[:: len(grown) // 9]
 
 
 def test_what_a_source_says_of_a_file(tree):

@@ -251,7 +251,7 @@ def test_row_53_the_comparison_notices_a_lost_part_of_the_state(pictures, tmp_pa
     run = tmp_path / "run"
     real, found = checkpoint.load_checkpoint, checkpoint.newest_checkpoint
 
-    def forgetful(folder, model, optimizer):
+    def forgetful(folder, model, optimizer, spread):
         fresh = {name: value.clone() for name, value in model.state_dict().items()}
         real(folder, model, optimizer)
         if part == "weights":
@@ -670,6 +670,11 @@ def test_a_broken_validation_picture_is_named_before_anything_is_written(picture
     assert not (tmp_path / "run").exists()
 
 
+def children():
+    """Processes that this one started, zombies too."""
+    return {int(number) for path in Path("/proc/self/task").glob("*/children") for number in path.read_text().split()}
+
+
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_row_48_a_reading_process_that_fails_is_one_clear_error(pictures, tmp_path, monkeypatch, how):
     here, real, slept = os.getpid(), data.crop, []
@@ -683,9 +688,13 @@ def test_row_48_a_reading_process_that_fails_is_one_clear_error(pictures, tmp_pa
         return real(*arguments)
 
     monkeypatch.setattr(data, "crop", failing)
+    assert loader._SILENCE == 300  # seconds
     monkeypatch.setattr(loader, "_SILENCE", 1)
-    with pytest.raises(DataError, match=r"process that reads pictures failed: .*--workers") as caught:
+    before = children()
+    remedies = r"If memory or /dev/shm is short, use fewer --workers; --workers 0 .*--resume"
+    with pytest.raises(DataError, match=r"process that reads pictures failed: .*" + remedies) as caught:
         pretrain(settings_of(pictures, tmp_path / "run", workers=1))
+    assert children() <= before  # before others are asked, who would take zombies away
     assert caught.value.exit_code == 5
     assert any(word in str(caught.value) for word in (["Killed", "exited"] if how == "dies" else ["timed out"]))
     assert str(caught.value).count("\n") < 6

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +24,11 @@ from peers import (
     official,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTForImageClassification, ViTMAEForPreTraining
 
 import maehub
-from maehub.errors import CheckpointError, IntegrityError, UsageError
+from maehub.errors import CheckpointError, IntegrityError, MaehubError, UsageError
 from maehub.files import sha256_file
 from maehub.images.preprocess import Preprocess
 from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
@@ -209,13 +212,57 @@ def test_row_25_positions_of_another_size_are_resized_only_when_asked(autoencode
     build(Encoder, official(autoencoder), TINY, options=LoadOptions(image_size=40))
 
 
-def test_row_25_a_failed_load_changes_nothing(autoencoder):
-    state = official(autoencoder)
-    before = {name: value.clone() for name, value in state.items()}
-    del state["norm.weight"]
+def everything(state):
+    """The names, dtypes and bytes of tensors, in their order, and the state of the generators."""
+    contents = [(name, str(value.dtype), tuple(value.shape), value.numpy().tobytes()) for name, value in state.items()]
+    return contents, torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(), random.getstate()
+
+
+FAILING = {
+    "missing": lambda state: state.pop("norm.weight"),
+    "unexpected": lambda state: state.update({"surprise": torch.zeros(1)}),
+    "of another shape": lambda state: state.update({"norm.bias": torch.zeros(1)}),
+    "not floating": lambda state: state.update({"norm.bias": state["norm.bias"].long()}),
+    "NaN or infinity": lambda state: state.update({"norm.bias": state["norm.bias"] * torch.nan}),
+    "dtype must be": lambda state: LoadOptions(dtype=torch.int8),
+    "an autoencoder has no head": lambda state: LoadOptions(classes=3),
+    "33×33 pixels is not divisible": lambda state: LoadOptions(image_size=33),
+}
+
+
+@pytest.mark.parametrize("fault", FAILING)
+def test_row_25_a_failed_load_changes_nothing(fault):
+    """Neither what it was given nor a network that was built of the same tensors, which shares them."""
+    whole = official(make_autoencoder(MAE))
+    built = build(MaskedAutoencoder, whole, MAE)
+    state = dict(whole)
+    options = FAILING[fault](state)
+    torch.rand(1)  # or a generator that is set anew each time would seem untouched
+    before, shared = everything(state), everything(built.state_dict())
+    with pytest.raises(MaehubError) as caught:
+        build(MaskedAutoencoder, state, MAE, options=options if isinstance(options, LoadOptions) else LoadOptions())
+    assert fault in str(caught.value)
+    assert everything(state) == before
+    assert everything(built.state_dict()) == shared
+
+
+@pytest.mark.parametrize("damage", ["cut", "another", "NaN"])
+def test_row_25_a_folder_that_fails_to_load_stays_as_it_is(folder, damage):
+    path = folder / "model.safetensors"
+    tensors = dict(read_tensors(path).tensors)
+    name = next(iter(tensors))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        value = tensors[name]
+        save_file(tensors | {name: value[:1].clone() if damage == "another" else value * torch.nan}, path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    torch.rand(1)
+    generators = everything({})
     with pytest.raises(IntegrityError):
-        build(MaskedAutoencoder, state, MAE)
-    assert all(torch.equal(value, before[name]) for name, value in official(autoencoder).items())
+        open_autoencoder(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert everything({}) == generators
 
 
 def test_a_configuration_far_too_large_for_its_tensors_is_refused_at_once():
@@ -227,10 +274,13 @@ def test_a_configuration_far_too_large_for_its_tensors_is_refused_at_once():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
-def test_row_26_non_finite_weights_are_refused_by_name(bad, dtype):
-    state = {name: value.to(dtype) for name, value in official(make_encoder(TINY)).items()}
-    state["blocks.1.norm2.bias"] = state["blocks.1.norm2.bias"].float().index_fill(0, torch.tensor([5]), bad).to(dtype)
-    with pytest.raises(IntegrityError, match=r"NaN or infinity in blocks\.1\.norm2\.bias;"):
+@pytest.mark.parametrize("name", ["blocks.1.norm2.bias", "cls_token", "pos_embed", "blocks.2.mlp.fc1.weight"])
+def test_row_26_non_finite_weights_are_refused_by_name(bad, dtype, name):
+    state = {key: value.to(dtype) for key, value in official(make_encoder(TINY)).items()}
+    changed = state[name].float().clone()
+    changed.view(-1)[-1] = bad
+    state[name] = changed.to(dtype)
+    with pytest.raises(IntegrityError, match=rf"NaN or infinity in {re.escape(name)};"):
         build(Encoder, state, TINY)
     build(Encoder, state, TINY, options=LoadOptions(check_finite=False))
 

@@ -54,9 +54,18 @@ class Faults:
         self.at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
     def kill_once(self):
-        """In the first of torchrun's tries alone."""
+        """In the first of torchrun's tries alone; of the second the step where it begins is written to ``out``."""
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             self.kill()
+            return
+        from maehub.train.pretraining import loop as pretraining
+
+        def rate(step, *rest):
+            with open(self.out, "a") as file:
+                file.write(f"{step}\n")
+            return real(step, *rest)
+
+        real = self.patch(pretraining, "learning_rate", rate)
 
     def terminate(self):
         self.at_step(lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
-from maehub.files import read_words
+from maehub.files import check_place, read_words
 from maehub.hub import locate
 
 if TYPE_CHECKING:
@@ -180,8 +180,8 @@ def run_features(config: "arguments.Features", shared: Shared) -> int:
 
 
 def run_data(config: "arguments.Data", shared: Shared) -> int:
-    if config.out is not None and config.out.exists() and not config.overwrite:
-        raise UsageError(f"{config.out} exists; choose another --out, or replace it with --overwrite")
+    if config.out is not None:
+        check_place(config.out, config.overwrite)
     from maehub.data import SAMPLE, check_data, data_statistics, tell
 
     if config.what == "stats":

@@ -238,14 +238,15 @@ def _read(file: StoredFile) -> TarIndex:
             others[b""] += 1
             continue
         key, ending = parts[1], parts[2].lower()
+        is_picture = b"." + _letters(ending) in IMAGE_ENDINGS
+        if (is_picture or ending == "cls") and member.size > LARGEST_MEMBER:
+            limit = f"the limit is {LARGEST_MEMBER / 2**20:.0f} MiB"
+            raise _bad(file, member.name, f"it is {member.size / 2**20:,.0f} MiB large, and {limit}")
         if ending == "cls":
             waiting = (key, member.offset_data, member.size)
             if key == current:
                 numbers["label_offsets"][-1], numbers["label_sizes"][-1] = waiting[1:]
-        elif b"." + _letters(ending) in IMAGE_ENDINGS:
-            if member.size > LARGEST_MEMBER:
-                limit = f"the limit is {LARGEST_MEMBER / 2**20:.0f} MiB"
-                raise _bad(file, member.name, f"it is {member.size / 2**20:,.0f} MiB large, and {limit}")
+        elif is_picture:
             current = key
             names.append(_letters(member.name))
             keys.append(int.from_bytes(hashlib.blake2b(_letters(key), digest_size=8).digest(), "little"))

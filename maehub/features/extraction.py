@@ -33,7 +33,7 @@ from maehub.features.table import (
     write_bad_files,
     write_features,
 )
-from maehub.files import free_space_guard
+from maehub.files import check_place, free_space_guard
 from maehub.images import Preprocess, TransformName, grid_size
 from maehub.models import Encoder, FeaturePool
 from maehub.version import __version__
@@ -92,10 +92,8 @@ def extract_features(
     target = None if out is None else Path(out)
     if target is not None:
         check_ending(target, job.pool)
-        if target.is_dir():
-            raise UsageError(f"{target} is a folder; name a file")
-        if not target.parent.is_dir():
-            raise UsageError(f"the folder of {target} does not exist; make it first")
+        if not target.is_file():
+            check_place(target)
     pictures = as_samples(source)
     if isinstance(pictures, Pictures) and isinstance(pictures.items[0], Tensor):
         height, width = pictures.items[0].shape[1:]  # of network inputs, whatever the transform would give

@@ -1,7 +1,5 @@
 """Figures on white paper: pictures side by side with titles, labels and a caption, drawn with Pillow alone."""
 
-import errno
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import UsageError
-from maehub.files import atomic_write, write_error
+from maehub.files import atomic_write, check_place
 from maehub.images import Size
 
 _PANEL = 256  # pixels that a panel should have across: small pictures are scaled up to about this
@@ -131,12 +129,7 @@ def check_figure(path: str | Path) -> str:
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
     if kind not in Image.SAVE:
         raise UsageError(f"{path} cannot be written: {path.suffix or 'no ending'!r} is not a format; use .png")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path} cannot be written: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise UsageError(f"{path} cannot be written: it is a folder")
-    if not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    check_place(path)
     return kind
 
 

@@ -162,8 +162,8 @@ def push(
     model, folder = _open(source)
     _check_weights(model)
     encoder = model if isinstance(model, Encoder) else model.encoder
-    settled = settle_licence(licence, encoder.origin)
     origin = encoder.origin = public_origin(encoder.origin)
+    settled = settle_licence(licence, origin)  # whose words the card repeats
     provenance = read_run(folder) if folder is not None else Provenance()
     remote: Remote | HubError
     try:

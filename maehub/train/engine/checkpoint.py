@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import CheckpointError, DivergedError, IntegrityError
+from maehub.errors import CheckpointError, DivergedError, IntegrityError, first_names
 from maehub.files import free_space_guard, read_json, sha256_file, whole_folder, write_error, write_json
 from maehub.weights import check_finite, read_tensors, write_tensors
 
@@ -26,6 +26,7 @@ log = logging.getLogger("maehub")
 _MANIFEST, _MODEL, _OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
 _FILES = (_MODEL, _OPTIMIZER)
 _FORMAT = 1
+_KEPT = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Lars": ("momentum_buffer",)}  # of each parameter, by optimizers
 _TORN = re.compile(r"\.step-\d+\.[0-9a-f]+\.partial")  # what a process that was killed while it saved leaves
 
 
@@ -58,15 +59,14 @@ def save_checkpoint(
     parts = {_MODEL: model.state_dict(), _OPTIMIZER: moments}
     for name, tensors in parts.items():
         check_converging(tensors, f"{name} of step {progress.step}")
-    with checkpoint_folder(run, progress, [tensor for part in parts.values() for tensor in part.values()]) as staging:
+    with checkpoint_folder(run, progress, [one for part in parts.values() for one in part.values()], keep) as staging:
         write_manifest(staging, progress, {name: write_tensors(staging / name, parts[name]) for name in _FILES})
-    rotate(run, progress.step, keep)
     return run / "checkpoints" / f"step-{progress.step}"
 
 
 @contextlib.contextmanager
-def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor]) -> Iterator[Path]:
-    """The folder to put a checkpoint together in; when the block ends without an error, it gets its name."""
+def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor], keep: int) -> Iterator[Path]:
+    """Where to put a checkpoint together; when the block ends without error it gets its name, and ``keep`` are left."""
     checkpoints = run / "checkpoints"
     for remains in checkpoints.glob(".step-*.partial"):
         if _TORN.fullmatch(remains.name):
@@ -74,6 +74,7 @@ def checkpoint_folder(run: Path, progress: Progress, tensors: Iterable[Tensor]) 
     free_space_guard(checkpoints, sum(tensor.nbytes for tensor in tensors))
     with whole_folder(checkpoints / f"step-{progress.step}", overwrite=False, members=()) as staging:
         yield staging
+    _rotate(run, progress.step, keep)
 
 
 def write_manifest(staging: Path, progress: Progress, hashes: Mapping[str, str]) -> None:
@@ -82,7 +83,7 @@ def write_manifest(staging: Path, progress: Progress, hashes: Mapping[str, str])
     write_json(staging / _MANIFEST, {"format": _FORMAT, "progress": asdict(progress), "files": listed})
 
 
-def rotate(run: Path, newest: int, keep: int) -> None:
+def _rotate(run: Path, newest: int, keep: int) -> None:
     """Delete checkpoints older than the newest, so that ``keep`` are left; others' folders are left alone."""
     older = [step for step in _steps(run) if step < newest]
     for step in older[: max(0, len(older) - (keep - 1))]:
@@ -124,19 +125,50 @@ def newest_checkpoint(run: Path) -> tuple[Path, Progress] | None:
     return None
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state back."""
-    numbers = {name: number for number, name in enumerate(parameter_names(model, optimizer))}
-    state = optimizer.state_dict()
-    state["state"] = {number: {} for number in numbers.values()}
-    try:
-        model.load_state_dict(read_tensors(folder / _MODEL).tensors)
-        for joined, tensor in read_tensors(folder / _OPTIMIZER).tensors.items():
-            key, name = joined.split("/", 1)
-            state["state"][numbers[name]][key] = tensor
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} is of another network: {error}. Nothing was changed.") from error
-    optimizer.load_state_dict(state)
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, spread: bool = False) -> None:
+    """Put a checkpoint's weights and optimizer state back: all of them, or where they do not fit none.
+
+    Args:
+        spread: whether the weights of the model are spread over processes, each of which calls this.
+    """
+    tensors = read_tensors(folder / _OPTIMIZER).tensors | read_tensors(folder / _MODEL).tensors
+    check_fits(folder, model, optimizer, {name: f"{tuple(v.shape)} {v.dtype}" for name, v in tensors.items()})
+    weights: dict[str, Any] = {name: tensors[name] for name in model.state_dict()}
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name in parameter_names(model, optimizer)}
+    for joined in tensors.keys() - weights.keys():
+        key, name = joined.split("/", 1)
+        moments[name][key] = tensors[joined]
+    if not spread:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(moments.values()))})
+        return
+    # Here, since it takes a second to import.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    state: dict[str, Any] = {"state": moments, "param_groups": get_state_dict(model, optimizer)[1]["param_groups"]}
+    whole = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=whole)
+
+
+def check_fits(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, found: Mapping[str, str]) -> None:
+    """Refuse a checkpoint of another network or optimizer, before a number of it is written anywhere.
+
+    ``found`` are shape and dtype of its weights, and of the optimizer's tensors as ``exp_avg/encoder.…``, of which a
+    parameter that never had a gradient has none.
+    """
+    wanted = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in model.state_dict().items()}
+    updated = {joined.partition("/")[2] for joined in found}
+    for name in updated.intersection(parameter_names(model, optimizer)):
+        for key in _KEPT[type(optimizer).__name__]:
+            wanted[f"{key}/{name}"] = "() torch.float32" if key == "step" else wanted[name]
+    wrong = [
+        f"{name} {found.get(name, 'missing')} instead of {wanted.get(name, 'nothing')}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        differs = first_names(wrong, 3, "; ")
+        raise CheckpointError(f"checkpoint {folder} is of another network or optimizer: {differs}. Nothing was changed")
 
 
 def is_sharded(folder: Path) -> bool:
@@ -147,18 +179,17 @@ def is_sharded(folder: Path) -> bool:
 def _verified(folder: Path, step: int) -> Progress:
     """What a manifest says, once every byte was compared with it."""
     manifest = read_json(folder / _MANIFEST)
-    version = manifest.get("format")
-    if isinstance(version, int) and version > _FORMAT:
+    version = manifest.get("format", _FORMAT)
+    if version != _FORMAT:
         raise CheckpointError(
-            f"checkpoint {folder} has format {version}, and this maehub reads {_FORMAT}. Nothing was changed. "
+            f"checkpoint {folder} has format {version!r}, and this maehub reads {_FORMAT}. Nothing was changed. "
             "Update maehub."
         )
     try:
         progress = Progress(**manifest["progress"])
         listed = manifest["files"]
-        facts = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in [*listed] or _FILES}
-        if not is_sharded(folder) and not set(_FILES) <= set(facts):
-            raise KeyError(*sorted(set(_FILES) - set(facts)))
+        wanted = {*listed, *(() if is_sharded(folder) else _FILES)}
+        facts = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in wanted}
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"its manifest is malformed at {error}") from error
     if progress.step != step:

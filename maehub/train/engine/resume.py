@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, UsageError
+from maehub.files import check_free
 from maehub.train.engine.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import code_digest
@@ -93,12 +94,8 @@ class Checkpoints:
                 from maehub.train.engine.sharded import load_shards  # here, since its format takes a second to import
 
                 load_shards(folder, self.model, self.optimizer, group)
-            elif self.shard and group.size > 1:
-                from maehub.train.engine.sharded import load_whole
-
-                load_whole(folder, self.model, self.optimizer)
             else:
-                load_checkpoint(folder, self.model, self.optimizer)
+                load_checkpoint(folder, self.model, self.optimizer, spread=self.shard and group.size > 1)
         if group.is_main:
             log.info("resumed %s", folder)
             if before.processes != group.size:
@@ -181,7 +178,7 @@ class Checkpoints:
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse, before any work, a folder that is not free, no run to go on with or another version's, none to delete."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+        return check_free(folder, overwrite, ())
     is_run = run_state(folder) is not None
     if (resume or overwrite) and not is_run:
         raise UsageError(f"{folder} is no run folder, so nothing in it is touched; choose another --out")
@@ -190,6 +187,7 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(f"{folder} exists and is not empty; {remedy}")
     if resume and run_state(folder) != "completed":
         check_version(folder)
+    return None
 
 
 def check_version(run: Path) -> None:

@@ -176,9 +176,12 @@ class RunLog:
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
+                self._boards = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
             except ImportError as error:
                 raise MissingDependencyError('--tensorboard needs TensorBoard: pip install "maehub[log]"') from error
-            self._boards = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
+            except OSError as error:
+                log.warning("TensorBoard's files cannot be written: %s; the run goes on", error)
         self._above.enter_context(logging_redirect_tqdm())  # what is said meanwhile stands above the line
         self._bar = self._above.enter_context(
             tqdm(

@@ -12,25 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from maehub.errors import CheckpointError
 from maehub.files import is_disk_full, sha256_file, sync_folder
-from maehub.train.engine.checkpoint import Progress, check_converging, checkpoint_folder, rotate, write_manifest
+from maehub.train.engine.checkpoint import Progress, check_converging, check_fits, checkpoint_folder, write_manifest
 from maehub.train.engine.distributed import Group
-from maehub.weights import read_tensors
 
 
 def save_shards(
@@ -46,7 +40,7 @@ def save_shards(
         with group.together(f"saving step {progress.step}"):
             check_converging(local, f"the weights of step {progress.step}")
             tensors = [*local.values()] * 3  # AdamW has two more of each
-            entered = checkpoint_folder(run, progress, tensors)
+            entered = checkpoint_folder(run, progress, tensors, keep)
             staging = stack.enter_context(entered) if group.is_main else None
         folder = group.first(staging, "the name of the checkpoint")
         assert folder is not None
@@ -58,11 +52,18 @@ def save_shards(
                 sync_folder(folder)
                 write_manifest(folder, progress, hashes)
                 stack.close()
-                rotate(run, progress.step, keep)
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> None:
     """Put a sharded checkpoint back, into a model that is sharded otherwise or not at all."""
+    with _as_checkpoint_errors(folder):
+        stored = FileSystemReader(folder).read_metadata()
+    found = {}
+    for flat, way in stored.planner_data.items():  # its way through the dictionaries that were saved
+        if isinstance(value := stored.state_dict_metadata[flat], TensorStorageMetadata):
+            name = way[1] if way[0] == "model" else f"{way[-1]}/{way[2]}"
+            found[name] = f"{tuple(value.size)} {value.properties.dtype}"
+    check_fits(folder, model, optimizer, found)
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     with _as_checkpoint_errors(folder), warnings.catch_warnings():
@@ -71,28 +72,13 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-def load_whole(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint that is not sharded into a sharded model; see `load_checkpoint`."""
-    options = StateDictOptions(full_state_dict=True)
-    state: dict[str, dict[str, Tensor]] = {}
-    for joined, tensor in read_tensors(folder / "optimizer.safetensors").tensors.items():
-        key, name = joined.split("/", 1)
-        state.setdefault(name, {})[key] = tensor
-    _, moments = get_state_dict(model, optimizer)
-    with _as_checkpoint_errors(folder):
-        set_model_state_dict(model, dict(read_tensors(folder / "model.safetensors").tensors), options=options)
-        whole: dict[str, Any] = {"state": state, "param_groups": moments["param_groups"]}
-        set_optimizer_state_dict(model, optimizer, whole, options=options)
-
-
 @contextlib.contextmanager
 def _as_checkpoint_errors(folder: Path) -> Iterator[None]:
     """torch reports what went wrong in any process as one exception that no ``except Exception`` catches."""
     try:
         yield
     except (CheckpointException, RuntimeError, KeyError, ValueError, OSError) as error:
-        causes = [*error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        cause = causes[0][0] if isinstance(causes[0], tuple) else causes[0]
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         full = isinstance(cause, Exception) and is_disk_full(cause)
         reason = "the disk is full" if full else str(cause).strip().splitlines()[0][:300]
         raise CheckpointError(

@@ -7,6 +7,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from maehub.errors import UsageError
+from maehub.files import check_place
 from maehub.train.engine import Flag, Section, default, settings, settle
 
 Classifier = Annotated[
@@ -84,9 +85,4 @@ def check_target(
     """Whether results can be written to a path, before anything is computed."""
     if path.suffix not in endings:
         raise UsageError(f"{path}: {what} are written as {' or '.join(endings)}")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder of {path} does not exist; make it first")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; choose another file, or replace it with --overwrite (overwrite=True)")
+    check_place(path, overwrite)
