@@ -19,6 +19,7 @@ from rights import as_nobody, let_enter, needs_root
 
 from maehub.cli.command_line import main
 from maehub.errors import CheckpointError, HubError, UsageError
+from maehub.files import atomic_write
 from maehub.hub import cache as caching
 from maehub.hub import catalog
 from maehub.hub.cache import clean_cache
@@ -219,6 +220,11 @@ def test_row_6_a_killed_download_is_begun_anew_and_its_rest_is_cleaned(hub, vit_
     found = fetch(model_info(name), offline=True, verify=True)
     assert found.sha256 == SHA256
 
+    if pattern == OFFICIAL:  # its name says whose it was, so the next download removed it
+        assert not rest.exists()
+        assert main(["cache", "clean"]) == 0
+        assert capsys.readouterr().out == "nothing to remove\n"
+        return
     assert main(["cache", "clean"]) == 0  # it might still be at work
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "nothing to remove"
@@ -242,6 +248,24 @@ def test_row_6_a_killed_download_is_begun_anew_and_its_rest_is_cleaned(hub, vit_
     assert gone
     assert all(caching.STAGING in name or name.endswith(".tmp") for name in gone)
     assert fetch(model_info(name), offline=True, verify=True) == found
+
+
+def test_row_6_what_a_killed_process_left_is_cleaned_at_once(hub, capsys):
+    own = Path(hub.env()["MAEHUB_CACHE"]) / "converted"
+    own.mkdir(parents=True)
+    code = (
+        "import os, pathlib, signal; from maehub.files import atomic_write\n"
+        f"with atomic_write({str(own / 'x.safetensors')!r}) as file:\n"
+        "    file.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (rest,) = own.iterdir()
+    with atomic_write(own / "y.safetensors") as living:
+        assert main(["cache", "clean"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "kept 1 written to within the last hour, 0 B"
+        assert living.exists()
+        living.write_text("whole")
+    assert [path.name for path in own.iterdir()] == ["y.safetensors"], rest
 
 
 @pytest.mark.slow

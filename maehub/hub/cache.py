@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.errors import CheckpointError, MaehubError, UsageError, first_names
-from maehub.files import byte_text, cache_folder, expand
+from maehub.files import byte_text, cache_folder, expand, is_left
 from maehub.hub.client import DownloadLabel, RemoteMetadata, check_disk_space, disk_trouble, get_from_hub, hub_constants
 
 logger = logging.getLogger("maehub")
@@ -29,7 +29,7 @@ LOCK_TIMEOUT = 60.0  # seconds
 STAGING = ".maehub-"  # begins the name of a download's own folder
 AGE = 3600  # seconds without a write after which no download is at work on a file any more
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # as `maehub.files.atomic_write` names them
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8,}\.tmp")  # as `maehub.files.atomic_write` names them
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Downloads of models. See https://bford.info/cachedir/\n"
 
 
@@ -201,7 +201,7 @@ def clean_cache(cache_dir: PathLike | None = None, *, dry_run: bool = False) -> 
             states = [one.lstat() for one in files]
             size = sum(state.st_size for one, state in zip(files, states, strict=True) if not one.is_dir())
             written = max(state.st_mtime for state in states)  # seconds since 1970
-            if time.time() - written <= AGE:
+            if time.time() - written <= AGE and not is_left(path):
                 kept.append((path, size))
                 continue
             if not dry_run:

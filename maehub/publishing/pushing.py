@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import get_token
 
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
-from maehub.files import free_space_guard, read_json, sha256_file
+from maehub.files import free_space_guard, own_folder, read_json, sha256_file
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.gate import Verdict
@@ -179,8 +179,7 @@ def push(
     if isinstance(model, Encoder):
         kind = f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
-    with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
-        staging = Path(name)
+    with own_folder(Path(tempfile.gettempdir(), "maehub-push"), 0o700) as staging:
         free_space_guard(staging, needed)
         verdict = build_repository(staging, model, repo_id, settled, provenance, about, dataset, with_pictures)
         paths = files_of(staging)
