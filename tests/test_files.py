@@ -260,7 +260,7 @@ def test_a_write_that_is_under_way_is_left_alone(tmp_path, kind):
 
 @pytest.mark.parametrize(("renames", "safe"), [("1", "old"), ("2", "old"), ("3", "new")])
 def test_a_folder_is_never_lost_between_two_names(tmp_path, renames, safe):
-    """Killed before the old one moves away, before the new one comes, and before the rest of the old one is put back."""
+    """Killed before the old one moves away, before the new one comes, before the rest of the old one is put back."""
     target = tmp_path / "model"
     target.mkdir()
     (target / "a").write_text("old")

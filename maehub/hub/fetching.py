@@ -17,7 +17,8 @@ from maehub.errors import HubError, IntegrityError, UsageError, first_names
 from maehub.files import read_json
 from maehub.hub.cache import LOCK_TIMEOUT, CachePaths, PathLike, cache_paths
 from maehub.hub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info, no_model, resolve
-from maehub.hub.client import NoFile, NotThere, Unreachable, check_filename, list_hub_files
+from maehub.hub.client import NoFile, NotThere, check_filename, list_hub_files
+from maehub.hub.deadlines import Unreachable
 from maehub.hub.downloading import COMMIT, Fetched, cached_path, from_here, from_there, not_here
 from maehub.hub.verification import Differs, check, expected_bytes, expected_here, stated_hash
 
