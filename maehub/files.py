@@ -1,7 +1,6 @@
 """Files that are whole or not there: atomic writing, hashing, free space."""
 
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -11,16 +10,18 @@ import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from maehub.errors import CheckpointError, IntegrityError, MaehubError, UsageError
+from maehub.errors import SPACES, CheckpointError, IntegrityError, MaehubError, UsageError, visible
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OWN = re.compile(r"\..*\.([0-9a-f]{16})([0-7][0-9a-f]{7})[0-9a-f]{8}\.\w+")  # see `_beside`
 _NO_RENAME = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a formula of a spreadsheet begins with."""
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#@]|:(?=//)|(?<=www)\.")
 _MOST_WORDS = 1_000_000  # bytes
 _MAX_JSON_BYTES = 10_000_000  # a configuration with labels for 20,000 classes has a tenth of it
 
@@ -196,8 +197,8 @@ def check_free(folder: str | Path, overwrite: bool, members: Collection[str]) ->
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small new file, flushed to the disk."""
-    with open(path, "x", encoding="utf-8") as file:
+    """A small new file, flushed to the disk; names that are no Unicode are written as in JSON."""
+    with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -209,21 +210,28 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def fill_template(template: Path, values: Mapping[str, Any]) -> str:
-    """The text of a Jinja template; a name that it uses and that has no value is an error.
+    """The text of a Jinja template, in which values are nothing but text: HTML and Markdown in them are escaped.
 
-    Values are escaped where the template is ``.html.jinja``.
+    A name that it uses and that has no value is an error.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+    as_text = markdown_text if template.name.endswith(".md.jinja") else partial(visible, keep=SPACES)
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=select_autoescape(["html.jinja"]),
+        finalize=lambda value: as_text(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     return environment.get_template(template.name).render(values)
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows a text as it is, without elements, links, cells, codes of a terminal."""
+    return _MARKDOWN.sub(r"\\\g<0>", visible(re.sub(r"\s+", " ", text)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -290,7 +298,7 @@ def _mark(target: Path) -> str:
     return _processes() + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
 
 
-@functools.cache
+@cache
 def _processes() -> str:
     """What tells apart machines, their starts and their containers: within one, a number means one process."""
     known = os.uname().nodename

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import subprocess
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,23 @@ import pytest
 import torch
 from hub_writes import Token
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 
 import maehub
 from maehub.cli import command_line as cli
-from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
+from maehub.errors import HubError, IntegrityError, MaehubError, UsageError, visible
+from maehub.files import markdown_text
 from maehub.models.encoder import Origin
 from maehub.publishing import pushing, repository
 from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import find_leaks
-from maehub.publishing.licences import settle_licence
+from maehub.publishing.licences import Licence, settle_licence
+from maehub.publishing.provenance import Provenance
+from maehub.publishing.published_card import published_card
 from maehub.publishing.pushing import push
 from maehub.train import FinetuneConfig, PretrainConfig, finetune, pretrain
+from maehub.weights.model_card import model_card
 
 REPO = "user/shapes"
 TOKEN = "hf_" + "t0k3n" * 7
@@ -433,3 +439,66 @@ def test_wrong_arguments(words, text, hub, tmp_path, capsys, monkeypatch):
     assert cli.main(["push", *words]) == 2
     assert text in capsys.readouterr().err
     assert not sent_anything(hub)
+
+
+# -- names in the card -------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "element": "<img src=x onerror=alert(1)>",
+    "script": "</td></table><script>alert(1)</script>",
+    "entity": "&lt;b&gt; &amp;",
+    "link": "[press](https://evil.example)",
+    "image": "![x](https://evil.example/x.png)",
+    "reference": "[press][1] [^1]",
+    "address": "<https://evil.example>",
+    "bare": "https://evil.example www.evil.example me@evil.example",
+    "cells": "a | b | c",
+    "escaped": "a \\| b \\",
+    "lines": "a\n\n# b\n\n- c\r\n```\nd",
+    "emphasis": "**a** _b_ ~~c~~ `d`",
+    "terminal": "\x1b]0;title\x07\x1b[2Jred\x9b31m",
+    "direction": "\u202egpj.exe",
+    "bytes": "fl\udce8che",
+    "quotes": "\"'}}{{ 7*7 }}{% raw %}",
+}
+
+
+def card_of(name):
+    """The published card, and that of a model folder, of a model around which everything is called so."""
+    origin = Origin(name, licence="cc-by-4.0", sha256="0" * 64)
+    encoder = maehub.EncoderConfig(image_size=16, patch_size=4, width=32, depth=2, heads=4, classes=2)
+    model = maehub.Encoder(encoder)
+    model.origin = origin
+    row = {"name": name, "n": 3, "recall": 50.0, "precision": None}
+    scores = {"n": 6, "top1": 50.0, "low": 10.0, "high": 90.0, "per_class": [row, row]}
+    told = Provenance(
+        "finetune", f"maehub finetune DATA --model {name!r}", {}, name, {"maehub": name}, scores=scores, split=name
+    )
+    verdict = Verdict({"maehub": name, "timm": name}, {"transformers": name})
+    licence = Licence("cc-by-4.0", f"inherited from {name}")
+    whole = published_card(REPO, model, licence, told, verdict, "**about**", name, {"curve": "figures/curve.png"}, [])
+    return whole, model_card(name, encoder, model.preprocess, origin)
+
+
+def shown(card):
+    """Tags of a card, and its text, as a reader's browser has them."""
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(ModelCard(card).text)
+    tags = re.findall(r"<(/?\w+)[^>]*>", html)
+    return tags, unescape(re.sub(r"<[^>]+>", "", html))
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_name_is_nothing_but_text_in_a_card(kind):
+    name = HOSTILE[kind]
+    for card, plain in zip(card_of(name), card_of("name"), strict=True):
+        tags, text = shown(card)
+        assert tags == shown(plain)[0]
+        assert visible(" ".join(name.split())) in text
+        assert visible(card, "\n") == card
+        ModelCard(card).data.to_dict()
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_bare_addresses_are_no_links_where_readers_make_them(kind):
+    escaped = markdown_text(HOSTILE[kind])
+    assert not re.search(r"https?://|www\.\w|\w@\w", escaped)
