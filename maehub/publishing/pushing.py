@@ -162,9 +162,9 @@ def push(
     model, folder = _open(source)
     _check_weights(model)
     encoder = model if isinstance(model, Encoder) else model.encoder
-    settled = settle_licence(licence, encoder.origin)
-    origin = encoder.origin = public_origin(encoder.origin)
-    provenance = read_run(folder) if folder is not None else Provenance()
+    provenance = read_run(folder, encoder.origin) if folder is not None else Provenance()
+    origin = encoder.origin = public_origin(encoder.origin, provenance.weights)
+    settled = settle_licence(licence, origin)
     remote: Remote | HubError
     try:
         remote = look(repo_id, revision=revision, pull_request=pull_request, token=token)
