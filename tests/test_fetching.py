@@ -592,7 +592,23 @@ def test_row_17_what_passes_stays_inside(name):
     assert os.path.normpath(os.path.join(folder, name)).startswith(folder + "/")
 
 
-@pytest.mark.parametrize("repo", ["../x", "a/b/c", "a", "a/..", "a/b@../c", "/a/b", "a\\b/c", "a/b?x", "http://a/b"])
+ODD = [
+    "../x",
+    "a/b/c",
+    "a",
+    "a/..",
+    "a/b@../c",
+    "/a/b",
+    "a\\b/c",
+    "a/b?x",
+    "http://a/b",
+    "漢/b",
+    "a/b-",
+    "a/" + "b" * 96,
+]
+
+
+@pytest.mark.parametrize("repo", ODD)
 def test_row_17_repositories_and_revisions_are_checked(hub, repo):
     fails(UsageError, fetch_repo, repo)
     assert not hub.log
