@@ -592,20 +592,8 @@ def test_row_17_what_passes_stays_inside(name):
     assert os.path.normpath(os.path.join(folder, name)).startswith(folder + "/")
 
 
-ODD = [
-    "../x",
-    "a/b/c",
-    "a",
-    "a/..",
-    "a/b@../c",
-    "/a/b",
-    "a\\b/c",
-    "a/b?x",
-    "http://a/b",
-    "漢/b",
-    "a/b-",
-    "a/" + "b" * 96,
-]
+ODD = ["../x", "a/b/c", "a", "a/..", "a/b@../c", "/a/b", "a\\b/c", "a/b?x", "http://a/b"]
+ODD += ["漢/b", "a/b-", "a/" + "b" * 96]  # what the Hub's client would refuse in its own words
 
 
 @pytest.mark.parametrize("repo", ODD)

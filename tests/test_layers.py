@@ -31,6 +31,7 @@ LIGHT = {
         "cli.reconstruct",
     ),
     *("hub.catalog", "hub.cache", "hub.downloading", "hub.fetching", "hub.client", "hub.urls"),
+    "hub.deadlines",
     *("hub.verification", "publishing.remote", "publishing.committing"),
     *("train.engine.settings", "train.pretraining.config", "train.finetuning.config"),
     *("train.probing.config", "train.evaluation.config", "__main__", ""),

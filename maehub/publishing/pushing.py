@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import get_token
 
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
-from maehub.files import free_space_guard, own_folder, read_json, sha256_file
+from maehub.files import byte_text, free_space_guard, own_folder, read_json, sha256_file
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.gate import Verdict
@@ -61,9 +61,9 @@ class Plan:
         checked = ", ".join(f"{library} {version}" for library, version in self.verified.items())
         lines = [
             f"{self.repo_id} ({self.visibility}), branch {self.revision}: {len(self.files)} files, "
-            f"{_bytes(sum(file.size for file in self.files))}",
+            f"{byte_text(sum(file.size for file in self.files))}",
             *(
-                f"{file.name:<{width}}  {_bytes(file.size):>9}  {file.sha256[:12]}  {file.on_hub}".rstrip()
+                f"{file.name:<{width}}  {byte_text(file.size):>9}  {file.sha256[:12]}  {file.on_hub}".rstrip()
                 for file in self.files
             ),
             f"licence {self.licence.identifier}, {self.licence.reason}",
@@ -290,10 +290,3 @@ def _plan(
         tuple(sorted(set(there) - set(files))),
         tuple(notes),
     )
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
