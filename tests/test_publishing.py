@@ -282,7 +282,7 @@ def test_row_77_foreign_files_stay_and_the_plan_says_so(hub, unread):
     text = plans[0].describe()
     assert "left alone: NOTES.txt" in text
     assert "licence gpl-3.0, this one says mit" in text
-    assert re.search(r"model\.safetensors +\d+\.\d kB  [0-9a-f]{12}  new", text)
+    assert re.search(r"model\.safetensors +\d+ kB  [0-9a-f]{12}  new", text)
     assert re.search(r"README\.md .* changed", text)
     again = push(tiny(), REPO, licence="mit", progress=False)
     assert again.committed.commit == done.committed.commit
@@ -331,7 +331,7 @@ def test_row_79_secrets_and_paths_are_refused(text, what, hub, unread):
 
 def test_row_79_what_the_weights_say_of_their_origin_is_searched_too(hub, unread):
     model = tiny()
-    model.encoder.origin = Origin("/home/jane/weights.pth", licence="mit")
+    model.encoder.origin = Origin("/home/jane/weights.pth", "a" * 40, licence="mit")  # as if it were of the Hub
     text = fails(UsageError, model, REPO)
     assert "model.safetensors: a path of a machine" in text
     assert not sent_anything(hub)
