@@ -4,20 +4,24 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from maehub.errors import CheckpointError, IntegrityError, MaehubError, UsageError
+from maehub.errors import SPACES, CheckpointError, IntegrityError, MaehubError, UsageError, visible
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OWN = re.compile(r"\..*\.([0-9a-f]{16})([0-7][0-9a-f]{7})[0-9a-f]{8}\.\w+")  # see `_beside`
 _NO_RENAME = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a formula of a spreadsheet begins with."""
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#@]|:(?=//)|(?<=www)\.")
 _MOST_WORDS = 1_000_000  # bytes
 _MAX_JSON_BYTES = 10_000_000  # a configuration with labels for 20,000 classes has a tenth of it
 
@@ -28,11 +32,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The bytes are on the disk before the name is, and the name is before this returns, so after a power cut there is
     the old file or the whole new one. The mode is what the umask says. On any error the temporary file is removed and
-    the old file stays; an error of the block itself passes through, unless the disk was full.
+    the old file stays; an error of the block itself passes through, unless the disk was full. What a process that was
+    killed left of its own write to ``path`` is removed.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = _beside(target, "tmp")
     try:
+        with suppress(OSError):
+            for rest in _left(target, "tmp"):
+                rest.unlink()
         try:
             # A new name, so the mode follows the umask; what a library makes of it in the block may not.
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -146,21 +154,33 @@ def whole_folder(folder: str | Path, *, overwrite: bool, members: Collection[str
     ``folder`` must not exist or be empty, unless ``overwrite`` says to replace one that holds one of ``members``, the
     names that make such a folder. Everything else in it is kept.
     """
-    check_free(folder, overwrite, members)
     place = Path(os.path.realpath(folder))
-    staging = _beside(place)
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        _commit(staging, place, members)
+        for old in _left(place, "old"):
+            _put_back(old, place, members)
+        check_free(folder, overwrite, members)
+        with own_folder(place) as staging:
+            yield staging
+            _commit(staging, place, members)
     except OSError as error:
         if isinstance(error, MaehubError):
             raise
         full, safe = is_disk_full(error), "what was there before is untouched"
         remedy = "free some space or choose another disk" if full else "choose a folder that can be written"
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}; {safe}; {remedy}") from error
+
+
+@contextmanager
+def own_folder(target: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder beside ``target``, gone afterwards; what killed processes left of theirs goes before."""
+    for rest in _left(target, "partial"):
+        shutil.rmtree(rest, ignore_errors=True)
+    folder = _beside(target, "partial")
+    try:
+        folder.mkdir(mode, parents=True)
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_place(path: Path, overwrite: bool = True) -> None:
@@ -191,8 +211,8 @@ def check_free(folder: str | Path, overwrite: bool, members: Collection[str]) ->
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small new file, flushed to the disk."""
-    with open(path, "x", encoding="utf-8") as file:
+    """A small new file, flushed to the disk; names that are no Unicode are written as in JSON."""
+    with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -204,21 +224,28 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def fill_template(template: Path, values: Mapping[str, Any]) -> str:
-    """The text of a Jinja template; a name that it uses and that has no value is an error.
+    """The text of a Jinja template, in which values are nothing but text: HTML and Markdown in them are escaped.
 
-    Values are escaped where the template is ``.html.jinja``.
+    A name that it uses and that has no value is an error.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+    as_text = markdown_text if template.name.endswith(".md.jinja") else partial(visible, keep=SPACES)
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=select_autoescape(["html.jinja"]),
+        finalize=lambda value: as_text(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     return environment.get_template(template.name).render(values)
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows a text as it is, without elements, links, cells, codes of a terminal."""
+    return _MARKDOWN.sub(r"\\\g<0>", visible(re.sub(r"\s+", " ", text)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -259,23 +286,60 @@ def read_words(path: Path) -> str:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _beside(place: Path) -> Path:
-    return place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+def is_left(path: Path) -> bool:
+    """Whether the name is that of an unfinished write of ours whose process, of this machine, has ended."""
+    match = _OWN.fullmatch(path.name)
+    if not match or not match[1].startswith(_processes()):
+        return False
+    try:
+        os.kill(int(match[2], 16), 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH  # or it is another user's
+    return False
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """A new hidden name beside a target, which says whose process writes what."""
+    return target.with_name(f".{target.name[:50]}.{_mark(target)}{os.getpid():08x}{secrets.token_hex(4)}.{ending}")
+
+
+def _left(target: Path, ending: str) -> list[Path]:
+    """What killed processes left of their writes to a target, and of those to no other."""
+    return [path for path in target.parent.glob(f".*.{_mark(target)}*.{ending}") if is_left(path)]
+
+
+def _mark(target: Path) -> str:
+    return _processes() + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+
+
+@cache
+def _processes() -> str:
+    """What tells apart machines, their starts and their containers: within one, a number means one process."""
+    known = os.uname().nodename
+    with suppress(OSError):
+        known += Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 def _commit(staging: Path, place: Path, members: Collection[str]) -> None:
     if not place.exists():
         os.replace(staging, place)
     else:
-        old = _beside(place)
+        old = _beside(place, "old")
         os.replace(place, old)
         try:
             os.replace(staging, place)
-        except OSError:
-            os.replace(old, place)
-            raise
-        for entry in old.iterdir():
-            if entry.name not in members:
-                os.replace(entry, place / entry.name)
-        shutil.rmtree(old)
+        finally:
+            _put_back(old, place, members)
     sync_folder(place.parent)
+
+
+def _put_back(old: Path, place: Path, members: Collection[str]) -> None:
+    """After a folder was moved away to be replaced: back if nothing took its place, else what it had besides."""
+    if not place.exists():
+        os.replace(old, place)
+        return
+    for entry in old.iterdir():
+        if entry.name not in members and not os.path.lexists(place / entry.name):
+            os.replace(entry, place / entry.name)
+    shutil.rmtree(old)

@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from hub_writes import LARGE, SIGNATURE, WEIGHTS, Token, Writing, card_facts
 
-Mode = Literal["cut", "corrupt", "short", "html", "status", "hang", "redirect", "commit", "norange", "slow"]
+Mode = Literal["cut", "corrupt", "short", "html", "status", "hang", "redirect", "commit", "norange", "slow", "drip"]
 
 
 @dataclass
@@ -387,6 +387,11 @@ def _handler(hub: HubServer, store: bool) -> type[BaseHTTPRequestHandler]:
                 self.wfile.flush()
                 hub.stopping.wait(fault.seconds)
                 self.wfile.write(sent[fault.after :])
+            elif fault and mode == "drip":
+                for start in range(0, len(sent), 100_000):
+                    self.wfile.write(sent[start : start + 100_000])
+                    self.wfile.flush()
+                    hub.stopping.wait(fault.seconds)
             else:
                 self.wfile.write(sent)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -121,3 +122,49 @@ def test_no_spreadsheet_takes_a_name_for_a_formula(encoder, tmp_path):
     code = cli.main(["data", "check", str(tmp_path / "photos"), "-o", str(tmp_path / "list.csv"), "--quiet"])
     assert code == 5
     assert "photos/=bad.png" in (tmp_path / "list.csv").read_text()  # a whole path is no formula
+
+
+COMMANDS = """
+import sys
+from maehub.cli.command_line import main
+for line in (
+    *(f"features data -m vit-nano -o fe\\u0301.{ending}" for ending in ("csv", "npz", "parquet", "safetensors")),
+    "probe data -m vit-nano -o probe-\\u6f22 --pool cls",
+    "probe data -m vit-nano -o probe-\\u6f22.json --pool cls",
+    "predict data -m probe-\\u6f22/model -o pre\\u0301dit.csv",
+    "evaluate data -m probe-\\u6f22/model -o e\\u0301valuation",
+):
+    words = [word.encode().decode(sys.getfilesystemencoding(), "surrogateescape") for word in line.split()]
+    print(main(words), line.encode("ascii", "backslashreplace").decode(), flush=True)
+"""
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "names", "refused"),
+    [
+        (ASCII, ["Blüte", "漢字"], False),
+        (ASCII, ["Blüte", b"fl\xe8che"], True),
+        ({"PYTHONUTF8": "1"}, ["Blüte", b"fl\xe8che"], True),
+    ],
+    ids=["ASCII", "ASCII and Latin 1", "Latin 1"],
+)
+def test_names_that_the_system_cannot_encode(tmp_path, environment, names, refused):
+    """Commands work on them, or refuse before they write; none ends in an error of its own encoding."""
+    for number, name in enumerate(names):
+        folder = os.path.join(os.fsencode(tmp_path), b"data", name if isinstance(name, bytes) else name.encode())
+        os.makedirs(folder)
+        for kind in range(4):
+            pixels = np.random.default_rng(kind).integers(0, 100, (32, 32, 3)) + 100 * number
+            with open(os.path.join(folder, f"é{kind}.png".encode()), "wb") as file:
+                Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    before = {"PYTHONIOENCODING", "LC_ALL", "LANG", "PYTHONUTF8"}
+    env = {name: value for name, value in os.environ.items() if name not in before} | environment
+    done = subprocess.run([sys.executable, "-c", COMMANDS], cwd=tmp_path, env=env, capture_output=True, check=False)
+    said = done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
+    codes = [line.split()[0] for line in said.splitlines() if line[:2].strip().isdigit() and " -m " in line]
+    assert done.returncode == 0, said
+    assert codes == ["0"] * 4 + (["5", "5", "2", "2"] if refused else ["0"] * 4), said
+    assert "did not expect" not in said
+    assert "codec" not in said
+    assert not [path for path in os.listdir(os.fsencode(tmp_path)) if path.startswith(b".") or b"partial" in path]

@@ -1,14 +1,18 @@
 """Downloads through the real client of the Hub, against a small Hub on loopback that misbehaves on demand."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pickle
 import shutil
+import socketserver
 import ssl
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
-from maehub.hub import catalog, client, downloading, urls, verification
+from maehub.figures import rendering
+from maehub.hub import catalog, client, deadlines, downloading, urls, verification
 from maehub.hub.catalog import Source, model_info
 from maehub.hub.fetching import download, fetch, fetch_repo, verify
+from maehub.images import Preprocess
 
 TIMM = "timm/vit_base_patch16_224.mae"
 WEIGHTS = TIMM + "/model.safetensors"
@@ -309,7 +315,7 @@ def test_row_1_a_cut_connection_is_resumed(hub, vit_b, naps, small_chunks, caplo
 
 
 def test_row_2_a_connection_that_is_always_cut(hub, vit_b, naps):
-    hub.fault(WEIGHTS, "cut", after=300_000)
+    hub.fault(WEIGHTS, "cut", after=50_000)
     text = fails(HubError, fetch, vit_b)
     assert "stopped after repeated tries" in text
     assert "of 1 MB" in text
@@ -586,7 +592,11 @@ def test_row_17_what_passes_stays_inside(name):
     assert os.path.normpath(os.path.join(folder, name)).startswith(folder + "/")
 
 
-@pytest.mark.parametrize("repo", ["../x", "a/b/c", "a", "a/..", "a/b@../c", "/a/b", "a\\b/c", "a/b?x", "http://a/b"])
+ODD = ["../x", "a/b/c", "a", "a/..", "a/b@../c", "/a/b", "a\\b/c", "a/b?x", "http://a/b"]
+ODD += ["漢/b", "a/b-", "a/" + "b" * 96]  # what the Hub's client would refuse in its own words
+
+
+@pytest.mark.parametrize("repo", ODD)
 def test_row_17_repositories_and_revisions_are_checked(hub, repo):
     fails(UsageError, fetch_repo, repo)
     assert not hub.log
@@ -764,3 +774,101 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+# -- servers that answer without end -----------------------------------------------------------------------------------
+
+REPEATED = {
+    "headers": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "interim answers": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body": (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+}
+"""What a server says, and then again and again, always in time for the next byte: a test that fails takes 20 s."""
+
+
+def asking():
+    """Threads that are waiting for an answer."""
+    return [one for one in threading.enumerate() if one.name.endswith("(answer)")]
+
+
+@pytest.fixture
+def dripping(monkeypatch):
+    """An address whose server never ends, ``say`` what it says; patience is a second and a half."""
+    monkeypatch.setattr(deadlines, "PATIENCE", 1.5)
+    over = threading.Event()
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline().strip():
+                pass
+            first, again = server.says
+            with contextlib.suppress(OSError):
+                self.wfile.write(first)
+                for _ in range(200):
+                    self.wfile.write(again)
+                    if over.wait(0.1):
+                        break
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        server.says = REPEATED["headers"]
+        server.host = f"127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        wait_until = time.monotonic() + 15
+        while asking() and time.monotonic() < wait_until:
+            time.sleep(0.05)
+        assert not asking(), "who asked is still asking"
+        over.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize("says", REPEATED)
+def test_an_address_that_never_ends_is_given_up(dripping, says, tmp_path):
+    dripping.says = REPEATED[says]
+    label = client.DownloadLabel("x", "x.pth")
+    text = fails(HubError, urls.get_from_url, f"http://{dripping.host}/x.pth", tmp_path / "x.pth", label)
+    assert f"{dripping.host} was given up for x (x.pth)" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("says", ["headers", "interim answers"])
+def test_a_hub_that_never_ends_its_answer_is_given_up(hub, vit_b, dripping, says, monkeypatch):
+    dripping.says = REPEATED[says]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{dripping.host}")
+    assert f"{dripping.host} was given up for vit-b" in fails(HubError, fetch, vit_b)
+    assert client.list_hub_files(TIMM, "main") == []
+
+
+@pytest.mark.parametrize("says", REPEATED)
+def test_a_store_that_never_ends_is_given_up(hub, vit_b, dripping, says):
+    dripping.says = REPEATED[says]
+    hub.fault(WEIGHTS, "redirect", location=f"http://{dripping.host}/x")
+    assert "was given up for vit-b" in fails(HubError, fetch, vit_b)
+    assert not list(Path(hub.folder.name).rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("says", REPEATED)
+def test_a_picture_that_never_ends_is_given_up(dripping, says):
+    dripping.says = REPEATED[says]
+    address = f"http://me:secret@{dripping.host}/x.jpg?key=secret"
+    text = fails(HubError, rendering.open_picture, address, Preprocess(size=(16, 16)))
+    assert f"{dripping.host} was given up" in text
+    assert "secret" not in text
+
+
+def test_a_command_ends_with_3_where_the_server_never_does(hub, dripping):
+    code = (
+        "from maehub.hub import deadlines; deadlines.PATIENCE = 1.5\n"
+        "from maehub.cli.command_line import main; raise SystemExit(main(['download', 'user/repo']))"
+    )
+    done = run(hub, code, HF_ENDPOINT=f"http://{dripping.host}")
+    assert done.returncode == 3, done.stderr
+    assert f"{dripping.host} was given up" in done.stderr
+
+
+def test_a_slow_download_that_goes_on_is_not_given_up(hub, vit_b, monkeypatch):
+    monkeypatch.setattr(deadlines, "PATIENCE", 0.5)
+    hub.fault(WEIGHTS, "drip", seconds=0.2)
+    assert fetch(vit_b).sha256 == SHA256

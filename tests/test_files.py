@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maehub import files
-from maehub.errors import CheckpointError
-from maehub.files import atomic_write, free_space_guard, sha256_file
+from maehub.errors import CheckpointError, UsageError
+from maehub.files import atomic_write, free_space_guard, is_left, own_folder, sha256_file, whole_folder
 
 
 def write_and_raise(path, error):
@@ -164,3 +165,120 @@ def test_sha256(tmp_path):
     data = os.urandom(300_000)
     (tmp_path / "x").write_bytes(data)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+# -- what killed processes leave ---------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys, tempfile
+from pathlib import Path
+from maehub import files
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+kind, target = sys.argv[1], Path(sys.argv[2])
+if kind == "file":
+    files.os.replace = die  # all bytes are written, the name is not
+    with files.atomic_write(target) as temporary:
+        temporary.write_text("half")
+elif kind == "scratch":
+    with files.own_folder(target, 0o700) as folder:
+        (folder / "weights").write_text("half")
+        die()
+else:
+    real, calls = os.replace, []
+    def replace(*names):
+        calls.append(names)
+        if len(calls) == int(kind):
+            die()
+        real(*names)
+    files.os.replace = replace
+    with files.whole_folder(target, overwrite=True, members=["a"]) as folder:
+        (folder / "a").write_text("new")
+"""
+
+
+def killed(kind, target):
+    """What a process leaves that was killed while it wrote, by name."""
+    before = set(os.listdir(target.parent))
+    done = subprocess.run([sys.executable, "-c", KILLED, kind, str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    return sorted(set(os.listdir(target.parent)) - before)
+
+
+def write_whole(target, kind):
+    if kind == "file":
+        with atomic_write(target) as temporary:
+            temporary.write_text("new")
+    elif kind == "scratch":
+        with own_folder(target, 0o700) as folder:
+            assert folder.stat().st_mode & 0o777 == 0o700
+    else:
+        with whole_folder(target, overwrite=True, members=["a"]) as folder:
+            (folder / "a").write_text("newer")
+
+
+@pytest.mark.parametrize("kind", ["file", "scratch", "1"])
+def test_the_next_write_removes_what_a_killed_process_left(tmp_path, kind):
+    target, other = tmp_path / "x.bin", tmp_path / "x.bin.2"
+    (rest,) = killed(kind, target)
+    (foreign,) = killed(kind, other)
+    decoys = {
+        rest.replace(files._processes(), "0" * 8),  # of another machine or container
+        f".x.bin.{rest.split('.')[3]}.txt",
+        ".x.bin.1a2b3c4d.tmp",  # as version 0.1 named them: whose it is cannot be seen
+        ".x.bin.partial",
+    }
+    for name in decoys:
+        (tmp_path / name).write_text("decoy")
+    assert is_left(tmp_path / rest)
+    write_whole(target, kind)
+    assert {path.name for path in tmp_path.iterdir()} - {"x.bin"} == {foreign} | decoys
+    write_whole(other, kind)
+    assert {path.name for path in tmp_path.iterdir()} - {"x.bin", "x.bin.2"} == decoys
+
+
+@pytest.mark.parametrize("kind", ["file", "scratch", "1"])
+def test_a_write_that_is_under_way_is_left_alone(tmp_path, kind):
+    target = tmp_path / "x"
+    context = atomic_write(target) if kind == "file" else own_folder(target)
+    with context as unfinished:
+        if kind == "file":
+            unfinished.write_text("mine")
+        child = f"from maehub.files import *; from pathlib import Path; path = Path({str(target)!r})\n"
+        child += (
+            "with atomic_write(path) as file: file.write_text('new')"
+            if kind == "file"
+            else "with own_folder(path): pass"
+        )
+        subprocess.run([sys.executable, "-c", child], check=True)
+        assert unfinished.exists()
+        assert not is_left(unfinished)
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(("renames", "safe"), [("1", "old"), ("2", "old"), ("3", "new")])
+def test_a_folder_is_never_lost_between_two_names(tmp_path, renames, safe):
+    """Killed before the old one moves away, before the new one comes, before the rest of the old one is put back."""
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "a").write_text("old")
+    (target / "notes").write_text("mine")
+    killed(renames, target)
+    if safe == "old":
+        with pytest.raises(UsageError), whole_folder(target, overwrite=False, members=["a"]):
+            pass
+        assert (target / "a").read_text() == "old"
+    write_whole(target, "folder")
+    assert sorted(os.listdir(target)) == ["a", "notes"]
+    assert (target / "a").read_text() == "newer"
+    assert (target / "notes").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name", ["é" * 127, "漢" * 80])
+def test_a_long_name_that_is_not_ascii(tmp_path, name):
+    with atomic_write(tmp_path / name) as temporary:
+        temporary.write_text("x")
+    assert os.listdir(tmp_path) == [name]

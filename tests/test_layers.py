@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "maehub"
 # From the ground up; a room of train/ is one of its own.
 ROOMS = [
     *("version", "errors", "files", "rng"),
-    *("images", "models", "weights", "data", "features", "figures", "hub", "conversion", "interop"),
+    *("images", "models", "weights", "data", "features", "hub", "figures", "conversion", "interop"),
     *("train.engine", "train.networks", "train.evaluation", "train.reports", "train.pretraining", "train.finetuning"),
     *("train.probing", "train.planning", "train"),
     *("publishing", "cli", "__main__", ""),
@@ -31,6 +31,7 @@ LIGHT = {
         "cli.reconstruct",
     ),
     *("hub.catalog", "hub.cache", "hub.downloading", "hub.fetching", "hub.client", "hub.urls"),
+    "hub.deadlines",
     *("hub.verification", "publishing.remote", "publishing.committing"),
     *("train.engine.settings", "train.pretraining.config", "train.finetuning.config"),
     *("train.probing.config", "train.evaluation.config", "__main__", ""),

@@ -3,7 +3,13 @@
 import io
 import json
 import re
+import signal
+import struct
 import subprocess
+import sys
+import tempfile
+import warnings
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +17,26 @@ import pytest
 import torch
 from hub_writes import Token
 from huggingface_hub import ModelCard
-from PIL import Image
+from markdown_it import MarkdownIt
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from safetensors.torch import save_file
 
 import maehub
 from maehub.cli import command_line as cli
-from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
+from maehub.errors import HubError, IntegrityError, MaehubError, UsageError, visible
+from maehub.files import markdown_text
 from maehub.models.encoder import Origin
 from maehub.publishing import pushing, repository
 from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import find_leaks
-from maehub.publishing.licences import settle_licence
+from maehub.publishing.licences import Licence, settle_licence
+from maehub.publishing.provenance import Provenance, _public_name, base_model_of, public_origin
+from maehub.publishing.published_card import published_card
 from maehub.publishing.pushing import push
 from maehub.train import FinetuneConfig, PretrainConfig, finetune, pretrain
+from maehub.weights.model_card import model_card
 
 REPO = "user/shapes"
 TOKEN = "hf_" + "t0k3n" * 7
@@ -269,7 +281,7 @@ def test_row_77_foreign_files_stay_and_the_plan_says_so(hub, unread):
     text = plans[0].describe()
     assert "left alone: NOTES.txt" in text
     assert "licence gpl-3.0, this one says mit" in text
-    assert re.search(r"model\.safetensors +\d+\.\d kB  [0-9a-f]{12}  new", text)
+    assert re.search(r"model\.safetensors +\d+ kB  [0-9a-f]{12}  new", text)
     assert re.search(r"README\.md .* changed", text)
     again = push(tiny(), REPO, licence="mit", progress=False)
     assert again.committed.commit == done.committed.commit
@@ -505,3 +517,240 @@ def test_wrong_arguments(words, text, hub, tmp_path, capsys, monkeypatch):
     assert cli.main(["push", *words]) == 2
     assert text in capsys.readouterr().err
     assert not sent_anything(hub)
+
+
+# -- names in the card -------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "element": "<img src=x onerror=alert(1)>",
+    "script": "</td></table><script>alert(1)</script>",
+    "entity": "&lt;b&gt; &amp;",
+    "link": "[press](https://evil.example)",
+    "image": "![x](https://evil.example/x.png)",
+    "reference": "[press][1] [^1]",
+    "address": "<https://evil.example>",
+    "bare": "https://evil.example www.evil.example me@evil.example",
+    "cells": "a | b | c",
+    "escaped": "a \\| b \\",
+    "lines": "a\n\n# b\n\n- c\r\n```\nd",
+    "emphasis": "**a** _b_ ~~c~~ `d`",
+    "terminal": "\x1b]0;title\x07\x1b[2Jred\x9b31m",
+    "direction": "\u202egpj.exe",
+    "bytes": "fl\udce8che",
+    "quotes": "\"'}}{{ 7*7 }}{% raw %}",
+}
+
+
+def card_of(name):
+    """The published card, and that of a model folder, of a model around which everything is called so."""
+    origin = Origin(name, licence="cc-by-4.0", sha256="0" * 64)
+    encoder = maehub.EncoderConfig(image_size=16, patch_size=4, width=32, depth=2, heads=4, classes=2)
+    model = maehub.Encoder(encoder)
+    model.origin = origin
+    row = {"name": name, "n": 3, "recall": 50.0, "precision": None}
+    scores = {"n": 6, "top1": 50.0, "low": 10.0, "high": 90.0, "per_class": [row, row]}
+    told = Provenance(
+        "finetune", f"maehub finetune DATA --model {name!r}", {}, name, {"maehub": name}, scores=scores, split=name
+    )
+    verdict = Verdict({"maehub": name, "timm": name}, {"transformers": name})
+    licence = Licence("cc-by-4.0", f"inherited from {name}")
+    whole = published_card(REPO, model, licence, told, verdict, "**about**", name, {"curve": "figures/curve.png"}, [])
+    return whole, model_card(name, encoder, model.preprocess, origin)
+
+
+def shown(card):
+    """Tags of a card, and its text, as a reader's browser has them."""
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(ModelCard(card).text)
+    tags = re.findall(r"<(/?\w+)[^>]*>", html)
+    return tags, unescape(re.sub(r"<[^>]+>", "", html))
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_name_is_nothing_but_text_in_a_card(kind):
+    name = HOSTILE[kind]
+    for card, plain in zip(card_of(name), card_of("name"), strict=True):
+        tags, text = shown(card)
+        assert tags == shown(plain)[0]
+        assert visible(" ".join(name.split())) in text
+        assert visible(card, "\n") == card
+        ModelCard(card).data.to_dict()
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_bare_addresses_are_no_links_where_readers_make_them(kind):
+    escaped = markdown_text(HOSTILE[kind])
+    assert not re.search(r"https?://|www\.\w|\w@\w", escaped)
+
+
+# -- what files say besides their pixels, and names of the author's files ----------------------------------------------
+
+SECRET = "Geheimsache"
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + SECRET.encode()
+RESOURCE = b"Photoshop 3.0\0" + SECRET.encode()
+XMP = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a>{SECRET}</a></x:xmpmeta>'.encode()
+
+
+def exif():
+    tags = Image.Exif()
+    tags[0x010E] = tags[0x013B] = SECRET
+    tags.get_ifd(0x8769)[0x9286] = SECRET.encode()
+    return tags
+
+
+def text(**how):
+    info = PngInfo()
+    (info.add_itxt if how.pop("international", False) else info.add_text)("Comment", SECRET, **how)
+    return info
+
+
+def tiff_tags():
+    tags = ImageFileDirectory_v2()
+    for number in (269, 270, 271, 272, 285, 305, 315, 316, 33432):
+        tags[number] = SECRET
+    tags[33723] = tags[700] = SECRET.encode()
+    return tags
+
+
+KINDS = {
+    "exif.jpg": lambda: {"exif": exif()},
+    "icc.jpg": lambda: {"icc_profile": PROFILE},
+    "xmp.jpg": lambda: {"xmp": XMP},
+    "comment.jpg": lambda: {"comment": SECRET},
+    "app13.jpg": lambda: {"extra": b"\xff\xed" + struct.pack(">H", 2 + len(RESOURCE)) + RESOURCE},
+    "text.png": lambda: {"pnginfo": text()},
+    "ztxt.png": lambda: {"pnginfo": text(zip=True)},
+    "itxt.png": lambda: {"pnginfo": text(international=True)},
+    "itxt-z.png": lambda: {"pnginfo": text(international=True, zip=True)},
+    "exif.png": lambda: {"exif": exif()},
+    "icc.png": lambda: {"icc_profile": PROFILE},
+    "exif.webp": lambda: {"exif": exif()},
+    "icc.webp": lambda: {"icc_profile": PROFILE},
+    "xmp.webp": lambda: {"xmp": XMP},
+    "tags.tif": lambda: {"tiffinfo": tiff_tags()},
+    "icc.tif": lambda: {"icc_profile": PROFILE},
+    "exif.tif": lambda: {"exif": exif()},
+}  # fmt: skip
+
+
+def says(data):
+    """Whether a picture holds the word, also where it is compressed."""
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
+        warnings.simplefilter("ignore")
+        picture.load()
+        tags = [*picture.getexif().values(), *picture.getexif().get_ifd(0x8769).values(), *picture.info.values()]
+    return SECRET in repr(tags) or SECRET.encode() in data
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_no_picture_is_published_with_more_than_its_pixels(hub, unread, tmp_path, monkeypatch, dry_run):
+    for name, options in KINDS.items():
+        pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name, **options())
+        assert says((tmp_path / name).read_bytes()), name
+    sent = {}
+
+    def kept(files, **_):
+        sent.update({name: path.read_bytes() for name, path in files.items()})
+        return []
+
+    monkeypatch.setattr(pushing, "find_leaks", kept)
+    pictures = [tmp_path / name for name in KINDS]
+    push(tiny(), REPO, licence="mit", with_pictures=pictures, progress=False, dry_run=dry_run)
+    there = held(hub) if not dry_run else sent
+    published = [there[f"pictures/{number + 1}.png"] for number in range(len(KINDS))]
+    assert [name for name, data in zip(KINDS, published, strict=True) if says(data)] == []
+    for data in published:  # what this test does not know of is not in it either
+        chunks, place = set(), 8
+        while place < len(data):
+            chunks.add(data[place + 4 : place + 8])
+            place += 12 + int.from_bytes(data[place : place + 4])
+        assert chunks == {b"IHDR", b"IDAT", b"IEND"}
+    assert not [name for name, data in there.items() if SECRET.encode() in data]
+
+
+def started_from(tmp_path, monkeypatch):
+    """A run that began with a folder of the author's, which has the form of a Hub id."""
+    data = patients(tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+    network = maehub.EncoderConfig(image_size=16, patch_size=4, width=32, depth=2, heads=4)
+    maehub.save(tiny(encoder=network), Path(SECRET, "vit-b"))
+    return pretrained(tmp_path / "run", data, from_=f"{SECRET}/vit-b")
+
+
+@pytest.mark.parametrize("recorded", ["as it is now", "as version 0.1 did"])
+def test_a_folder_of_the_author_is_no_name_of_the_hub(hub, unread, tmp_path, monkeypatch, recorded):
+    run = started_from(tmp_path, monkeypatch)
+    if recorded == "as version 0.1 did":
+        config = json.loads((run / "config.json").read_text()) | {"from_": f"{SECRET}/vit-b"}
+        (run / "config.json").write_text(json.dumps(config))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    push(run, REPO, licence="mit", progress=False)
+    there = held(hub)
+    assert not [name for name, content in there.items() if SECRET.encode() in content]
+    card = there["README.md"].decode()
+    assert "fresh weights" not in card
+    assert "It started from weights that are not public." in card
+    assert "MODEL" in json.loads(there["recipe.json"])["command"]
+
+
+def test_the_name_of_a_converted_pickle_stays_here(hub, unread, tmp_path):
+    model = tiny()
+    torch.save({"model": model.state_dict()}, tmp_path / f"{SECRET}.pth")
+    folder = tmp_path / "model"
+    maehub.convert(tmp_path / f"{SECRET}.pth", folder, heads=4, decoder_heads=4, target="pixels")
+    assert SECRET in (folder / "config.json").read_text()
+    push(folder, REPO, licence="mit", progress=False)
+    there = held(hub)
+    assert {"README.md", "config.json", "model.safetensors", "timm/model.safetensors"} <= set(there)
+    assert not [name for name, content in there.items() if SECRET.encode() in content]
+    assert "fresh weights" not in there["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "told"),
+    [
+        ("vit-b", None, "vit-b"),
+        ("untrained/vit-b", None, "untrained/vit-b"),
+        ("user/repo", Origin("user/repo", "a" * 40), "user/repo"),
+        ("user/repo", None, "MODEL"),
+        ("user/repo", Origin("vit-b", "a" * 40), "MODEL"),
+        ("user/repo", Origin("user/repo"), "MODEL"),
+        ("/home/jane/vit-b", None, "MODEL"),
+        ("./vit-b", None, "MODEL"),
+    ],
+)
+def test_only_what_was_downloaded_has_a_name_of_the_hub(name, origin, told):
+    assert _public_name(name, origin) == told
+
+
+@pytest.mark.parametrize(
+    ("origin", "told"),
+    [
+        (Origin("vit-b-pixel", licence="cc-by-nc-4.0"), "facebook/vit-mae-base"),
+        (Origin("vit-b"), ""),  # a folder or file that is called so
+        (Origin("user/repo@v1", "a" * 40), "user/repo"),
+        (Origin("user/repo"), ""),
+        (Origin("x.pth", licence="mit"), ""),
+        (None, ""),
+    ],
+)
+def test_a_base_is_named_where_anybody_can_have_it(origin, told):
+    public = public_origin(origin, "")
+    assert base_model_of(public) == told
+    if not told and origin:
+        assert (public.name, public.licence) == ("weights that are not public", origin.licence)
+
+
+def test_what_a_killed_push_left_goes_at_the_next_one(hub, unread, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, pathlib, signal; from maehub.files import own_folder\n"
+        f"with own_folder(pathlib.Path({str(tmp_path)!r}, 'maehub-push')) as folder:\n"
+        "    (folder / 'weights').write_text('mine'); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGTERM
+    (rest,) = tmp_path.iterdir()
+    (tmp_path / ".maehub-push.mine.partial").write_text("decoy")
+    push(tiny(), REPO, licence="mit", progress=False, dry_run=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".maehub-push.mine.partial"], rest

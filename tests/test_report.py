@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-from maehub.errors import CheckpointError, DivergedError, UsageError
+from maehub.errors import SPACES, CheckpointError, DivergedError, UsageError, visible
 from maehub.figures.plots import Series, curves_picture, curves_svg, decimated, number_text, smoothed
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import FinetuneConfig, PretrainConfig, finetune
@@ -195,6 +195,15 @@ def test_names_cannot_put_elements_into_the_page(tmp_path):
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert "<b onmouseover=x>run" in page.text
     assert page.text.count("alert(1)") >= len(CONFIG) - 1
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;title\x07", "\x9b2J", "\u202egpj.exe", "fl\udce8che"])
+def test_names_cannot_steer_the_terminal_that_shows_the_page(tmp_path, name):
+    run = write_run(tmp_path / "run", config=dict.fromkeys(CONFIG, name) | {name: name}, state=name)
+    page_of(run)
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert ascii(name)[1:-1] in text
+    assert visible(text, SPACES) == text
 
 
 @pytest.mark.parametrize(

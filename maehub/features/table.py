@@ -225,7 +225,8 @@ def _write_parquet(
     features = pyarrow.list_(pyarrow.float32(), _width(shape))
     schema = pyarrow.schema([("path", kind), ("features", features)], metadata={_KEY: facts})
     remaining = iter(names)
-    with parquet.ParquetWriter(file_path, schema, use_dictionary=False) as writer:
+    # By a handle, since pyarrow takes no path that is not text.
+    with open(file_path, "wb") as file, parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
         for piece in pieces:
             column = pyarrow.array(list(itertools.islice(remaining, len(piece))), kind)
             values = pyarrow.array(piece.reshape(-1), pyarrow.float32())
@@ -236,9 +237,10 @@ def _write_parquet(
 def _parts_of_parquet(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
-    yield (facts := json.loads((parquet.read_schema(path).metadata or {})[_KEY.encode()]))
-    table = parquet.read_table(path)
-    yield [os.fsencode(name) for name in table["path"].to_pylist()]
+    with open(path, "rb") as file:
+        yield (facts := json.loads((parquet.read_schema(file).metadata or {})[_KEY.encode()]))
+        table = parquet.read_table(file)
+    yield [name.encode() if isinstance(name, str) else name for name in table["path"].to_pylist()]
     rows = np.concatenate([chunk.flatten().to_numpy() for chunk in table["features"].chunks] or [np.empty(0, "f4")])
     yield torch.from_numpy(rows.reshape(facts["shape"]))
 
@@ -247,7 +249,7 @@ def _write_csv(
     file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
 ) -> None:
     numbers = ",%.9g" * _width(shape) + "\n"  # nine digits bring a float32 back exactly
-    names = (sheet_cells([os.fsdecode(path)])[0] for path in paths)
+    names = (sheet_cells([path.decode("utf-8", "surrogateescape")])[0] for path in paths)
     quoted = (
         '"' + name.replace('"', '""') + '"' if any(mark in name for mark in ',"\r\n#') else name for name in names
     )
@@ -270,7 +272,7 @@ def _parts_of_csv(path: Path) -> Iterator[Any]:
             raise DataError("no line names its columns")
         for name, *numbers in csv.reader(file):
             quoted = name.startswith("'") and name.lstrip("'").startswith(FORMULA)
-            names.append(os.fsencode(name[1:] if quoted else name))
+            names.append((name[1:] if quoted else name).encode("utf-8", "surrogateescape"))
             rows.append(np.array(numbers, np.float32))
     yield names
     yield torch.from_numpy((np.stack(rows) if rows else np.empty(0, np.float32)).reshape(facts["shape"]))

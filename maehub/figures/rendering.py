@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maehub.errors import DataError, HubError, UsageError
 from maehub.figures.patch_statistics import estimate_statistics, true_statistics
+from maehub.hub import bound, host_of
 from maehub.images import Preprocess, Size, open_image, plain
 from maehub.models import (
     Encoder,
@@ -38,7 +39,9 @@ def open_picture(image: ImageSource, preprocess: Preprocess) -> Image.Image | np
     """Something that `Preprocess.pixels` takes; files are decoded in full."""
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         try:
-            return open_image(io.BytesIO(_fetched(image)), channels=preprocess.channels)
+            content = bytearray()
+            bound(lambda: _fetch(image, content), host_of(image), received=lambda: len(content))
+            return open_image(io.BytesIO(content), channels=preprocess.channels)
         except DataError as error:
             raise DataError(f"{_without_secrets(image)}: {error}") from error
     if isinstance(image, str | Path):
@@ -122,10 +125,10 @@ def model_name(encoder: Encoder) -> str:
     return encoder.origin.name if encoder.origin else ""
 
 
-def _fetched(address: str) -> bytes:
+def _fetch(address: str, content: bytearray) -> None:
     import requests  # only addresses need it
 
-    shown, content, end = _without_secrets(address), bytearray(), time.monotonic() + _DEADLINE
+    shown, end = _without_secrets(address), time.monotonic() + _DEADLINE
     try:
         with requests.get(address, stream=True, timeout=_PATIENCE) as answer:
             if not answer.ok:
@@ -140,7 +143,6 @@ def _fetched(address: str) -> bytes:
         # The text of the cause may hold the address with its query, so only its kind is told.
         kind = type(error).__name__
         raise HubError(f"{shown} cannot be fetched ({kind}); check the address and the network") from error
-    return bytes(content)
 
 
 def _without_secrets(address: str) -> str:

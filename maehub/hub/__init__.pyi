@@ -19,6 +19,7 @@ from .client import root as root
 from .client import scrub as scrub
 from .client import status_of as status_of
 from .client import why as why
+from .deadlines import bound as bound
 from .fetching import Located as Located
 from .fetching import download as download
 from .fetching import locate as locate

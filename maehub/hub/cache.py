@@ -3,7 +3,7 @@
 A lock only saves downloading twice. On some file systems everyone is given it, on others it outlives the process that
 took it. So the wait for it ends, and what is right does not depend on it: every download goes into a folder of its own
 beside its place, and is moved there by one rename when it is whole. What a killed download leaves is never taken for a
-whole file; `clean_cache` removes it.
+whole file; the next one of that repository removes it, or `clean_cache`.
 """
 
 import contextlib
@@ -11,14 +11,13 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maehub.errors import CheckpointError, MaehubError, UsageError, first_names
-from maehub.files import byte_text, cache_folder, expand
+from maehub.files import byte_text, cache_folder, expand, is_left, own_folder
 from maehub.hub.client import DownloadLabel, RemoteMetadata, check_disk_space, disk_trouble, get_from_hub, hub_constants
 
 logger = logging.getLogger("maehub")
@@ -26,10 +25,11 @@ logger = logging.getLogger("maehub")
 PathLike = str | os.PathLike[str]
 
 LOCK_TIMEOUT = 60.0  # seconds
+_OWN = "maehub-download"
 STAGING = ".maehub-"  # begins the name of a download's own folder
 AGE = 3600  # seconds without a write after which no download is at work on a file any more
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # as `maehub.files.atomic_write` names them
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8,}\.tmp")  # as `maehub.files.atomic_write` names them
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Downloads of models. See https://bford.info/cachedir/\n"
 
 
@@ -72,9 +72,9 @@ def fetch_to_cache(
         lock = cache / ".locks" / folder.name / f"{stated.etag}.lock"  # the client's own
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with file_lock(lock, label, paths.lock_timeout), _staging(folder) as own:
+            with file_lock(lock, label, paths.lock_timeout), own_folder(folder / _OWN, 0o700) as own:
                 if not path.is_file():  # another process may have brought it meanwhile
-                    _fill(path, Path(own), repo, filename, stated, label)
+                    _fill(path, own, repo, filename, stated, label)
             with contextlib.suppress(OSError), (cache / "CACHEDIR.TAG").open("x") as tag:
                 tag.write(_TAG)  # tells backup tools that this is a cache, as the client does
         except MaehubError:
@@ -127,11 +127,6 @@ def _holder(lock: Path) -> str:
     return ""
 
 
-def _staging(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder of one's own, gone afterwards."""
-    return tempfile.TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True)
-
-
 def _fill(path: Path, own: Path, repo: str, filename: str, stated: RemoteMetadata, label: DownloadLabel) -> None:
     """Bring the bytes to ``blobs``, named by their hash, and a link to them to ``path``, as the client does."""
     folder = own.parent
@@ -158,9 +153,9 @@ def _note(folder: Path, revision: str, commit: str) -> None:
     try:
         if not reference.is_file() or reference.read_text().strip() != commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
-            with _staging(folder) as own:
-                Path(own, "ref").write_text(commit)
-                os.replace(Path(own, "ref"), reference)
+            with own_folder(folder / _OWN, 0o700) as own:
+                (own / "ref").write_text(commit)
+                os.replace(own / "ref", reference)
     except OSError as error:
         logger.info("that %s is at commit %s cannot be noted in %s: %s", revision, commit[:12], folder, error.strerror)
 
@@ -201,7 +196,7 @@ def clean_cache(cache_dir: PathLike | None = None, *, dry_run: bool = False) -> 
             states = [one.lstat() for one in files]
             size = sum(state.st_size for one, state in zip(files, states, strict=True) if not one.is_dir())
             written = max(state.st_mtime for state in states)  # seconds since 1970
-            if time.time() - written <= AGE:
+            if time.time() - written <= AGE and not is_left(path):
                 kept.append((path, size))
                 continue
             if not dry_run:

@@ -234,27 +234,6 @@ def check_supported(info: ModelInfo) -> None:
         raise UsageError(f"{info.name} cannot be loaded: {info.unsupported}{gated}")
 
 
-def markdown_table() -> str:
-    """The catalog as the Markdown table of docs/models.md."""
-    head = ("name", "what it is", "target", "size", "patch", "parameters", "result", "licence", "sources")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for info in _models().values():
-        result = "; ".join(f"{number.value:g} % {number.metric} ({number.source})" for number in info.numbers) or "–"
-        cells = (
-            f"`{info.name}`",
-            info.title,
-            (info.target or "–").replace("_", " "),
-            _size_words(info),
-            str(info.patch_size),
-            f"{info.parameters / 1e6:.1f} M" if info.parameters else "–",
-            result,
-            info.licence + (" ¹" if info.licence_note else ""),
-            ", then ".join(_link(source) for source in info.sources),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _find(name: str) -> ModelInfo | None:
     models, row = _models(), name.removesuffix("-encoder")
     if row in models and (row == name or models[row].role == "encoder"):
@@ -315,9 +294,3 @@ def _at_large(base: ModelInfo, row: dict[str, Any]) -> ModelInfo:
 def _size_words(info: ModelInfo) -> str:
     size, native = ("×".join(map(str, pair)) for pair in (info.image_size, info.native_size))
     return size if size == native else f"{size} (weights {native})"
-
-
-def _link(source: Source) -> str:
-    if source.kind == "hub":
-        return f"[{source.where()}](https://huggingface.co/{source.repo})"
-    return f"[{source.filename.rsplit('/', 1)[-1]}]({source.url})" if source.kind == "url" else "inside maehub"

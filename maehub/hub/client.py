@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +18,7 @@ from urllib.parse import urljoin, urlsplit
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, first_names
 from maehub.files import byte_text, free_bytes, is_disk_full
+from maehub.hub.deadlines import CHUNK, Unreachable, bound
 from maehub.version import __version__
 
 logger = logging.getLogger("maehub")
@@ -50,10 +52,6 @@ class NoFile(NotThere):
     """The repository is there and can be read, the file is not in it."""
 
 
-class Unreachable(HubError):
-    """The place did not answer, or not in a usable way; a copy on this machine may do."""
-
-
 class NoDiskSpace(CheckpointError):
     """The disk below a cache is full, or the cache may not be written."""
 
@@ -80,6 +78,7 @@ def hub_constants() -> ModuleType:
     finally:
         if own:
             del os.environ["HF_HUB_DISABLE_TELEMETRY"]
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, CHUNK)  # how often it says what has come
     return constants
 
 
@@ -184,10 +183,13 @@ def remote_metadata(repo: str, filename: str, revision: str, label: DownloadLabe
 
     url = hf_hub_url(repo, filename, revision=revision, endpoint=endpoint())
     try:
+        ask = partial(get_hf_file_metadata, url, timeout=constants.HF_HUB_ETAG_TIMEOUT, endpoint=endpoint(), **LIBRARY)
         stated = retry(
-            lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, endpoint=endpoint(), **LIBRARY),
+            lambda: bound(ask, host_of(url), f" for {label}"),
             lambda _: f"{label}: {host_of(url)} did not deliver, asking again",
         )
+    except HubError:
+        raise
     except (httpx.HTTPError, OSError) as error:  # no network, no such host, a proxy's refusal, silence
         if status_of(error) is not None:
             raise _refused(error, repo, filename, revision, label) from error
@@ -217,16 +219,20 @@ def get_from_hub(repo: str, filename: str, commit: str, folder: Path, label: Dow
             received += int(n or 0)
             return super().update(n)
 
+    ask = partial(
+        hf_hub_download,
+        *(repo, filename),
+        revision=commit,
+        local_dir=folder,
+        cache_dir=folder,  # what lies in the cache is not to be copied
+        endpoint=endpoint(),
+        tqdm_class=CountingBar,
+        **LIBRARY,
+    )
     try:
-        path = hf_hub_download(
-            *(repo, filename),
-            revision=commit,
-            local_dir=folder,
-            cache_dir=folder,  # what lies in the cache is not to be copied
-            endpoint=endpoint(),
-            tqdm_class=CountingBar,
-            **LIBRARY,
-        )
+        return Path(bound(ask, host_of(endpoint()), f" for {label}", lambda: received))
+    except HubError:
+        raise
     except (httpx.HTTPError, OSError, ValueError, RuntimeError, errors.XetDownloadError) as error:
         url, first = f"{endpoint()}/{repo}", isinstance(error, errors.LocalEntryNotFoundError)
         if status_of(error) is not None:
@@ -241,7 +247,6 @@ def get_from_hub(repo: str, filename: str, commit: str, folder: Path, label: Dow
         if is_disk_full(error):
             raise disk_trouble(error, folder.parent, label, size) from error
         raise HubError(f"{label} could not be downloaded from {host_of(url)}: {scrub(error)}") from error
-    return Path(path)
 
 
 def list_hub_files(repo: str, revision: str) -> list[str]:
@@ -260,7 +265,7 @@ def _listed(repo: str, ask: Callable[[Any], Iterable[Any]]) -> list[Any]:
     from huggingface_hub import HfApi
 
     try:
-        return list(ask(HfApi(endpoint=endpoint(), **LIBRARY)))
+        return bound(lambda: list(ask(HfApi(endpoint=endpoint(), **LIBRARY))), host_of(endpoint()))
     except Exception as error:  # the answer that led here is the one to report
         logger.debug("no list of what is in %s: %s", repo, scrub(error))
         return []

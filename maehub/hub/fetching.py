@@ -17,14 +17,15 @@ from maehub.errors import HubError, IntegrityError, UsageError, first_names
 from maehub.files import read_json
 from maehub.hub.cache import LOCK_TIMEOUT, CachePaths, PathLike, cache_paths
 from maehub.hub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info, no_model, resolve
-from maehub.hub.client import NoFile, NotThere, Unreachable, check_filename, list_hub_files
+from maehub.hub.client import NoFile, NotThere, check_filename, list_hub_files
+from maehub.hub.deadlines import Unreachable
 from maehub.hub.downloading import COMMIT, Fetched, cached_path, from_here, from_there, not_here
 from maehub.hub.verification import Differs, check, expected_bytes, expected_here, stated_hash
 
 logger = logging.getLogger("maehub")
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_REPO = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?/[A-Za-z0-9]([\w.-]*\w)?", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
@@ -293,7 +294,7 @@ def _only_safetensors(repo: str, names: Iterable[str]) -> IntegrityError:
 def _split(repo_id: str, revision: str | None) -> tuple[str, str]:
     """``user/repo[@revision]`` and an argument to repository and revision."""
     repo, _, own = repo_id.partition("@")
-    if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+    if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or len(repo) > 96:
         raise UsageError(f"{repo_id!r} is not a Hub id; one looks like user/repo or user/repo@revision")
     if own and revision and own != revision:
         raise UsageError(f"{repo_id!r} and revision={revision!r} name two revisions; give one")

@@ -1,6 +1,8 @@
 """Files from plain addresses: resumed where a connection broke, and never a page in their place."""
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urljoin, urlsplit
@@ -14,7 +16,6 @@ from maehub.hub.client import (
     DownloadLabel,
     NoDiskSpace,
     NotThere,
-    Unreachable,
     check_disk_space,
     disk_trouble,
     host_of,
@@ -25,12 +26,12 @@ from maehub.hub.client import (
     status_of,
     why,
 )
+from maehub.hub.deadlines import CHUNK, Unreachable, bound
 from maehub.version import __version__
 
 if TYPE_CHECKING:
     import requests
 
-_CHUNK = 65_536  # bytes; what a broken connection loses at most
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -57,10 +58,10 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, label: Downlo
     """The body of an address into an open file; goes on where a connection broke if the server can."""
     import requests
 
-    total, tries = None, 0
+    total, tries, received = None, 0, 0
 
     def receive() -> None:
-        nonlocal total, tries
+        nonlocal total, tries, received
         tries += 1
         headers = {"User-Agent": f"maehub/{__version__}", "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
@@ -69,7 +70,8 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, label: Downlo
                 no_downgrade(url, urljoin(step.url, step.headers.get("Location", step.url)), label)
             answer.raise_for_status()
             total = _prepare(answer, file, label)
-            _take_body(answer, file, total, label)
+            for size in _take_body(answer, file, total, label):
+                received += size
 
     def broke(error: Exception) -> bool:
         silent = isinstance(error, requests.ConnectionError | requests.Timeout)
@@ -85,7 +87,8 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, label: Downlo
         return f"the connection {verb} at {byte_text(file.tell())} of {byte_text(total)}"
 
     try:
-        retry(receive, lambda error: f"{label}: {reason(error)}, trying {host_of(url)} again", passes)
+        ask = partial(bound, receive, host_of(url), f" for {label}", lambda: received)
+        retry(ask, lambda error: f"{label}: {reason(error)}, trying {host_of(url)} again", passes)
     except requests.RequestException as error:
         status = status_of(error)
         if status in (401, 403, 404, 410):
@@ -119,11 +122,12 @@ def _prepare(answer: "requests.Response", file: BinaryIO, label: DownloadLabel) 
     return file.tell() + int(length)
 
 
-def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, label: DownloadLabel) -> None:
+def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, label: DownloadLabel) -> Iterator[int]:
+    """Write what comes, and say how many bytes, a piece at a time."""
     from tqdm import tqdm
 
     with tqdm(desc=label.file, total=total, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
-        for chunk in answer.iter_content(_CHUNK):
+        for chunk in answer.iter_content(CHUNK):
             try:
                 file.write(chunk)
                 file.flush()
@@ -131,3 +135,4 @@ def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, l
                 os.truncate(file.fileno(), 0)  # it is given up, and what it took is free again
                 raise disk_trouble(error, Path(file.name).parent, label, total) from error
             bar.update(len(chunk))
+            yield len(chunk)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from maehub.conversion import LARGEST_DIFFERENCE, difference
 from maehub.errors import IntegrityError
+from maehub.files import own_folder
 from maehub.models import Encoder, MaskedAutoencoder, make_masks
 from maehub.version import __version__
 from maehub.weights import open_autoencoder, open_encoder, read_tensors, why_not_transformers, write_tensors
@@ -74,8 +75,7 @@ def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdic
 
 def _read_back(folder: Path, library: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What another library computes, in a process whose Hub is a cache with this repository alone."""
-    with tempfile.TemporaryDirectory(prefix="maehub-gate-") as name:
-        home = Path(name)
+    with own_folder(Path(tempfile.gettempdir(), "maehub-gate"), 0o700) as home:
         repo = home / "hub" / f"models--{_REPO.replace('/', '--')}"
         (repo / "refs").mkdir(parents=True)
         (repo / "refs" / "main").write_text(_COMMIT)

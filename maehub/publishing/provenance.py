@@ -41,16 +41,22 @@ class Provenance:
     scores: dict[str, Any] = field(default_factory=dict)  # of a classifier
     split: str = ""  # how its test pictures were chosen
     twins: int = 0  # test pictures that are in training too, or nearly
+    weights: str = ""  # that it began with, as they were given; empty for fresh ones
     names: frozenset[str] = field(default=frozenset(), repr=False)  # of files and folders, which must not be published
 
 
-def read_run(folder: Path) -> Provenance:
-    """What a run folder tells, or the folder that `maehub probe` writes; nothing where it is neither."""
+def read_run(folder: Path, origin: Origin | None) -> Provenance:
+    """What a run folder tells, or the folder that `maehub probe` writes; nothing where it is neither.
+
+    ``origin`` is what its model says of the weights that it was trained from.
+    """
     if not (folder / "run.json").exists():
         return _of_probe(folder) if (folder / "probe.json").exists() else Provenance()
     config = read_json(folder / "config.json")
     environment = config.get("environment") or {}
     kind = "finetune" if config.get("kind") == "finetune" else "pretrain"
+    weights = str(config.get("model" if kind == "finetune" else "from_") or "")
+    config |= {name: _public_name(str(config[name]), origin) for name in ("model", "from_") if config.get(name)}
     settings = config.get("settings") or {}
     entries, metrics = [], folder / "metrics.jsonl"
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
@@ -80,6 +86,7 @@ def read_run(folder: Path) -> Provenance:
         scores.get("scores", {}),
         str(scores.get("split", "")),
         len(twins),
+        weights if not weights.startswith("untrained/") else "",
         _names(config),
     )
 
@@ -90,17 +97,18 @@ def _of_probe(folder: Path) -> Provenance:
     scores: dict[str, Any] = {name: results[name] for name in scored if name in results}
     recipe = {name: results.get(name) for name in ("method", "pool", "layer", "strength")}
     command = f"maehub probe DATA -m MODEL --pool {results.get('pool')}"
+    weights = str(results.get("model") or "")
     names = _names({"data": results.get("data"), "out": results.get("out")})
-    return Provenance("probe", command, recipe, pictures=int(results.get("n_train") or 0), scores=scores, names=names)
+    return Provenance(
+        "probe", command, recipe, pictures=int(results.get("n_train") or 0), scores=scores, weights=weights, names=names
+    )
 
 
 def _told(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that may be told, by name."""
     known = {field.name for field in fields(_CONFIGS[kind])} - _NOT_TOLD - {*_NAMES_DATA}
     return {
-        name.strip("_"): _public_name(str(value)) if name in ("model", "from_") else value
-        for name, value in config.items()
-        if name in known and value not in (None, "", [], ())
+        name.strip("_"): value for name, value in config.items() if name in known and value not in (None, "", [], ())
     }
 
 
@@ -114,8 +122,6 @@ def _command(kind: str, config: Mapping[str, Any]) -> str:
             continue
         if name in _NAMES_DATA:
             value = "COLUMN"
-        elif name in ("model", "from_"):
-            value = _public_name(str(value))
         flag = option(name)
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
@@ -125,20 +131,24 @@ def _command(kind: str, config: Mapping[str, Any]) -> str:
     return shlex.join([*words, "-o", "RUN"])
 
 
-def _public_name(name: str) -> str:
-    """The name of weights if it is one that anybody knows, else MODEL."""
+def _public_name(name: str, origin: Origin | None) -> str:
+    """The name of weights that anybody knows, of the Hub only if they were downloaded from there; else MODEL."""
     kind, _, rest = name.partition("/")
     if kind in ("untrained", "timm") and "@" not in rest:
         return name if kind == "timm" or rest in PRESETS else "MODEL"
     if name in PRESETS or is_model(name):
         return name
-    known = _looks_like_a_hub_id(name) and not Path(name).exists() and kind not in ("runs", "models", "checkpoints")
-    return name if known else "MODEL"
+    return name if origin and origin.revision and origin.name == name else "MODEL"
 
 
-def public_origin(origin: Origin | None) -> Origin | None:
-    """Where weights come from, as far as anybody knows it: a file or folder of the author's keeps its licence alone."""
-    if origin is None or is_model(origin.name) or origin.revision:
+def public_origin(origin: Origin | None, weights: str) -> Origin | None:
+    """Where weights come from, as far as anybody knows it: a file or folder of the author's keeps its licence alone.
+
+    ``weights`` are those that the training began with, which need not know where they come from.
+    """
+    if origin is None:
+        return Origin("weights that are not public") if weights else None
+    if origin.revision or (is_model(origin.name) and origin.licence):  # a folder may be called like a model
         return origin
     return Origin("weights that are not public", licence=origin.licence)
 
@@ -149,12 +159,7 @@ def base_model_of(origin: Origin | None) -> str:
         return ""
     if is_model(origin.name):
         return next((source.repo for source in model_info(origin.name).sources if source.kind == "hub"), "")
-    name = origin.name.partition("@")[0]
-    return name if _looks_like_a_hub_id(name) else ""
-
-
-def _looks_like_a_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return origin.name.partition("@")[0] if origin.revision else ""
 
 
 def _names(config: Mapping[str, Any]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from maehub.errors import visible
 from maehub.files import fill_template
 from maehub.models import Encoder, MaskedAutoencoder
 from maehub.publishing.gate import Verdict
@@ -64,6 +65,7 @@ def published_card(
         "figures": figures,
         "pictures": pictures,
         "told": told,
+        "command": visible(told.command),
         "facts": _facts(told),
         "held_out_loss": _held_out_loss(told),
         "scores": told.scores,
@@ -83,7 +85,7 @@ def _evaluations(scores: Mapping[str, float], dataset: str, task: str) -> list[E
         EvalResult(
             task_type=task,
             dataset_type="imagefolder",
-            dataset_name=dataset or "held-out pictures of the training data",
+            dataset_name=visible(dataset) or "held-out pictures of the training data",
             dataset_split="validation",
             metric_type=kind,
             metric_name=words,

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import get_token
 
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
-from maehub.files import free_space_guard, read_json, sha256_file
+from maehub.files import byte_text, free_space_guard, own_folder, read_json, sha256_file
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.gate import Verdict
@@ -61,9 +61,9 @@ class Plan:
         checked = ", ".join(f"{library} {version}" for library, version in self.verified.items())
         lines = [
             f"{self.repo_id} ({self.visibility}), branch {self.revision}: {len(self.files)} files, "
-            f"{_bytes(sum(file.size for file in self.files))}",
+            f"{byte_text(sum(file.size for file in self.files))}",
             *(
-                f"{file.name:<{width}}  {_bytes(file.size):>9}  {file.sha256[:12]}  {file.on_hub}".rstrip()
+                f"{file.name:<{width}}  {byte_text(file.size):>9}  {file.sha256[:12]}  {file.on_hub}".rstrip()
                 for file in self.files
             ),
             f"licence {self.licence.identifier}, {self.licence.reason}",
@@ -162,9 +162,9 @@ def push(
     model, folder = _open(source)
     _check_weights(model)
     encoder = model if isinstance(model, Encoder) else model.encoder
-    origin = encoder.origin = public_origin(encoder.origin)
-    settled = settle_licence(licence, origin)  # whose words the card repeats
-    provenance = read_run(folder) if folder is not None else Provenance()
+    provenance = read_run(folder, encoder.origin) if folder is not None else Provenance()
+    origin = encoder.origin = public_origin(encoder.origin, provenance.weights)
+    settled = settle_licence(licence, origin)
     remote: Remote | HubError
     try:
         remote = look(repo_id, revision=revision, pull_request=pull_request, token=token)
@@ -179,8 +179,7 @@ def push(
     if isinstance(model, Encoder):
         kind = f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
-    with tempfile.TemporaryDirectory(prefix="maehub-push-") as name:
-        staging = Path(name)
+    with own_folder(Path(tempfile.gettempdir(), "maehub-push"), 0o700) as staging:
         free_space_guard(staging, needed)
         verdict = build_repository(staging, model, repo_id, settled, provenance, about, dataset, with_pictures)
         paths = files_of(staging)
@@ -291,10 +290,3 @@ def _plan(
         tuple(sorted(set(there) - set(files))),
         tuple(notes),
     )
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

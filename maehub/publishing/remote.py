@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, UsageError, first_names
 from maehub.files import byte_text
-from maehub.hub import LIBRARY, file_hashes, host_of, hub_constants, no_login, retry, root, scrub, status_of, why
+from maehub.hub import LIBRARY, bound, file_hashes, host_of, hub_constants, no_login, retry, root, scrub, status_of, why
 from maehub.hub import endpoint as hub_address
 
 Answer = TypeVar("Answer")
@@ -220,10 +220,12 @@ class Hub:
 
         def bounded() -> Answer:
             with self.bounded(self.patience):
-                return call()
+                return bound(call, self.host)
 
         try:
             return retry(bounded, lambda _: f"{doing}: {self.host} did not deliver, asking again")
+        except HubError:
+            raise
         except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
             raise self.trouble(error, doing, safe) from error
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from maehub.files import fill_template
+from maehub.files import fill_template, markdown_text
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, EncoderConfig, Origin
 from maehub.weights.config_inference import Config
@@ -94,5 +94,7 @@ def details(config: Config, preprocess: Preprocess, origin: Origin | None, relat
         )
     if origin:
         parts = {"": origin.name, "revision ": origin.revision, "sha256 ": origin.sha256}
-        lines.append(f"- {relation}: {', '.join(f'{what}{value}' for what, value in parts.items() if value)}.")
+        lines.append(
+            f"- {relation}: {', '.join(what + markdown_text(value) for what, value in parts.items() if value)}."
+        )
     return "\n".join(lines)

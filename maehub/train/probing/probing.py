@@ -111,7 +111,8 @@ def knn(config: KnnConfig) -> KnnResult:
     if config.out is not None:
         result = replace(result, out=config.out)
         with atomic_write(config.out) as temporary:
-            temporary.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+            text = json.dumps(result.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return result
 
 
