@@ -130,13 +130,14 @@ class ModelInfo:
 
     def describe(self) -> str:
         """All of it as text for a person."""
-        size = f"{self.parameters:,} values, {self.parameters * 4 / 1e6:,.0f} MB in float32"
+        size, native = ("×".join(map(str, pair)) for pair in (self.image_size, self.native_size))
+        values = f"{self.parameters:,} values, {self.parameters * 4 / 1e6:,.0f} MB in float32"
         facts = [
             ("what", f"{self.title} ({self.role})"),
             ("target", (self.target or "").replace("_", " ")),
             ("network", f"{self.depth} blocks of width {self.width}, {self.heads} heads, patch {self.patch_size}"),
-            ("size", f"{_size_words(self)} pixels"),
-            ("weights", self.parameters and size),
+            ("size", f"{size}{'' if size == native else f' (weights {native})'} pixels"),
+            ("weights", self.parameters and values),
             ("classes", self.classes),
             ("pooling", "class token" if self.pool == "cls" else "mean of the patch tokens"),
             ("licence", " — ".join(text for text in (self.licence, self.licence_note) if text)),
@@ -234,27 +235,6 @@ def check_supported(info: ModelInfo) -> None:
         raise UsageError(f"{info.name} cannot be loaded: {info.unsupported}{gated}")
 
 
-def markdown_table() -> str:
-    """The catalog as the Markdown table of docs/models.md."""
-    head = ("name", "what it is", "target", "size", "patch", "parameters", "result", "licence", "sources")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for info in _models().values():
-        result = "; ".join(f"{number.value:g} % {number.metric} ({number.source})" for number in info.numbers) or "–"
-        cells = (
-            f"`{info.name}`",
-            info.title,
-            (info.target or "–").replace("_", " "),
-            _size_words(info),
-            str(info.patch_size),
-            f"{info.parameters / 1e6:.1f} M" if info.parameters else "–",
-            result,
-            info.licence + (" ¹" if info.licence_note else ""),
-            ", then ".join(_link(source) for source in info.sources),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _find(name: str) -> ModelInfo | None:
     models, row = _models(), name.removesuffix("-encoder")
     if row in models and (row == name or models[row].role == "encoder"):
@@ -310,14 +290,3 @@ def _at_large(base: ModelInfo, row: dict[str, Any]) -> ModelInfo:
         numbers=(),
         note=row.get("note", note),
     )
-
-
-def _size_words(info: ModelInfo) -> str:
-    size, native = ("×".join(map(str, pair)) for pair in (info.image_size, info.native_size))
-    return size if size == native else f"{size} (weights {native})"
-
-
-def _link(source: Source) -> str:
-    if source.kind == "hub":
-        return f"[{source.where()}](https://huggingface.co/{source.repo})"
-    return f"[{source.filename.rsplit('/', 1)[-1]}]({source.url})" if source.kind == "url" else "inside maehub"
