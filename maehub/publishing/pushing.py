@@ -167,13 +167,13 @@ def push(
     provenance = read_run(folder) if folder is not None else Provenance()
     remote: Remote | HubError
     try:
-        remote = look(repo_id, revision=revision, pull_request=pull_request, token=token)
+        hub = Hub(repo_id, token)
+        remote = look(hub, revision=revision, pull_request=pull_request)
     except HubError as error:
         if not dry_run:
             raise
         remote = error
     else:
-        hub = Hub(repo_id, token, None)
         check_conditions(hub, remote, parent=parent, private=private, pull_request=pull_request)
     kind = "a masked autoencoder"
     if isinstance(model, Encoder):
@@ -191,17 +191,15 @@ def push(
         if dry_run or isinstance(remote, HubError) or not agreed:
             return Pushed(plan, None)
         made = commit(
+            hub,
             files,
-            repo_id,
             remote=remote,
-            parent=parent,
             private=private,
             pull_request=pull_request,
             message=message or f"maehub push: {kind}",
             progress=progress,
-            token=token,
         )
-        verify_remote(repo_id, made.commit, files, token=token)
+        verify_remote(hub, made.commit, files)
     return Pushed(plan, made)
 
 
