@@ -9,7 +9,7 @@ the machine but pictures that the author names.
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,8 @@ class Plan:
         return "\n".join(line for line in lines if line)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON."""
-        names = ("repo_id", "revision", "visibility", "base_model", "verified", "missing")
-        return {name: getattr(self, name) for name in names} | {
-            "licence": self.licence.identifier,
-            "files": [vars(file) for file in self.files],
-            "left_alone": list(self.left_alone),
-            "notes": list(self.notes),
-        }
+        """All of it as plain values, for JSON."""
+        return asdict(self) | {"licence": self.licence.identifier}
 
 
 @dataclass(frozen=True)
