@@ -19,7 +19,7 @@ from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
 from maehub.models.encoder import Origin
 from maehub.publishing import pushing, repository
 from maehub.publishing.gate import Verdict
-from maehub.publishing.leaks import find_leaks
+from maehub.publishing.leaks import refuse_leaks
 from maehub.publishing.licences import settle_licence
 from maehub.publishing.pushing import push
 from maehub.train import FinetuneConfig, PretrainConfig, finetune, pretrain
@@ -330,10 +330,10 @@ def test_leaks_are_found_inside_of_pictures(tmp_path):
     info = PngInfo()
     info.add_text("Source", "/home/jane/scan.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=info)
-    (leak,) = find_leaks({"x.png": tmp_path / "x.png"})
-    assert leak.what == "a path of a machine"
+    with pytest.raises(UsageError, match=r"\nx\.png: a path of a machine \(/home/jane/scan\.png\)\nTake"):
+        refuse_leaks({"x.png": tmp_path / "x.png"})
     (tmp_path / "y.md").write_text("patches of /16, https://a.org/b/c, and/or, hf-hub:user/repo, 3/4 and ~90 %")
-    assert find_leaks({"y.md": tmp_path / "y.md"}) == []
+    refuse_leaks({"y.md": tmp_path / "y.md"})
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,7 @@ def run_list(config: "arguments.List", shared: Shared) -> int:
         size = "×".join(map(str, dict.fromkeys(row.image_size)))  # of a square one side
         table.append((row.name, size, row.role, row.target or "–", row.licence, row.sources[0].where()))
     widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
-    lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *table))
-    text = "\n".join(lines)
+    text = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *table))
     facts = {"models": [row.to_dict() for row in rows if shared.json]}
     return report(shared._replace(quiet=False), facts, text)
 

@@ -21,7 +21,7 @@ from maehub.files import free_space_guard, read_json, sha256_file
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.gate import Verdict
-from maehub.publishing.leaks import find_leaks, refuse_leaks
+from maehub.publishing.leaks import refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, base_model_of, public_origin, read_run
 from maehub.publishing.remote import Hub, LocalFile, Remote, check_conditions, check_name, look, same, verify_remote
@@ -178,7 +178,7 @@ def push(
         free_space_guard(staging, needed)
         verdict = build_repository(staging, model, repo_id, settled, provenance, about, dataset, with_pictures)
         paths = files_of(staging)
-        refuse_leaks(find_leaks(paths, token=token or get_token(), names=provenance.names))
+        refuse_leaks(paths, token=token or get_token(), names=provenance.names)
         files = {name: LocalFile(path, path.stat().st_size, sha256_file(path)) for name, path in paths.items()}
         plan = _plan(repo_id, remote, files, settled, origin, verdict, private, revision, pull_request)
         agreed = confirm is None or confirm(plan)
