@@ -24,6 +24,19 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from hub_writes import LARGE, SIGNATURE, WEIGHTS, Token, Writing, card_facts
 
+from maehub.hub import fetching
+from maehub.hub.cache import cache_paths
+
+
+def fetch(info, *, revision=None, look_here=True, **where):
+    """`maehub.hub.fetching.fetch` with the caches that ``where`` says."""
+    return fetching.fetch(info, cache_paths(**where), revision=revision, look_here=look_here)
+
+
+def fetch_repo(repo_id, *, want="encoder", revision=None, **where):
+    return fetching.fetch_repo(repo_id, cache_paths(**where), want=want, revision=revision)
+
+
 Mode = Literal["cut", "corrupt", "short", "html", "status", "hang", "redirect", "commit", "norange", "slow", "drip"]
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hub_server import fetch, fetch_repo
 from rights import as_nobody, let_enter, needs_root
 
 from maehub.cli.command_line import main
@@ -24,7 +25,6 @@ from maehub.hub import cache as caching
 from maehub.hub import catalog
 from maehub.hub.cache import clean_cache
 from maehub.hub.catalog import model_info
-from maehub.hub.fetching import fetch, fetch_repo
 
 TIMM = "timm/vit_base_patch16_224.mae"
 FOLDER = "models--timm--vit_base_patch16_224.mae"

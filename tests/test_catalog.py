@@ -262,8 +262,8 @@ def test_rows_as_values_and_as_text():
 
 def test_docs_agree_with_the_catalog():
     document = (ROOT / "docs" / "models.md").read_text()
-    table = runpy.run_path(str(ROOT / "scripts" / "models-table"))["markdown_table"]()
-    assert table in document, "run scripts/models-table"
+    script = runpy.run_path(str(ROOT / "scripts" / "models-table"))
+    assert script["markdown_table"]() in document, "run scripts/models-table"
     for name in list_models():
         assert f"| `{name}` |" in document
 

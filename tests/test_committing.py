@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import SIGNATURE
+from hub_server import SIGNATURE, fetch_repo
 from hub_writes import Token
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, UsageError
-from maehub.hub.fetching import fetch_repo
 from maehub.publishing import committing, remote
 from maehub.publishing.committing import commit
-from maehub.publishing.remote import LocalFile, look, verify_remote
+from maehub.publishing.remote import Hub, LocalFile, check_conditions, look, verify_remote
 
 REPO = "user/name"
 TOKEN = "hf_" + "t0k3n" * 7
@@ -82,8 +81,12 @@ def written(folder, contents):
 
 def push(files, **options):
     seen = {name: options[name] for name in ("revision", "pull_request") if name in options}
-    options = {"message": "a model", "progress": False} | {key: options[key] for key in options if key != "revision"}
-    return commit(files, REPO, remote=look(REPO, **seen), **options)
+    hub = Hub(REPO)
+    stated = look(hub, **seen)
+    asked = {"parent": None, "private": None, "pull_request": False}
+    check_conditions(hub, stated, **asked | {name: options[name] for name in asked if name in options})
+    options = {name: value for name, value in options.items() if name not in ("revision", "parent")}
+    return commit(hub, files, remote=stated, **{"message": "a model", "progress": False} | options)
 
 
 def head(hub, revision="main"):
@@ -117,16 +120,16 @@ def fails(kind, call, *args, **options):
 
 
 def test_a_new_repository_is_made_filled_in_one_commit_and_read_back(hub, files):
-    before = look(REPO)
-    assert (before.exists, before.user, before.commit, before.files) == (False, "user", "", {})
-    done = commit(files, REPO, remote=before, message="a model", progress=False)
+    before = look(Hub(REPO))
+    assert (before.exists, before.commit, before.files) == (False, "", {})
+    done = commit(Hub(REPO), files, remote=before, message="a model", progress=False)
     assert held(hub) == FILES | {".gitattributes": held(hub)[".gitattributes"]}
     assert pushed(hub) == [done.commit] == [head(hub)]
     assert hub.repos[REPO].messages[done.commit] == "a model"
     assert done.url == f"{hub.endpoint}/{REPO}/tree/{done.commit}"
     assert (done.uploaded, done.unchanged, done.pull_request_url) == (tuple(FILES), (), None)
-    verify_remote(REPO, done.commit, files)
-    after = look(REPO)
+    verify_remote(Hub(REPO), done.commit, files)
+    after = look(Hub(REPO))
     assert (after.exists, after.private, after.commit, after.licence) == (True, False, done.commit, "cc-by-nc-4.0")
     assert set(after.files) == set(FILES) | {".gitattributes"}
     assert after.files["model.safetensors"].sha256 == files["model.safetensors"].sha256
@@ -143,13 +146,12 @@ def test_contents_go_to_the_store_without_the_token_and_with_maehubs_name(hub, f
     assert all(one.headers["user-agent"].startswith("maehub/") for one in hub.asked(contains="/api/"))
 
 
-def test_an_endpoint_and_a_token_may_be_given(hub, files, monkeypatch):
+def test_a_token_may_be_given(hub, files, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    at = {"token": TOKEN, "endpoint": hub.endpoint}
-    done = commit(files, REPO, remote=look(REPO, **at), message="m", progress=False, **at)
-    verify_remote(REPO, done.commit, files, **at)
-    assert TOKEN not in repr(look(REPO, **at))
+    at = Hub(REPO, TOKEN)
+    done = commit(at, files, remote=look(at), message="m", progress=False)
+    verify_remote(at, done.commit, files)
+    assert TOKEN not in repr(look(at))
 
 
 def test_what_is_on_the_hub_already_is_not_sent_again(hub, files, caplog):
@@ -179,14 +181,14 @@ def test_large_files_are_sent_in_parts_where_the_store_wants_them_so(hub, files)
     done = push(files)
     assert len([one for one in hub.asked("PUT") if "/model" not in one.path]) == 5  # four parts, and the small one
     assert held(hub)["model.safetensors"] == WEIGHTS
-    verify_remote(REPO, done.commit, files)
+    verify_remote(Hub(REPO), done.commit, files)
 
 
 def test_empty_files_and_odd_names_arrive(hub, tmp_path):
     contents = {"empty.txt": b"", "figures/a b ü.png": b"\x89PNG", "model.safetensors": b""}
     done = push(written(tmp_path, contents))
     assert {name: held(hub)[name] for name in contents} == contents
-    verify_remote(REPO, done.commit, written(tmp_path, {name: contents[name] for name in ("empty.txt",)}))
+    verify_remote(Hub(REPO), done.commit, written(tmp_path, {name: contents[name] for name in ("empty.txt",)}))
 
 
 def test_a_list_of_left_out_files_on_the_hub_leaves_none_out(hub, files):
@@ -196,7 +198,7 @@ def test_a_list_of_left_out_files_on_the_hub_leaves_none_out(hub, files):
 
 
 def test_a_new_branch_begins_at_the_head_of_main(hub, there, files):
-    seen = look(REPO, revision="flowers/2")
+    seen = look(Hub(REPO), revision="flowers/2")
     assert (seen.has_revision, seen.commit) == (False, there)
     done = push(files, revision="flowers/2")
     assert head(hub, "flowers/2") == done.commit
@@ -228,7 +230,7 @@ def test_a_pull_request_leaves_the_branch_alone(hub, there, files):
     assert head(hub) == there
     assert head(hub, "refs/pr/1") == done.commit
     assert done.pull_request_url == f"{hub.endpoint}/{REPO}/discussions/1"
-    verify_remote(REPO, done.commit, files)
+    verify_remote(Hub(REPO), done.commit, files)
 
 
 def test_a_pull_request_needs_a_repository(hub, files):
@@ -273,7 +275,7 @@ def test_small_files_count_as_git_counts_them(hub, tmp_path):
     contents = {str(size): os.urandom(size) for size in (0, 1, 255, 4096, 70_000)}
     files = written(tmp_path, contents)
     push(files)
-    for name, stated in look(REPO).files.items():
+    for name, stated in look(Hub(REPO)).files.items():
         if name in contents:
             command = ["git", "hash-object", files[name].path]
             assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == stated.git
@@ -292,7 +294,7 @@ def test_files_are_the_same_only_if_their_bytes_are(tmp_path_factory, here, ther
 @given(st.text(max_size=30).filter(lambda text: text.count("/") != 1))
 def test_what_names_no_repository_is_refused_before_any_request(name):
     with pytest.raises(UsageError):
-        look(name, token=TOKEN, endpoint="http://127.0.0.1:9")
+        Hub(name, TOKEN)
 
 
 # -- row 75: connections that break ------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ def test_row_75_a_commit_whose_answer_is_lost_is_not_made_twice(hub, there, file
     assert pushed(hub) == [done.commit] == [head(hub)]
     assert len(hub.asked("POST", "/commit/")) == 1
     assert done.uploaded == tuple(FILES)
-    verify_remote(REPO, done.commit, files)
+    verify_remote(Hub(REPO), done.commit, files)
 
 
 def test_row_75_a_commit_that_arrives_late_is_not_made_twice(hub, there, files, naps, monkeypatch):
@@ -376,10 +378,10 @@ def test_row_75_somebody_elses_commit_is_not_taken_for_ours(hub, there, files, n
 
 @pytest.mark.parametrize("done", [False, True])
 def test_row_75_the_hub_is_gone_after_the_commit_was_sent(hub, there, files, naps, done):
-    seen = look(REPO)
+    seen = look(Hub(REPO))
     hub.fault("api/*/commit/*", "hang", methods=("POST",), seconds=0, done=done)
     hub.fault("api/*", "status", status=503)
-    text = fails(HubError, commit, files, REPO, remote=seen, message="m", progress=False)
+    text = fails(HubError, commit, Hub(REPO), files, remote=seen, message="m", progress=False)
     assert "not known" in text
     assert "running this again is safe" in text
     assert len(hub.asked("POST", "/commit/")) == 1
@@ -407,9 +409,9 @@ def test_row_75_a_repository_whose_making_was_not_answered(hub, files, naps):
 
 
 def test_row_75_a_repository_that_somebody_made_meanwhile_is_not_taken(hub, files):
-    seen = look(REPO)
+    seen = look(Hub(REPO))
     before = hub.add_repo(REPO, {"theirs": "x"})
-    text = fails(HubError, commit, files, REPO, remote=seen, message="m", progress=False)
+    text = fails(HubError, commit, Hub(REPO), files, remote=seen, message="m", progress=False)
     assert "did not a moment ago" in text
     assert head(hub) == before
 
@@ -448,7 +450,7 @@ def test_row_75_a_limit_of_the_users_own_client_is_kept(hub, files):
 
 def test_row_75_nobody_answers(hub, files, naps, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "cannot be reached" in fails(HubError, look, REPO)
+    assert "cannot be reached" in fails(HubError, look, Hub(REPO))
     assert naps == []
 
 
@@ -456,7 +458,7 @@ def test_row_75_no_network_is_wanted(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in fails(HubError, look, REPO)
+    assert "HF_HUB_OFFLINE" in fails(HubError, look, Hub(REPO))
     assert not hub.log
 
 
@@ -464,7 +466,7 @@ def test_row_75_no_network_is_wanted(hub, monkeypatch):
 def test_row_75_a_login_page_instead_of_the_hub(hub, there, wanted):
     for one in wanted:
         hub.fault(f"api/*{one}", "html")
-    assert "does not answer like a Hub" in fails(HubError, look, REPO)
+    assert "does not answer like a Hub" in fails(HubError, look, Hub(REPO))
 
 
 def test_row_75_a_store_that_does_not_speak_xet(hub, there, files, monkeypatch):
@@ -483,7 +485,7 @@ def test_row_75_the_hub_limits_requests(hub, there, files, naps):
     push(files)
     assert naps == [7, 9]
     hub.fault("api/whoami-v2", "status", status=429, headers={"Retry-After": "3600"})
-    assert "limits requests" in fails(HubError, look, REPO)
+    assert "limits requests" in fails(HubError, look, Hub(REPO))
 
 
 def test_row_84_ctrl_c_while_sending_ends_at_once_and_publishes_nothing(hub, there, files):
@@ -508,9 +510,9 @@ def test_row_84_ctrl_c_while_sending_ends_at_once_and_publishes_nothing(hub, the
 
 
 def test_row_76_a_head_that_moved_is_not_overwritten(hub, there, files):
-    seen = look(REPO)
+    seen = look(Hub(REPO))
     now = hub.add_repo(REPO, {"README.md": "# theirs"})
-    text = fails(HubError, commit, files, REPO, remote=seen, message="m", progress=False)
+    text = fails(HubError, commit, Hub(REPO), files, remote=seen, message="m", progress=False)
     assert f"remote changed: {there[:12]} -> {now[:12]}" in text
     assert f"--parent {now}" in text
     assert (head(hub), held(hub)) == (now, {"README.md": b"# theirs"})
@@ -554,14 +556,14 @@ def test_row_77_the_other_visibility_is_refused(hub, there, files, private):
 def test_row_77_a_new_repository_is_seen_by_whom_it_was_asked_for(hub, files, private):
     done = push(files, private=private)
     assert hub.repos[REPO].private is bool(private)
-    assert look(REPO).private is bool(private)
-    verify_remote(REPO, done.commit, files)
+    assert look(Hub(REPO)).private is bool(private)
+    verify_remote(Hub(REPO), done.commit, files)
 
 
 def test_row_77_the_licence_that_is_stated_there(hub, there):
-    assert look(REPO).licence == ""
+    assert look(Hub(REPO)).licence == ""
     hub.add_repo(REPO, {"README.md": "---\nlicense: mit\n---\n"})
-    assert look(REPO).licence == "mit"
+    assert look(Hub(REPO)).licence == "mit"
 
 
 # -- row 81: what arrived ----------------------------------------------------------------------------------------------
@@ -575,7 +577,7 @@ def test_row_81_what_arrived_is_compared(hub, files, name, damage):
     if damage == "missing":
         del contents[name]
     hub.repos[REPO].commits[done.commit] = hub.contents(contents)
-    text = fails(IntegrityError, verify_remote, REPO, done.commit, files)
+    text = fails(IntegrityError, verify_remote, Hub(REPO), done.commit, files)
     assert name in text
     assert done.commit[:12] in text
 
@@ -583,7 +585,7 @@ def test_row_81_what_arrived_is_compared(hub, files, name, damage):
 def test_row_81_the_hub_does_not_tell_what_arrived(hub, files, naps):
     done = push(files)
     hub.fault("api/*", "status", status=503, methods=("POST",))
-    text = fails(HubError, verify_remote, REPO, done.commit, files)
+    text = fails(HubError, verify_remote, Hub(REPO), done.commit, files)
     assert f"the commit {done.commit[:12]} was made" in text
 
 
@@ -651,7 +653,7 @@ def test_row_82_rights_that_are_taken_away_meanwhile(hub, there, files, call):
 @pytest.mark.parametrize("token", ["hf_with\nline", "hf_ü" * 9, "two words"])
 def test_row_82_what_cannot_be_a_token_is_not_shown_either(hub, token):
     with pytest.raises(HubError) as caught:
-        look(REPO, token=token)
+        Hub(REPO, token)
     assert token not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -662,13 +664,14 @@ logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
 from pathlib import Path
 from maehub.publishing import committing
 from maehub.publishing.committing import commit
-from maehub.publishing.remote import LocalFile, look
+from maehub.publishing.remote import Hub, LocalFile, look
 committing._IN_MEMORY = 1000
 files = {name: LocalFile(Path(path), size, sha256) for name, (path, size, sha256) in json.loads(sys.argv[1]).items()}
 for repo in ("user/bars", "user/none", "user/refused", "stranger/name"):
     print("##", file=sys.stderr)
     try:
-        print(commit(files, repo, remote=look(repo), message="m", progress=repo == "user/bars"))
+        hub = Hub(repo)
+        print(commit(hub, files, remote=look(hub), message="m", progress=repo == "user/bars"))
     except Exception:
         traceback.print_exc()
 """

@@ -17,18 +17,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, fetch, fetch_repo
 from hub_writes import Token
 from safetensors.torch import load_file, save_file
 
 import maehub
 from maehub.errors import HubError, IntegrityError
 from maehub.hub.catalog import model_info
-from maehub.hub.fetching import fetch, fetch_repo, verify
+from maehub.hub.fetching import verify
 from maehub.publishing import round_trip as readback
 from maehub.publishing.committing import commit as publish
 from maehub.publishing.pushing import push
-from maehub.publishing.remote import LocalFile, look, verify_remote
+from maehub.publishing.remote import Hub, LocalFile, look, verify_remote
 
 OLAH = os.environ.get("MAEHUB_OLAH") or shutil.which("olah-cli")
 pytestmark = pytest.mark.skipif(not OLAH, reason="olah-cli is not installed; scripts/test-olah installs and runs it")
@@ -165,10 +165,12 @@ def test_what_was_pushed_is_read_back(olah, client, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with HubServer() as hub:
         hub.tokens["hf_" + "writes" * 5] = Token()
-        at = {"token": "hf_" + "writes" * 5, "endpoint": hub.endpoint}
-        done = publish(files, "user/name", remote=look("user/name", **at), message="m", progress=False, **at)
-        verify_remote("user/name", done.commit, files, **at)
-        stated = look("user/name", **at).files
+        with monkeypatch.context() as there:
+            there.setenv("HF_ENDPOINT", hub.endpoint)
+            at = Hub("user/name", "hf_" + "writes" * 5)
+        done = publish(at, files, remote=look(at), message="m", progress=False)
+        verify_remote(at, done.commit, files)
+        stated = look(at).files
         held = {name: one.read() for name, one in hub.repos["user/name"].commits[done.commit].items()}
     repo = mirrors / "user" / "name"
     repo.mkdir(parents=True)
@@ -180,10 +182,13 @@ def test_what_was_pushed_is_read_back(olah, client, tmp_path, monkeypatch):
     for name, content in contents.items():
         assert Path(hf_hub_download("user/name", name, revision=at_olah, endpoint=address)).read_bytes() == content
     assert fetch_repo("user/name").revision == at_olah
-    verify_remote("user/name", at_olah, files, token="hf_" + "reads" * 6, endpoint=address)
+    with monkeypatch.context() as there:
+        there.setenv("HF_ENDPOINT", address)
+        at = Hub("user/name", "hf_" + "reads" * 6)
+    verify_remote(at, at_olah, files)
     wrong = files | {"config.json": files["config.json"]._replace(sha256="0" * 64)}
     with pytest.raises(IntegrityError, match=r"config\.json"):
-        verify_remote("user/name", at_olah, wrong, token="hf_" + "reads" * 6, endpoint=address)
+        verify_remote(at, at_olah, wrong)
 
 
 def test_a_pushed_model_loads_through_olah(olah, client, tmp_path, monkeypatch):

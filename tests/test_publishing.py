@@ -30,7 +30,7 @@ from maehub.files import markdown_text
 from maehub.models.encoder import Origin
 from maehub.publishing import pushing, repository
 from maehub.publishing.gate import Verdict
-from maehub.publishing.leaks import find_leaks
+from maehub.publishing.leaks import refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, _public_name, base_model_of, public_origin
 from maehub.publishing.published_card import published_card
@@ -374,10 +374,11 @@ def test_row_79_every_file_is_searched(place, ending, tmp_path, monkeypatch):
         Image.new("RGB", (4, 4)).save(path, comment=words[place].encode())
     else:
         path.write_text(f"a {words[place]} b")
-    (leak,) = find_leaks({path.name: path}, token="t/o/k", names=["st-marys"])
-    assert leak.what == ("a token of the Hub" if place == "text" else place)
-    assert leak.file == path.name
-    assert SECRET not in str(leak)
+    with pytest.raises(UsageError) as error:
+        refuse_leaks({path.name: path}, token="t/o/k", names=["st-marys"])
+    _, leak, _ = str(error.value).split("\n")
+    assert leak.startswith(f"{path.name}: {'a token of the Hub' if place == 'text' else place}")
+    assert SECRET not in leak
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "x.pkl", "x.bin", "x.npz", "x.py", "x.html"])
@@ -414,10 +415,10 @@ def test_leaks_are_found_inside_of_pictures(tmp_path):
     info = PngInfo()
     info.add_text("Source", "/home/jane/scan.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=info)
-    (leak,) = find_leaks({"x.png": tmp_path / "x.png"})
-    assert leak.what == "a path of a machine"
+    with pytest.raises(UsageError, match=r"\nx\.png: a path of a machine \(/home/jane/scan\.png\)\nTake"):
+        refuse_leaks({"x.png": tmp_path / "x.png"})
     (tmp_path / "y.md").write_text("patches of /16, https://a.org/b/c, and/or, hf-hub:user/repo, 3/4 and ~90 %")
-    assert find_leaks({"y.md": tmp_path / "y.md"}) == []
+    refuse_leaks({"y.md": tmp_path / "y.md"})
 
 
 @pytest.mark.parametrize(
@@ -651,9 +652,8 @@ def test_no_picture_is_published_with_more_than_its_pixels(hub, unread, tmp_path
 
     def kept(files, **_):
         sent.update({name: path.read_bytes() for name, path in files.items()})
-        return []
 
-    monkeypatch.setattr(pushing, "find_leaks", kept)
+    monkeypatch.setattr(pushing, "refuse_leaks", kept)
     pictures = [tmp_path / name for name in KINDS]
     push(tiny(), REPO, licence="mit", with_pictures=pictures, progress=False, dry_run=dry_run)
     there = held(hub) if not dry_run else sent

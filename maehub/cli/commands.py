@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
 from maehub.files import check_place, read_words
-from maehub.hub import locate
+from maehub.hub import clean_cache, download, list_models, locate, model_info, verify
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
@@ -34,8 +34,6 @@ class Shared(NamedTuple):
 
 
 def run_list(config: "arguments.List", shared: Shared) -> int:
-    from maehub.hub import list_models, model_info
-
     rows = [model_info(name) for name in list_models(config.pattern)]
     if not rows:
         raise UsageError(f"no model is called {config.pattern!r}; `maehub list` shows all of them")
@@ -45,36 +43,27 @@ def run_list(config: "arguments.List", shared: Shared) -> int:
         size = "×".join(map(str, dict.fromkeys(row.image_size)))  # of a square one side
         table.append((row.name, size, row.role, row.target or "–", row.licence, row.sources[0].where()))
     widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
-    lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *table))
-    text = "\n".join(lines)
+    text = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *table))
     facts = {"models": [row.to_dict() for row in rows if shared.json]}
     return report(shared._replace(quiet=False), facts, text)
 
 
 def run_info(config: "arguments.Info", shared: Shared) -> int:
-    from maehub.hub import model_info
-
     info = model_info(config.name)
     return report(shared._replace(quiet=False), info.to_dict(), info.describe())
 
 
 def run_download(config: "arguments.Download", shared: Shared) -> int:
-    from maehub.hub import download
-
     path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
     return report(shared, {"path": str(path)}, f"{config.name} is at {path}")
 
 
 def run_cache(config: "arguments.Cache", shared: Shared) -> int:
-    from maehub.hub import clean_cache
-
     cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
     return report(shared, cleaned.to_dict(), cleaned.describe())
 
 
 def run_verify(config: "arguments.Verify", shared: Shared) -> int:
-    from maehub.hub import verify
-
     checked = verify(config.source)
     lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
     facts = {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}

@@ -24,7 +24,8 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from maehub.errors import MissingDependencyError, UsageError
-from maehub.models import Encoder, EncoderConfig, Origin, sincos_table
+from maehub.images import grid_size
+from maehub.models import Encoder, EncoderConfig, Origin, patchify, sincos_table
 
 ExportForm = Literal["onnx", "torch-export"]
 
@@ -57,14 +58,9 @@ class AnySize(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W) to the outputs of this module, in the order of ``names``."""
         encoder, config = self.encoder, self.encoder.config
-        side = config.patch_size
-        batch, channels, height, width = images.shape
-        rows, columns = height // side, width // side
-        positions = self._positions(rows, columns)
-        # As `maehub.models.patches.patchify`, without its check of the size, which a graph states in another way.
-        cells = images.reshape(batch, channels, rows, side, columns, side)
-        patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, side * side * channels)
-        patches = encoder.patch_embed(patches) + positions  # (B, N, D)
+        rows, columns = grid_size(images.shape[2], images.shape[3], config.patch_size)
+        patches = patchify(images, config.patch_size)
+        patches = encoder.patch_embed(patches) + self._positions(rows, columns)  # (B, N, D)
         cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
         tokens = encoder.encode(torch.cat([cls, patches], dim=1))  # (B, N + 1, D)
         normed = encoder.final_norm(tokens)

@@ -98,9 +98,7 @@ def _measured(predicted: Tensor, true: Tensor) -> Judgement:
 
 def _correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's; 0 where one of them does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    product = (a.square().sum() * b.square().sum()).sqrt()
-    return ((a * b).sum() / product).item() if product > 0 else 0.0
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num(0).item()
 
 
 def _explained(predicted: Tensor, true: Tensor) -> float:

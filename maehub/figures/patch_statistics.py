@@ -34,12 +34,6 @@ class PatchStatistics(NamedTuple):
     variance: Tensor  # (B, N, 1) float32
 
 
-def true_statistics(patches: Tensor) -> PatchStatistics:
-    """The statistics of the picture itself, hidden patches included: (B, N, P·P·C) floating. They leak the answer."""
-    normalised = normalise_patches(patches.float())
-    return PatchStatistics(normalised.mean, normalised.variance)
-
-
 def estimate_statistics(
     patches: Tensor, prediction: Tensor, masked: Tensor, grid: Size, patch_size: int
 ) -> PatchStatistics:

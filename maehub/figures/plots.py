@@ -42,11 +42,11 @@ class Series(NamedTuple):
     style: Style = "line"
 
 
-def decimated(steps: np.ndarray, values: np.ndarray, most: int = _MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most about ``most`` points that look the same: of each stretch the lowest and the highest."""
-    if len(values) <= most:
+def decimated(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `_MOST_POINTS` that look the same: of each stretch the lowest and the highest."""
+    if len(values) <= _MOST_POINTS:
         return steps, values
-    edges = np.linspace(0, len(values), most // 2 + 1).astype(int)
+    edges = np.linspace(0, len(values), _MOST_POINTS // 2 + 1).astype(int)
     chosen: set[int] = {0, len(values) - 1}
     for first, last in itertools.pairwise(edges.tolist()):
         part = values[first:last]
@@ -102,11 +102,11 @@ def curves_svg(title: str, series: Sequence[Series]) -> str:
     return f'<svg viewBox="0 0 {_INLINE[0]} {_INLINE[1]}" role="img" aria-label="{label}">{elements}</svg>'
 
 
-def curves_picture(title: str, series: Sequence[Series], under: str = "step") -> Image.Image | None:
+def curves_picture(title: str, series: Sequence[Series]) -> Image.Image | None:
     """Curves on one pair of axes, RGB on white; None where there is no point to draw.
 
-    The title and the names of the series stand above, what the horizontal axis counts ``under`` it. A curve that starts
-    far above the rest would flatten it: what is above the 99th percentile is cut off.
+    The title and the names of the series stand above. A curve that starts far above the rest would flatten it: what is
+    above the 99th percentile is cut off.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -116,7 +116,7 @@ def curves_picture(title: str, series: Sequence[Series], under: str = "step") ->
     with _new_axes(_PICTURE, 16, left=74, right=24, top=56, bottom=64) as (figure, axes):
         _draw(axes, drawn, 99)
         axes.set_title(title, loc="left", fontsize=19, color=_PALETTE["ink"], pad=16)
-        axes.set_xlabel(under, loc="right", color=_PALETTE["soft"])
+        axes.set_xlabel("step", loc="right", color=_PALETTE["soft"])
         if any(one.name for one in drawn):
             beside = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=14, columnspacing=1.4)
             beside.set_frame_on(False)

@@ -130,13 +130,14 @@ class ModelInfo:
 
     def describe(self) -> str:
         """All of it as text for a person."""
-        size = f"{self.parameters:,} values, {self.parameters * 4 / 1e6:,.0f} MB in float32"
+        size, native = ("×".join(map(str, pair)) for pair in (self.image_size, self.native_size))
+        values = f"{self.parameters:,} values, {self.parameters * 4 / 1e6:,.0f} MB in float32"
         facts = [
             ("what", f"{self.title} ({self.role})"),
             ("target", (self.target or "").replace("_", " ")),
             ("network", f"{self.depth} blocks of width {self.width}, {self.heads} heads, patch {self.patch_size}"),
-            ("size", f"{_size_words(self)} pixels"),
-            ("weights", self.parameters and size),
+            ("size", f"{size}{'' if size == native else f' (weights {native})'} pixels"),
+            ("weights", self.parameters and values),
             ("classes", self.classes),
             ("pooling", "class token" if self.pool == "cls" else "mean of the patch tokens"),
             ("licence", " — ".join(text for text in (self.licence, self.licence_note) if text)),
@@ -289,8 +290,3 @@ def _at_large(base: ModelInfo, row: dict[str, Any]) -> ModelInfo:
         numbers=(),
         note=row.get("note", note),
     )
-
-
-def _size_words(info: ModelInfo) -> str:
-    size, native = ("×".join(map(str, pair)) for pair in (info.image_size, info.native_size))
-    return size if size == native else f"{size} (weights {native})"

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,27 +46,16 @@ class Located:
     fetched: Fetched | None = None  # where it was downloaded from
 
 
-def fetch(
-    info: ModelInfo,
-    *,
-    revision: str | None = None,
-    cache_dir: PathLike | None = None,
-    offline: bool = False,
-    verify: bool = False,
-    lock_timeout: float = LOCK_TIMEOUT,
-    look_here: bool = True,
-) -> Fetched:
+def fetch(info: ModelInfo, paths: CachePaths, *, revision: str | None = None, look_here: bool = True) -> Fetched:
     """The file of a catalog row: from the cache if it is there, else from the first source that has it.
 
-    At another ``revision`` (branch, tag or commit) of the row's Hub repository nothing is pinned. ``cache_dir`` is the
-    Hub's cache folder, by default its own ($HF_HOME, $HF_HUB_CACHE). ``verify`` hashes the file even if its stamp is
-    unchanged. The wait for another process that downloads the same file ends after ``lock_timeout`` seconds; then it is
-    downloaded beside that one. Unless it is to ``look_here`` first, a Hub is asked even for what is in the cache.
+    At another ``revision`` (branch, tag or commit) of the row's Hub repository nothing is pinned. Unless it is to
+    ``look_here`` first, a Hub is asked even for what is in the cache.
 
     A HubError says that no source has it or answers, an IntegrityError that the bytes are not the expected ones twice,
     a CheckpointError that the disk is full or the cache may not be written.
     """
-    paths, sources = cache_paths(cache_dir, offline, verify, lock_timeout), list(info.sources)
+    sources = list(info.sources)
     if revision is not None:
         _check_revision(revision)
         bare = [replace(one, revision=revision, commit="", sha256="") for one in sources if one.kind == "hub"]
@@ -94,27 +82,16 @@ def fetch(
     raise HubError(f"no source of {info.name} has it any more:\n" + "\n".join(lines)) from missing[0]
 
 
-def fetch_repo(
-    repo_id: str,
-    filenames: Sequence[str] = (),
-    *,
-    want: Want = "encoder",
-    revision: str | None = None,
-    cache_dir: PathLike | None = None,
-    offline: bool = False,
-    verify: bool = False,
-    lock_timeout: float = LOCK_TIMEOUT,
-) -> Fetched:
+def fetch_repo(repo_id: str, paths: CachePaths, *, want: Want = "encoder", revision: str | None = None) -> Fetched:
     """Weights and config.json of any repository on the Hub, ``user/repo`` or ``user/repo@revision``, at one commit.
 
-    Of the weight files ``filenames`` the first that is there is taken. Without any: asked for an encoder, the one with
-    fused qkv that config.json names for timm, if it does; then ``model.safetensors``. A branch is looked up on the Hub
-    at each call, and taken from the cache, with a warning, where the Hub does not answer. The rest is as in `fetch`.
+    Asked for an encoder, the weights with fused qkv that config.json names for timm are taken, if it does and they are
+    there; else ``model.safetensors``. A branch is looked up on the Hub at each call, and taken from the cache, with a
+    warning, where the Hub does not answer.
 
     Errors are those of `fetch`; IntegrityError also for a repository without safetensors, or with names that lead out
     of its folder.
     """
-    paths = cache_paths(cache_dir, offline, verify, lock_timeout)
     repo, revision = _split(repo_id, revision)
     config, pretrained = None, None
     with contextlib.suppress(NoFile):
@@ -125,15 +102,12 @@ def fetch_repo(
         except IntegrityError as error:
             raise IntegrityError(f"config.json of {repo} cannot be read: {error}\nnothing of it was loaded") from error
     pretrained = pretrained if isinstance(pretrained, dict) else {}
-    candidates, other = list(filenames) or ["model.safetensors"], pretrained.get("hf_hub_filename")
-    if not filenames and want == "encoder" and isinstance(other, str):
+    candidates, other = ["model.safetensors"], pretrained.get("hf_hub_filename")
+    if want == "encoder" and isinstance(other, str):
         other = re.sub(r"\.bin$", ".safetensors", other)  # timm, too, looks for the safetensors file beside it
         if other.endswith(".safetensors"):
+            check_filename(other, repo)
             candidates = list(dict.fromkeys([other, *candidates]))  # its fused qkv needs no renaming
-    for filename in candidates:
-        check_filename(filename, repo)
-        if not filename.endswith(".safetensors"):
-            raise _only_safetensors(repo, [filename])
     at = config.revision if config else revision
     weights = _first_file(repo_id, [Source("hub", one, "safetensors", repo, at) for one in candidates], paths)
     licence = pretrained.get("license")
@@ -154,14 +128,14 @@ def locate(
 
     ``source`` is a catalog name, whose meaning if it is short follows from ``want``, a Hub id ``user/repo[@revision]``,
     a model or run folder, or a ``.safetensors`` file; or what this function returned before. A `Path`, or a string such
-    as ``./vit-b``, is never a name. The rest is as in `fetch`.
+    as ``./vit-b``, is never a name. Of ``revision`` see `fetch`, of the others `cache_paths`.
     """
     if isinstance(source, Located):
         return source
     name, path = os.fspath(source), Path(os.path.expanduser(source))
     if isinstance(source, str) and is_model(name):
         info = resolve(name, want)
-        fetched = fetch(info, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+        fetched = fetch(info, cache_paths(cache_dir, offline, verify), revision=revision)
         return Located(info.name, fetched.path, info, fetched)
     if path.suffix in PICKLE_ENDINGS and os.path.isfile(path):
         raise IntegrityError(
@@ -171,7 +145,7 @@ def locate(
     if os.path.exists(path):  # unlike the method of a path, False for a name that is too long
         return Located(name, path)
     if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in (".safetensors", *PICKLE_ENDINGS):
-        fetched = fetch_repo(name, want=want, revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
+        fetched = fetch_repo(name, cache_paths(cache_dir, offline, verify), want=want, revision=revision)
         return Located(name, fetched.path, fetched=fetched)
     if not isinstance(source, str) or path.suffix in (".safetensors", *PICKLE_ENDINGS) or "/" in name:
         raise UsageError(f"there is no file or folder {name}, and it is no Hub id, which looks like user/repo")
@@ -185,7 +159,10 @@ def download(
 
     Args:
         name: a catalog name, or a Hub id ``user/repo[@revision]``.
-        revision, cache_dir, lock_timeout: as in `fetch`.
+        revision: branch, tag or commit on the Hub, instead of the catalog's.
+        cache_dir: the Hub's cache folder; None is its own ($HF_HOME, $HF_HUB_CACHE).
+        lock_timeout: seconds to wait for another process that downloads the same file, before it is downloaded beside
+            that one.
 
     Returns:
         The path of the weights; of a repository with several layouts, of the one that `maehub.load` reads.
@@ -193,12 +170,13 @@ def download(
     Raises:
         UsageError: no such name, or a row whose file is not fetched by itself.
     """
+    paths = cache_paths(cache_dir, lock_timeout=lock_timeout)
     if "/" not in name:
         check_supported(info := model_info(name))
-        return fetch(info, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout, look_here=False).path
-    encoder = fetch_repo(name, revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
+        return fetch(info, paths, revision=revision, look_here=False).path
+    encoder = fetch_repo(name, paths, revision=revision)
     if encoder.source.filename != "model.safetensors":
-        fetch_repo(name, want="autoencoder", revision=revision, cache_dir=cache_dir, lock_timeout=lock_timeout)
+        fetch_repo(name, paths, want="autoencoder", revision=revision)
     return encoder.path
 
 
@@ -207,7 +185,7 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
 
     Args:
         source: a catalog name or Hub id that was downloaded, or a file or folder.
-        cache_dir: as in `fetch`.
+        cache_dir: as in `download`.
 
     Raises:
         HubError: nothing of it is on this machine.
@@ -278,17 +256,13 @@ def _first_file(name: str, sources: list[Source], paths: CachePaths) -> Fetched:
     if any(one.endswith(".safetensors.index.json") for one in names):
         raise HubError(f"the weights of {repo} are cut into several files, which maehub does not read yet")
     if pickles := [one for one in names if one.endswith(PICKLE_ENDINGS)]:
-        raise _only_safetensors(repo, pickles)
+        raise IntegrityError(
+            f"maehub loads only safetensors from the Hub, and {repo} has {', '.join(sorted(pickles)[:3])}: pickles can "
+            "run code when they are read, so nothing was downloaded\n"
+            "ask its owner for model.safetensors, or download the file yourself and run `maehub convert FILE -o FOLDER`"
+        )
     asked = " or ".join(source.filename for source in sources)
     raise HubError(f"{repo}@{revision[:12]} has no {asked}\nits files: {first_names(names, 12) or 'not to be had'}")
-
-
-def _only_safetensors(repo: str, names: Iterable[str]) -> IntegrityError:
-    return IntegrityError(
-        f"maehub loads only safetensors from the Hub, and {repo} has {', '.join(sorted(names)[:3])}: pickles can run "
-        "code when they are read, so nothing was downloaded\n"
-        "ask its owner for model.safetensors, or download the file yourself and run `maehub convert FILE -o FOLDER`"
-    )
 
 
 def _split(repo_id: str, revision: str | None) -> tuple[str, str]:

@@ -1,7 +1,9 @@
 """Load a model by name: from the catalog, the Hub, a folder or a file, to an encoder or an autoencoder."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,12 +65,9 @@ def load(
     """
     options = LoadOptions(image_size, channels, classes, positions, dtype, usable_device(device))
     located = locate(source, "encoder", revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
-    files = resolve_model(located, "encoder", options, cache_folder(cache_dir), verify)
-    heads = heads or files.heads
-    encoder = open_encoder(files.path, config=files.config, heads=heads, options=files.options, origin=files.origin)
-    if classes is None:  # the file's own head was looked at too
-        files.loaded()
-    return encoder
+    heads = heads or (located.info.heads if located.info else None)
+    with _resolved(located, "encoder", options, cache_folder(cache_dir), verify) as (path, config, options, origin):
+        return open_encoder(path, config=config, heads=heads, options=options, origin=origin)
 
 
 def load_autoencoder(
@@ -108,45 +107,29 @@ def load_autoencoder(
     """
     options = LoadOptions(image_size, channels, classes, positions, dtype, usable_device(device))
     located = locate(source, "autoencoder", revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
-    files = resolve_model(located, "autoencoder", options, cache_folder(cache_dir), verify)
-    if target and files.target not in (None, target):
-        raise UsageError(f"{located.name} was trained to predict {files.target}, not {target}; leave target= out")
-    autoencoder = open_autoencoder(
-        files.path,
-        config=files.config,
-        heads=heads or files.heads,
-        decoder_heads=decoder_heads,
-        target=target or files.target,
-        options=files.options,
-        origin=files.origin,
-    )
-    files.loaded()
-    return autoencoder
+    info = located.info
+    if target and info and info.target not in (None, target):
+        raise UsageError(f"{located.name} was trained to predict {info.target}, not {target}; leave target= out")
+    with _resolved(located, "autoencoder", options, cache_folder(cache_dir), verify) as (path, config, options, origin):
+        return open_autoencoder(
+            path,
+            config=config,
+            heads=heads or (info.heads if info else None),
+            decoder_heads=decoder_heads,
+            target=target or (info.target if info else None),
+            options=options,
+            origin=origin,
+        )
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model's files, and what is known about it beside them and asked of it."""
+@contextmanager
+def _resolved(
+    located: Located, want: Want, options: LoadOptions, cache: Path, verify: bool
+) -> Iterator[tuple[Path, Path | None, LoadOptions, Origin | None]]:
+    """Weights, configuration, options and origin to open; official pickles of the catalog are converted once.
 
-    path: Path
-    config: Path | None
-    origin: Origin | None  # where the file was downloaded
-    want: Want
-    heads: int | None
-    target: Target | None
-    options: LoadOptions
-    cache: Path  # maehub's own
-
-    def loaded(self) -> None:
-        """At the first load of a download say what its licence forbids; remember that its weights are finite."""
-        if self.origin:
-            if "-nc" in self.origin.licence.lower() and self.options.check_finite:
-                log.warning("%s: licence %s, no commercial use", self.origin.name, self.origin.licence)
-            mark_finite(self.path, self.cache, self.want)
-
-
-def resolve_model(located: Located, want: Want, options: LoadOptions, cache: Path, verify: bool) -> ModelFiles:
-    """Convert the official pickles of the catalog once, and gather what the catalog knows."""
+    After the first load of a download what its licence forbids is said, and that its weights are finite remembered.
+    """
     info, fetched, path = located.info, located.fetched, located.path
     if fetched and fetched.source.format == "pickle":
         path = _converted(path, fetched.sha256, cache, verify)
@@ -156,16 +139,15 @@ def resolve_model(located: Located, want: Want, options: LoadOptions, cache: Pat
         options = replace(options, image_size=info.image_size)
     if options.positions == "bicubic":
         options = replace(options, positions=None)
-    return ModelFiles(
-        path,
-        config=fetched.config if fetched else None,
-        origin=Origin(located.name, fetched.revision, fetched.sha256, fetched.licence) if fetched else None,
-        want=want,
-        heads=info.heads if info else None,
-        target=info.target if info and info.role == "autoencoder" else None,
-        options=replace(options, check_finite=not (fetched and known_finite(path, cache, want))),
-        cache=cache,
-    )
+    if not fetched:
+        yield path, None, options, None
+        return
+    options = replace(options, check_finite=not known_finite(path, cache, want))
+    yield path, fetched.config, options, Origin(located.name, fetched.revision, fetched.sha256, fetched.licence)
+    if want == "autoencoder" or options.classes is None:  # the file's own head was looked at too
+        if "-nc" in fetched.licence.lower() and options.check_finite:
+            log.warning("%s: licence %s, no commercial use", located.name, fetched.licence)
+        mark_finite(path, cache, want)
 
 
 def _converted(pickle: Path, sha256: str, cache: Path, afresh: bool) -> Path:

@@ -1,8 +1,9 @@
 """Publishing files as one commit: all of them or none, never over somebody else's work, never twice.
 
-    remote = look("user/name")                                   # who may write there, and what is there
-    done = commit(files, "user/name", remote=remote, message="…")  # uploads, then one commit on top of what was seen
-    verify_remote("user/name", done.commit, files)               # what the Hub holds now
+    hub = Hub("user/name")
+    remote = look(hub)                                    # who may write there, and what is there
+    done = commit(hub, files, remote=remote, message="…")  # uploads, then one commit on top of what was seen
+    verify_remote(hub, done.commit, files)                # what the Hub holds now
 
 The large files go ahead and change nothing that anybody sees; the commit comes last, names the head that was looked at
 as its parent, and is refused by the Hub if the head has moved. Where its answer is lost, the head is read before
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
 from maehub.hub import PASSING, UPLOAD_SILENCE, causes, retry, scrub, status_of
-from maehub.publishing.remote import UNTOUCHED, Hub, LocalFile, Remote, check_conditions, moved, same, state, unreadable
+from maehub.publishing.remote import UNTOUCHED, Hub, LocalFile, Remote, moved, same, state, unreadable
 
 logger = logging.getLogger("maehub")
 
@@ -39,29 +40,24 @@ class Committed(NamedTuple):
 
 
 def commit(
+    hub: Hub,
     files: Mapping[str, LocalFile],
-    repo_id: str,
     *,
     remote: Remote,
-    parent: str | None = None,
     private: bool | None = None,
     pull_request: bool = False,
     message: str,
     progress: bool = True,
-    token: str | None = None,
-    endpoint: str | None = None,
 ) -> Committed:
     """Publish files in one commit; makes the repository and the branch where they are missing. Nothing is deleted.
 
-    The commit goes on top of ``remote``, as `look` found the repository and branch, or nowhere. ``parent`` is the head
-    that is expected there, all or the beginning of its 40 digits. ``private`` says who may see a repository that is
-    made, by default what its owner's settings say; one that exists must be so already. ``message`` is the first line.
+    The commit goes on top of ``remote``, as `look` found the repository and branch and `check_conditions` let it pass,
+    or nowhere. ``private`` says who may see a repository that is made, by default what its owner's settings say.
+    ``message`` is the first line.
 
-    Nothing is published where the repository cannot be written that way (UsageError), or a file here changed meanwhile
-    (IntegrityError) or cannot be read (CheckpointError). After a refusal or no answer a HubError says what is there.
+    Nothing is published where a file here changed meanwhile (IntegrityError) or cannot be read (CheckpointError). After
+    a refusal or no answer a HubError says what is there.
     """
-    hub = Hub(repo_id, token, endpoint)
-    check_conditions(hub, remote, parent=parent, private=private, pull_request=pull_request)
     fresh = {name: file for name, file in files.items() if not same(file, remote.files.get(name))}
     known = tuple(name for name in files if name not in fresh)
     operations = [_operation(name, file) for name, file in fresh.items()]
@@ -69,8 +65,8 @@ def commit(
         remote = _create(hub, remote.revision, private)
     if not remote.has_revision:
         hub.ask(
-            f"making the branch {remote.revision} of {repo_id}",
-            lambda: hub.api.create_branch(repo_id, branch=remote.revision, revision=remote.commit, exist_ok=True),
+            f"making the branch {remote.revision} of {hub.repo_id}",
+            lambda: hub.api.create_branch(hub.repo_id, branch=remote.revision, revision=remote.commit, exist_ok=True),
         )
     made, request = remote.commit, None
     if fresh:
@@ -81,8 +77,8 @@ def commit(
             else:
                 made = _send(hub, operations, fresh, remote, message)
     else:
-        logger.info("%s: all %d files are on %s already, nothing was sent", repo_id, len(files), hub.host)
-    return Committed(repo_id, made, f"{hub.endpoint}/{repo_id}/tree/{made}", request, tuple(fresh), known)
+        logger.info("%s: all %d files are on %s already, nothing was sent", hub.repo_id, len(files), hub.host)
+    return Committed(hub.repo_id, made, f"{hub.endpoint}/{hub.repo_id}/tree/{made}", request, tuple(fresh), known)
 
 
 def _create(hub: Hub, revision: str, private: bool | None) -> Remote:

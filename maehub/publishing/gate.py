@@ -53,9 +53,8 @@ def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdic
         masked = make_masks("random", torch.tensor([0, 1]), (rows, columns), 0.75)
         # transformers keeps the patches with the least noise, in its order; this is ours.
         inputs["noise"] = masked.float() + torch.arange(rows * columns) / (2 * rows * columns)
-        tokens = encoder.features(images, pool="tokens")
-        first = encoder.features(images, pool="cls")[:, None] if config.pool == "cls" else tokens[:, :1]
-        expected |= {"prediction": model(images, masked).prediction, "tokens": torch.cat([first, tokens], dim=1)}
+        tokens = encoder.norm(encoder.encode(encoder.embed(images)))
+        expected |= {"prediction": model(images, masked).prediction, "tokens": tokens}
         read["prediction"] = open_autoencoder(folder)(images, masked).prediction
         if reason := why_not_transformers(model.config):
             missing["transformers"] = reason

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
@@ -34,46 +33,34 @@ _PATHS = (
 _SHORTEST_NAME = 4  # letters; shorter names are words of the page by chance
 
 
-class Leak(NamedTuple):
-    """Something that must not leave, without itself."""
-
-    file: str
-    what: str
-    hint: str = ""  # enough to find it; empty for secrets
-
-
-def find_leaks(files: dict[str, Path], *, token: str | None = None, names: Collection[str] = ()) -> list[Leak]:
+def refuse_leaks(files: dict[str, Path], *, token: str | None = None, names: Collection[str] = ()) -> None:
     """Look through text, the headers of tensor files and what is written inside of pictures, by name in the repository.
 
-    ``token`` is the one in use, in whatever form it is; ``names`` are of the author's files and folders.
+    ``token`` is the one in use, in whatever form it is; ``names`` are of the author's files and folders. A UsageError
+    says what must not leave and, but of secrets, enough of it to find it.
     """
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a process without a user entry
         user = ""
-    found = []
+    leaks = []
     for name, path in files.items():
         text = "\n".join(_texts(path))
-        found += [Leak(name, what) for what, pattern in _SECRETS if pattern.search(text)]
+        found = [what for what, pattern in _SECRETS if pattern.search(text)]
         if token and token in text:
-            found.append(Leak(name, "the token in use"))
+            found.append("the token in use")
         paths = [match[0] for pattern in _PATHS if (match := pattern.search(text))]
-        found += [Leak(name, "a path of a machine", path) for path in paths]
+        found += [f"a path of a machine ({one:.80})" for one in paths]
         if (home := str(Path.home())) != "/" and home in text and not paths:
-            found.append(Leak(name, "the home folder", home))
+            found.append(f"the home folder ({home:.80})")
         known = [one for one in names if len(one) >= _SHORTEST_NAME and one in text]
-        found += [Leak(name, "a name of the data", one) for one in known[:3]]
+        found += [f"a name of the data ({one:.80})" for one in known[:3]]
         if user and re.search(rf"(?<![\w-]){re.escape(user)}@[\w-]+", text):
-            found.append(Leak(name, "a user name and host", user))
-    return found
-
-
-def refuse_leaks(leaks: list[Leak]) -> None:
-    """Raise what was found, if anything."""
-    lines = [f"{leak.file}: {leak.what}{f' ({leak.hint:.80})' if leak.hint else ''}" for leak in leaks]
-    if lines:
+            found.append(f"a user name and host ({user:.80})")
+        leaks += [f"{name}: {what}" for what in found]
+    if leaks:
         raise UsageError(
-            "this must not be published; nothing was sent:\n" + first_names(lines, 4, "\n") + "\n"
+            "this must not be published; nothing was sent:\n" + first_names(leaks, 4, "\n") + "\n"
             "Take it out of the text that you give or of the folder's files, then push again"
         )
 

@@ -9,7 +9,7 @@ the machine but pictures that the author names.
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from maehub.files import byte_text, free_space_guard, own_folder, read_json, sha
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.gate import Verdict
-from maehub.publishing.leaks import find_leaks, refuse_leaks
+from maehub.publishing.leaks import refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
 from maehub.publishing.provenance import Provenance, base_model_of, public_origin, read_run
 from maehub.publishing.remote import Hub, LocalFile, Remote, check_conditions, check_name, look, same, verify_remote
@@ -76,14 +76,8 @@ class Plan:
         return "\n".join(line for line in lines if line)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON."""
-        names = ("repo_id", "revision", "visibility", "base_model", "verified", "missing")
-        return {name: getattr(self, name) for name in names} | {
-            "licence": self.licence.identifier,
-            "files": [vars(file) for file in self.files],
-            "left_alone": list(self.left_alone),
-            "notes": list(self.notes),
-        }
+        """All of it as plain values, for JSON."""
+        return asdict(self) | {"licence": self.licence.identifier}
 
 
 @dataclass(frozen=True)
@@ -167,13 +161,13 @@ def push(
     settled = settle_licence(licence, origin)
     remote: Remote | HubError
     try:
-        remote = look(repo_id, revision=revision, pull_request=pull_request, token=token)
+        hub = Hub(repo_id, token)
+        remote = look(hub, revision=revision, pull_request=pull_request)
     except HubError as error:
         if not dry_run:
             raise
         remote = error
     else:
-        hub = Hub(repo_id, token, None)
         check_conditions(hub, remote, parent=parent, private=private, pull_request=pull_request)
     kind = "a masked autoencoder"
     if isinstance(model, Encoder):
@@ -183,24 +177,22 @@ def push(
         free_space_guard(staging, needed)
         verdict = build_repository(staging, model, repo_id, settled, provenance, about, dataset, with_pictures)
         paths = files_of(staging)
-        refuse_leaks(find_leaks(paths, token=token or get_token(), names=provenance.names))
+        refuse_leaks(paths, token=token or get_token(), names=provenance.names)
         files = {name: LocalFile(path, path.stat().st_size, sha256_file(path)) for name, path in paths.items()}
         plan = _plan(repo_id, remote, files, settled, origin, verdict, private, revision, pull_request)
         agreed = confirm is None or confirm(plan)
         if dry_run or isinstance(remote, HubError) or not agreed:
             return Pushed(plan, None)
         made = commit(
+            hub,
             files,
-            repo_id,
             remote=remote,
-            parent=parent,
             private=private,
             pull_request=pull_request,
             message=message or f"maehub push: {kind}",
             progress=progress,
-            token=token,
         )
-        verify_remote(repo_id, made.commit, files, token=token)
+        verify_remote(hub, made.commit, files)
     return Pushed(plan, made)
 
 

@@ -38,10 +38,8 @@ class RemoteFile(NamedTuple):
 
 
 class Remote(NamedTuple):
-    """A repository as it is now, and who looked."""
+    """A repository as it is now."""
 
-    repo_id: str
-    user: str
     exists: bool
     private: bool | None  # None where there is no repository
     revision: str  # the branch that was asked for
@@ -51,23 +49,12 @@ class Remote(NamedTuple):
     licence: str  # what the card states there, empty where it states none
 
 
-def look(
-    repo_id: str,
-    *,
-    revision: str = "main",
-    pull_request: bool = False,
-    token: str | None = None,
-    endpoint: str | None = None,
-) -> Remote:
+def look(hub: "Hub", *, revision: str = "main", pull_request: bool = False) -> Remote:
     """A repository before anything is hashed or sent to it, and whether the token may write there.
 
-    Neither ``user/name`` nor the branch ``revision`` need exist. A ``pull_request`` needs no right to write there. The
-    token is by default that of the login, or $HF_TOKEN, the endpoint $HF_ENDPOINT, else the Hub's own.
-
-    A UsageError says that this names no repository or no branch, a HubError that there is no answer, or no token that
-    may write there, a CheckpointError that the file that keeps the login cannot be read.
+    Neither ``user/name`` nor the branch ``revision`` need exist. A ``pull_request`` needs no right to write there. A
+    UsageError says that this names no branch, a HubError that there is no answer, or that the token may not write.
     """
-    hub = Hub(repo_id, token, endpoint)
     from huggingface_hub import errors
 
     try:
@@ -84,7 +71,7 @@ def look(
     whose = f"the token {hub.hide(str(access.get('displayName') or ''))!r} of {user}"
     if access.get("role") == "read":
         raise hub.no_right(f"{whose} may only read")
-    remote = state(hub, revision)._replace(user=user)
+    remote = state(hub, revision)
     if not remote.exists:
         _check_owner(hub, identity, access, whose)
     elif not pull_request:
@@ -99,17 +86,14 @@ def look(
     return remote
 
 
-def verify_remote(
-    repo_id: str, commit: str, files: Mapping[str, LocalFile], *, token: str | None = None, endpoint: str | None = None
-) -> None:
+def verify_remote(hub: "Hub", commit: str, files: Mapping[str, LocalFile]) -> None:
     """Compare what the Hub states about each file at a commit with the files that were to be there.
 
     An IntegrityError names each that is missing or another one; a HubError says that the Hub does not tell.
     """
-    hub = Hub(repo_id, token, endpoint)
     listed = hub.ask(
-        f"reading {repo_id}@{commit[:12]} back",
-        lambda: hub.api.get_paths_info(repo_id, list(files), revision=commit),
+        f"reading {hub.repo_id}@{commit[:12]} back",
+        lambda: hub.api.get_paths_info(hub.repo_id, list(files), revision=commit),
         safe=f"the commit {commit[:12]} was made; whether it holds the right bytes is not known",
     )
     there = {one.path: _stated(one) for one in listed if hasattr(one, "blob_id")}
@@ -124,7 +108,7 @@ def verify_remote(
             wrong.append(f"{name}: its hash is {(stated.sha256 or stated.git)[:12]} there, {here}")
     if wrong:
         raise IntegrityError(
-            f"{repo_id}@{commit[:12]} on {hub.host} does not hold what was sent: {first_names(wrong, 3, '; ')}\n"
+            f"{hub.repo_id}@{commit[:12]} on {hub.host} does not hold what was sent: {first_names(wrong, 3, '; ')}\n"
             "the files here are unchanged; nobody should load that commit: run this again, and tell the Hub if it stays"
         )
 
@@ -143,12 +127,12 @@ def same(file: LocalFile, stated: RemoteFile | None) -> bool:
 
 
 def state(hub: "Hub", revision: str) -> Remote:
-    """What is in a repository at the head of a branch; `Remote.user` stays empty."""
+    """What is in a repository at the head of a branch."""
     from huggingface_hub import errors
 
     if _FULL_COMMIT.fullmatch(revision):
         raise UsageError(f"{revision} is a commit, and a commit is never changed: give a branch to publish to")
-    nothing = Remote(hub.repo_id, "", False, None, revision, True, "", {}, "")
+    nothing = Remote(False, None, revision, True, "", {}, "")
     branch = "main"
     try:
         if revision != "main":
@@ -192,15 +176,19 @@ def check_name(repo_id: str) -> None:
 
 
 class Hub:
-    """The Hub's client for one repository and one token: waits that end, second tries, errors in words."""
+    """The Hub's client for one repository and one token: waits that end, second tries, errors in words.
 
-    def __init__(self, repo_id: str, token: str | None, endpoint: str | None) -> None:
+    The token is by default that of the login, or $HF_TOKEN. A UsageError says that ``repo_id`` names no repository, a
+    HubError that there is no token, a CheckpointError that the file that keeps the login cannot be read.
+    """
+
+    def __init__(self, repo_id: str, token: str | None = None) -> None:
         constants = hub_constants()
         from huggingface_hub import HfApi, get_token
 
         check_name(repo_id)
         self.repo_id = repo_id
-        self.endpoint = (endpoint or hub_address()).rstrip("/")
+        self.endpoint = hub_address()
         self.host = host_of(self.endpoint)
         self.patience = float(constants.HF_HUB_ETAG_TIMEOUT)  # seconds without an answer to a question
         try:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from maehub.figures import Series, curves_picture, raw_and_smooth, reconstruct
 from maehub.figures import grid as figure_grid
-from maehub.files import atomic_write, read_json, sha256_file, write_json, write_text
+from maehub.files import read_json, sha256_file, write_json, write_text
 from maehub.images import open_image
 from maehub.models import Encoder, MaskedAutoencoder
 from maehub.publishing.gate import Verdict, check_repository
@@ -63,15 +63,15 @@ def build_repository(
         (folder / target).parent.mkdir(exist_ok=True)
         picture.save(folder / target)
     verdict = check_repository(folder, model)
-    with atomic_write(folder / "README.md") as file:
-        card = published_card(repo_id, model, licence, provenance, verdict, about, dataset, figures, names)
-        file.write_text(card, encoding="utf-8")
+    card = published_card(repo_id, model, licence, provenance, verdict, about, dataset, figures, names)
     config = read_json(folder / "config.json")
     config["maehub"]["verified"] = {library: at for library, at in verdict.verified.items() if library != "maehub"}
     if "pretrained_cfg" in config:
         config["pretrained_cfg"]["license"] = licence.identifier
-    with atomic_write(folder / "config.json") as file:
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in ("README.md", "config.json"):  # which were those of a model folder
+        (folder / name).unlink()
+    write_text(folder / "README.md", card)
+    write_json(folder / "config.json", config)
     lines = [f"{sha256_file(path)}  {name}" for name, path in files_of(folder).items()]
     write_text(folder / "checksums.sha256", "\n".join(lines) + "\n")
     return verdict
