@@ -28,7 +28,7 @@ from maehub.train.engine import micro_batch as fitting
 from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.preemption import Stop
-from maehub.train.networks.costs import activation_bytes, count_parameters, fixed_bytes
+from maehub.train.networks import costs
 from maehub.train.pretraining import network
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
@@ -215,8 +215,10 @@ def test_row_60_a_real_limit_on_memory(pictures, tmp_path):
 def test_a_batch_that_does_not_fit_is_accumulated(pictures, tmp_path, monkeypatch, caplog):
     pretrain(config_of(pictures, tmp_path / "whole", batch_size=12))
     network = AutoencoderConfig(TINY, 32, 1, 2, "pixels")
-    fixed = fixed_bytes(count_parameters(network), "fp32")
-    room = fixed + 2 * 5 * activation_bytes(network, 4, "fp32")  # half of what is left is for five views
+    fixed = costs.fixed_bytes(costs.count_parameters(network), "fp32")
+    room = fixed + 2 * 5 * costs.activation_bytes(
+        network, costs.work_of(network, 4), "fp32"
+    )  # half of what is left is for five views
     monkeypatch.setattr("maehub.train.engine.micro_batch.available_bytes", lambda: room)
     with caplog.at_level("INFO", "maehub"):
         pretrain(config_of(pictures, tmp_path / "parts", batch_size=12))

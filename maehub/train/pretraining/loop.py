@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
 from maehub.errors import EXIT_DONE, UsageError
-from maehub.images import Augmentation, jitter
-from maehub.models import AutoencoderConfig, MaskedAutoencoder
+from maehub.images import jitter
+from maehub.models import MaskedAutoencoder
 from maehub.train.engine import (
     Checkpoints,
     Group,
@@ -51,14 +51,7 @@ from maehub.train.engine import (
 )
 from maehub.train.pretraining.config import PretrainConfig, batch_size_of
 from maehub.train.pretraining.holdout import Split, split_data
-from maehub.train.pretraining.network import (
-    NetworkOptions,
-    build_network,
-    find_weights,
-    kept_patches,
-    make_view,
-    views_fit,
-)
+from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
 from maehub.train.pretraining.objective import Objective, TokenizerFunction, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
 from maehub.train.pretraining.views import Batch, Crops, View, validation_batch
@@ -129,42 +122,13 @@ class _Job:
     precision: contextlib.AbstractContextManager[Any]
 
 
-def network_options(config: PretrainConfig) -> NetworkOptions:
-    """Which network a run asks for."""
-    return NetworkOptions(
-        preset=config.model,
-        weights=config.from_,
-        image_size=config.image_size,
-        channels=config.channels,
-        target=config.target,
-        pca_components=config.pca_components,
-        decoder_width=config.decoder_width,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        mask_tokens=config.mask_tokens,
-        seed=config.seed,
-    )
-
-
-def view_of(config: PretrainConfig, network: AutoencoderConfig) -> View:
-    """How a run looks at its pictures."""
-    return make_view(
-        network,
-        Augmentation(config.augment, config.crop_scale, config.hflip, config.vflip, config.rot90, config.rotate),
-        strategy=config.strategy,
-        mask_ratio=config.mask_ratio,
-        corruption=config.corruption,
-        weights=config.from_,
-    )
-
-
 def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction | None) -> _Job:
     """Everything before the first step; nothing is written."""
     vocabulary: Any = 0 if tokenizer is None else getattr(tokenizer, "vocabulary", None)
     if tokenizer is not None and (type(vocabulary) is not int or vocabulary < 1):
         raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
     files = group.host_first(lambda: find_weights(config.from_), "downloading the weights")
-    model = build_network(network_options(config), files, vocabulary)
+    model = build_network(config, files, vocabulary)
     view = view_of(config, model.config)
     kept = kept_patches(view)
     split = group.host_first(lambda: split_data(config.data, config.holdout, config.group), "looking for pictures")
@@ -193,14 +157,7 @@ def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction |
     if group.is_main:
         shown = split.heldout or split.training
         validation = Validation(objective, view, shown, split.heldout, seed=config.seed, labelled=config.knn)
-    fits = views_fit(
-        objective,
-        view,
-        group,
-        precision=config.precision,
-        shard=config.fsdp,
-        checkpoint_activations=config.checkpoint_activations,
-    )
+    fits = views_fit(config, objective, view, group)
     size = f"{view.size[0]}×{view.size[1]}"
     micro = find_micro_batch(batch_size // group.size, group, fits, size, asked=config.micro_batch)
     module = wrapped(
