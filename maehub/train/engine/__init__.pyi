@@ -17,6 +17,7 @@ from .parallel import accumulating as accumulating
 from .parallel import autocast as autocast
 from .parallel import computes_bf16 as computes_bf16
 from .parallel import deterministic as deterministic
+from .parallel import shard as shard
 from .parallel import single_network as single_network
 from .parallel import wrapped as wrapped
 from .preemption import Stop as Stop
