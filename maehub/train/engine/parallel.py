@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -124,9 +124,5 @@ def single_network(network: Network, empty: Network | None, group: Group) -> Net
     if not group.is_main:
         return None
     whole = copy.deepcopy(empty)
-    whole.load_state_dict({name: value for name, value in weights.items() if _is_tensor(value)}, assign=True)
+    whole.load_state_dict({name: value for name, value in weights.items() if isinstance(value, Tensor)}, assign=True)
     return whole.to(group.device)
-
-
-def _is_tensor(value: Any) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor)

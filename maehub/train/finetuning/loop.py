@@ -103,7 +103,7 @@ class _Job:
         self.empty = copy.deepcopy(classifier.network).to("meta") if spreads else None
         self.average: Any = None  # timm's ModelEmaV3, or None
         self.kept = classifier.network  # what checkpoints hold: the network, and the average of its weights
-        self.measured = classifier.network  # and exported
+        self.measured = classifier.network  # what is measured and exported
         if settings.ema:
             from timm.utils.model_ema import ModelEmaV3
 
@@ -159,7 +159,7 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     validate_every = config.validate_every or max(1, steps // _VALIDATIONS)
     parameters = [parameter for parameter in job.classifier.network.parameters() if parameter.requires_grad]
     stop_signal, nonfinite = 0, torch.zeros((), device=device)  # 1 from the first update on that is not finite
-    with loading as batches, engine.rescuing(keys, samples, run, checkpoints, report):
+    with loading as batches, engine.rescuing(keys, checkpoints, report):
         for step in range(done, steps):
             group.step = done = step + 1
             batch, stop_signal = engine.next_batch(batches, group, run, stop)
@@ -287,7 +287,7 @@ def _micro_batch(
                 f"--micro-batch {micro} a part of a step has one"
             )
     with seeded_torch(0, group.device):
-        fits = engine.pictures_fit(objective, blank, group, precision=config.precision, shard=config.fsdp)
+        fits = engine.pictures_fit(objective, blank, group, config)
         return engine.find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=multiple)
 
 

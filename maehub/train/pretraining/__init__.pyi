@@ -10,3 +10,4 @@ from .network import kept_patches as kept_patches
 from .network import view_of as view_of
 from .objective import Objective as Objective
 from .views import Crops as Crops
+from .views import opened as opened

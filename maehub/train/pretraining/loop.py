@@ -150,7 +150,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     report = partial(update_report, run, PretrainConfig)
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     stop_signal, nonfinite = 0, torch.zeros((), device=device)  # 1 from the first update on that is not finite
-    with loading as batches, engine.rescuing(keys, samples, run, checkpoints, report):
+    with loading as batches, engine.rescuing(keys, checkpoints, report):
         for step in range(done, steps):
             group.step = done = step + 1
             batch, stop_signal = engine.next_batch(batches, group, run, stop)

@@ -144,7 +144,7 @@ def views_fit(config: PretrainConfig, objective: Objective, view: View, group: G
         return fixed, costs.activation_bytes(network, work, precise, checkpoint=config.checkpoint_activations)
 
     blank = partial(_blank, view, device=group.device)
-    return pictures_fit(objective, blank, group, precision=config.precision, shard=config.fsdp, estimate=estimate)
+    return pictures_fit(objective, blank, group, config, estimate)
 
 
 def _blank(view: View, size: int, device: torch.device) -> Sequence[Tensor]:
