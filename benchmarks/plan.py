@@ -22,8 +22,7 @@ import torch
 from maehub.models.masking import random_masks
 from maehub.train.planning.planning import plan
 from maehub.train.pretraining.config import PlanConfig
-from maehub.train.pretraining.loop import network_options, view_of
-from maehub.train.pretraining.network import build_network, kept_patches
+from maehub.train.pretraining.network import build_network, kept_patches, view_of
 
 DEFAULT = ("vit-nano:32", "vit-ti:16", "vit-s:8", "vit-b:4")
 STEPS = 6  # the first of them is not counted
@@ -52,7 +51,7 @@ def product_rate(seconds: float = 0.3) -> float:
 def measure(model: str, batch: int, steps: int) -> None:
     """Print what steps of one network take, as JSON: for a process of its own."""
     config = PlanConfig(model=model, epochs=1, images=1)
-    network = build_network(network_options(config), None).train()
+    network = build_network(config, None).train()
     kept = kept_patches(view_of(config, network.config))
     patches = network.config.encoder.grid[0] * network.config.encoder.grid[1]
     masked = random_masks(torch.arange(batch), patches, kept)

@@ -28,7 +28,7 @@ from maehub.train.engine import micro_batch as fitting
 from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.preemption import Stop
-from maehub.train.networks.costs import activation_bytes, count_parameters, fixed_bytes
+from maehub.train.networks import costs
 from maehub.train.pretraining import network
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
@@ -101,7 +101,7 @@ def test_row_34_a_save_that_fails_is_told_at_once_and_the_newest_checkpoint_stay
         return 1e-4
 
     monkeypatch.setattr(saving, "save_checkpoint", failing)
-    monkeypatch.setattr("maehub.train.pretraining.loop.learning_rate", rate)
+    monkeypatch.setattr("maehub.train.pretraining.loop.engine.learning_rate", rate)
     with pytest.raises(CheckpointError, match="step 6 cannot be written"):
         pretrain(config_of(pictures, out, checkpoint_every=2))
     assert seen[2:] == [(2, ["step-2"]), (3, ["step-2"]), (4, ["step-2"]), (5, ["step-2"])]
@@ -113,7 +113,7 @@ def test_row_38_a_file_system_that_cannot_rename_is_noticed_before_the_first_ste
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(os, "replace", refuse)
-    monkeypatch.setattr("maehub.train.pretraining.loop.learning_rate", pytest.fail)
+    monkeypatch.setattr("maehub.train.pretraining.loop.engine.learning_rate", pytest.fail)
     with pytest.raises(CheckpointError, match="cannot rename") as caught:
         pretrain(config_of(pictures, tmp_path / "run"))
     assert caught.value.exit_code == 6
@@ -158,18 +158,8 @@ def test_row_57_a_slow_save_is_warned_about_and_the_time_limit_leaves_room_for_i
     model = torch.nn.Linear(2, 2)
     with log.RunLog(tmp_path / "run", 4) as run:
         run.begin({}, first_step=0, steps=10, hide_bar=True)
-        saver = saving.Checkpoints(
-            group=saving.Group(),
-            run=run,
-            stop=stop,
-            model=model,
-            optimizer=None,
-            start=None,
-            steps=10,
-            every=1000,
-            keep=2,
-            shard=False,
-        )
+        config = config_of(pictures, tmp_path / "run")
+        saver = saving.Checkpoints(config, saving.Group(), run, stop, model=model, optimizer=None, start=None, steps=10)
         monkeypatch.setattr(saving, "replace", lambda progress, step: progress)
         for step in (1, 2):
             saver.save(step, must=False)
@@ -193,7 +183,7 @@ def test_row_60_memory_that_runs_out_says_what_helps(pictures, tmp_path, monkeyp
     def failing(*arguments):
         raise errors[kind]
 
-    monkeypatch.setattr("maehub.train.pretraining.loop.gradient_norm", failing)
+    monkeypatch.setattr("maehub.train.pretraining.loop.engine.gradient_norm", failing)
     with pytest.raises(CheckpointError, match=r"ran out with 4 views at once.*--micro-batch") as caught:
         pretrain(config_of(pictures, tmp_path / "run"))
     assert caught.value.exit_code == 6
@@ -204,7 +194,7 @@ def test_row_60_a_real_limit_on_memory(pictures, tmp_path):
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
     grow = (
         "from maehub.train.pretraining import loop as pretraining\nimport torch\n"
-        "pretraining.gradient_norm = lambda parameters: torch.ones(1 << 32).norm()\n"  # 16 GiB
+        "pretraining.engine.gradient_norm = lambda parameters: torch.ones(1 << 32).norm()\n"  # 16 GiB
     )
     done = script(pictures, tmp_path / "run", before=limit + grow)
     assert done.returncode == 6, done.stderr
@@ -215,8 +205,10 @@ def test_row_60_a_real_limit_on_memory(pictures, tmp_path):
 def test_a_batch_that_does_not_fit_is_accumulated(pictures, tmp_path, monkeypatch, caplog):
     pretrain(config_of(pictures, tmp_path / "whole", batch_size=12))
     network = AutoencoderConfig(TINY, 32, 1, 2, "pixels")
-    fixed = fixed_bytes(count_parameters(network), "fp32")
-    room = fixed + 2 * 5 * activation_bytes(network, 4, "fp32")  # half of what is left is for five views
+    fixed = costs.fixed_bytes(costs.count_parameters(network), "fp32")
+    room = fixed + 2 * 5 * costs.activation_bytes(
+        network, costs.work_of(network, 4), "fp32"
+    )  # half of what is left is for five views
     monkeypatch.setattr("maehub.train.engine.micro_batch.available_bytes", lambda: room)
     with caplog.at_level("INFO", "maehub"):
         pretrain(config_of(pictures, tmp_path / "parts", batch_size=12))

@@ -197,14 +197,14 @@ class Killed(BaseException):
 
 
 def at_step(monkeypatch, wanted, action):
-    real = finetuning.learning_rate
+    real = finetuning.engine.learning_rate
 
     def rate(step, *rest):
         if step == wanted:
             action()
         return real(step, *rest)
 
-    monkeypatch.setattr(finetuning, "learning_rate", rate)
+    monkeypatch.setattr(finetuning.engine, "learning_rate", rate)
 
 
 def kill():
@@ -496,7 +496,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before(pictures, tmp_path, 
         return real(self, images, targets) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(Objective, "forward", forward)
-    monkeypatch.setattr(finetuning, "pictures_fit", lambda *_, **__: lambda size: True)
+    monkeypatch.setattr(finetuning.engine, "pictures_fit", lambda *_, **__: lambda size: True)
     with pytest.raises(DivergedError, match="step 6"):
         finetune(settings_of(pictures, tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "diverged"

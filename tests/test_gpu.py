@@ -170,7 +170,7 @@ def run_of(tmp_path, name, *more):
 
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
     """From the learning rate to the log, once everything is warm; micro-batches and clipping included."""
-    real_rate, real_log = pretraining.learning_rate, RunLog.log
+    real_rate, real_log = pretraining.engine.learning_rate, RunLog.log
 
     def rate(step, *rest):
         torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
@@ -180,7 +180,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
         real_log(self, *arguments)
 
-    monkeypatch.setattr(pretraining, "learning_rate", rate)
+    monkeypatch.setattr(pretraining.engine, "learning_rate", rate)
     monkeypatch.setattr(RunLog, "log", log)
     try:
         run_of(tmp_path, "run", "--micro-batch", "4", "--clip-grad", "1", "--augment", "colour-jitter")
@@ -191,7 +191,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
 def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     whole = run_of(tmp_path, "whole", "--deterministic")
-    real = pretraining.learning_rate
+    real = pretraining.engine.learning_rate
 
     def dies(step, *rest):
         if step == 13:
@@ -199,7 +199,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch):
         return real(step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "learning_rate", dies)
+        patch.setattr(pretraining.engine, "learning_rate", dies)
         with pytest.raises(AssertionError):
             run_of(tmp_path, "cut", "--deterministic", "--checkpoint-every", "8")
     assert run_of(tmp_path, "cut", "--deterministic", "--checkpoint-every", "8", "--resume") == whole
@@ -208,7 +208,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_a_bad_step_is_skipped_on_the_device(tmp_path, monkeypatch):
-    real_rate, real_normalise, at = pretraining.learning_rate, Objective.normalise, []
+    real_rate, real_normalise, at = pretraining.engine.learning_rate, Objective.normalise, []
 
     def rate(step, *rest):
         at.append(step)
@@ -217,7 +217,7 @@ def test_a_bad_step_is_skipped_on_the_device(tmp_path, monkeypatch):
     def normalise(self, pixels):
         return real_normalise(self, pixels) * (torch.nan if at and at[-1] == 5 else 1)
 
-    monkeypatch.setattr(pretraining, "learning_rate", rate)
+    monkeypatch.setattr(pretraining.engine, "learning_rate", rate)
     monkeypatch.setattr(Objective, "normalise", normalise)
     with pytest.raises(AssertionError):
         run_of(tmp_path, "run")
@@ -272,7 +272,7 @@ def test_a_deterministic_fine_tuning_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     data, full = labelled(tmp_path / "data"), {"deterministic": True, "checkpoint_every": 8, "ema": 0.9, "mixup": 0.8}
     whole = finetuned(data, tmp_path / "whole", **full)
-    real = finetuning.learning_rate
+    real = finetuning.engine.learning_rate
 
     def dies(step, *rest):
         if step == 13:
@@ -280,7 +280,7 @@ def test_a_deterministic_fine_tuning_resumes_bit_for_bit(tmp_path, monkeypatch):
         return real(step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "learning_rate", dies)
+        patch.setattr(finetuning.engine, "learning_rate", dies)
         with pytest.raises(MemoryError):
             finetuned(data, tmp_path / "cut", **full)
     cut = finetuned(data, tmp_path / "cut", resume=True, **full)
@@ -290,7 +290,7 @@ def test_a_deterministic_fine_tuning_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_a_step_of_fine_tuning_never_waits_for_the_device(tmp_path, monkeypatch):
-    real_rate, real_log = finetuning.learning_rate, RunLog.log
+    real_rate, real_log = finetuning.engine.learning_rate, RunLog.log
 
     def rate(step, *rest):
         torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
@@ -300,7 +300,7 @@ def test_a_step_of_fine_tuning_never_waits_for_the_device(tmp_path, monkeypatch)
         torch.cuda.set_sync_debug_mode("default")
         real_log(self, *arguments)
 
-    monkeypatch.setattr(finetuning, "learning_rate", rate)
+    monkeypatch.setattr(finetuning.engine, "learning_rate", rate)
     monkeypatch.setattr(RunLog, "log", log)
     try:
         finetuned(labelled(tmp_path / "data"), tmp_path / "run", micro_batch=4, clip_grad=1.0, ema=0.9, mixup=0.8)

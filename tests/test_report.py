@@ -574,14 +574,14 @@ def test_twins_are_counted(labelled, tmp_path, tiny):
 
 
 def at_step(monkeypatch, wanted, action):
-    real = finetuning.learning_rate
+    real = finetuning.engine.learning_rate
 
     def rate(step, *rest):
         if step == wanted:
             action()
         return real(step, *rest)
 
-    monkeypatch.setattr(finetuning, "learning_rate", rate)
+    monkeypatch.setattr(finetuning.engine, "learning_rate", rate)
 
 
 def test_a_fine_tuning_run_that_was_stopped(labelled, tmp_path, tiny, monkeypatch):

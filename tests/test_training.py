@@ -125,14 +125,14 @@ class Killed(BaseException):
 
 def at_step(monkeypatch, wanted, action):
     """Do something in the middle of a step (0 is the first)."""
-    real = pretraining.learning_rate
+    real = pretraining.engine.learning_rate
 
     def rate(step, *rest):
         if step == wanted:
             action()
         return real(step, *rest)
 
-    monkeypatch.setattr(pretraining, "learning_rate", rate)
+    monkeypatch.setattr(pretraining.engine, "learning_rate", rate)
 
 
 def die():
@@ -285,7 +285,7 @@ from maehub.train import PretrainConfig, pretrain
 from maehub.train.pretraining import loop as pretraining
 if __name__ == "__main__":
     PRESETS["vit-tiny"] = EncoderConfig(32, 8, 3, 32, 1, 2)
-    real = pretraining.learning_rate
+    real = pretraining.engine.learning_rate
     def rate(step, *rest):
         if step == 4:  # wait here to be killed
             Path(sys.argv[2], "here").touch()
@@ -295,7 +295,7 @@ if __name__ == "__main__":
                     break
         return real(step, *rest)
     if "--wait" in sys.argv:
-        pretraining.learning_rate = rate
+        pretraining.engine.learning_rate = rate
     result = pretrain(PretrainConfig(
         data=Path(sys.argv[1]), out=Path(sys.argv[2]), model="vit-tiny", target="pixels", decoder_width=32,
         decoder_depth=1, decoder_heads=2, steps=7, batch_size=6, workers=1, device="cpu", base_lr=0.05, quiet=True,
@@ -562,7 +562,11 @@ def test_a_run_that_was_killed_before_its_export_is_finished_by_resume(pictures,
 
 def poison(monkeypatch, wanted, where):
     """NaN in the pictures or in a gradient of one step (0 is the first)."""
-    real_rate, real_norm, real_normalise = pretraining.learning_rate, pretraining.gradient_norm, Objective.normalise
+    real_rate, real_norm, real_normalise = (
+        pretraining.engine.learning_rate,
+        pretraining.engine.gradient_norm,
+        Objective.normalise,
+    )
     steps = []
 
     def rate(step, *rest):
@@ -578,8 +582,8 @@ def poison(monkeypatch, wanted, where):
         images = real_normalise(self, pixels)
         return images * torch.nan if steps and steps[-1] == wanted and where == "loss" else images
 
-    monkeypatch.setattr(pretraining, "learning_rate", rate)
-    monkeypatch.setattr(pretraining, "gradient_norm", norm)
+    monkeypatch.setattr(pretraining.engine, "learning_rate", rate)
+    monkeypatch.setattr(pretraining.engine, "gradient_norm", norm)
     monkeypatch.setattr(Objective, "normalise", normalise)
 
 

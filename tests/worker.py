@@ -37,8 +37,7 @@ class Faults:
 
     def at_step(self, action):
         """In the middle of a step (0 is the first), once."""
-        from maehub.train.finetuning import loop as finetuning
-        from maehub.train.pretraining import loop as pretraining
+        from maehub.train import engine
 
         done = []
 
@@ -47,8 +46,7 @@ class Faults:
                 done.append(action())
             return real(step, *rest)
 
-        real = self.patch(pretraining, "learning_rate", rate)
-        self.patch(finetuning, "learning_rate", rate)
+        real = self.patch(engine, "learning_rate", rate)
 
     def kill(self):
         self.at_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -79,16 +77,16 @@ class Faults:
 
     def slow(self):
         """Every step takes a while, so that it can be met in its middle."""
-        from maehub.train.pretraining import loop as pretraining
+        from maehub.train import engine
 
         def rate(step, *rest):
             time.sleep(self.step / 1000)
             return real(step, *rest)
 
-        real = self.patch(pretraining, "learning_rate", rate)
+        real = self.patch(engine, "learning_rate", rate)
 
     def nan(self):
-        from maehub.train.pretraining import loop as pretraining
+        from maehub.train import engine
         from maehub.train.pretraining.objective import Objective
 
         at = []
@@ -101,7 +99,7 @@ class Faults:
             images = real(self_, pixels)
             return images * float("nan") if at and at[-1] == self.step else images
 
-        real_rate = self.patch(pretraining, "learning_rate", rate)
+        real_rate = self.patch(engine, "learning_rate", rate)
         real = self.patch(Objective, "normalise", normalise)
 
     def disk_full(self):

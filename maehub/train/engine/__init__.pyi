@@ -10,6 +10,7 @@ from .optim import adamw as adamw
 from .optim import decayed_groups as decayed_groups
 from .optim import gradient_norm as gradient_norm
 from .optim import learning_rate as learning_rate
+from .optim import matrix_groups as matrix_groups
 from .optim import peak_rate as peak_rate
 from .optim import set_rates as set_rates
 from .optim import update as update
@@ -17,6 +18,7 @@ from .parallel import accumulating as accumulating
 from .parallel import autocast as autocast
 from .parallel import computes_bf16 as computes_bf16
 from .parallel import deterministic as deterministic
+from .parallel import shard as shard
 from .parallel import single_network as single_network
 from .parallel import wrapped as wrapped
 from .preemption import Stop as Stop

@@ -30,14 +30,18 @@ def peak_rate(base_lr: float, batch_size: int) -> float:
     return base_lr * (share if share >= 1 else math.sqrt(share))
 
 
-def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
-    """Fused AdamW with no decay on biases and norms; frozen parameters are left out."""
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW by the published betas, the groups being `matrix_groups`."""
+    return torch.optim.AdamW(matrix_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def matrix_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters, with no decay on biases and norms; frozen parameters are left out."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def decayed_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maehub.models import Block
 from maehub.train.engine.distributed import Group
-from maehub.train.engine.settings import Precision
+from maehub.train.engine.settings import Precision, RunConfig
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -33,15 +33,7 @@ def computes_bf16(precision: Precision, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and capable)
 
 
-def wrapped(
-    module: nn.Module,
-    group: Group,
-    *,
-    precision: Precision = "auto",
-    compile: bool = False,
-    shard: bool = False,
-    checkpoint_activations: bool = False,
-) -> nn.Module:
+def wrapped(module: nn.Module, group: Group, config: RunConfig) -> nn.Module:
     """The module as the loop calls it; its parameters are those of ``module``, which stays what is saved.
 
     From the inside to the outside:
@@ -51,28 +43,15 @@ def wrapped(
     3. FSDP2, or DDP, which overlap communication with the backward pass.
     """
     blocks = [part for part in module.modules() if isinstance(part, Block)]
-    if checkpoint_activations:
+    if config.checkpoint_activations:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    shard = shard and group.size > 1
-    if compile and shard:
-        for block in blocks:
+    if config.fsdp and group.size > 1:
+        for block in blocks if config.compile else ():
             block.compile()
-    if shard:
-        from torch.distributed.device_mesh import DeviceMesh  # here, since they take a second to import
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        assert group.step_group is not None
-        mesh = DeviceMesh.from_group(group.step_group, group.device.type)
-        bf16 = computes_bf16(precision, group.device)
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        shard(module, group, config.precision)
         return module
-    called: nn.Module = torch.compile(module) if compile else module  # type: ignore[assignment]
+    called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
     if group.size == 1:
         return called
     device = None if group.device.type == "cpu" else [group.device]
@@ -86,6 +65,21 @@ def wrapped(
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+
+
+def shard(module: nn.Module, group: Group, precision: Precision) -> None:
+    """Spread the weights of a module over the processes (FSDP2)."""
+    from torch.distributed.device_mesh import DeviceMesh  # here, since they take a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    assert group.step_group is not None
+    mesh = DeviceMesh.from_group(group.step_group, group.device.type)
+    bf16 = computes_bf16(precision, group.device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for part in (*[block for block in module.modules() if isinstance(block, Block)], module):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
 @contextlib.contextmanager
@@ -130,9 +124,5 @@ def single_network(network: Network, empty: Network | None, group: Group) -> Net
     if not group.is_main:
         return None
     whole = copy.deepcopy(empty)
-    whole.load_state_dict({name: value for name, value in weights.items() if _is_tensor(value)}, assign=True)
+    whole.load_state_dict({name: value for name, value in weights.items() if isinstance(value, Tensor)}, assign=True)
     return whole.to(group.device)
-
-
-def _is_tensor(value: Any) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor)

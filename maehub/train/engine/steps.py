@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maehub.data import Source, StepKeys
+from maehub.data import StepKeys
 from maehub.errors import CheckpointError, DataError, DivergedError
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.preemption import Stop
@@ -79,10 +79,9 @@ def agreed(loss: Tensor, norm: Tensor, nonfinite: Tensor, group: Group) -> tuple
 
 
 @contextlib.contextmanager
-def rescuing(
-    keys: StepKeys, samples: Source, run: RunLog, checkpoints: Checkpoints, report: Callable[[], None]
-) -> Iterator[None]:
+def rescuing(keys: StepKeys, checkpoints: Checkpoints, report: Callable[[], None]) -> Iterator[None]:
     """Where an update was bad, write down its samples, and keep the weights: they are those of the step before."""
+    run = checkpoints.run
     try:
         yield
     except DivergedError as error:
@@ -95,7 +94,7 @@ def rescuing(
                 checkpoints.save(step - 1, must=True)
             error.args = (str(error).replace(before, run.kept()),)
         batch = next(iter(replace(keys, first_step=step - 1, steps=step, rank=0, size=1)))
-        names = [samples.where(key.sample) for key in batch]
+        names = [keys.samples.where(key.sample) for key in batch]
         run.dump(step, {"reason": str(error), "samples": names, "crop_seeds": [key.crop for key in batch]})
         run.failed(error)
         report()

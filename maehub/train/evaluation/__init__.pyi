@@ -14,6 +14,7 @@ from .neighbours import NeighbourTrial as NeighbourTrial
 from .neighbours import choose_neighbours as choose_neighbours
 from .neighbours import effective_rank as effective_rank
 from .neighbours import leave_one_out as leave_one_out
+from .neighbours import targets_of as targets_of
 from .neighbours import vote as vote
 from .plots import confusion_picture as confusion_picture
 from .predicting import Predictions as Predictions

@@ -4,9 +4,6 @@ import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from maehub.data import Labelled, label_name, mapped
 from maehub.errors import DataError, UsageError, first_names
@@ -20,17 +17,12 @@ _GIVE = (
 )
 
 
-class Matched(NamedTuple):
-    """Pictures whose labels are places in the classes that are scored."""
-
-    labelled: Labelled
-    outputs: list[int]  # of the model, one a class
-
-
 def match_classes(
     labelled: Labelled, names: Sequence[str], classes: int, classes_from: Path | None, model: str, data: str
-) -> Matched:
+) -> tuple[Labelled, list[int]]:
     """Match the classes of labelled pictures with the outputs of a classifier, or refuse to guess.
+
+    Gives the pictures, their labels being places in the classes that are scored, and the output of each such class.
 
     Args:
         labelled: with its own classes.
@@ -45,11 +37,11 @@ def match_classes(
     """
     if classes_from is not None:
         listed = _read_file(classes_from, names, classes)
-        return Matched(mapped(labelled, tuple(listed), f"{data} (see {classes_from})"), list(listed.values()))
+        return mapped(labelled, tuple(listed), f"{data} (see {classes_from})"), list(listed.values())
     known = tuple(map(label_name, names))
     if known:
         try:
-            return Matched(mapped(labelled, known, data), list(range(classes)))
+            return mapped(labelled, known, data), list(range(classes))
         except DataError as error:
             raise DataError(f"{error}. {_GIVE}") from error
     order = _certain_order(labelled.classes, classes)
@@ -62,7 +54,7 @@ def match_classes(
     log.info(
         "%s does not name its %d classes: matched by their order, from %s to %s", model, classes, order[0], order[-1]
     )
-    return Matched(mapped(labelled, order, data), list(range(classes)))
+    return mapped(labelled, order, data), list(range(classes))
 
 
 def _certain_order(folders: Sequence[str], classes: int) -> tuple[str, ...] | None:
@@ -111,8 +103,3 @@ def _read_file(path: Path, names: Sequence[str], classes: int) -> dict[str, int]
     if len(set(listed.values())) < max(2, len(listed)):
         raise UsageError(f"{path}: two folders or more are needed, each of another class")
     return listed
-
-
-def used_outputs(logits: np.ndarray, outputs: Sequence[int]) -> np.ndarray:
-    """(n, C) of the classes that are scored, in their order."""
-    return logits if list(outputs) == list(range(logits.shape[1])) else logits[:, list(outputs)]

@@ -21,7 +21,7 @@ from maehub.files import check_free, sheet_cells, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
 from maehub.models import Encoder, usable_device
-from maehub.train.evaluation.class_matching import match_classes, used_outputs
+from maehub.train.evaluation.class_matching import match_classes
 from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
@@ -121,7 +121,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         workers=config.workers,
         progress=not config.quiet,
     ).numpy()
-    logits = used_outputs(logits, used)
+    if used != list(range(logits.shape[1])):
+        logits = logits[:, used]
     scores = score(logits, labelled.labels, labelled.classes, labelled.groups)
     wrong = worst_mistakes(logits, labelled.labels)
     title = f"the {len(wrong)} worst mistakes of {config.model}" if len(wrong) > 1 else f"a mistake of {config.model}"

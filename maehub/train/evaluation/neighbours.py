@@ -40,7 +40,7 @@ def vote(
     and (n, D) floating on one device; labels (m,) integers below ``classes``, or below as many as they name; or (m, C)
     bool, where a neighbour votes for each of its classes.
     """
-    ballots = _ballots(train_labels, classes, features.device)
+    ballots = targets_of(train_labels, classes, features.device)
     return torch.cat([_shares(*near, ballots) for near in _nearest(train_features, features, neighbours, temperature)])
 
 
@@ -59,7 +59,7 @@ def choose_neighbours(
     count = len(features)
     if count < 2:
         raise UsageError("one picture has no neighbours to choose by")
-    ballots = _ballots(labels, None, features.device)
+    ballots = targets_of(labels, None, features.device)
     tried = [number for number in candidates or NEIGHBOURS if number < count] or [count - 1]
     barred = torch.arange(count) if groups is None else torch.as_tensor(groups)
     votes: dict[int, list[Tensor]] = {number: [] for number in tried}
@@ -115,8 +115,8 @@ def _shares(weights: Tensor, indices: Tensor, ballots: Tensor) -> Tensor:
     return votes / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def _ballots(labels: np.ndarray, classes: int | None, device: torch.device) -> Tensor:
-    """(m, C) float32: 1 for each class that a picture votes for."""
+def targets_of(labels: np.ndarray, classes: int | None, device: torch.device | str = "cpu") -> Tensor:
+    """(n, C) float32 with 1 for each class of a picture, of labels (n,) integers or (n, C) bool."""
     truth = torch.as_tensor(labels, device=device)
     if truth.ndim == 2:
         return truth.float()

@@ -1,11 +1,10 @@
 """Fine-tuning an encoder as a classifier, and probing it: one visible loop, for one process and for many."""
 
-import contextlib
 import copy
 import hashlib
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,40 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maehub.data import Labelled, LabelledSplit, StepKeys, batches_of, split_labelled, worker_count
+import maehub.train.engine as engine
+from maehub.data import Labelled, StepKeys, batches_of, split_labelled, worker_count
 from maehub.errors import EXIT_DONE, DataError, UsageError
 from maehub.images import Augmentation
-from maehub.train.engine import (
-    Checkpoints,
-    Group,
-    Progress,
-    RunLog,
-    Stop,
-    accumulating,
-    agreed,
-    agreed_start,
-    autocast,
-    batch_words,
-    check_run_folder,
-    describe_environment,
-    deterministic,
-    find_micro_batch,
-    gradient_norm,
-    joined,
-    learning_rate,
-    next_batch,
-    parts,
-    peak_rate,
-    pictures_fit,
-    rescuing,
-    set_rates,
-    single_network,
-    step_errors,
-    stop_after,
-    stop_requests,
-    update,
-    wrapped,
-)
+from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.evaluation import Scores, score
 from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.config import FinetuneConfig
@@ -94,38 +64,65 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         KeyboardInterrupt: a second stop signal came before the step was done.
     """
     deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
-    with joined(config.device, config.timeout) as group, deterministic(config.deterministic):
+    with engine.joined(config.device, config.timeout) as group, engine.deterministic(config.deterministic):
         with group.together("setting up"):
             if group.is_main:
-                check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
-            job = _set_up(config, group)
+                engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
+            job = _Job(config, group)
         logged = RunLog(config.out, job.settings.batch_size, is_main=group.is_main)
-        with logged as run, stop_requests(deadline) as stop:
+        with logged as run, engine.stop_requests(deadline) as stop:
             return _train(config, group, job, run, stop)
 
 
-@dataclass
 class _Job:
-    """What a run is made of."""
+    """What a run is made of: everything before the first step. Nothing is written."""
 
-    classifier: Classifier
-    kept: nn.Module  # what checkpoints hold: the network, and the average of its weights
-    average: Any  # timm's ModelEmaV3, or None
-    empty: nn.Module | None  # the network without weights, where they are spread over processes that then gather them
-    module: nn.Module  # the network with its loss, wrapped for this machine: what is called
-    optimizer: torch.optim.Optimizer
-    mixing: Mixing
-    transform: TrainTransform
-    split: LabelledSplit
-    facts: Facts
-    settings: Settings
-    start: Progress
-    precision: contextlib.AbstractContextManager[Any]
+    def __init__(self, config: FinetuneConfig, group: Group) -> None:
+        files = group.host_first(lambda: find_weights(config.model), "downloading the weights")
+        split = group.host_first(
+            lambda: split_labelled(
+                config.data, seed=config.seed, share=config.val_share, group=config.group, label=config.label
+            ),
+            "looking for pictures",
+        )
+        self.split = split
+        classes, many = len(split.training.classes), split.training.multi_label
+        backbone = open_network(config, files)
+        self.facts, settings = _settled(config, backbone, split.training, group)
+        self.settings = settings
+        classifier = self.classifier = build_classifier(config, backbone, settings, split.training, group)
+        derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
+        pictures = hashlib.sha256()
+        for side in (split.training, split.testing):
+            pictures.update(side.samples.digest().encode() + np.ascontiguousarray(side.labels).tobytes())
+        pictures.update("\0".join(split.training.classes).encode())
+        start = engine.agreed_start(group, asdict(config), derived, pictures.hexdigest())
+        classifier.network.to(group.device).train()
+        spreads = config.fsdp and group.size > 1
+        # the network without weights, where they are spread over processes that then gather them
+        self.empty = copy.deepcopy(classifier.network).to("meta") if spreads else None
+        self.average: Any = None  # timm's ModelEmaV3, or None
+        self.kept = classifier.network  # what checkpoints hold: the network, and the average of its weights
+        self.measured = classifier.network  # what is measured and exported
+        if settings.ema:
+            from timm.utils.model_ema import ModelEmaV3
 
-    @property
-    def measured(self) -> nn.Module:
-        """The network that is measured and exported."""
-        return self.average.module if self.average is not None else self.classifier.network
+            self.average = ModelEmaV3(classifier.network, decay=settings.ema)
+            self.measured = self.average.module.requires_grad_(False)
+            self.kept = nn.ModuleDict({"network": classifier.network, "average": self.measured})
+        weights = class_weights(split.training.labels, classes) if config.class_weights == "balanced" else None
+        objective = Objective(classifier.network, weights if many else None, multi_label=many).to(group.device)
+        self.mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
+        micro = _micro_batch(config, objective, classifier, settings, classes, group)
+        self.start = replace(start, micro_batch=micro)
+        self.module = engine.wrapped(objective, group, config)  # what is called and differentiated
+        if self.average is not None and spreads:
+            engine.shard(self.measured, group, config.precision)
+        augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
+        policy = policy_of(settings.randaugment, classifier.preprocess)
+        self.transform = TrainTransform(classifier.preprocess, augmentation, policy)
+        self.optimizer = optimizer_of(classifier, settings)
+        self.precision = engine.autocast(config.precision, group.device)
 
 
 def asked_of(config: FinetuneConfig) -> dict[str, Any]:
@@ -134,99 +131,20 @@ def asked_of(config: FinetuneConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _set_up(config: FinetuneConfig, group: Group) -> _Job:
-    """Everything before the first step; nothing is written."""
-    files = group.host_first(lambda: find_weights(config.model), "downloading the weights")
-    split = group.host_first(
-        lambda: split_labelled(
-            config.data, seed=config.seed, share=config.val_share, group=config.group, label=config.label
-        ),
-        "looking for pictures",
-    )
-    classes, many = len(split.training.classes), split.training.multi_label
-    backbone = open_network(
-        config.model, files, image_size=config.image_size, channels=config.channels, seed=config.seed
-    )
-    facts, settings = _settled(config, backbone, split.training, group)
-    classifier = build_classifier(
-        backbone, settings, split.training, group, blocks=config.blocks, pool=config.pool, seed=config.seed
-    )
-    derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
-    pictures = hashlib.sha256()
-    for side in (split.training, split.testing):
-        pictures.update(side.samples.digest().encode() + np.ascontiguousarray(side.labels).tobytes())
-    pictures.update("\0".join(split.training.classes).encode())
-    start = agreed_start(group, asdict(config), derived, pictures.hexdigest())
-    classifier.network.to(group.device).train()
-    spreads = config.fsdp and group.size > 1
-    empty = copy.deepcopy(classifier.network).to("meta") if spreads else None
-    average, kept = None, classifier.network
-    if settings.ema:
-        from timm.utils.model_ema import ModelEmaV3
-
-        average = ModelEmaV3(classifier.network, decay=settings.ema)
-        average.module.requires_grad_(False)
-        kept = nn.ModuleDict({"network": classifier.network, "average": average.module})
-    weights = class_weights(split.training.labels, classes) if config.class_weights == "balanced" else None
-    objective = Objective(classifier.network, weights if many else None, multi_label=many).to(group.device)
-    mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
-    micro = _micro_batch(config, objective, classifier, settings, classes, group)
-    module = wrapped(
-        objective,
-        group,
-        precision=config.precision,
-        compile=config.compile,
-        shard=config.fsdp,
-        checkpoint_activations=config.checkpoint_activations,
-    )
-    if average is not None and spreads:
-        wrapped(average.module, group, precision=config.precision, shard=True)
-    augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
-    policy = policy_of(settings.randaugment, classifier.preprocess)
-    return _Job(
-        classifier=classifier,
-        kept=kept,
-        average=average,
-        empty=empty,
-        module=module,
-        optimizer=optimizer_of(classifier, settings),
-        mixing=mixing,
-        transform=TrainTransform(classifier.preprocess, augmentation, policy),
-        split=split,
-        facts=facts,
-        settings=settings,
-        start=replace(start, micro_batch=micro),
-        precision=autocast(config.precision, group.device),
-    )
-
-
 def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> FinetuneResult:
     """The loop."""
     settings, steps, device = job.settings, job.settings.steps, group.device
-    checkpoints = Checkpoints(
-        group=group,
-        run=run,
-        stop=stop,
-        model=job.kept,
-        optimizer=job.optimizer,
-        start=job.start,
-        steps=steps,
-        every=config.checkpoint_every,
-        keep=config.keep,
-        shard=config.fsdp,
+    checkpoints = engine.Checkpoints(
+        config, group, run, stop, model=job.kept, optimizer=job.optimizer, start=job.start, steps=steps
     )
-    done = 0
-    if config.resume:
-        done = checkpoints.resume(
-            config.data, allow_data_change=config.allow_data_change, micro_batch=config.micro_batch
-        )
-        if checkpoints.is_complete(done):
-            return FinetuneResult(config.out, steps, EXIT_DONE, None)
+    done = checkpoints.resume() if config.resume else 0
+    if checkpoints.is_complete(done):
+        return FinetuneResult(config.out, steps, EXIT_DONE, None)
     micro = checkpoints.start.micro_batch
     if group.is_main:
         _announce(config, group, job, micro)
     facts = asdict(config) | {"kind": "finetune", "settings": asdict(settings)}
-    facts |= {"classes": list(job.split.training.classes), "environment": describe_environment(group)}
+    facts |= {"classes": list(job.split.training.classes), "environment": engine.describe_environment(group)}
     run.begin(facts, done, steps, overwrite=config.overwrite, hide_bar=config.quiet, tensorboard=config.tensorboard)
     with group.together("looking for twins"):
         if group.is_main and not config.resume and not config.skip_twins:
@@ -237,26 +155,26 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     workers = worker_count(config.workers, group.local_size)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
     report = partial(update_report, run, FinetuneConfig)
-    peak = peak_rate(settings.base_lr, settings.batch_size)
+    peak = engine.peak_rate(settings.base_lr, settings.batch_size)
     validate_every = config.validate_every or max(1, steps // _VALIDATIONS)
     parameters = [parameter for parameter in job.classifier.network.parameters() if parameter.requires_grad]
     stop_signal, nonfinite = 0, torch.zeros((), device=device)  # 1 from the first update on that is not finite
-    with loading as batches, rescuing(keys, samples, run, checkpoints, report):
+    with loading as batches, engine.rescuing(keys, checkpoints, report):
         for step in range(done, steps):
             group.step = done = step + 1
-            batch, stop_signal = next_batch(batches, group, run, stop)
-            rate = learning_rate(step, steps, peak, settings.warmup, settings.floor)
-            set_rates(job.optimizer, rate)
+            batch, stop_signal = engine.next_batch(batches, group, run, stop)
+            rate = engine.learning_rate(step, steps, peak, settings.warmup, settings.floor)
+            engine.set_rates(job.optimizer, rate)
 
-            with step_errors(micro, group):
+            with engine.step_errors(micro, group):
                 loss = _forward_backward(job, batch, micro, step_seed(config.seed, step, group.rank), device)
-                norm = gradient_norm(parameters)
-                loss, nonfinite = agreed(loss, norm, nonfinite, group)
-            update(job.optimizer, parameters, norm, nonfinite, config.clip_grad)
+                norm = engine.gradient_norm(parameters)
+                loss, nonfinite = engine.agreed(loss, norm, nonfinite, group)
+            engine.update(job.optimizer, parameters, norm, nonfinite, config.clip_grad)
             if job.average is not None:
                 job.average.update(job.classifier.network)
 
-            stop_signal = stop_after(stop_signal, group, stop)
+            stop_signal = engine.stop_after(stop_signal, group, stop)
             run.log(done, torch.stack([loss, norm, nonfinite]), rate)
             if done % validate_every == 0 and done < steps:
                 with run.paused():
@@ -274,9 +192,9 @@ def _forward_backward(job: _Job, batch: LabelledBatch, micro: int, seed: int, de
     """The loss of a batch, computed in parts that fit; the parameters have its gradient then."""
     loss = torch.zeros((), device=device)
     with seeded_torch(seed, device):
-        for number, (part, last) in enumerate(parts(batch, micro)):
+        for number, (part, last) in enumerate(engine.parts(batch, micro)):
             images, targets = job.mixing(part.to(device), seed + number)
-            with accumulating(job.module, last=last):
+            with engine.accumulating(job.module, last=last):
                 with job.precision:
                     share = job.module(images, targets) * (len(targets) / len(batch.targets))
                 share.backward()
@@ -305,7 +223,7 @@ def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Sco
     """Measure for the last time, and write the scores and the model."""
     scores = _validate(config, group, job, run, job.settings.steps)
     with group.together("exporting the model"):
-        network = single_network(job.measured, job.empty, group)
+        network = engine.single_network(job.measured, job.empty, group)
         if network is not None and scores is not None:
             export(run.folder, config.model, job.settings, network, scores, job.split)
     return scores
@@ -341,7 +259,12 @@ def _settled(config: FinetuneConfig, backbone: Backbone, training: Labelled, gro
 
 
 def _micro_batch(
-    config: FinetuneConfig, objective: Objective, classifier: Classifier, settings: Settings, classes: int, group: Group
+    config: FinetuneConfig,
+    objective: Objective,
+    classifier: Classifier,
+    settings: Settings,
+    classes: int,
+    group: Group,
 ) -> int:
     channels, (height, width) = classifier.preprocess.channels, classifier.preprocess.size
 
@@ -364,8 +287,8 @@ def _micro_batch(
                 f"--micro-batch {micro} a part of a step has one"
             )
     with seeded_torch(0, group.device):
-        fits = pictures_fit(objective, blank, group, precision=config.precision, shard=config.fsdp)
-        return find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=multiple)
+        fits = engine.pictures_fit(objective, blank, group, config)
+        return engine.find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=multiple)
 
 
 def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> None:
@@ -384,4 +307,4 @@ def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> No
         sum(p.numel() for p in job.classifier.network.parameters()),
         group.device,
     )
-    log.info("%s", describe(job.settings, job.facts, batch_words(job.settings.batch_size, micro, group)))
+    log.info("%s", describe(job.settings, job.facts, engine.batch_words(job.settings.batch_size, micro, group)))

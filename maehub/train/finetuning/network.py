@@ -13,14 +13,11 @@ from maehub.errors import UsageError
 from maehub.hub import Located, load, locate
 from maehub.images import Preprocess
 from maehub.models import Encoder
-from maehub.train.engine import Group, decayed_groups
+from maehub.train.engine import Group, decayed_groups, matrix_groups
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
-from maehub.train.finetuning.config import HeadPool
+from maehub.train.finetuning.config import FinetuneConfig, HeadPool
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.networks import Backbone, backbone_of, open_backbone, pair
-
-Groups = Callable[[float, float], list[dict[str, Any]]]
-"""Weight decay and layer decay to the optimizer's groups of parameters, with the factor ``lr_scale`` of each."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Classifier:
 
     network: nn.Module
     preprocess: Preprocess
-    groups: Groups
+    groups: Callable[[float, float], list[dict[str, Any]]]
+    """Weight decay and layer decay to the optimizer's groups of parameters, with the factor ``lr_scale`` of each."""
 
 
 def find_weights(name: str) -> Located | None:
@@ -41,48 +39,39 @@ def find_weights(name: str) -> Located | None:
     return locate(name, "encoder")
 
 
-def open_network(
-    name: str, files: Located | None, *, image_size: tuple[int, ...], channels: int | None, seed: int
-) -> Backbone:
-    """The network to start from, on the CPU, from what `find_weights` gives; ``seed`` is that of fresh weights."""
-    size = pair(image_size)
+def open_network(config: FinetuneConfig, files: Located | None) -> Backbone:
+    """The network to start from, on the CPU, from what `find_weights` gives."""
+    name, size, channels = config.model, pair(config.image_size), config.channels
     if files is not None:
         backbone = backbone_of(name, load(files, image_size=size, channels=channels))
     elif channels not in (None, 3):
         raise UsageError(f"--channels {channels} is for weights of maehub; {name} takes 3")
     else:
-        backbone = open_backbone(name, image_size=size, seed=seed)
+        backbone = open_backbone(name, image_size=size, seed=config.seed)
     if backbone.preprocess.channels not in (1, 3):
         raise UsageError(f"pictures have 1 or 3 channels, and {name} takes {backbone.preprocess.channels}")
     return backbone
 
 
 def build_classifier(
-    backbone: Backbone,
-    settings: Settings,
-    training: Labelled,
-    group: Group,
-    *,
-    blocks: float | None,
-    pool: HeadPool | None,
-    seed: int,
+    config: FinetuneConfig, backbone: Backbone, settings: Settings, training: Labelled, group: Group
 ) -> Classifier:
-    """What is trained, on the CPU: the network with a fresh head, by the settled recipe.
-
-    ``blocks`` and ``pool`` are what the user wants, as in `FinetuneConfig`.
-    """
+    """What is trained, on the CPU: the network with a fresh head, by the settled recipe."""
     classes, encoder = training.classes, backbone.module
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         if settings.head != "linear":
-            return _frozen(backbone, settings, len(classes), group, pool)
+            own = settings.pool if config.pool or settings.pool in backbone.pools else backbone.pools[0]
+            attentive, count = settings.head == "attentive", len(classes)
+            probe = AttentiveProbe(backbone, count) if attentive else LinearProbe(backbone, own, count, group)
+            return Classifier(probe, backbone.preprocess, lambda weight_decay, _: matrix_groups(probe, weight_decay))
         if not isinstance(encoder, Encoder):
-            return _timms(backbone, settings, len(classes), blocks, pool)
+            return _timms(backbone, settings, len(classes), config.blocks, config.pool)
         several = training.multi_label
-        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=seed)
+        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=config.seed)
     depth = network.config.depth
-    if blocks is not None:
-        freeze(network, blocks)
+    if config.blocks is not None:
+        freeze(network, config.blocks)
     drop_paths(list(network.blocks), settings.drop_path)
     return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
@@ -104,25 +93,11 @@ def _timms(
     drop_paths(blocks, settings.drop_path, ("drop_path1", "drop_path2"))
     undecayed: set[str] = getattr(network, "no_weight_decay", set)()
 
-    def groups(weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-        return grouped(network, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
-
-    return Classifier(network, backbone.preprocess, groups)
-
-
-def _frozen(backbone: Backbone, settings: Settings, classes: int, group: Group, pool: HeadPool | None) -> Classifier:
-    own = settings.pool if pool or settings.pool in backbone.pools else backbone.pools[0]
-    attentive = settings.head == "attentive"
-    network = AttentiveProbe(backbone, classes) if attentive else LinearProbe(backbone, own, classes, group)
-
-    def groups(weight_decay: float, _: float) -> list[dict[str, Any]]:
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-
-    return Classifier(network, backbone.preprocess, groups)
+    return Classifier(
+        network,
+        backbone.preprocess,
+        lambda wd, ld: grouped(network, wd, no_weight_decay_list=undecayed, layer_decay=ld),
+    )
 
 
 def optimizer_of(classifier: Classifier, settings: Settings) -> torch.optim.Optimizer:

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from maehub.errors import UsageError
 from maehub.train.engine import peak_rate
-from maehub.train.finetuning.config import HeadPool
-from maehub.train.finetuning.config import Recipe as RecipeName
+from maehub.train.finetuning.config import HeadPool, Recipe
 
 SMALL = 10_000
 """Training pictures below which a recipe is fitted to the data."""
@@ -27,7 +26,7 @@ _RANDAUGMENT = "rand-m9-mstd0.5-inc1"
 class Settings:
     """Everything that a recipe decides; the fields that `FinetuneConfig` has too mean what they mean there."""
 
-    recipe: RecipeName
+    recipe: Recipe
     epochs: float
     batch_size: int
     base_lr: float
@@ -73,7 +72,7 @@ class Facts:
     multi_label: bool = False
 
 
-def settle(recipe: RecipeName, facts: Facts, asked: Mapping[str, Any], model: str) -> Settings:
+def settle(recipe: Recipe, facts: Facts, asked: Mapping[str, Any], model: str) -> Settings:
     """The recipe for a network and a data set, changed where it is asked for.
 
     With fewer than `SMALL` pictures: batches of at most an eighth of them, at least 1,000 steps, a warm-up of a
@@ -147,7 +146,7 @@ def describe(settings: Settings, facts: Facts, batch: str) -> str:
     )
 
 
-def _published(name: RecipeName, facts: Facts) -> Settings:
+def _published(name: Recipe, facts: Facts) -> Settings:
     """A recipe as published for B, L and H; smaller networks take B's."""
     large, huge = facts.width >= 1024, facts.width >= 1280
     paper = Settings(  # He et al. 2021, table 9

@@ -19,8 +19,10 @@ from torch.utils.data import Dataset
 
 from maehub.data import Key, Labelled, naming
 from maehub.errors import DataError, UsageError
-from maehub.images import Augmentation, Preprocess, crop, open_image
+from maehub.images import Augmentation, Preprocess, crop
 from maehub.rng import sample_seed
+from maehub.train.evaluation import targets_of
+from maehub.train.pretraining import opened
 
 _POLICY = 5  # view of `sample_seed`
 _TRANSLATION = 0.45  # of the shorter side, the furthest that timm's policies move a picture
@@ -39,13 +41,6 @@ class LabelledBatch(NamedTuple):
         """On a device, without waiting for it; seeds are read by the host and stay."""
         pixels, targets = (field.to(device, non_blocking=True) for field in self[:2])
         return type(self)(pixels, targets, self.seeds)
-
-
-def targets_of(labels: np.ndarray, classes: int) -> Tensor:
-    """(n, classes) float32 from (n,) int64 or (n, classes) bool."""
-    if labels.ndim == 2:
-        return torch.from_numpy(labels.astype(np.float32))
-    return torch.nn.functional.one_hot(torch.from_numpy(labels.astype(np.int64)), classes).float()
 
 
 @dataclass(frozen=True)
@@ -77,11 +72,8 @@ class LabelledCrops(Dataset[LabelledBatch | DataError]):
     def __init__(self, labelled: Labelled, transform: TrainTransform, cache: bool) -> None:
         self.labelled = labelled
         self.transform = transform
-        self.decoded = [self._decoded(index) for index in range(len(labelled))] if cache else None
-
-    def _decoded(self, index: int) -> Image.Image:
-        with naming(self.labelled.samples, index):
-            return open_image(self.labelled.samples.source(index), channels=self.transform.preprocess.channels)
+        samples, channels = labelled.samples, transform.preprocess.channels
+        self.decoded = [opened(samples, index, channels) for index in range(len(samples))] if cache else None
 
     def __getitems__(self, keys: list[Key]) -> LabelledBatch | DataError:
         samples = self.labelled.samples

@@ -1,16 +1,6 @@
+from . import costs as costs
 from .backbones import Backbone as Backbone
 from .backbones import backbone_of as backbone_of
 from .backbones import open_backbone as open_backbone
-from .costs import BACKWARD as BACKWARD
-from .costs import Parameters as Parameters
-from .costs import Work as Work
-from .costs import activation_bytes as activation_bytes
-from .costs import block_parameters as block_parameters
-from .costs import checkpoint_bytes as checkpoint_bytes
-from .costs import count_parameters as count_parameters
-from .costs import decoder_flops as decoder_flops
-from .costs import fixed_bytes as fixed_bytes
-from .costs import forward_flops as forward_flops
-from .costs import work_of as work_of
 from .presets import pair as pair
 from .presets import preset as preset

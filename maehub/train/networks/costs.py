@@ -99,14 +99,7 @@ def decoder_flops(network: AutoencoderConfig, work: Work) -> int:
     return _flops(_products(network, work)[1:], _blocks(network, work)[network.encoder.depth :])
 
 
-def activation_bytes(
-    network: AutoencoderConfig,
-    kept: int,
-    precision: Precision,
-    *,
-    work: Work | None = None,
-    checkpoint: bool = False,
-) -> int:
+def activation_bytes(network: AutoencoderConfig, work: Work, precision: Precision, *, checkpoint: bool = False) -> int:
     """Peak memory that one more view in a micro-batch takes, in bytes.
 
     What the backward pass needs of every block, the picture and its target, and what lives beside them where the
@@ -114,13 +107,10 @@ def activation_bytes(
 
     Args:
         network: its encoder's native size is the size of the views.
-        kept: K, patches that stay visible.
         precision: "bf16" is autocast: the residual stream and what a LayerNorm reads stay float32. Others count as
             float32.
-        work: which patches are computed where, if not all hidden ones are predicted.
         checkpoint: keep only the input of each block and compute the rest again.
     """
-    work = work or work_of(network, kept)
     half = 2 if precision == "bf16" else _FP32
     blocks = _blocks(network, work)
     if checkpoint:

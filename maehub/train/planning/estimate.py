@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from maehub.train.evaluation import duration_text
-from maehub.train.networks import Parameters, Work
+from maehub.train.networks import costs
 from maehub.train.planning.devices import Device
 
 
@@ -33,10 +33,10 @@ class Plan:
     """The estimate for one run. Bytes and FLOPs are of one process; rates, hours and steps of the whole run."""
 
     network: str
-    parameters: Parameters
+    parameters: costs.Parameters
     view: tuple[int, int]
     """(height, width) in pixels."""
-    work: Work
+    work: costs.Work
     forward_flops: int
     """Of one view."""
     training_flops: int

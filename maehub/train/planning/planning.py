@@ -13,17 +13,7 @@ from maehub.errors import DataError, UsageError
 from maehub.hub import is_model, model_info
 from maehub.models import AutoencoderConfig
 from maehub.train.engine import peak_rate
-from maehub.train.networks import (
-    BACKWARD,
-    activation_bytes,
-    block_parameters,
-    checkpoint_bytes,
-    count_parameters,
-    decoder_flops,
-    fixed_bytes,
-    forward_flops,
-    work_of,
-)
+from maehub.train.networks import costs
 from maehub.train.planning.devices import Device, device_row
 from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_words
 from maehub.train.pretraining import (
@@ -33,7 +23,6 @@ from maehub.train.pretraining import (
     build_network,
     find_weights,
     kept_patches,
-    network_options,
     split_data,
     view_of,
 )
@@ -71,15 +60,15 @@ def plan(config: PlanConfig) -> Plan:
     per_step = batch_size / config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * images / per_step)
 
-    parameters = count_parameters(network)
+    parameters = costs.count_parameters(network)
     kept = kept_patches(view_of(config, network))
     corrupts = config.corruption[0] < 1
-    work = work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
-    forward = forward_flops(network, work)
-    training = forward * (1 + BACKWARD + config.checkpoint_activations)
-    view_bytes = activation_bytes(network, kept, precision, work=work, checkpoint=config.checkpoint_activations)
+    work = costs.work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
+    forward = costs.forward_flops(network, work)
+    training = forward * (1 + costs.BACKWARD + config.checkpoint_activations)
+    view_bytes = costs.activation_bytes(network, work, precision, checkpoint=config.checkpoint_activations)
     shards = config.processes if config.fsdp else 1
-    fixed = fixed_bytes(parameters, precision, shards=shards, largest_block=block_parameters(network))
+    fixed = costs.fixed_bytes(parameters, precision, shards=shards, largest_block=costs.block_parameters(network))
 
     share = math.ceil(batch_size / config.processes)
     capacity = max(0, math.floor((_usable(device) - fixed) / view_bytes))  # views
@@ -89,7 +78,7 @@ def plan(config: PlanConfig) -> Plan:
     seconds += _ADAMW_TRAFFIC * parameters.trained / shards / (device.bandwidth * 1e9)
     speed = batch_size / seconds
 
-    checkpoint = checkpoint_bytes(parameters)
+    checkpoint = costs.checkpoint_bytes(parameters)
     exported = 4 * (2 * parameters.encoder + parameters.decoder + parameters.fixed)
     estimate = Plan(
         network=config.from_ or config.model,
@@ -98,7 +87,7 @@ def plan(config: PlanConfig) -> Plan:
         work=work,
         forward_flops=forward,
         training_flops=training,
-        decoder_share=decoder_flops(network, work) / forward,
+        decoder_share=costs.decoder_flops(network, work) / forward,
         device=device,
         precision=precision,
         utilisation=utilisation,
@@ -140,7 +129,7 @@ def network_of(config: PlanConfig) -> AutoencoderConfig:
             f"`maehub download {name}` fetches it"
         )
     with torch.device("cpu" if config.from_ else "meta"):
-        return build_network(network_options(config), find_weights(config.from_)).config
+        return build_network(config, find_weights(config.from_)).config
 
 
 def _usable(device: Device) -> float:
@@ -217,7 +206,7 @@ def _advice(config: PlanConfig, network: AutoencoderConfig, run: Plan, capacity:
         advice.append("--compile: 1.37 times the images/s for ViT-B on an H100 (docs/performance.md).")
     if run.decoder_share > 0.4 and network.decoder_depth > 1:
         shallow = replace(network, decoder_depth=1)
-        ratio = run.forward_flops / forward_flops(shallow, run.work)
+        ratio = run.forward_flops / costs.forward_flops(shallow, run.work)
         advice.append(
             f"The decoder takes {run.decoder_share:.0%} of the FLOPs: --decoder-depth 1 makes a step {ratio:.1f} "
             "times cheaper. For ViT-L the paper lost 0.1 points fine-tuned and 8.0 of the linear probe (table 1a)."
@@ -249,7 +238,7 @@ def _memory_advice(config: PlanConfig, network: AutoencoderConfig, run: Plan, ca
     elif config.micro_batch and config.micro_batch > capacity:
         advice.append(f"--micro-batch {config.micro_batch} does not fit: {capacity:,} views do. Leave it out.")
     elif share > capacity:
-        small = activation_bytes(network, run.work.kept, run.precision, work=run.work, checkpoint=True)
+        small = costs.activation_bytes(network, run.work, run.precision, checkpoint=True)
         larger = (_usable(run.device) - run.fixed_bytes) // small
         again = f" --checkpoint-activations would fit {larger:,.0f}, for a third more time."
         advice.append(

@@ -1,67 +1,28 @@
 """Pretraining a masked autoencoder: one visible loop, for one process and for many."""
 
-import contextlib
 import copy
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import maehub.train.engine as engine
 from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
 from maehub.errors import EXIT_DONE, UsageError
-from maehub.images import Augmentation, jitter
-from maehub.models import AutoencoderConfig, MaskedAutoencoder
-from maehub.train.engine import (
-    Checkpoints,
-    Group,
-    Progress,
-    RunLog,
-    Stop,
-    accumulating,
-    adamw,
-    agreed,
-    agreed_start,
-    autocast,
-    batch_words,
-    check_run_folder,
-    describe_environment,
-    deterministic,
-    find_micro_batch,
-    gradient_norm,
-    joined,
-    learning_rate,
-    next_batch,
-    parts,
-    peak_rate,
-    rescuing,
-    set_rates,
-    single_network,
-    step_errors,
-    stop_after,
-    stop_requests,
-    update,
-    wrapped,
-)
+from maehub.images import jitter
+from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.pretraining.config import PretrainConfig, batch_size_of
-from maehub.train.pretraining.holdout import Split, split_data
-from maehub.train.pretraining.network import (
-    NetworkOptions,
-    build_network,
-    find_weights,
-    kept_patches,
-    make_view,
-    views_fit,
-)
+from maehub.train.pretraining.holdout import split_data
+from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
 from maehub.train.pretraining.objective import Objective, TokenizerFunction, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
-from maehub.train.pretraining.views import Batch, Crops, View, validation_batch
+from maehub.train.pretraining.views import Batch, Crops, validation_batch
 from maehub.train.reports import update_report
 from maehub.weights import save
 
@@ -101,154 +62,75 @@ def pretrain(config: PretrainConfig, *, tokenizer: TokenizerFunction | None = No
         KeyboardInterrupt: a second stop signal came before the step was done.
     """
     deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
-    with joined(config.device, config.timeout) as group, deterministic(config.deterministic):
+    with engine.joined(config.device, config.timeout) as group, engine.deterministic(config.deterministic):
         with group.together("setting up"):
             if group.is_main:
-                check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
-            job = _set_up(config, group, tokenizer)
+                engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
+            job = _Job(config, group, tokenizer)
         logged = RunLog(config.out, job.batch_size, is_main=group.is_main)
-        with logged as run, stop_requests(deadline) as stop:
+        with logged as run, engine.stop_requests(deadline) as stop:
             return _train(config, group, job, run, stop)
 
 
-@dataclass
 class _Job:
-    """What a run is made of."""
+    """What a run is made of: everything before the first step. Nothing is written."""
 
-    model: MaskedAutoencoder  # what is saved
-    empty: MaskedAutoencoder | None  # the model without weights, where they are spread over all processes
-    objective_of: Callable[[MaskedAutoencoder], Objective]  # a model with its target
-    module: nn.Module  # the objective, wrapped for this machine: what is called and differentiated
-    optimizer: torch.optim.Optimizer
-    view: View
-    split: Split
-    validation: Validation | None  # on rank 0
-    batch_size: int  # views of a step, over all processes
-    steps: int
-    start: Progress
-    precision: contextlib.AbstractContextManager[Any]
-
-
-def network_options(config: PretrainConfig) -> NetworkOptions:
-    """Which network a run asks for."""
-    return NetworkOptions(
-        preset=config.model,
-        weights=config.from_,
-        image_size=config.image_size,
-        channels=config.channels,
-        target=config.target,
-        pca_components=config.pca_components,
-        decoder_width=config.decoder_width,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        mask_tokens=config.mask_tokens,
-        seed=config.seed,
-    )
-
-
-def view_of(config: PretrainConfig, network: AutoencoderConfig) -> View:
-    """How a run looks at its pictures."""
-    return make_view(
-        network,
-        Augmentation(config.augment, config.crop_scale, config.hflip, config.vflip, config.rot90, config.rotate),
-        strategy=config.strategy,
-        mask_ratio=config.mask_ratio,
-        corruption=config.corruption,
-        weights=config.from_,
-    )
-
-
-def _set_up(config: PretrainConfig, group: Group, tokenizer: TokenizerFunction | None) -> _Job:
-    """Everything before the first step; nothing is written."""
-    vocabulary: Any = 0 if tokenizer is None else getattr(tokenizer, "vocabulary", None)
-    if tokenizer is not None and (type(vocabulary) is not int or vocabulary < 1):
-        raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
-    files = group.host_first(lambda: find_weights(config.from_), "downloading the weights")
-    model = build_network(network_options(config), files, vocabulary)
-    view = view_of(config, model.config)
-    kept = kept_patches(view)
-    split = group.host_first(lambda: split_data(config.data, config.holdout, config.group), "looking for pictures")
-    batch_size = batch_size_of(config, len(split.training), group.size)
-    views = len(split.training) * config.masks_per_image
-    steps = config.steps or math.ceil((config.epochs or 0) * views / batch_size)
-    if model.config.target == "pca" and not model.decoder.components.isfinite().all():
-        sample = validation_batch(split.training, view, min(len(split.training), _PCA_PICTURES), config.seed)
-        components = fit_components(sample.pixels, model.preprocess, view.patch_size, config.pca_components)
-        store_components(model, group.first(components, "the principal components"))  # the same in every process
-    start = agreed_start(group, asdict(config), {"steps": steps}, split.training.digest())
-    preprocess = replace(model.preprocess, size=view.size)
-    empty = copy.deepcopy(model).to("meta") if config.fsdp and group.size > 1 else None
-    model = model.to(group.device).train()
-    objective_of = partial(
-        Objective,
-        preprocess=preprocess,
-        loss_on=config.loss_on,
-        predict_share=config.predict_share,
-        corruption=config.corruption,
-        kept=kept,
-        tokenizer=tokenizer,
-    )
-    objective = objective_of(model).to(group.device)  # with the statistics that it normalises by
-    validation = None
-    if group.is_main:
-        shown = split.heldout or split.training
-        validation = Validation(objective, view, shown, split.heldout, seed=config.seed, labelled=config.knn)
-    fits = views_fit(
-        objective,
-        view,
-        group,
-        precision=config.precision,
-        shard=config.fsdp,
-        checkpoint_activations=config.checkpoint_activations,
-    )
-    size = f"{view.size[0]}×{view.size[1]}"
-    micro = find_micro_batch(batch_size // group.size, group, fits, size, asked=config.micro_batch)
-    module = wrapped(
-        objective,
-        group,
-        precision=config.precision,
-        compile=config.compile,
-        shard=config.fsdp,
-        checkpoint_activations=config.checkpoint_activations,
-    )
-    return _Job(
-        model=model,
-        empty=empty,
-        objective_of=objective_of,
-        module=module,
-        optimizer=adamw(model, config.weight_decay),
-        view=view,
-        split=split,
-        validation=validation,
-        batch_size=batch_size,
-        steps=steps,
-        start=replace(start, micro_batch=micro),
-        precision=autocast(config.precision, group.device),
-    )
+    def __init__(self, config: PretrainConfig, group: Group, tokenizer: TokenizerFunction | None) -> None:
+        vocabulary: Any = 0 if tokenizer is None else getattr(tokenizer, "vocabulary", None)
+        if tokenizer is not None and (type(vocabulary) is not int or vocabulary < 1):
+            raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
+        files = group.host_first(lambda: find_weights(config.from_), "downloading the weights")
+        model = build_network(config, files, vocabulary)
+        self.view = view_of(config, model.config)
+        kept = kept_patches(self.view)
+        split = group.host_first(lambda: split_data(config.data, config.holdout, config.group), "looking for pictures")
+        self.split = split
+        self.batch_size = batch_size_of(config, len(split.training), group.size)  # views, over all processes
+        views = len(split.training) * config.masks_per_image
+        self.steps = config.steps or math.ceil((config.epochs or 0) * views / self.batch_size)
+        if model.config.target == "pca" and not model.decoder.components.isfinite().all():
+            sample = validation_batch(split.training, self.view, min(len(split.training), _PCA_PICTURES), config.seed)
+            components = fit_components(sample.pixels, model.preprocess, self.view.patch_size, config.pca_components)
+            store_components(model, group.first(components, "the principal components"))  # the same in every process
+        start = engine.agreed_start(group, asdict(config), {"steps": self.steps}, split.training.digest())
+        preprocess = replace(model.preprocess, size=self.view.size)
+        # the model without weights, where they are spread over all processes
+        self.empty = copy.deepcopy(model).to("meta") if config.fsdp and group.size > 1 else None
+        self.model = model.to(group.device).train()  # what is saved
+        self.objective_of = partial(  # a model with its target
+            Objective,
+            preprocess=preprocess,
+            loss_on=config.loss_on,
+            predict_share=config.predict_share,
+            corruption=config.corruption,
+            kept=kept,
+            tokenizer=tokenizer,
+        )
+        objective = self.objective_of(model).to(group.device)  # with the statistics that it normalises by
+        self.validation = None
+        if group.is_main:
+            shown = split.heldout or split.training
+            self.validation = Validation(
+                objective, self.view, shown, split.heldout, seed=config.seed, labelled=config.knn
+            )
+        fits = views_fit(config, objective, self.view, group)
+        size = f"{self.view.size[0]}×{self.view.size[1]}"
+        micro = engine.find_micro_batch(self.batch_size // group.size, group, fits, size, asked=config.micro_batch)
+        self.start = replace(start, micro_batch=micro)
+        self.module = engine.wrapped(objective, group, config)  # what is called and differentiated
+        self.optimizer = engine.adamw(model, config.weight_decay)
+        self.precision = engine.autocast(config.precision, group.device)
 
 
 def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> PretrainResult:
     """The loop."""
-    steps, device, peak = job.steps, group.device, peak_rate(config.base_lr, job.batch_size)
-    checkpoints = Checkpoints(
-        group=group,
-        run=run,
-        stop=stop,
-        model=job.model,
-        optimizer=job.optimizer,
-        start=job.start,
-        steps=steps,
-        every=config.checkpoint_every,
-        keep=config.keep,
-        shard=config.fsdp,
+    steps, device, peak = job.steps, group.device, engine.peak_rate(config.base_lr, job.batch_size)
+    checkpoints = engine.Checkpoints(
+        config, group, run, stop, model=job.model, optimizer=job.optimizer, start=job.start, steps=steps
     )
-    done = 0
-    if config.resume:
-        done = checkpoints.resume(
-            config.data, allow_data_change=config.allow_data_change, micro_batch=config.micro_batch
-        )
-        if checkpoints.is_complete(done):
-            return PretrainResult(config.out, steps, EXIT_DONE)
+    done = checkpoints.resume() if config.resume else 0
+    if checkpoints.is_complete(done):
+        return PretrainResult(config.out, steps, EXIT_DONE)
     micro = checkpoints.start.micro_batch
     workers = worker_count(config.workers, group.local_size)
     views = job.batch_size // group.size
@@ -257,7 +139,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     if group.is_main:
         _announce(config, group, job, peak, micro)
     facts = asdict(config) | {"steps": steps, "batch_size": job.batch_size, "target": job.model.config.target}
-    facts |= {"environment": describe_environment(group)}
+    facts |= {"environment": engine.describe_environment(group)}
     run.begin(facts, done, steps, overwrite=config.overwrite, hide_bar=config.quiet, tensorboard=config.tensorboard)
     if done == 0:
         _validate(config, group, job, run, 0)
@@ -268,20 +150,20 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
     report = partial(update_report, run, PretrainConfig)
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     stop_signal, nonfinite = 0, torch.zeros((), device=device)  # 1 from the first update on that is not finite
-    with loading as batches, rescuing(keys, samples, run, checkpoints, report):
+    with loading as batches, engine.rescuing(keys, checkpoints, report):
         for step in range(done, steps):
             group.step = done = step + 1
-            batch, stop_signal = next_batch(batches, group, run, stop)
-            rate = learning_rate(step, steps, peak, config.warmup)
-            set_rates(job.optimizer, rate)
+            batch, stop_signal = engine.next_batch(batches, group, run, stop)
+            rate = engine.learning_rate(step, steps, peak, config.warmup)
+            engine.set_rates(job.optimizer, rate)
 
-            with step_errors(micro, group):
+            with engine.step_errors(micro, group):
                 loss = _forward_backward(job, batch, micro, device)
-                norm = gradient_norm(parameters)
-                loss, nonfinite = agreed(loss, norm, nonfinite, group)
-            update(job.optimizer, parameters, norm, nonfinite, config.clip_grad)
+                norm = engine.gradient_norm(parameters)
+                loss, nonfinite = engine.agreed(loss, norm, nonfinite, group)
+            engine.update(job.optimizer, parameters, norm, nonfinite, config.clip_grad)
 
-            stop_signal = stop_after(stop_signal, group, stop)
+            stop_signal = engine.stop_after(stop_signal, group, stop)
             run.log(done, torch.stack([loss, norm, nonfinite]), rate)
             if done % config.validate_every == 0 or done == steps:
                 with run.paused():
@@ -291,7 +173,7 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
 
     if not stop_signal:
         with group.together("exporting the model"):
-            model = single_network(job.model, job.empty, group)
+            model = engine.single_network(job.model, job.empty, group)
             if group.is_main and model is not None:
                 save(model.eval(), run.folder / "model", overwrite=True)
     run.finish(stop_signal)
@@ -302,11 +184,11 @@ def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: S
 def _forward_backward(job: _Job, batch: Batch, micro: int, device: torch.device) -> Tensor:
     """The loss of a batch, computed in parts that fit; the parameters have its gradient then."""
     loss = torch.zeros((), device=device)
-    for part, last in parts(batch, micro):
+    for part, last in engine.parts(batch, micro):
         pixels, masked, seeds, factors = part.to(device)
         if factors.shape[1]:
             pixels = jitter(pixels, factors)
-        with accumulating(job.module, last=last):
+        with engine.accumulating(job.module, last=last):
             with job.precision:
                 share = job.module(pixels, masked, seeds) * (len(masked) / len(batch.masked))
             share.backward()
@@ -317,7 +199,7 @@ def _forward_backward(job: _Job, batch: Batch, micro: int, device: torch.device)
 def _validate(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step: int) -> None:
     """Measure on held-out pictures, and draw."""
     with group.together("validating"):
-        model = single_network(job.model, job.empty, group)
+        model = engine.single_network(job.model, job.empty, group)
         if model is None or job.validation is None:
             return
         numbers = job.validation.measure(job.objective_of(model).to(group.device), job.precision)
@@ -336,7 +218,7 @@ def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micr
         len(job.split.training),
         held,
         job.steps,
-        batch_words(job.batch_size, micro, group),
+        engine.batch_words(job.batch_size, micro, group),
         peak,
         group.device,
     )

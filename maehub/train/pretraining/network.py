@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,19 +11,11 @@ from torch import Tensor
 from maehub.data import Key
 from maehub.errors import IntegrityError, UsageError
 from maehub.hub import Located, is_model, load, load_autoencoder, locate, model_info
-from maehub.images import Augmentation, Size
-from maehub.models import COLOURS, AutoencoderConfig, Encoder, MaskedAutoencoder, Strategy
+from maehub.images import Augmentation
+from maehub.models import COLOURS, AutoencoderConfig, Encoder, MaskedAutoencoder
 from maehub.train.engine import Group, Precision, computes_bf16, pictures_fit
-from maehub.train.networks import (
-    activation_bytes,
-    block_parameters,
-    count_parameters,
-    fixed_bytes,
-    pair,
-    preset,
-    work_of,
-)
-from maehub.train.pretraining.config import MaskTokens, Target
+from maehub.train.networks import costs, pair, preset
+from maehub.train.pretraining.config import PretrainConfig
 from maehub.train.pretraining.objective import Objective
 from maehub.train.pretraining.views import Batch, View
 
@@ -32,25 +24,6 @@ log = logging.getLogger("maehub")
 # decoder (width, depth, heads) of a preset; He et al. 2021 use one for all sizes
 _DECODERS = {"vit-nano": (160, 5, 5)}
 _PAPER_DECODER = (512, 8, 16)
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """Which network is asked for; None is what the weights have, or the preset."""
-
-    preset: str
-    weights: str = ""
-    """Their name; empty from scratch."""
-    image_size: tuple[int, ...] = ()
-    channels: int | None = None
-    target: Target | None = None
-    pca_components: int = 96
-    decoder_width: int | None = None
-    decoder_depth: int | None = None
-    decoder_heads: int | None = None
-    mask_tokens: MaskTokens | None = None
-    seed: int = 0
-    """Of fresh weights."""
 
 
 def find_weights(name: str) -> Located | None:
@@ -65,57 +38,51 @@ def find_weights(name: str) -> Located | None:
         raise
 
 
-def build_network(options: NetworkOptions, files: Located | None, vocabulary: int = 0) -> MaskedAutoencoder:
+def build_network(config: PretrainConfig, files: Located | None, vocabulary: int = 0) -> MaskedAutoencoder:
     """The autoencoder to train, on the CPU: fresh, with weights, or with an encoder's weights and a fresh decoder.
 
     Args:
         files: what `find_weights` gives.
         vocabulary: tokens that the caller's tokenizer knows; 0 for ViT's mean colours.
     """
-    size: int | Size | None = pair(options.image_size)
+    size = pair(config.image_size)
     if files is None:
-        return _fresh(options, None, vocabulary)
+        return _fresh(config, None, vocabulary)
     try:
-        model = load_autoencoder(files, image_size=size, channels=options.channels)
+        model = load_autoencoder(files, image_size=size, channels=config.channels)
     except IntegrityError as error:
         try:
-            encoder = load(files, image_size=size, channels=options.channels, classes=0)
+            encoder = load(files, image_size=size, channels=config.channels, classes=0)
         except IntegrityError:
             raise error from None
-        log.info("%s has no decoder: a fresh one is trained", options.weights)
-        return _fresh(options, encoder, vocabulary)
+        log.info("%s has no decoder: a fresh one is trained", config.from_)
+        return _fresh(config, encoder, vocabulary)
     if model.config.target == "unknown":
-        if options.target is None:
-            raise UsageError(f"what {options.weights} was trained to predict is unknown: say it by --target")
-        model = load_autoencoder(files, image_size=size, channels=options.channels, target=options.target)
-    if other := _other_decoder(options, model.config):
-        log.info("%s: other than %s was asked for: its encoder is kept, the decoder is fresh", options.weights, other)
-        return _fresh(options, model.encoder, vocabulary, model.config)
+        if config.target is None:
+            raise UsageError(f"what {config.from_} was trained to predict is unknown: say it by --target")
+        model = load_autoencoder(files, image_size=size, channels=config.channels, target=config.target)
+    names = ("target", "decoder_width", "decoder_depth", "decoder_heads", "mask_tokens")
+    asked = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    has = {name: getattr(model.config, name) for name in asked}
+    if other := ", ".join(f"{name} {has[name]}" for name in asked if asked[name] != has[name]):
+        log.info("%s: other than %s was asked for: its encoder is kept, the decoder is fresh", config.from_, other)
+        return _fresh(config, model.encoder, vocabulary, model.config)
     return model
 
 
-def make_view(
-    network: AutoencoderConfig,
-    augmentation: Augmentation,
-    *,
-    strategy: Strategy,
-    mask_ratio: float,
-    corruption: tuple[float, float, float],
-    weights: str = "",
-) -> View:
-    """How a run looks at its pictures.
-
-    Args:
-        weights: name of what the network came from, for an error.
-    """
+def view_of(config: PretrainConfig, network: AutoencoderConfig) -> View:
+    """How a run looks at its pictures."""
     encoder = network.encoder
-    if augmentation.rot90 and encoder.size[0] != encoder.size[1]:
+    if config.rot90 and encoder.size[0] != encoder.size[1]:
         raise UsageError(f"--rot90 needs square crops, and these are {encoder.size[0]}×{encoder.size[1]}")
-    if corruption != (1.0, 0.0, 0.0) and network.mask_tokens != "encoder":
+    if config.corruption != (1.0, 0.0, 0.0) and network.mask_tokens != "encoder":
         raise UsageError("--corruption leaves patches for the encoder to see: it needs --mask-tokens encoder")
     if encoder.channels not in (1, 3):
-        raise UsageError(f"pictures have 1 or 3 channels, and {weights} takes {encoder.channels}: say --channels")
-    return View(encoder.size, encoder.patch_size, encoder.channels, augmentation, strategy, mask_ratio)
+        raise UsageError(f"pictures have 1 or 3 channels, and {config.from_} takes {encoder.channels}: say --channels")
+    augmentation = Augmentation(
+        config.augment, config.crop_scale, config.hflip, config.vflip, config.rot90, config.rotate
+    )
+    return View(encoder.size, encoder.patch_size, encoder.channels, augmentation, config.strategy, config.mask_ratio)
 
 
 def kept_patches(view: View) -> int:
@@ -126,45 +93,32 @@ def kept_patches(view: View) -> int:
     return int((~masked).sum())
 
 
-def _other_decoder(options: NetworkOptions, network: AutoencoderConfig) -> str:
-    """What of a file's decoder is not as asked for, in words; empty if it can be trained on."""
-    asked = {
-        "target": options.target,
-        "decoder_width": options.decoder_width,
-        "decoder_depth": options.decoder_depth,
-        "decoder_heads": options.decoder_heads,
-        "mask_tokens": options.mask_tokens,
-    }
-    has = {name: getattr(network, name) for name in asked}
-    return ", ".join(f"{name} {has[name]}" for name, value in asked.items() if value not in (None, has[name]))
-
-
 def _fresh(
-    options: NetworkOptions, encoder: Encoder | None, vocabulary: int, like: AutoencoderConfig | None = None
+    config: PretrainConfig, encoder: Encoder | None, vocabulary: int, like: AutoencoderConfig | None = None
 ) -> MaskedAutoencoder:
     """A fresh autoencoder, with the weights of an encoder if there is one and a decoder shaped ``like`` another's."""
     if encoder is None:
-        size, preprocess = preset(options.preset, options.image_size, options.channels)
-        width, depth, heads = _DECODERS.get(options.preset, _PAPER_DECODER)
+        size, preprocess = preset(config.model, config.image_size, config.channels)
+        width, depth, heads = _DECODERS.get(config.model, _PAPER_DECODER)
     else:
         size, preprocess = replace(encoder.config, pool="cls", classes=0), encoder.preprocess
         width, depth, heads = _PAPER_DECODER
     if like is not None:
         width, depth, heads = like.decoder_width, like.decoder_depth, like.decoder_heads
-    target = options.target or "normalised_pixels"
-    outputs = {"pca": options.pca_components, "tokens": vocabulary or COLOURS[size.channels]}.get(target, 0)
+    target = config.target or "normalised_pixels"
+    outputs = {"pca": config.pca_components, "tokens": vocabulary or COLOURS[size.channels]}.get(target, 0)
     network = AutoencoderConfig(
         size,
-        options.decoder_width or width,
-        depth if options.decoder_depth is None else options.decoder_depth,
-        options.decoder_heads or heads,
+        config.decoder_width or width,
+        depth if config.decoder_depth is None else config.decoder_depth,
+        config.decoder_heads or heads,
         target,
-        options.mask_tokens or (like.mask_tokens if like else "decoder"),
+        config.mask_tokens or (like.mask_tokens if like else "decoder"),
         outputs,
         "mean-colour" if target == "tokens" and not vocabulary else "",
     )
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(options.seed)
+        torch.manual_seed(config.seed)
         model = MaskedAutoencoder(network, preprocess)
     if encoder is not None:
         # A classifier that pools the mean has fc_norm instead of norm, which then is fresh.
@@ -174,15 +128,7 @@ def _fresh(
     return model
 
 
-def views_fit(
-    objective: Objective,
-    view: View,
-    group: Group,
-    *,
-    precision: Precision = "auto",
-    shard: bool = False,
-    checkpoint_activations: bool = False,
-) -> Callable[[int], bool]:
+def views_fit(config: PretrainConfig, objective: Objective, view: View, group: Group) -> Callable[[int], bool]:
     """Whether pretraining on so many views at once fits.
 
     On a GPU forward and backward are tried; on a CPU, where nothing says no, memory is estimated.
@@ -190,22 +136,15 @@ def views_fit(
     network = objective.model.config
 
     def estimate() -> tuple[float, float]:
-        precise: Precision = "bf16" if computes_bf16(precision, group.device) else "fp32"
-        work = work_of(
-            network,
-            objective.kept,
-            share=objective.predict_share,
-            loss_on=objective.loss_on,
-            corrupts=objective.corrupts,
-        )
-        shards = group.size if shard else 1
-        largest = block_parameters(network)
-        fixed = fixed_bytes(count_parameters(network), precise, shards=shards, largest_block=largest)
-        each = activation_bytes(network, objective.kept, precise, work=work, checkpoint=checkpoint_activations)
-        return fixed, each
+        precise: Precision = "bf16" if computes_bf16(config.precision, group.device) else "fp32"
+        kept, corrupts = objective.kept, objective.corrupts
+        work = costs.work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
+        parameters, shards = costs.count_parameters(network), group.size if config.fsdp else 1
+        fixed = costs.fixed_bytes(parameters, precise, shards=shards, largest_block=costs.block_parameters(network))
+        return fixed, costs.activation_bytes(network, work, precise, checkpoint=config.checkpoint_activations)
 
     blank = partial(_blank, view, device=group.device)
-    return pictures_fit(objective, blank, group, precision=precision, shard=shard, estimate=estimate)
+    return pictures_fit(objective, blank, group, config, estimate)
 
 
 def _blank(view: View, size: int, device: torch.device) -> Sequence[Tensor]:

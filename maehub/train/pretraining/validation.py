@@ -81,6 +81,10 @@ class Validation:
         model = objective.model
         device = next(model.parameters()).device
         numbers: dict[str, float] = {}
+
+        def features_of(pixels: Tensor) -> Tensor:
+            return model.encoder.features(self.preprocess.normalise(pixels), pool="mean").float()
+
         with contextlib.ExitStack() as after:
             after.callback(model.train, model.training)
             model.eval()
@@ -90,17 +94,14 @@ class Validation:
                     pixels, masked, seeds, _ = part.to(device)
                     with autocast:
                         total += objective(pixels, masked, seeds).item() * len(pixels)
-                        features.append(model.encoder.features(self.preprocess.normalise(pixels), pool="mean").float())
+                        features.append(features_of(pixels))
                 numbers["val_loss"] = total / len(self.batch.pixels)
                 numbers |= self._baselines
                 numbers["effective_rank"] = effective_rank(torch.cat(features))
             if self._labelled is not None:
                 pixels, labels = self._labelled
                 with autocast:
-                    features = [
-                        model.encoder.features(self.preprocess.normalise(part.to(device)), pool="mean").float()
-                        for part in pixels.split(_VIEWS_AT_ONCE)
-                    ]
+                    features = [features_of(part.to(device)) for part in pixels.split(_VIEWS_AT_ONCE)]
                 numbers["knn_top1"] = leave_one_out(torch.cat(features), labels.to(device))
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
