@@ -112,8 +112,8 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
             if entry.is_dir() and not entry.name.startswith(b".") and os.fsencode(entry.name).lower() not in JUNK
         }
     if empty := sorted(folders - full):
-        names = first_names([printable(name) for name in empty], 3)
-        text = f"{printable(data)} has class folders without a picture: {names}"
+        without = first_names([printable(name) for name in empty], 3)
+        text = f"{printable(data)} has class folders without a picture: {without}"
         if not known:
             raise DataError(f"{text}. Put pictures of the class into them, or remove them")
         log.warning("%s", text)

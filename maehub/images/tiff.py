@@ -8,6 +8,7 @@ several planes for the picture. So the tags are looked at first, and what is not
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import BinaryIO
 
 from PIL.TiffImagePlugin import (
@@ -94,6 +95,8 @@ def _check_jpegs(file: BinaryIO, tags: ImageFileDirectory_v2) -> None:
     """Refuse damage in strips or tiles that are JPEGs, which share their tables."""
     offsets, lengths = (273, 279) if STRIPOFFSETS in tags else (324, 325)
     tables = bytes(tags.get(JPEGTABLES, b""))[2:-2]  # without start and end
+    if sum(tags[lengths]) > file.seek(0, os.SEEK_END):  # or a few bytes could be decoded over and over
+        raise DataError("its strips or tiles are more bytes than the file has")
     for offset, length in zip(tags[offsets], tags[lengths], strict=True):
         file.seek(offset)
         data = file.read(length)
