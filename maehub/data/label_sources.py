@@ -297,7 +297,9 @@ def _columns(path: str, header: list[str], label: str | None, group: str | None)
     missing = next((column for column in columns.values() if column and column not in header), None)
     if missing is None:
         return columns
-    text = f"{printable(path)} has no column {missing!r}; its first line names {', '.join(map(repr, header))}"
+    text = (
+        f"{printable(path)} has no column {missing!r}; its first line names {first_names(list(map(repr, header)), 20)}"
+    )
     if missing in (label, group):
         raise UsageError(text)
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
