@@ -9,7 +9,7 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import numpy as np
 
 from maehub.data.listing import below_common
 from maehub.data.sources import Source
-from maehub.data.storage import stored_file
+from maehub.data.storage import StoredFile, stored_file
 from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError
-from maehub.files import atomic_write, free_space_guard, write_error
+from maehub.files import atomic_write, write_error
 from maehub.images import printable
 
 _BATCH = 1000
@@ -99,7 +99,7 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
     """
     datasets = _datasets()
     parquet = importlib.import_module("pyarrow.parquet")
-    counts, declared = [], 0
+    counts = []
     identity = hashlib.sha256(str(_VERSION).encode())
     for path in paths:
         file = stored_file(path)
@@ -107,12 +107,10 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
             facts = parquet.read_metadata(path)
         except Exception as error:  # pyarrow's errors share no base
             raise DataError(f"{printable(path)} cannot be read: {_first_line(error)}") from error
-        size = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
-        _check_size(path, file.size, size)
-        if facts.num_rows > _MOST_ROWS + file.size:
-            raise DataError(f"{printable(path)} has {facts.num_rows:,} rows in {file.size:,} bytes, which are too many")
+        declared = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+        _check_size(file, declared)
+        _check_size(file, 0, facts.num_rows)
         counts.append(facts.num_rows)
-        declared += size
         identity.update(repr(file).encode())
     folder = index_dir or Path(datasets.config.HF_DATASETS_CACHE) / "maehub"
     target = folder / f"{identity.hexdigest()[:32]}.arrow"
@@ -124,7 +122,6 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
         with importlib.import_module("filelock").FileLock(f"{target}.lock"):  # of several processes, one copies
             if not target.exists():
                 _logger.info("Copying %d Parquet files to an Arrow file", len(paths))
-                free_space_guard(target, declared)
                 _copy(paths, target)
         rows = datasets.Dataset.from_file(str(target))
     except MaehubError:
@@ -155,34 +152,24 @@ def _copy(paths: Sequence[str], target: Path) -> None:
     cast = importlib.import_module("datasets.table").table_cast
     schema = _datasets().Features.from_arrow_schema(parquet.read_schema(paths[0])).arrow_schema
     with atomic_write(target) as temporary, arrow.ipc.new_stream(str(temporary), schema) as writer:
-        for path in paths:
-            with parquet.ParquetFile(path) as file:
-                for group in _grouped(path, file.iter_batches(_ROWS)):
-                    writer.write_table(cast(arrow.Table.from_batches(group), schema).combine_chunks())
+        for file in map(stored_file, paths):
+            waiting, decoded, written = list[Any](), 0, 0
+            for batch in parquet.ParquetFile(file.path).iter_batches(_ROWS):
+                waiting.append(batch)
+                decoded += batch.nbytes
+                _check_size(file, decoded)
+                if decoded - written > _GROUP:
+                    writer.write_table(cast(arrow.Table.from_batches(waiting), schema).combine_chunks())
+                    waiting, written = [], decoded
+            if waiting:
+                writer.write_table(cast(arrow.Table.from_batches(waiting), schema).combine_chunks())
 
 
-def _grouped(path: str, batches: Iterable[Any]) -> Iterator[list[Any]]:
-    """Batches that make some megabytes together, until they are too many."""
-    group, waiting, decoded = list[Any](), 0, 0
-    for batch in batches:
-        group.append(batch)
-        waiting += batch.nbytes
-        decoded += batch.nbytes
-        _check_size(path, os.path.getsize(path), decoded)
-        if waiting > _GROUP:
-            yield group
-            group, waiting = [], 0
-    if group:
-        yield group
-
-
-def _check_size(path: str, size: int, decoded: int) -> None:
-    if decoded > _MOST_DECODED + _TIMES * size:
-        has = f"its {size:,} bytes stand for {decoded / 2**20:,.0f} MiB or more"
-        limit = f"the limit is {_MOST_DECODED / 2**20:.0f} MiB and {_TIMES} times the file"
-        raise DataError(
-            f"{printable(path)} is refused: {has}, and {limit}. Write it without compression and dictionary"
-        )
+def _check_size(file: StoredFile, decoded: int, rows: int = 0) -> None:
+    if decoded > _MOST_DECODED + _TIMES * file.size or rows > _MOST_ROWS + file.size:
+        has = f"{rows:,} rows" if rows else f"{decoded / 2**20:,.0f} MiB or more"
+        why = f"its {file.size:,} bytes stand for {has}"
+        raise DataError(f"{printable(file.path)} is refused: {why}. Write it without compression and dictionary")
 
 
 def image_column(features: Any, column: str | None, where: str) -> str:
