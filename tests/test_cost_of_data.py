@@ -13,6 +13,7 @@ import zlib
 
 import pytest
 from PIL import Image
+from processes import forked
 
 from maehub.cli import command_line as cli
 from maehub.data import workers
@@ -41,8 +42,7 @@ print(json.dumps([code, text, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrs
 
 def cost(reader, path):
     """Exit code, message and MiB of memory of a reader in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-c", READ, reader, str(path), str(SECONDS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forked([sys.executable, "-c", READ, reader, str(path), str(SECONDS)])
     assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr[-800:]}"
     return json.loads(done.stdout.splitlines()[-1])
 
