@@ -112,8 +112,8 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
             if entry.is_dir() and not entry.name.startswith(b".") and os.fsencode(entry.name).lower() not in JUNK
         }
     if empty := sorted(folders - full):
-        names = first_names([printable(name) for name in empty], 3)
-        text = f"{printable(data)} has class folders without a picture: {names}"
+        without = first_names([printable(name) for name in empty], 3)
+        text = f"{printable(data)} has class folders without a picture: {without}"
         if not known:
             raise DataError(f"{text}. Put pictures of the class into them, or remove them")
         log.warning("%s", text)
@@ -297,7 +297,9 @@ def _columns(path: str, header: list[str], label: str | None, group: str | None)
     missing = next((column for column in columns.values() if column and column not in header), None)
     if missing is None:
         return columns
-    text = f"{printable(path)} has no column {missing!r}; its first line names {', '.join(map(repr, header))}"
+    text = (
+        f"{printable(path)} has no column {missing!r}; its first line names {first_names(list(map(repr, header)), 20)}"
+    )
     if missing in (label, group):
         raise UsageError(text)
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):

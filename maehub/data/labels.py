@@ -16,6 +16,8 @@ from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
 from maehub.rng import sample_id
 
+_LARGEST, _SPARSEST = 2**29, 1000  # cells of a table of pictures and classes; and more, if one in so many is a label
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -163,6 +165,9 @@ def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:
         raise DataError(f"none of {len(cells)} pictures has a label, the first {named.samples.where(0)}")
     places = {name: place for place, name in enumerate(classes)}
     if several:
+        if len(cells) * len(classes) > max(_LARGEST, _SPARSEST * sum(map(len, cells))):
+            has = f"{len(cells):,} pictures have {len(classes):,} classes, which hardly any two of them share"
+            raise DataError(f"{named.samples.where(0)} and the others: {has}. Leave out classes with few pictures")
         labels = np.zeros((len(cells), len(classes)), bool)
         for row, cell in zip(labels, cells, strict=True):
             row[[places[name] for name in cell]] = True

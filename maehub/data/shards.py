@@ -36,6 +36,9 @@ LARGEST_MEMBER = 2**29
 """Bytes of a picture file in a shard: a larger one is refused before it is read."""
 _PADDING = 2**20  # zeros that may follow the end
 _LARGEST_HEADER = 2**20  # bytes of a long name or a block of attributes
+_ATTRIBUTE = re.compile(rb"(\d{1,7}) [^=\n]{1,200}=")
+_MOST_ATTRIBUTES = 100  # in a block, and of a whole shard: they are copied for each member
+_LARGEST_LABEL = 100  # bytes
 _AHEAD_HERE, _AHEAD_REMOTE = 2**12, 2**21  # bytes read at once while headers are sought
 # Of webdataset: up to the first dot of the file's name.
 _KEY = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL)
@@ -102,6 +105,9 @@ class Shards(Source):
         """The number in the .cls member with the same key; None if there is no such member."""
         if not self.index.label_sizes[index]:
             return None
+        size = int(self.index.label_sizes[index])
+        if size > _LARGEST_LABEL:
+            raise DataError(f"{self.where(index)}: its .cls member has {size:,} bytes, and is no whole number")
         text = self._read(index, label=True)
         try:
             return int(text)
@@ -159,8 +165,8 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
             f"{passed_over_words(kinds) or 'nothing'}"
         )
     say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), kinds)
-    columns = [np.concatenate([getattr(index, column) for index in indexes]) for column in _COLUMNS]
-    joined = TarIndex(Names.joined(index.names for index in indexes), *columns, others)
+    columns = {column: np.concatenate([getattr(index, column) for index in indexes]) for column in _COLUMNS}
+    joined = TarIndex(Names.joined(index.names for index in indexes), **columns, others=others)
     return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined)
 
 
@@ -211,9 +217,9 @@ def tar_index(file: StoredFile, index_dir: Path | None = None) -> TarIndex:
     path = index_dir / f"{identity.hexdigest()[:32]}.npz"
     # Where there is none, or not a whole one, whatever a damaged archive makes of itself, it is made anew.
     with contextlib.suppress(Exception), open(path, "rb") as kept, np.load(kept, allow_pickle=False) as arrays:
-        rest = [arrays[name] for name in _COLUMNS]
+        rest = {name: arrays[name] for name in _COLUMNS}
         others = Counter(dict(zip(arrays["endings"].tolist(), arrays["times"].tolist(), strict=True)))
-        return TarIndex(Names(arrays["letters"].tobytes(), arrays["names"]), *rest, others)
+        return TarIndex(Names(arrays["letters"].tobytes(), arrays["names"]), **rest, others=others)
     index = _read(file)
     index_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "wb") as out:
@@ -256,7 +262,8 @@ def _read(file: StoredFile) -> TarIndex:
         else:
             last = b"." + _letters(ending.rpartition(".")[2])
             others[b".*" + last if "." in ending and last in IMAGE_ENDINGS else last] += 1
-    index = TarIndex(Names.of(names), *(np.array(column, np.int64) for column in numbers.values()), others)
+    columns = {field: np.array(column, np.int64) for field, column in numbers.items()}
+    index = TarIndex(Names.of(names), **columns, others=others)
     hashes = np.array(keys)
     order = hashes.argsort(kind="stable")
     again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
@@ -270,7 +277,7 @@ def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
     """All members, each looked at for what a shard must not hold."""
     name = ""
     try:
-        with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=_Headers(file), mode="r:", tarinfo=_Member) as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
                 name = member.name
                 tar.members.clear()  # it would keep them all
@@ -295,7 +302,7 @@ def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _check(file: StoredFile, member: tarfile.TarInfo) -> None:
-    if not (member.isreg() or member.isdir()) or member.issparse():
+    if not (member.isreg() or member.isdir()) or member.type == tarfile.GNUTYPE_SPARSE:
         kinds = {tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link", tarfile.GNUTYPE_SPARSE: "sparse"}
         kind = kinds.get(member.type, "neither a file nor a folder")
         raise _bad(file, member.name, f"it is {kind}, which has no place in a shard")
@@ -306,6 +313,28 @@ def _check(file: StoredFile, member: tarfile.TarInfo) -> None:
         raise _bad(file, member.name, f"its header gives it {member.size} bytes")
     if end > file.size:
         raise _bad(file, member.name, f"the shard is truncated: it ends {end - file.size:,} bytes before this member")
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose attributes are looked at before tarfile parses them, which may take the square of their size."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            return super()._proc_builtin(tar)  # type: ignore[misc]  # without its map; it is refused
+        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
+            position = tar.fileobj.tell()
+            block = tar.fileobj.read(-(-self.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            tar.fileobj.seek(position)
+            at, attributes = 0, len(tar.pax_headers)
+            while at < len(block) and block[at]:
+                record = _ATTRIBUTE.match(block, at)
+                attributes += 1
+                if not record or int(record[1]) < record.end() - at or attributes > _MOST_ATTRIBUTES:
+                    raise tarfile.ReadError(f"its pax header is malformed, or has over {_MOST_ATTRIBUTES} attributes")
+                at += int(record[1])
+            if b"GNU.sparse." in block or re.search(rb"\d{100}", block):
+                raise tarfile.ReadError("its pax header is of a sparse file, or has a number of 100 digits")
+        return super()._proc_member(tar)  # type: ignore[misc]  # what subclasses override, says its comment
 
 
 class _Headers:

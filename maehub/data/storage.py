@@ -8,6 +8,7 @@ import functools
 import glob
 import importlib
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError
 from maehub.images import printable
 
-_OPEN_FILES = 64  # kept open by a process: opening is what a network filesystem is slow at
+# Kept open by a process, since opening is what a network filesystem is slow at; the rest is for pipes and libraries.
+_OPEN_FILES = min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 _REQUESTS = 16  # under way at once
 _STAMPS = ("ETag", "etag", "md5", "content_md5", "mtime", "LastModified", "last_modified", "created")
 

@@ -1,9 +1,10 @@
 """Hugging Face datasets and Parquet files as samples.
 
 Both are read as Arrow tables that lie memory-mapped on the disk, where any row is as near as any other. A saved
-dataset is one; of Parquet files, whose rows are packed in groups, the datasets library makes one, once.
+dataset is one; Parquet files, whose rows are packed in groups, are copied to one, once.
 """
 
+import hashlib
 import importlib
 import io
 import logging
@@ -17,10 +18,17 @@ import numpy as np
 
 from maehub.data.listing import below_common
 from maehub.data.sources import Source
-from maehub.errors import DataError, MissingDependencyError, UsageError
+from maehub.data.storage import StoredFile, stored_file
+from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError
+from maehub.files import atomic_write, write_error
 from maehub.images import printable
 
 _BATCH = 1000
+_VERSION = 1  # of the copies
+_ROWS = 4  # decoded at once: a few bytes of a file may stand for the same large value in all of its rows
+_GROUP = 2**24  # bytes of rows that are written at once
+_MOST_DECODED, _TIMES = 2**29, 64  # bytes of a file's rows: so many in any case, or so many times the file
+_MOST_ROWS = 1_000_000  # of a file in any case; one more for each byte
 _logger = logging.getLogger(__name__)
 
 
@@ -84,20 +92,42 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
 
     The first time they are copied to an Arrow file as large as the pictures, below ``index_dir``, or in the cache of
     the datasets library if that is None.
+
+    Raises:
+        DataError: one of them cannot be read, or its rows are far more bytes than it has.
+        CheckpointError: the copy does not fit on the disk.
     """
     datasets = _datasets()
     parquet = importlib.import_module("pyarrow.parquet")
     counts = []
+    identity = hashlib.sha256(str(_VERSION).encode())
     for path in paths:
+        file = stored_file(path)
         try:
-            counts.append(parquet.read_metadata(path).num_rows)
+            facts = parquet.read_metadata(path)
         except Exception as error:  # pyarrow's errors share no base
             raise DataError(f"{printable(path)} cannot be read: {_first_line(error)}") from error
-    _logger.info("Reading %d Parquet files; what is new is copied to an Arrow file first", len(paths))
+        declared = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+        _check_size(file, declared)
+        _check_size(file, 0, facts.num_rows)
+        counts.append(facts.num_rows)
+        identity.update(repr(file).encode())
+    folder = index_dir or Path(datasets.config.HF_DATASETS_CACHE) / "maehub"
+    target = folder / f"{identity.hexdigest()[:32]}.arrow"
     try:
-        rows = datasets.Dataset.from_parquet(list(paths), cache_dir=str(index_dir) if index_dir else None)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from error
+    try:
+        with importlib.import_module("filelock").FileLock(f"{target}.lock"):  # of several processes, one copies
+            if not target.exists():
+                _logger.info("Copying %d Parquet files to an Arrow file", len(paths))
+                _copy(paths, target)
+        rows = datasets.Dataset.from_file(str(target))
+    except MaehubError:
+        raise
     except Exception as error:
-        reason = _first_line(error.__cause__ or error)
+        reason = _first_line(error)
         raise DataError(f"{printable(paths[0])} and its like cannot be read as one table: {reason}") from error
     prefixes = [name + b"/" for name in below_common(paths)]
     return _table(rows, [os.fsencode(path) for path in paths], prefixes, counts, column)
@@ -114,6 +144,32 @@ def find_saved(folder: str, column: str | None = None) -> Table:
     except Exception as error:
         raise DataError(f"{printable(folder)} cannot be read as a saved dataset: {_first_line(error)}") from error
     return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
+
+
+def _copy(paths: Sequence[str], target: Path) -> None:
+    """Parquet files to an Arrow file, a few rows at a time."""
+    arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    cast = importlib.import_module("datasets.table").table_cast
+    schema = _datasets().Features.from_arrow_schema(parquet.read_schema(paths[0])).arrow_schema
+    with atomic_write(target) as temporary, arrow.ipc.new_stream(str(temporary), schema) as writer:
+        for file in map(stored_file, paths):
+            waiting, decoded, written = list[Any](), 0, 0
+            for batch in parquet.ParquetFile(file.path).iter_batches(_ROWS):
+                waiting.append(batch)
+                decoded += batch.nbytes
+                _check_size(file, decoded)
+                if decoded - written > _GROUP:
+                    writer.write_table(cast(arrow.Table.from_batches(waiting), schema).combine_chunks())
+                    waiting, written = [], decoded
+            if waiting:
+                writer.write_table(cast(arrow.Table.from_batches(waiting), schema).combine_chunks())
+
+
+def _check_size(file: StoredFile, decoded: int, rows: int = 0) -> None:
+    if decoded > _MOST_DECODED + _TIMES * file.size or rows > _MOST_ROWS + file.size:
+        has = f"{rows:,} rows" if rows else f"{decoded / 2**20:,.0f} MiB or more"
+        why = f"its {file.size:,} bytes stand for {has}"
+        raise DataError(f"{printable(file.path)} is refused: {why}. Write it without compression and dictionary")
 
 
 def image_column(features: Any, column: str | None, where: str) -> str:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import struct
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.errors import DataError, UsageError
-from maehub.images import ImagePath, Preprocess, decode, open_header, printable, read_pixels
+from maehub.images import ImagePath, Preprocess, decode, limit_time, open_header, printable, read_pixels
 
 Reading = np.ndarray | DataError
 """Pixels (H, W, C) uint8, or why there are none."""
@@ -37,6 +38,7 @@ _WAITING = 4  # pictures a process that are fetched beside it, to examine them: 
 _SILENCE = 300.0  # seconds until a process that gives nothing counts as hanging
 _REQUEST = struct.Struct("<BQ")  # 1 for the bytes of a file, 0 for a path; how many follow
 _START = "import sys; sys.path[:] = sys.argv[1:]; from maehub.data.workers import serve; serve()"
+_TOO_LONG = "it takes too long to decode: more than 10 s, and 1 s for each megabyte and megapixel"
 _BITS = {"1": 1, "I": 32, "F": 32}  # of a channel, by Pillow's mode; all others have 8, or 16 where the mode says so
 
 
@@ -124,6 +126,11 @@ class _Pool:
             _send(process, self._order)
         return process
 
+    def _again(self, dead: _Process) -> _Process:
+        _end(dead)
+        self._processes.remove(dead)
+        return self._start()
+
     def _in_order(self, work: Callable[[_Asked], _Answer], items: Iterable[_Asked], ahead: int) -> Iterator[_Answer]:
         """What the threads make of the items, up to ``ahead`` of which are under way or not yet taken."""
         waiting: deque[Future[_Answer]] = deque()
@@ -172,13 +179,17 @@ class Readers(_Pool):
                 answer = _received(process)
                 readings.append(DataError(answer["reason"]) if isinstance(answer, dict) else answer)
         except (EOFError, OSError) as error:
-            raise DataError(
-                f"a reading process died {_how(process)} at {printable(paths[len(readings)])}. "
-                "If memory is short, use fewer workers; workers=0 shows whether it is the picture"
-            ) from error
+            path, how = printable(paths[len(readings)]), _how(process)
+            if how is not _TOO_LONG or self._closing:
+                raise DataError(
+                    f"a reading process died {how} at {path}. "
+                    "If memory is short, use fewer workers; workers=0 shows whether it is the picture"
+                ) from error
+            readings.append(DataError(f"{path} cannot be read: {how}"))
+            process = self._again(process)
         finally:
             self._idle.put(process)  # a dead one too, or the other threads would wait for it
-        return readings
+        return readings + (self._read(paths[len(readings) :]) if len(readings) < len(paths) else [])
 
 
 class Examiners(_Pool):
@@ -213,11 +224,9 @@ class Examiners(_Pool):
         except (EOFError, OSError):
             if self._closing:
                 return Finding("not examined")
-            reason = f"the process that decoded it died {_how(process)}"
-            _end(process)
-            self._processes.remove(process)
-            process = self._start()
-            return Finding(reason)
+            how = _how(process)
+            process = self._again(process)
+            return Finding(how if how is _TOO_LONG else f"the process that decoded it died {how}")
         finally:
             self._idle.put(process)
 
@@ -246,6 +255,8 @@ def _received(process: _Process) -> np.ndarray | dict[str, Any]:
 def _how(process: _Process) -> str:
     """How it died."""
     code = process.wait()
+    if code == -signal.SIGPROF:
+        return _TOO_LONG
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
 
@@ -268,6 +279,8 @@ def serve() -> None:
         payload = requests.read(length)
         picture = BytesIO(payload) if in_memory else payload
         pixels: bytes | memoryview = b""
+        with contextlib.suppress(OSError):  # of a path, of which decoding says more
+            limit_time(length if in_memory else os.stat(payload).st_size)
         if preprocess is None:
             answer = examine(picture, order["statistics"])._asdict()
         elif isinstance(reading := _reading(picture, preprocess, order["exact_decode"]), DataError):

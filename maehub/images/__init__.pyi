@@ -5,6 +5,7 @@ from .augment import jitter as jitter
 from .decoding import ImagePath as ImagePath
 from .decoding import decode as decode
 from .decoding import decoder_of as decoder_of
+from .decoding import limit_time as limit_time
 from .decoding import looks_like_picture as looks_like_picture
 from .decoding import open_header as open_header
 from .decoding import open_image as open_image

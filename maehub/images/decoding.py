@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from maehub.images.tiff import open_tiff
 ImagePath = str | Path | bytes
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 2 GiB/4 of 24-bit pixels
+_PATIENCE = 10.0  # seconds of processor time for any picture; one more for each megabyte of it, and each megapixel
+_COMMENTS = 1000  # in the pixels of a PNM that are written as text: Pillow copies them all for each
 
 # By first bytes, never by name: what is not here (EPS, PDF, FITS, …) never reaches a decoder.
 _DECODERS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile] | None], ...] = (
@@ -91,6 +94,14 @@ def open_image(
     if channels not in (1, 3):
         raise UsageError(f"a picture file has 1 or 3 channels, not {channels}; give (H, W, {channels}) arrays instead")
     return to_channels(decode(source, scaled_to, max_pixels).image, channels)
+
+
+def limit_time(size: int) -> None:
+    """Have this process ended by SIGPROF if the file of so many bytes that it decodes next takes it too long.
+
+    Nothing else stops a decoder. It is processor time, so a slow disk or a busy machine costs nothing.
+    """
+    signal.setitimer(signal.ITIMER_PROF, _PATIENCE + size / 1e6)
 
 
 class Decoded(NamedTuple):
@@ -261,6 +272,9 @@ def open_header(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile
     elif decoder is PngImageFile:
         image = open_png(file.read())
     else:
+        if decoder is PpmImageFile and head[1:2] in b"123" and file.read().count(b"#") > _COMMENTS:
+            raise DataError(f"it is a PNM in text with more than {_COMMENTS:,} comments, which take too long to decode")
+        file.seek(start)
         image = open_tiff(file) if decoder is TiffImageFile else decoder(file)
     width, height = image.size
     if width < 1 or height < 1:
@@ -268,6 +282,9 @@ def open_header(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile
     if width * height > max_pixels:
         megapixels = width * height / 1e6
         raise DataError(f"{width}×{height} pixels are {megapixels:.0f} MP, over the limit of {max_pixels / 1e6:.0f} MP")
+    left, period = signal.getitimer(signal.ITIMER_PROF)
+    if left and not period:  # of `limit_time`, not of a profiler
+        signal.setitimer(signal.ITIMER_PROF, left + width * height / 1e6)
     return image, jpeg
 
 

@@ -23,6 +23,7 @@ _JFIF, _EXIF, _ADOBE = 0xE0, 0xE1, 0xEE  # the first and the last decide on the 
 _SCAN = 0xDA  # a row of all blocks begins
 _END = b"\xff\xd9"
 _BELOW = 16  # rows that colour of half the resolution is smoothed over, and more
+_GROUP = 32  # rows and columns of the largest group of blocks, which is decoded whole
 _SCANS = 16  # of a progressive picture, more than encoders write
 _SCANNED = 1_000_000_000  # pixels times scans past which a picture with more scans is an attack
 
@@ -100,7 +101,7 @@ def _check_scans(data: bytes, frame: bytearray, channels: int) -> None:
     """
     height, width = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big")
     scans = data.count(b"\xff\xda")
-    if scans > _SCANS and scans * height * width > _SCANNED:
+    if scans > _SCANS and scans * max(height, _GROUP) * max(width, _GROUP) > _SCANNED:
         raise DataError(f"it is a JPEG of {width}×{height} pixels in {scans:,} scans, which take too long to decode")
     bits_left = np.full((256, 64), 16)  # by the number of a channel; of each coefficient, lowest frequency first
     at = data.find(b"\xff\xda")

@@ -9,6 +9,9 @@ import zlib
 import numpy as np
 from PIL.PngImagePlugin import PngImageFile
 
+from maehub.errors import DataError
+
+_CHUNKS = 100  # beside the pixels, each of which costs time
 _LEVELS = {"1": (1, 1), "L;2": (3, 85), "L;4": (15, 17), "L": (255, 1)}  # by raw mode: largest value, step in 8 bits
 
 
@@ -18,7 +21,7 @@ def open_png(data: bytes) -> PngImageFile:
     Chunks that have no part in the pixels, but for the orientation, are passed over: texts, profiles and what else
     there is may be broken, or a bomb.
     """
-    kept, at = [data[:8]], 8
+    kept, others, at = [data[:8]], 0, 8
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         chunk = data[at : at + 12 + length]
@@ -26,9 +29,14 @@ def open_png(data: bytes) -> PngImageFile:
             chunk = b""
         if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):  # by its first letter a chunk is critical or not
             kept.append(chunk)
+            others += kind != b"IDAT"
         at += 12 + length
         if kind == b"IEND":
             break
+    if others > _CHUNKS:
+        raise DataError(
+            f"it is a PNG with {others:,} chunks beside its pixels, and all that are known are fewer than ten"
+        )
     file = io.BytesIO(b"".join(kept))
     PngImageFile(file).verify()  # the checksums of the pixels, which loading passes over
     file.seek(0)

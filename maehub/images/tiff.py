@@ -8,6 +8,7 @@ several planes for the picture. So the tags are looked at first, and what is not
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from typing import BinaryIO
 
@@ -99,6 +100,8 @@ def _check_parts(file: BinaryIO, tags: ImageFileDirectory_v2, compression: int) 
     passes over."""
     offsets, lengths = (273, 279) if STRIPOFFSETS in tags else (324, 325)
     tables = bytes(tags.get(JPEGTABLES, b""))[2:-2]  # without start and end
+    if sum(tags[lengths]) > file.seek(0, os.SEEK_END):  # or a few bytes could be decoded over and over
+        raise DataError("its strips or tiles are more bytes than the file has")
     for offset, length in zip(tags[offsets], tags[lengths], strict=True):
         file.seek(offset)
         data = file.read(length)
