@@ -23,6 +23,7 @@ from maehub.errors import IntegrityError, UsageError
 
 MAX_HEADER_BYTES = 10_000_000  # the format allows ten times more; the largest model published has 60 kB
 _MAX_DIMENSIONS = 16
+_MOST_TENSORS = 20_000  # the largest published network has two thousand
 
 DTYPES = {
     "F64": torch.float64,
@@ -108,6 +109,7 @@ def read_header(path: str | Path) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
         _refuse(path, "cannot be read: the metadata in its header are not text")
+    check_count(path, len(header))
     tensors = {name: _entry(path, name, value) for name, value in header.items()}
     _check_ranges(path, tensors, size - 8 - length)
     return Header(tensors, metadata)
@@ -167,6 +169,12 @@ def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metad
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def check_count(path: str | Path, tensors: int) -> None:
+    """Refuse more tensors than any network has."""
+    if tensors > _MOST_TENSORS:
+        _refuse(path, f"holds {tensors:,} tensors, more than any network of vision has")
 
 
 def _refuse(path: str | Path, why: str) -> NoReturn:
