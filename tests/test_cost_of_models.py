@@ -3,7 +3,11 @@
 import contextlib
 import gc
 import json
+import math
+import os
 import pickle
+import shutil
+import signal
 import struct
 import time
 import zipfile
@@ -20,10 +24,19 @@ from safetensors.torch import save_file
 
 import maehub
 from maehub.conversion import convert, identify
-from maehub.errors import IntegrityError, MaehubError
+from maehub.data.label_sources import read_csv
+from maehub.errors import CheckpointError, IntegrityError, MaehubError
 from maehub.features import FeatureTable
 from maehub.features.store import FeatureStore
 from maehub.features.table import read_provenance
+from maehub.figures.masks import open_mask
+from maehub.files import read_words
+from maehub.train.engine import Progress, check_run_folder
+from maehub.train.engine.checkpoint import _verified, newest_checkpoint, save_checkpoint
+from maehub.train.engine.run_log import RunLog, last_good_step, run_state
+from maehub.train.evaluation.class_matching import _read_file
+from maehub.train.pretraining.config import PretrainConfig
+from maehub.train.reports.report import write_report
 from maehub.weights import read_pickle
 
 MEGABYTE = 2**20
@@ -300,3 +313,260 @@ def test_a_commit_of_features_with_any_value_counts_or_does_not(tmp_path, field,
         kept = store.resume(iter(chunks), True)
         assert kept == (2 if changed == json.loads(first) else 0)
         assert set(store.skipped) <= set(range(6))
+
+
+# -- configurations
+
+
+SMALL = maehub.EncoderConfig(8, 4, 3, 8, 1, 2)
+
+
+@pytest.fixture(scope="module", params=["maehub encoder", "maehub autoencoder", "timm", "transformers"])
+def model_folder(request, tmp_path_factory):
+    """A small model folder of each kind that is read."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    if request.param == "maehub encoder":
+        return maehub.save(maehub.Encoder(SMALL), folder)
+    maehub.save(maehub.MaskedAutoencoder(maehub.AutoencoderConfig(SMALL, 8, 1, 2)), folder)
+    if request.param in ("timm", "transformers"):
+        config = folder / "config.json"
+        values = json.loads(config.read_text())
+        del values["maehub"]
+        if request.param == "timm":
+            shutil.copy(folder / "timm" / "model.safetensors", folder)
+            for name in ("model_type", "architectures"):
+                values.pop(name)
+        config.write_text(json.dumps(values))
+    return folder
+
+
+def fields(values, above=()):
+    """The places of all values in an object, from its top."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*above, key)
+        if isinstance(value, dict | list):
+            yield from fields(value, (*above, key))
+
+
+def changed(values, place, value):
+    """A copy with another value in one place."""
+    copy = json.loads(json.dumps(values))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return copy
+
+
+HOSTILE = [math.inf, math.nan, 10**6, 10**30, -1, 1e-9, [[]], None]
+
+
+def read_or_refused(folder, file, text):
+    """A folder with another text in one of its files costs little, whether or not it can be read."""
+    original = (folder / file).read_text()
+    (folder / file).write_text(text)
+    CLEAR.write_text("5")
+    before = memory("VmRSS")
+    refused = None
+    try:
+        maehub.load(folder).preprocess(np.zeros((9, 9, 3), np.uint8))
+    except MaehubError as error:
+        refused = error
+    finally:
+        (folder / file).write_text(original)
+    assert memory("VmHWM") - before < 512
+    assert refused is None or (refused.exit_code in (2, 4) and "model" in str(refused))
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_no_value_of_a_configuration_costs_much(model_folder, file):
+    if not (model_folder / file).exists():
+        pytest.skip("it has none")
+    values = json.loads((model_folder / file).read_text())
+    for place in fields(values):
+        for value in HOSTILE:
+            read_or_refused(model_folder, file, json.dumps(changed(values, place, value)))
+
+
+@OFTEN
+@given(st.data())
+def test_any_value_of_a_configuration_is_read_or_refused(model_folder, data):
+    values = json.loads((model_folder / "config.json").read_text())
+    place = data.draw(st.sampled_from(list(fields(values))))
+    read_or_refused(model_folder, "config.json", json.dumps(changed(values, place, data.draw(ANY_JSON))))
+
+
+PLACES = {
+    "maehub encoder": "image_size patch_size channels width depth heads classes mlp_ratio",
+    "maehub autoencoder": "decoder_width decoder_depth decoder_heads outputs",
+    "transformers": "image_size num_attention_heads",
+    "timm": "num_heads img_size",
+}
+INSIDE = {"maehub encoder": ("maehub", "network"), "maehub autoencoder": ("maehub", "network"), "timm": ("model_args",)}
+
+
+@pytest.mark.parametrize("model_folder", PLACES, indirect=True)
+@pytest.mark.parametrize("value", [math.inf, math.nan, 10**6, -1, True, 1e-9, "10", [[]]])
+def test_sizes_that_no_network_has_are_refused_by_the_configuration(model_folder, value, request):
+    """With exit code 4, and nothing of them is built."""
+    kind = request.node.callspec.params["model_folder"]
+    config = model_folder / "config.json"
+    original = config.read_text()
+    try:
+        for name in PLACES[kind].split():
+            place = (*INSIDE.get(kind, ()), name)
+            config.write_text(json.dumps(changed(json.loads(original), place, value)))
+            with bounded(config) as caught:
+                maehub.load(model_folder)
+            assert caught.value.exit_code == 4, place
+    finally:
+        config.write_text(original)
+
+
+# -- runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with two checkpoints."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    for step in (1, 2):
+        save_checkpoint(folder, network, optimizer, Progress(step, {"seed": 0}, "data"))
+    (folder / "run.json").write_text(json.dumps({"state": "running", "last_good_step": 2}))
+    (folder / "config.json").write_text(json.dumps({"kind": "pretrain", "environment": {"maehub": maehub.__version__}}))
+    return folder
+
+
+@OFTEN
+@given(st.data())
+def test_a_manifest_with_any_value_gives_way_to_the_checkpoint_before(run, tmp_path, data):
+    copy = tmp_path / "run"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    manifest = copy / "checkpoints" / "step-2" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    place, value = data.draw(st.sampled_from(list(fields(values)))), data.draw(ANY_JSON)
+    manifest.write_text(json.dumps(changed(values, place, value)))
+    folder, progress = newest_checkpoint(copy)
+    same_kind = type(value) in (int, str, dict) and place[-1] in ("data", "seed", "config", "processes", "micro_batch")
+    equal = changed(values, place, value) == values
+    assert progress.step == (2 if folder.name == "step-2" else 1)
+    if folder.name == "step-2":
+        assert same_kind or equal or place[-1] == "seed"
+        assert [type(one) for one in vars(progress).values()] == [int, dict, str, int, int]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "null", "-3", "{}", "[" * 10**5, '{"format": 1, "progress": [], "files": {}}']
+)
+@pytest.mark.parametrize("place", ["files", "progress", "format", None])
+def test_no_manifest_that_holds_is_a_checkpoint_error(run, tmp_path, manifest, place):
+    shutil.copytree(run, tmp_path / "run")
+    for step in (1, 2):
+        file = tmp_path / "run" / "checkpoints" / f"step-{step}" / "manifest.json"
+        values = json.loads(file.read_text()) | {str(place): "PLACE"}
+        file.write_text(json.dumps(values).replace('"PLACE"', manifest) if place else manifest)
+    with pytest.raises(CheckpointError, match="none of them is whole"):
+        newest_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", [["x" * 5000], ["\0"], ["\ud800"], [7], "model.safetensors"])
+def test_names_in_a_manifest_that_are_no_names(run, tmp_path, name):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-2" / "manifest.json"
+    values = json.loads(file.read_text())
+    listed = values["files"]
+    values["files"] = name if isinstance(name[0], int) else listed | dict.fromkeys(name, listed["model.safetensors"])
+    file.write_text(json.dumps(values))
+    assert newest_checkpoint(tmp_path / "run")[1].step == 1
+
+
+@OFTEN
+@given(st.sampled_from(["run.json", "config.json"]), st.data())
+def test_any_value_of_a_run_folder_is_borne(run, tmp_path, file, data):
+    copy = tmp_path / "run"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    values = json.loads((copy / file).read_text())
+    text = json.dumps(changed(values, data.draw(st.sampled_from(list(fields(values)))), data.draw(ANY_JSON)))
+    (copy / file).write_text(data.draw(st.sampled_from([text, text, json.dumps(data.draw(ANY_JSON)), "[" * 10**5])))
+    with contextlib.suppress(MaehubError):
+        check_run_folder(copy, resume=True, overwrite=False)
+    with contextlib.suppress(MaehubError):
+        write_report(copy, PretrainConfig)
+    assert type(last_good_step(copy)) is int
+    assert type(run_state(copy)) in (str, type(None))
+
+
+# -- what is no file
+
+
+def model_with(name):
+    def read(path):
+        for other in {"config.json", "model.safetensors", "preprocessor_config.json"} - {name}:
+            shutil.copy(path.parent.parent / "whole" / other, path.parent)
+        maehub.load(path.parent)
+
+    return read
+
+
+def run_with(path):
+    with RunLog(path.parent, 1) as log:
+        log.begin({}, 0, 1, hide_bar=True)
+
+
+def refused_where_nothing_is(function):
+    """Of readers that say what they found: nothing."""
+
+    def read(path):
+        if not function(path):
+            raise MaehubError(f"{path.name}: nothing")
+
+    return read
+
+
+READERS = {
+    **{name: model_with(name) for name in ("config.json", "model.safetensors", "preprocessor_config.json")},
+    **{f"a{ending}": read for ending in (".pth", ".bin", ".safetensors") for read in [identify]},
+    **{f"b{ending}": read_pickle for ending in (".pth", ".bin")},
+    "c.pth": lambda path: convert(path, path.parent / "out"),
+    "c.safetensors": lambda path: convert(path, path.parent / "out"),
+    "d.safetensors": maehub.load,
+    **{f"table{ending}": FeatureTable.load for ending in (".npz", ".safetensors", ".parquet", ".csv")},
+    **{f"facts{ending}": refused_where_nothing_is(read_provenance) for ending in (".npz", ".csv", ".parquet")},
+    "manifest.json": lambda path: _verified(path.parent, 1),
+    "run.json": refused_where_nothing_is(lambda path: run_state(path.parent) or last_good_step(path.parent)),
+    "metrics.jsonl": run_with,
+    "labels.csv": lambda path: read_csv(str(path), None, None),
+    "classes.txt": lambda path: _read_file(path, ["a", "b"], 2),
+    "classes.csv": lambda path: _read_file(path, ["a", "b"], 2),
+    "mask.png": open_mask,
+    "card.md": read_words,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, name, kind, model_folder_of_transformers):
+    (tmp_path / "whole").symlink_to(model_folder_of_transformers)
+    path = tmp_path / "here" / name
+    path.parent.mkdir()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    signal.alarm(60)  # which a pipe that blocks would wait for
+    try:
+        with bounded(path):
+            READERS[name](path)
+    finally:
+        signal.alarm(0)
+
+
+@pytest.fixture(scope="module")
+def model_folder_of_transformers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("theirs") / "model"
+    maehub.save(maehub.MaskedAutoencoder(maehub.AutoencoderConfig(SMALL, 8, 1, 2)), folder)
+    values = json.loads((folder / "config.json").read_text())
+    del values["maehub"]
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder

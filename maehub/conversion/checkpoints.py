@@ -6,7 +6,6 @@ that. No code of a file is run.
 
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maehub.errors import IntegrityError, UsageError, first_names
+from maehub.files import check_regular
 from maehub.hub import is_model
 from maehub.weights import find_model_folder, read_header, read_pickle, read_tensors
 
@@ -47,8 +47,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Of a run without an exported model it is the newest checkpoint.
     """
     file, config = _find(Path(path))
-    if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would block
-        raise UsageError(f"{file} is not a file")
+    check_regular(file, UsageError)
     try:
         with open(file, "rb") as opened:
             start = opened.read(512)

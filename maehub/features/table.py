@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from maehub.errors import DataError, IntegrityError, MissingDependencyError, UsageError
-from maehub.files import FORMULA, atomic_write, sheet_cells
+from maehub.files import FORMULA, atomic_write, check_regular, sheet_cells
 from maehub.weights import header_bytes, read_header, read_tensors
 
 Provenance = dict[str, Any]
@@ -83,8 +83,9 @@ class FeatureTable:
         """
         target = Path(path)
         check_ending(target, None)
-        if not target.is_file():
+        if not target.exists():
             raise UsageError(f"{target} does not exist")
+        check_regular(target)
         try:
             facts, paths, features = _kind(target).parts(target)
             if features.dtype != torch.float32 or features.ndim < 2 or len(features) != len(paths):

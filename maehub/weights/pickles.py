@@ -25,7 +25,8 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch.serialization import safe_globals
 
 from maehub.errors import IntegrityError, UsageError, first_names
-from maehub.weights.tensorfile import check_count
+from maehub.files import check_regular
+from maehub.weights.tensorfile import check_names
 
 log = logging.getLogger("maehub")
 
@@ -207,6 +208,7 @@ def read_pickle(path: str | Path) -> Pickled:
 
 def _outline(path: str | Path) -> list[Any]:
     """Refuse a file that would cost more than its bytes; what torch's reader is to allow, kinds by their names."""
+    check_regular(path)
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
         file.seek(0)
@@ -254,7 +256,7 @@ def _check_values(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
     Tied weights are in a file once, so half of its tensors may be.
     """
-    check_count(path, len(tensors))
+    check_names(path, tensors)
     size, claimed = os.path.getsize(path), 0
     for name, value in tensors.items():
         claimed += value.nbytes
