@@ -47,7 +47,6 @@ BOUNDS = {
     **dict.fromkeys(("classes", "outputs"), (0, 500_000)),
 }
 """The least and the most of a network, several times what was ever published: a file that says more is hostile."""
-_MOST_PATCHES = 2**20
 
 
 def check_bounds(config: object) -> None:
@@ -95,8 +94,8 @@ class EncoderConfig:
             raise UsageError(f"pool={self.pool!r} is not one of {', '.join(get_args(Pool))}")
         if self.positions not in get_args(ResizeRule):
             raise UsageError(f"positions={self.positions!r} is not one of {', '.join(get_args(ResizeRule))}")
-        if math.prod(grid_size(*self.size, self.patch_size)) > _MOST_PATCHES:
-            raise UsageError(f"{self.size} pixels are more than {_MOST_PATCHES:,} patches of {self.patch_size}")
+        if math.prod(grid_size(*self.size, self.patch_size)) > 2**20:
+            raise UsageError(f"{self.size} pixels are more than {2**20:,} patches of {self.patch_size}")
         if self.class_names and (
             len(self.class_names) != self.classes or not all(isinstance(name, str) for name in self.class_names)
         ):
