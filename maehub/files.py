@@ -248,22 +248,32 @@ def markdown_text(text: str) -> str:
     return _MARKDOWN.sub(r"\\\g<0>", visible(re.sub(r"\s+", " ", text)))
 
 
+def check_regular(path: str | os.PathLike[str], error: type[MaehubError] = IntegrityError) -> None:
+    """Refuse what is no regular file: a pipe would block its reader, a device never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise error(f"{path} is not a file that can be read: it is no regular file")
+
+
+def read_small(path: Path, error: type[MaehubError] = IntegrityError, most: int = _MAX_JSON_BYTES) -> bytes:
+    """The bytes of a regular file that is not large; of anything else the error given."""
+    try:
+        check_regular(path, error)
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from problem
+    if len(data) > most:
+        raise error(f"{path} is too long: it has {path.stat().st_size:,} bytes, and at most {most:,} are read")
+    return data
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
+    data = read_small(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block, a device never end
-            raise IntegrityError(f"{path} is no configuration: it is no regular file")
-        with open(path, "rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-        if len(data) > _MAX_JSON_BYTES:
-            raise IntegrityError(f"{path} is no configuration: it has {path.stat().st_size:,} bytes")
         value = json.loads(data)
     except (RecursionError, ValueError) as error:
-        if isinstance(error, IntegrityError):
-            raise
         raise IntegrityError(f"{path} is no well-formed JSON: {error}") from error
-    except OSError as error:
-        raise IntegrityError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise IntegrityError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
@@ -277,13 +287,9 @@ def sheet_cells(cells: Iterable[Any]) -> list[Any]:
 def read_words(path: Path) -> str:
     """A small text that a person wrote."""
     try:
-        if path.stat().st_size >= _MOST_WORDS:
-            raise UsageError(f"{path} is too long for a page: it has {path.stat().st_size:,} bytes")
-        return path.read_text(encoding="utf-8")
+        return read_small(path, UsageError, _MOST_WORDS).decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no text in UTF-8") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def is_left(path: Path) -> bool:

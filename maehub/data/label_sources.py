@@ -18,6 +18,7 @@ from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
 from maehub.data.tables import Table
 from maehub.errors import DataError, UsageError, first_names
+from maehub.files import check_regular
 from maehub.images import printable
 
 log = logging.getLogger("maehub")
@@ -238,6 +239,7 @@ def read_csv(path: str, label: str | None, group: str | None) -> list[Row]:
     in the column ``label``, unless another is named.
     """
     try:
+        check_regular(path, DataError)
         with open(path, encoding="utf-8-sig", newline="") as file:
             return _rows(path, csv.reader(file, strict=True), label, group)
     except OSError as error:

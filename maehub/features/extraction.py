@@ -264,8 +264,8 @@ def _in_memory(work: _Work, provenance: Provenance) -> FeatureTable:
 
 def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> FeatureTable:
     work.store = store
-    keys = (work.pictures.digest(chunk.start, chunk.stop) for chunk in work.chunks(0))
-    first = store.resume(keys, work.skip_bad)
+    chunks = ((chunk, work.pictures.digest(chunk.start, chunk.stop)) for chunk in work.chunks(0))
+    first = store.resume(chunks, work.skip_bad)
     if first:
         log.info("%s: %d pictures are there already", store.folder, store.rows)
     work.bar.initial = work.bar.n = store.rows + len(store.skipped)

@@ -79,7 +79,7 @@ class FeatureStore:
         """Refuse rows of another run, or throw them away."""
         description = self.folder / "run.json"
         text = json.dumps(self.run, sort_keys=True, indent=1)
-        known = description.read_text() if description.exists() else None
+        known = description.read_text() if description.is_file() else None
         if known not in (None, text) and not self.overwrite:
             raise UsageError(
                 f"{self.folder} holds unfinished features that were made differently. "
@@ -91,20 +91,24 @@ class FeatureStore:
             with atomic_write(description) as temporary:
                 temporary.write_text(text)
 
-    def resume(self, keys: Iterator[str], skip_bad: bool) -> int:
-        """Keep the committed chunks from the first on whose keys are these, and say how many; drop what follows.
+    def resume(self, chunks: Iterator[tuple[range, str]], skip_bad: bool) -> int:
+        """Keep the committed chunks from the first on whose samples are these, and say how many; drop what follows.
 
-        Without ``skip_bad`` a chunk that left a picture out does not count.
+        ``chunks`` are the indices of the samples of each, and a digest of them. Without ``skip_bad`` a chunk that left
+        a picture out does not count.
         """
         self._journal.seek(0)
         rows = journal_bytes = 0
         stored_bytes = os.fstat(self._features.fileno()).st_size
-        for line, key in zip(self._journal, keys, strict=False):
+        for line, (chunk, key) in zip(self._journal, chunks, strict=False):
             try:
                 commit = _Commit(**json.loads(line))
-            except (ValueError, TypeError):
+                skipped = dict(commit.skipped)
+                whole = type(commit.rows) is int and commit.rows + len(skipped) == len(chunk)
+                named = all(type(one) is int and one in chunk and type(why) is str for one, why in skipped.items())
+            except (ValueError, TypeError, RecursionError):
                 break  # half a line
-            fits = (rows + commit.rows) * self._row_bytes <= stored_bytes
+            fits = whole and named and (rows + commit.rows) * self._row_bytes <= stored_bytes
             same = commit.chunk == len(self._commits) and commit.key == key
             if not (fits and same) or (commit.skipped and not skip_bad):
                 break

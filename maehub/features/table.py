@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +17,19 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maehub.errors import DataError, IntegrityError, MissingDependencyError, UsageError
-from maehub.files import FORMULA, atomic_write, sheet_cells
-from maehub.weights import header_bytes
+from maehub.files import FORMULA, atomic_write, check_regular, sheet_cells
+from maehub.weights import header_bytes, read_header, read_tensors
 
 Provenance = dict[str, Any]
 
 _KEY = "maehub"  # under which a file keeps the provenance
 _COMMENT = "# "  # before it, in the first line of a .csv
 _PIECE_BYTES = 2**24
-_NOT_A_TABLE = (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, SafetensorError)
+_LARGEST_FACTS = 2**25  # bytes: with the reasons of 200,000 pictures that could not be read
+_MOST_LARGER = 32  # times as large as its .parquet file a table may be; the best that Snappy does is 21
 
 
 class Skipped(NamedTuple):
@@ -81,15 +82,17 @@ class FeatureTable:
             UsageError: an ending that is not known, or no file.
         """
         target = Path(path)
-        kind = _kind(target)
-        if not target.is_file():
+        check_ending(target, None)
+        if not target.exists():
             raise UsageError(f"{target} does not exist")
+        check_regular(target)
         try:
-            facts, paths, features = kind.parts(target)
-        except _NOT_A_TABLE as error:
+            facts, paths, features = _kind(target).parts(target)
+            if features.dtype != torch.float32 or features.ndim < 2 or len(features) != len(paths):
+                raise DataError(f"{len(paths)} paths do not go with {features.dtype} of {tuple(features.shape)}")
+        except Exception as error:  # the libraries of four formats raise nearly every type there is
             raise IntegrityError(f"{target} is not a file of features: {error}") from error
-        skipped = [Skipped(*item) for item in facts.pop("skipped", [])]
-        return cls([os.fsdecode(name) for name in paths], features, facts, skipped)
+        return cls(paths, features, facts, [Skipped(*item) for item in facts.pop("skipped", [])])
 
 
 def piece_rows(row_shape: tuple[int, ...]) -> int:
@@ -120,9 +123,10 @@ def write_features(
 
 def read_provenance(path: Path) -> Provenance | None:
     """The provenance of a file of features without its rows; None if it is another file."""
+    kind = _kind(path)
     try:
-        return next(_kind(path).parts(path))
-    except _NOT_A_TABLE:
+        return next(kind.parts(path)) if path.is_file() else None
+    except Exception:
         return None
 
 
@@ -152,8 +156,29 @@ def _offsets(paths: list[bytes]) -> np.ndarray:
     return np.cumsum([0, *(len(path) for path in paths)], dtype="<i8")
 
 
-def _names(buffer: bytes, offsets: np.ndarray) -> list[bytes]:
-    return [buffer[start:stop] for start, stop in itertools.pairwise(offsets.tolist())]
+def _names(buffer: bytes, offsets: np.ndarray) -> list[str]:
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or (np.diff(offsets) < 0).any():
+        raise DataError("the places of its paths are no ascending numbers")
+    if offsets[0] != 0 or offsets[-1] != len(buffer):
+        raise DataError("its paths do not fill their place")
+    return [os.fsdecode(buffer[start:stop]) for start, stop in itertools.pairwise(offsets.tolist())]
+
+
+def _facts(text: str | bytes) -> Provenance:
+    """What a file tells of its table, checked as far as it is used here."""
+    facts = json.loads(text) if len(text) <= _LARGEST_FACTS else None
+    if not isinstance(facts, dict) or not isinstance(skipped := facts.get("skipped", []), list):
+        raise DataError("its provenance is no object, or too long")
+    if not all(isinstance(item, list) and [type(part) for part in item] == [str, str] for item in skipped):
+        raise DataError("its skipped pictures are no pairs of path and reason")
+    return facts
+
+
+def _shape(facts: Provenance) -> list[int]:
+    shape = facts["shape"]
+    if not isinstance(shape, list) or any(type(side) is not int or side < 0 for side in shape) or len(shape) < 2:
+        raise DataError(f"its shape is no list of whole numbers: {shape!r:.60}")
+    return shape
 
 
 def _width(shape: Sequence[int]) -> int:
@@ -178,10 +203,10 @@ def _write_safetensors(
 
 
 def _parts_of_safetensors(path: Path) -> Iterator[Any]:
-    with safe_open(path, "pt") as file:
-        yield json.loads((file.metadata() or {})[_KEY])
-        yield _names(file.get_tensor("paths").numpy().tobytes(), file.get_tensor("path_offsets").numpy())
-        yield file.get_tensor("features")
+    yield _facts(read_header(path).metadata[_KEY])
+    tensors = read_tensors(path).tensors
+    yield _names(tensors["paths"].numpy().tobytes(), tensors["path_offsets"].numpy())
+    yield tensors["features"]
 
 
 def _write_npz(
@@ -206,7 +231,10 @@ def _write_npz(
 
 def _parts_of_npz(path: Path) -> Iterator[Any]:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        yield json.loads(arrays[_KEY].tobytes())
+        members = arrays.zip.infolist()
+        if any(one.compress_type for one in members) or sum(one.file_size for one in members) > os.path.getsize(path):
+            raise DataError("its arrays are packed, and those of a table never are")
+        yield _facts(arrays[_KEY].tobytes())
         yield _names(arrays["paths"].tobytes(), arrays["path_offsets"])
         yield torch.from_numpy(arrays["features"])
 
@@ -237,12 +265,22 @@ def _write_parquet(
 def _parts_of_parquet(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with open(path, "rb") as file:
-        yield (facts := json.loads((parquet.read_schema(file).metadata or {})[_KEY.encode()]))
-        table = parquet.read_table(file)
-    yield [name.encode() if isinstance(name, str) else name for name in table["path"].to_pylist()]
-    rows = np.concatenate([chunk.flatten().to_numpy() for chunk in table["features"].chunks] or [np.empty(0, "f4")])
-    yield torch.from_numpy(rows.reshape(facts["shape"]))
+    with open(path, "rb") as opened, parquet.ParquetFile(opened) as file:
+        yield (facts := _facts((file.schema_arrow.metadata or {})[_KEY.encode()]))
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        if {column.compression for column in columns} - {"SNAPPY", "UNCOMPRESSED"}:
+            raise DataError("it is packed in a way that tables are not")
+        paths, rows, size = list[str](), [np.empty(0, "f4")], 0
+        for batch in file.iter_batches(256, columns=["path", "features"]):  # rows that are one row said often
+            size += batch.nbytes
+            if size > _MOST_LARGER * os.path.getsize(path) + 2**20:
+                raise DataError("it holds far more than its bytes")
+            names = batch["path"].to_pylist()
+            paths += [os.fsdecode(name.encode() if isinstance(name, str) else name) for name in names]
+            rows.append(batch["features"].flatten().to_numpy())
+    yield paths
+    yield torch.from_numpy(np.concatenate(rows).reshape(_shape(facts)))
 
 
 def _write_csv(
@@ -262,20 +300,23 @@ def _write_csv(
 
 
 def _parts_of_csv(path: Path) -> Iterator[Any]:
-    names, rows = [], []
+    names, numbers = list[str](), array("f")
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        first = file.readline()
+        first = file.readline(_LARGEST_FACTS)
         if not first.startswith(_COMMENT + "{"):
             raise DataError("its first line holds no provenance")
-        yield (facts := json.loads(first.removeprefix(_COMMENT)))
+        yield (facts := _facts(first.removeprefix(_COMMENT)))
         if not file.readline():
             raise DataError("no line names its columns")
-        for name, *numbers in csv.reader(file):
+        width = _width(_shape(facts))
+        for name, *row in csv.reader(file):
+            if len(row) != width:
+                raise DataError(f"row {len(names) + 1} has {len(row)} numbers of {width}")
             quoted = name.startswith("'") and name.lstrip("'").startswith(FORMULA)
-            names.append((name[1:] if quoted else name).encode("utf-8", "surrogateescape"))
-            rows.append(np.array(numbers, np.float32))
+            names.append(os.fsdecode((name[1:] if quoted else name).encode("utf-8", "surrogateescape")))
+            numbers.extend(map(float, row))
     yield names
-    yield torch.from_numpy((np.stack(rows) if rows else np.empty(0, np.float32)).reshape(facts["shape"]))
+    yield torch.from_numpy(np.array(numbers, np.float32).reshape(_shape(facts)))
 
 
 class _Kind(NamedTuple):

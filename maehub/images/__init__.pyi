@@ -14,6 +14,7 @@ from .decoding import printable as printable
 from .preprocess import Preprocess as Preprocess
 from .preprocess import TransformName as TransformName
 from .preprocess import read_pixels as read_pixels
+from .sizes import LARGEST_PATCH as LARGEST_PATCH
 from .sizes import Size as Size
 from .sizes import as_size as as_size
 from .sizes import grid_size as grid_size

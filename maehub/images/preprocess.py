@@ -14,7 +14,7 @@ from PIL import Image
 
 from maehub.errors import DataError, IntegrityError, UsageError
 from maehub.images.decoding import Decoded, ImagePath, decode, plain, printable, to_channels
-from maehub.images.sizes import Size, as_size
+from maehub.images.sizes import LARGEST_PATCH, LONGEST_SIDE, Size, as_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,18 +68,18 @@ class Preprocess:
         object.__setattr__(self, "size", as_size(self.size))
         for name in ("mean", "std", "value_range"):
             object.__setattr__(self, name, tuple(float(number) for number in getattr(self, name)))
-        if type(self.patch_size) is not int or self.patch_size < 1:
-            raise UsageError(f"patch_size must be a positive int, not {self.patch_size!r}")
+        if type(self.patch_size) is not int or not 1 <= self.patch_size <= LARGEST_PATCH:
+            raise UsageError(f"patch_size must be an int from 1 to {LARGEST_PATCH}, not {self.patch_size!r:.60}")
         for name, choices in (("resize", ResizeMode), ("interpolation", Interpolation)):
             if getattr(self, name) not in get_args(choices):
                 raise UsageError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
-        if not 0 < self.crop_fraction <= 1:
-            raise UsageError(f"crop_fraction must be above 0 and at most 1, not {self.crop_fraction}")
+        if not 0 < self.crop_fraction <= 1 or max(self.size) > 2 * LONGEST_SIDE * self.crop_fraction:
+            raise UsageError(f"crop_fraction must be above 0 and at most 1, and not tiny, not {self.crop_fraction}")
         if not self.mean or len(self.mean) != len(self.std):
             raise UsageError(f"mean and std need one number a channel each, not {self.mean} and {self.std}")
         if not all(math.isfinite(mean) for mean in self.mean) or not all(0 < std < math.inf for std in self.std):
             raise UsageError(f"mean must be finite and std above 0, not {self.mean} and {self.std}")
-        if len(self.value_range) != 2 or not self.value_range[0] < self.value_range[1]:
+        if len(self.value_range) != 2 or not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
             raise UsageError(f"value_range must be (low, high) with low < high, not {self.value_range}")
 
     @classmethod
@@ -209,7 +209,7 @@ class Preprocess:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
             return cls(**values)
-        except (UsageError, TypeError, ValueError) as error:
+        except (UsageError, TypeError, ValueError, OverflowError) as error:
             raise IntegrityError(f"the preprocessing cannot be used: {error}") from error
 
     def _fit(self, decoded: Decoded, *, exact: bool) -> np.ndarray:

@@ -5,12 +5,17 @@ from maehub.errors import UsageError
 Size = tuple[int, int]
 """(rows, columns) or (height, width): always vertical first."""
 
+LONGEST_SIDE, LARGEST_PATCH = 16_384, 1024
+"""Pixels of what a network takes: a file that says more is damaged or hostile."""
+
 
 def as_size(size: int | tuple[int, int] | list[int], name: str = "size") -> Size:
     """One number for a square, or (height, width), as a tuple of two positive ints."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair):
-        raise UsageError(f"{name} must be a positive int or (height, width), not {size!r}")
+        raise UsageError(f"{name} must be a positive int or (height, width), not {size!r:.60}")
+    if max(pair) > LONGEST_SIDE:
+        raise UsageError(f"{name} must be at most {LONGEST_SIDE:,} pixels, not {size!r:.60}")
     return pair[0], pair[1]
 
 

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from maehub.errors import UsageError
 from maehub.images import Preprocess, Size, grid_size
 from maehub.models.colours import COLOURS
-from maehub.models.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, initialise, initialise_token, take
+from maehub.models.encoder import (
+    LAYER_NORM_EPS,
+    Block,
+    Encoder,
+    EncoderConfig,
+    check_bounds,
+    initialise,
+    initialise_token,
+    take,
+)
 from maehub.models.masking import kept_count, random_masks, split_index, visible_count
 from maehub.models.patches import normalise_patches, patchify
 from maehub.models.positions import resize_table, sincos_table, with_cls_row
@@ -55,10 +64,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.encoder.pool != "cls" or self.encoder.classes:
             raise UsageError("the encoder of an autoencoder has no head and ends in norm: classes=0 and pool='cls'")
-        for name in ("decoder_width", "decoder_depth", "decoder_heads", "outputs"):
-            value, least = getattr(self, name), 0 if name in ("decoder_depth", "outputs") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} must be an int of at least {least}, not {value!r}")
+        check_bounds(self)
         if self.decoder_width % self.decoder_heads:
             raise UsageError(f"decoder_width={self.decoder_width} is not divisible by {self.decoder_heads} heads")
         if self.decoder_width % 4:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.errors import UsageError
-from maehub.images import Preprocess, Size, as_size, grid_size
+from maehub.images import LARGEST_PATCH, Preprocess, Size, as_size, grid_size
 from maehub.models.patches import patchify
 from maehub.models.positions import ResizeRule, resize_table, sincos_table, with_cls_row
 
@@ -37,6 +37,24 @@ FeaturePool = Literal["cls", "mean", "cls+mean", "tokens", "map"]
 """What `Encoder.features` can give."""
 
 LAYER_NORM_EPS = 1e-6
+
+BOUNDS = {
+    "patch_size": (1, LARGEST_PATCH),
+    "channels": (1, 4096),
+    **dict.fromkeys(("width", "decoder_width"), (1, 16_384)),
+    **dict.fromkeys(("depth", "decoder_depth"), (0, 512)),
+    **dict.fromkeys(("heads", "decoder_heads"), (1, 1024)),
+    **dict.fromkeys(("classes", "outputs"), (0, 500_000)),
+}
+"""The least and the most of a network, several times what was ever published: a file that says more is hostile."""
+
+
+def check_bounds(config: object) -> None:
+    """Refuse whole numbers of a configuration that are none or past their `BOUNDS`."""
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(config, name, least)
+        if type(value) is not int or not least <= value <= most:
+            raise UsageError(f"{name} must be an int of at least {least} and at most {most:,}, not {value!r:.60}")
 
 
 @dataclass(frozen=True)
@@ -65,21 +83,19 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", as_size(self.image_size, "image_size"))
         object.__setattr__(self, "class_names", tuple(self.class_names))
-        for name in ("patch_size", "channels", "width", "depth", "heads", "classes"):
-            value, least = getattr(self, name), 0 if name in ("depth", "classes") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} must be an int of at least {least}, not {value!r}")
+        check_bounds(self)
         if self.width % self.heads:
             raise UsageError(f"width={self.width} is not divisible by heads={self.heads}")
         if self.width % 4:
             raise UsageError(f"width={self.width} is not divisible by 4, which the sine-cosine positions need")
-        if not self.mlp_ratio > 0:
-            raise UsageError(f"mlp_ratio must be above 0, not {self.mlp_ratio}")
+        if isinstance(self.mlp_ratio, bool) or not 1 / self.width <= self.mlp_ratio <= 256:
+            raise UsageError(f"mlp_ratio must be from 1 / width to 256, not {self.mlp_ratio}")
         if self.pool not in get_args(Pool):
             raise UsageError(f"pool={self.pool!r} is not one of {', '.join(get_args(Pool))}")
         if self.positions not in get_args(ResizeRule):
             raise UsageError(f"positions={self.positions!r} is not one of {', '.join(get_args(ResizeRule))}")
-        grid_size(*self.size, self.patch_size)
+        if math.prod(grid_size(*self.size, self.patch_size)) > 2**20:
+            raise UsageError(f"{self.size} pixels are more than {2**20:,} patches of {self.patch_size}")
         if self.class_names and (
             len(self.class_names) != self.classes or not all(isinstance(name, str) for name in self.class_names)
         ):

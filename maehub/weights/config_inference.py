@@ -1,13 +1,14 @@
 """The network that tensors are for, read off their shapes where no configuration says it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.images import Size
 from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
 from maehub.weights.keys import ENCODER_MASK_TOKEN, is_decoder
@@ -49,6 +50,17 @@ def size_name(width: int, depth: int, patch_size: int) -> str:
     return f"ViT-{same[0].removeprefix('vit-').title()}/{patch_size}"
 
 
+@contextmanager
+def refusing(*files: object) -> Iterator[None]:
+    """What a file says that no network can be is an error that names the file."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError, ArithmeticError) as error:
+        if isinstance(error, MaehubError) and any(str(file) in str(error) for file in files):
+            raise
+        raise IntegrityError(f"{files[0]}: {error!s:.300}") from error
+
+
 def infer_config(state: Mapping[str, Tensor], hints: Hints = NO_HINTS, where: str = "these weights") -> Config:
     """Read the network off the shapes of its tensors (official names), where no configuration says it.
 
@@ -57,6 +69,11 @@ def infer_config(state: Mapping[str, Tensor], hints: Hints = NO_HINTS, where: st
     nothing else has; and the image is square. Where there is a decoder, an `AutoencoderConfig` comes back. ``where`` is
     what the tensors are, for messages.
     """
+    with refusing(where):
+        return _inferred(state, hints, where)
+
+
+def _inferred(state: Mapping[str, Tensor], hints: Hints, where: str) -> Config:
     shape = {name: tuple(value.shape) for name, value in state.items()}
     kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())
     hidden = shape.get("blocks.0.mlp.fc1.weight", ())

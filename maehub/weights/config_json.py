@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 
 from maehub.errors import IntegrityError, UsageError
-from maehub.images import Preprocess, Size
+from maehub.images import Preprocess, Size, as_size
 from maehub.models import AutoencoderConfig, EncoderConfig, Origin, Target
 from maehub.version import __version__
-from maehub.weights.config_inference import Config, Hints
+from maehub.weights.config_inference import Config, Hints, refusing
 
 FORMAT = 1
 """Version of our block; a reader refuses a newer one."""
@@ -116,10 +116,8 @@ def read_block(block: Any, where: str) -> Block:
     else:
         config = _from_fields(EncoderConfig, network, where)
     origin = _from_fields(Origin, block["origin"], where) if block.get("origin") is not None else None
-    try:
+    with refusing(where):
         return Block(config, Preprocess.from_dict(preprocess), origin, hashes)
-    except IntegrityError as error:
-        raise IntegrityError(f"{where}: {error}") from error
 
 
 def timm_config(config: EncoderConfig, preprocess: Preprocess, origin: Origin | None, filename: str) -> dict[str, Any]:
@@ -252,7 +250,10 @@ def transformers_hints(config: Mapping[str, Any], where: str) -> Hints:
     eps = config.get("layer_norm_eps", 1e-12)
     if eps not in (1e-6, 1e-12):
         raise UsageError(f"{where} has layer_norm_eps={eps!r}; the networks here have 1e-6")
-    heads, image_size = _whole(config, "num_attention_heads", 12, where), _pair(config.get("image_size", 224), where)
+    heads, image_size = (
+        _whole(config, "num_attention_heads", 12, where),
+        as_size(config.get("image_size", 224), "image_size"),
+    )
     if config["model_type"] == "vit":
         return Hints(heads, image_size=image_size)
     target: Target = "normalised_pixels" if config.get("norm_pix_loss", False) else "pixels"
@@ -272,7 +273,7 @@ def timm_hints(config: Mapping[str, Any], where: str) -> Hints:
     size = arguments.get("img_size") or list(pretrained.get("input_size", ()))[1:] or None
     return Hints(
         _whole({"num_heads": heads}, "num_heads", 0, where) if heads else None,
-        image_size=_pair(size, where) if size else None,
+        image_size=as_size(size, "img_size") if size else None,
     )
 
 
@@ -296,10 +297,8 @@ def _from_fields(kind: type[Fields], values: Any, where: str) -> Fields:
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if kind is Origin and not all(isinstance(value, str) for value in given.values()):
         raise IntegrityError(f"{where}: origin in the maehub block must be text")
-    try:
+    with refusing(where):
         return kind(**given)
-    except (UsageError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{where}: {error}") from error
 
 
 def _whole(config: Mapping[str, Any], name: str, default: int, where: str) -> int:
@@ -307,10 +306,3 @@ def _whole(config: Mapping[str, Any], name: str, default: int, where: str) -> in
     if type(value) is not int or value < 1:
         raise IntegrityError(f"{where}: {name} must be a positive int, not {value!r:.60}")
     return value
-
-
-def _pair(size: Any, where: str) -> tuple[int, int]:
-    pair = size if isinstance(size, list) else [size, size]
-    if len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair):
-        raise IntegrityError(f"{where}: an image size cannot be {size!r:.60}")
-    return pair[0], pair[1]

@@ -27,7 +27,7 @@ from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target
 from maehub.version import __version__
 from maehub.weights.building import AS_STORED, LoadOptions, Network, build, check_finite
-from maehub.weights.config_inference import NO_HINTS, Config, Hints, infer_config, with_target
+from maehub.weights.config_inference import NO_HINTS, Config, Hints, infer_config, refusing, with_target
 from maehub.weights.config_json import (
     TIMM_ENCODER,
     Block,
@@ -229,7 +229,8 @@ def read_config(
         files = _described(read_block(values["maehub"], where), tensors)
     else:
         state = _official(tensors) if state is None else state
-        files = _read_foreign(values, config, tensors, state if whole else from_official(state, "timm"), hints)
+        with refusing(where, config.with_name(_PROCESSOR)):
+            files = _read_foreign(values, config, tensors, state if whole else from_official(state, "timm"), hints)
     network, target = files.config, hints.target
     if isinstance(network, AutoencoderConfig) and target is not None and network.target != target:
         if network.target != "unknown":

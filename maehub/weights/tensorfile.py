@@ -9,9 +9,8 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,9 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maehub.errors import IntegrityError, UsageError
+from maehub.files import check_regular
 
 MAX_HEADER_BYTES = 10_000_000  # the format allows ten times more; the largest model published has 60 kB
 _MAX_DIMENSIONS = 16
+_MOST_TENSORS = 20_000  # the largest published network has two thousand
+_LONGEST_NAME = 1000
 
 DTYPES = {
     "F64": torch.float64,
@@ -85,8 +87,7 @@ class TensorFile(NamedTuple):
 def read_header(path: str | Path) -> Header:
     """Read and check the header alone; nothing is allocated for the tensors."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
-            raise UsageError(f"{path} is not a file")
+        check_regular(path, UsageError)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(32)
@@ -108,6 +109,7 @@ def read_header(path: str | Path) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
         _refuse(path, "cannot be read: the metadata in its header are not text")
+    check_names(path, header)
     tensors = {name: _entry(path, name, value) for name, value in header.items()}
     _check_ranges(path, tensors, size - 8 - length)
     return Header(tensors, metadata)
@@ -167,6 +169,14 @@ def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metad
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def check_names(path: str | Path, names: Collection[str]) -> None:
+    """Refuse more tensors than any network has, and names whose prefixes would be stripped for minutes."""
+    if len(names) > _MOST_TENSORS:
+        _refuse(path, f"holds {len(names):,} tensors, more than any network of vision has")
+    if long := next((name for name in names if len(name) > _LONGEST_NAME), None):
+        _refuse(path, f"has a tensor with a name of {len(long):,} letters, {_short(long)}")
 
 
 def _refuse(path: str | Path, why: str) -> NoReturn:

@@ -7,6 +7,7 @@ has one that differs from its manifest was damaged later. No pickle is involved,
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -187,16 +188,19 @@ def _verified(folder: Path, step: int) -> Progress:
         )
     try:
         progress = Progress(**manifest["progress"])
+        kinds = [type(value) for value in vars(progress).values()]
+        if kinds != [int, dict, str, int, int] or progress.processes < 1:
+            raise TypeError("a value of another type")
         listed = manifest["files"]
         wanted = {*listed, *(() if is_sharded(folder) else _FILES)}
         facts = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in wanted}
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise IntegrityError(f"its manifest is malformed at {error}") from error
     if progress.step != step:
         raise IntegrityError(f"its manifest is of step {progress.step}")
     for name, (size, sha256) in facts.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # which knows no name that is an error
             raise IntegrityError(f"{name} is missing")
         if path.stat().st_size != size or sha256_file(path) != sha256:
             raise IntegrityError(f"{name} differs from the manifest")

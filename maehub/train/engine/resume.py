@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, UsageError
-from maehub.files import check_free
+from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, IntegrityError, UsageError
+from maehub.files import check_free, read_json
 from maehub.train.engine.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import code_digest
@@ -188,9 +188,9 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def check_version(run: Path) -> None:
     """Refuse to go on with a run that another minor version of maehub started."""
     try:
-        config = json.loads((run / "config.json").read_bytes())
+        config = read_json(run / "config.json")
         started, kind = str(config["environment"]["maehub"]), config.get("kind")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (IntegrityError, TypeError, KeyError):
         return  # nobody knows which
     theirs, ours = (version.split(".")[:2] for version in (started, __version__))
     if theirs == ours:

@@ -26,11 +26,12 @@ from maehub.errors import (
     EXIT_INTERRUPTED,
     CheckpointError,
     DivergedError,
+    IntegrityError,
     MaehubError,
     MissingDependencyError,
     UsageError,
 )
-from maehub.files import atomic_write, write_error
+from maehub.files import atomic_write, check_regular, read_json, write_error
 
 log = logging.getLogger("maehub")
 
@@ -50,8 +51,8 @@ _BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt}{postfix} · {remai
 def last_good_step(folder: Path) -> int:
     """The last step that a run says it saved; 0 where it says none."""
     try:
-        step = json.loads((folder / _STATE).read_bytes())["last_good_step"]
-    except (OSError, ValueError, TypeError, KeyError):
+        step = read_json(folder / _STATE)["last_good_step"]
+    except (IntegrityError, KeyError):
         return 0
     return step if type(step) is int else 0
 
@@ -62,9 +63,9 @@ def run_state(folder: Path) -> str | None:
     A run that was killed is still called running.
     """
     try:
-        facts = json.loads((folder / _STATE).read_bytes())
+        facts = read_json(folder / _STATE)
         return str(facts["state"]) if "last_good_step" in facts else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (IntegrityError, KeyError):
         return None
 
 
@@ -115,6 +116,8 @@ class RunLog:
             return self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / _METRICS).exists():
+                check_regular(self.folder / _METRICS, CheckpointError)
             self._metrics = open(self.folder / _METRICS, "a+b")
         except OSError as error:
             raise write_error(self.folder, error) from error
@@ -327,7 +330,7 @@ class RunLog:
         """Cut the metrics off after a step, and a line that was not finished."""
         self._metrics.seek(0)
         end = 0
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             for line in self._metrics:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > last:
                     break

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from maehub.data import Labelled, label_name, mapped
 from maehub.errors import DataError, UsageError, first_names
+from maehub.files import check_regular
 from maehub.train.evaluation.text_tables import printable
 
 log = logging.getLogger("maehub")
@@ -73,6 +74,7 @@ def _certain_order(folders: Sequence[str], classes: int) -> tuple[str, ...] | No
 def _read_file(path: Path, names: Sequence[str], classes: int) -> dict[str, int]:
     """Folders to outputs."""
     try:
+        check_regular(path, UsageError)
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() == ".csv":
                 rows = [[cell.strip() for cell in cells] for cells in csv.reader(file, strict=True) if cells]

@@ -17,7 +17,7 @@ from PIL import Image
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
 from maehub.errors import UsageError
 from maehub.features import outputs
-from maehub.files import check_free, sheet_cells, whole_folder, write_text
+from maehub.files import check_free, read_json, sheet_cells, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
 from maehub.models import Encoder, usable_device
@@ -188,7 +188,7 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> Measured:
 def _held_out_by(config: EvaluateConfig) -> Labelled | None:
     """Of the data that a run split by its seed the part that it held out; None of any other run and data."""
     try:
-        run = json.loads((Path(config.model) / "config.json").read_bytes())
+        run = read_json(Path(config.model) / "config.json")
         if run["kind"] != "finetune" or not os.path.samefile(run["data"], config.data):
             return None
         split = split_labelled(

@@ -18,7 +18,7 @@ from torch import Tensor
 from maehub.data import Labelled, LabelledSplit, folds, inner_split, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
-from maehub.files import atomic_write, check_free, whole_folder, write_json
+from maehub.files import atomic_write, check_free, read_json, whole_folder, write_json
 from maehub.models import Encoder, usable_device
 from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
 from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
@@ -298,7 +298,7 @@ def _trained(config: ProbeConfig) -> ProbeResult:
         )
         stopped.exit_code = result.exit_code
         raise stopped
-    settings = json.loads((result.run / "config.json").read_text()).get("settings", {})
+    settings = read_json(result.run / "config.json").get("settings", {})
     used = config.pool or settings.get("pool") or "patches"
     return ProbeResult(
         model=config.model[0],

@@ -1,5 +1,6 @@
 """The report of a run: one HTML page with curves, pictures, settings and hardware, that needs nothing but itself."""
 
+import contextlib
 import json
 import logging
 import math
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.errors import MaehubError, UsageError
+from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.figures import Series, raw_and_smooth
-from maehub.files import atomic_write, fill_template
+from maehub.files import atomic_write, fill_template, read_json
 from maehub.models import PRESETS
 from maehub.train.engine import RunConfig, RunLog
 from maehub.train.evaluation import duration_text, percent
@@ -105,7 +106,7 @@ def read_metrics(path: Path) -> dict[str, Metrics]:
         try:
             entry = json.loads(line)
             step = entry["step"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
         if type(step) is not int or not 0 <= step < 2**53:
             continue
@@ -120,19 +121,16 @@ def read_metrics(path: Path) -> dict[str, Metrics]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
+    if path.is_file():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
             yield from file
-    except OSError:
-        return
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except IntegrityError:
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _classifier(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Metrics]) -> dict[str, Any]:
