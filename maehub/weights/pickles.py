@@ -83,11 +83,12 @@ def read_pickle(path: str | Path) -> Pickled:
             "the restricted reader of older ones can be broken out of. Nothing was read; update torch"
         )
     allowed = list(_ALLOWED)
+    mapped = not str(path).endswith(".safetensors") and zipfile.is_zipfile(path)  # torch goes by that ending
     try:
         while True:
             try:
-                with safe_globals(allowed):
-                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                with safe_globals(allowed), open(path, "rb") as file:
+                    content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
                 break
             except pickle.UnpicklingError as error:
                 asked = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -142,7 +143,7 @@ def is_pickle(file: Path) -> bool:
         start = opened.read(9)
     if start[8:] == b"{":
         return False
-    return start[:4] == b"PK\x03\x04" or file.suffix in _ENDINGS
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or file.suffix in _ENDINGS
 
 
 def pickles_in(folder: Path) -> list[Path]:
