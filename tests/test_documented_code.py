@@ -6,12 +6,14 @@ in place of a reader's, and one step in place of a training; the tables below sa
 """
 
 import ast
+import io
 import os
 import re
 import shlex
 import shutil
+import tarfile
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,13 @@ import torch
 from PIL import Image
 
 import maehub
-from maehub import cli
+from maehub import train
 from maehub.cli import command_line
 from maehub.hub import catalog
 from maehub.images import open_image
 from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig
+from maehub.train.engine import settings
+from maehub.train.evaluation import PredictConfig
 from maehub.weights import to_official
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +50,8 @@ SLOW = {
     "docs/recipes.md",
     "docs/vit-nano.md",
 }
+
+PYTHON = ["README.md", "docs/quickstart.md"]  # whose Python trains nothing
 
 # ---- what stands for what
 
@@ -97,6 +103,7 @@ PARSED = [
     ("docs/replication.md", "scripts/labelled-data", "downloads"),
     ("docs/replication.md", "benchmarks/replication.py", "a GPU for hours"),
     ("docs/scaling.md", "#SBATCH", "a cluster"),
+    ("docs/scaling.md", "torchrun", "a cluster"),
     ("docs/targets.md", "benchmarks/variants.py", "minutes"),
     ("docs/targets.md", "pretrain(config, tokenizer=tokens_of)", "a tokenizer of the reader's; tests/test_targets.py"),
     ("docs/vit-nano.md", "scripts/nano-data", "downloads"),
@@ -192,17 +199,17 @@ def test_every_command_is_read_by_the_command_line(path, parser, capsys):
     for language, code in blocks(path):
         for line in commands(code) if language in SHELLS else ():
             if (words := words_of(line)) is not None:
-                assert cli.main(list(words)) == 0, f"{line}: {capsys.readouterr().err}"
+                assert command_line.main(list(words)) == 0, f"{line}: {capsys.readouterr().err}"
             elif not is_parsed_only(name_of(path), code):
                 assert line.startswith("export "), f"neither run nor listed: {line}"
     for line in re.findall(r"`(maehub [a-z]+ [^`…\n]*)`", _BLOCK.sub("", path.read_text(encoding="utf-8"))):
         words = shlex.split(re.sub(r"\b(SECONDS|N)\b", "3", line))[1:]
-        complaint = "" if cli.main(words) == 0 else capsys.readouterr().err
+        complaint = "" if command_line.main(words) == 0 else capsys.readouterr().err
         assert complaint.startswith("maehub: Missing") or not complaint, f"{line}: {complaint}"
 
 
 def test_a_wrong_flag_would_be_found(parser):
-    assert cli.main(["list", "--no-such-flag"]) == 2
+    assert command_line.main(["list", "--no-such-flag"]) == 2
 
 
 # ---- run
@@ -237,6 +244,14 @@ def prepared(tmp_path_factory):
     )
     with (home / "scenes.csv").open("a") as table:
         table.writelines(f"\nimages/{file.name},people" for file in files[6:])
+    (home / "shards").mkdir()
+    for number in range(2):
+        with tarfile.open(home / "shards" / f"00{number}.tar", "w") as shard:
+            for file in files[number::2]:
+                for ending, content in (("jpg", file.read_bytes()), ("cls", str(int("rose" in file.name)).encode())):
+                    member = tarfile.TarInfo(f"{file.stem}.{ending}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
     (home / "pets.csv").write_text("folder,class\na rose,rose\na tulip,1\n")
     torch.manual_seed(0)
     mae = maehub.load_autoencoder("vit-nano")
@@ -266,8 +281,8 @@ def folder(prepared, tmp_path, monkeypatch):
 class Reader:
     """Does what a page says, block after block."""
 
-    def __init__(self, page):
-        self.page = page
+    def __init__(self, path):
+        self.page = name_of(path)
         self.names = {"__name__": "__main__", "maehub": maehub, "shortened": shortened}
         self.made = {}  # what commands write, and in which block
         self.block = 0
@@ -283,19 +298,18 @@ class Reader:
                 exec(compile(changed(code, IN_PYTHON), f"{self.page}, block {self.block}", "exec"), self.names)
         elif language in SHELLS:
             for line in commands(code):
-                if not is_parsed_only(self.page, line) and not is_parsed_only(self.page, code.splitlines()[0]):
+                only_parsed = is_parsed_only(self.page, line if words_of(line) else code)
+                if not only_parsed and not line.startswith("export "):
                     self.command(line)
 
     def command(self, line):
-        line = changed(line.partition("  #")[0], IN_COMMANDS)
-        if line.startswith("export "):
-            return
+        line = changed(line.partition("  #")[0].strip(), IN_COMMANDS)
         out = re.search(r"(?<= -o )\S+", line)
         if out and "--resume" not in line and self.made.get(out[0]) != self.block:
             self.clear(out[0])
         if out:
             self.made[out[0]] = self.block
-        assert cli.main(words_of(line)) == EXITS.get((self.page, line), 0), line
+        assert command_line.main(words_of(line)) == EXITS.get((self.page, line), 0), line
 
     def clear(self, path):
         """Remove what an earlier block wrote: the reader of this one begins with it."""
@@ -311,17 +325,27 @@ EXITS = {}
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] * (name_of(path) in SLOW), id=name_of(path))
+        pytest.param(
+            path, marks=[pytest.mark.slow, pytest.mark.timeout(1800)] * (name_of(path) in SLOW), id=name_of(path)
+        )
         for path in PAGES
         if any(language in ("python", *SHELLS) for language, _ in blocks(path))
     ],
 )
 def test_the_code_of_a_page_runs(path, folder):
-    reader = Reader(name_of(path))
+    reader = Reader(path)
     if path.name == "identifying.md":  # the page shows the embedded model's
         os.replace("nano.pth", "checkpoint-799.pth")
     for language, code in blocks(path):
         reader.do(language, code)
+
+
+@pytest.mark.parametrize("path", [ROOT / name for name in PYTHON], ids=PYTHON)
+def test_the_python_of_a_page_runs(path, folder):
+    reader = Reader(path)
+    for language, code in blocks(path):
+        if language == "python":
+            reader.do(language, code)
 
 
 def in_docstrings(path):
@@ -356,3 +380,37 @@ def test_the_code_of_a_docstring_runs(place, code, folder):
 NOT_RUN = {
     "maehub/publishing/committing.py:committing": "a Hub",
 }
+
+
+# ---- paths in settings
+
+SETTINGS = [
+    *(train.PretrainConfig, train.FinetuneConfig, train.ProbeConfig, train.KnnConfig, train.CompareConfig),
+    *(train.EvaluateConfig, train.PlanConfig, PredictConfig),
+]
+
+
+@pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("given", [str, Path], ids=["text", "path"])
+def test_every_path_of_settings_may_be_text_or_a_path(kind, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {field.name: settings.annotation(field.type)[0] for field in fields(kind)}
+    values = {name: given("place.json") for name, place in places.items() if place is Path}
+    assert "out" in values
+    values |= {"pictures": [given("photos")]} if "pictures" in places else {"data": given("photos")}
+    values |= {"model": given("runs/a")} if "model" in places else {}
+    values |= {"from_": given("runs/b"), "steps": 1} if "from_" in places else {}
+    config = kind(**values)
+    for name, value in values.items():
+        kept = getattr(config, name)
+        if places[name] is Path:
+            assert kept == Path("place.json")
+            assert isinstance(kept, Path)
+        elif name != "steps":
+            assert kept in (str(value), (str(value),), ("photos",))
+
+
+def test_every_class_of_settings_is_among_them():
+    commands = {command.config.partition(":") for command in command_line.COMMANDS.values()}
+    public = {name for module, _, name in commands if module.startswith("train")}
+    assert public == {kind.__name__ for kind in SETTINGS}
