@@ -237,8 +237,8 @@ def prepared(tmp_path_factory):
     mask.paste(255, (60, 60, 160, 160))
     mask.save(home / "mask.png")
     files = sorted((home / "images").iterdir())
-    rows = [f"images/{file.name},{file.stem[:-1]},p{file.stem[-1]}" for file in files]
-    (home / "scans.csv").write_text("\n".join(["path,diagnosis,patient", *rows]))
+    rows = [f"images/{file.name},{file.stem[:-1]},{file.stem[:-1]},p{file.stem[-1]}" for file in files]
+    (home / "scans.csv").write_text("\n".join(["path,label,diagnosis,patient", *rows]))
     (home / "scenes.csv").write_text(
         "\n".join(["path,label", *(f"images/{file.name},beach|people" for file in files[:6])])
     )
