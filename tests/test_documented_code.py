@@ -38,19 +38,12 @@ SHELLS = ("sh", "bash", "console")
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-# Pages that train something; `scripts/test --all` runs them.
-SLOW = {
+SLOW = ["docs/data.md"]  # trains something; `scripts/test --all` runs it
+# Pages whose blocks are compiled and parsed, but not run: each trains several networks, which takes minutes.
+UNRUN = [
     "README.md",
-    "docs/data.md",
-    "docs/finetuning.md",
-    "docs/pretraining.md",
-    "docs/probing.md",
-    "docs/quickstart.md",
-} | {
-    "docs/recipes.md",
-    "docs/vit-nano.md",
-}
-
+    *(f"docs/{name}.md" for name in "finetuning pretraining probing quickstart recipes vit-nano".split()),
+]
 PYTHON = ["README.md", "docs/quickstart.md"]  # whose Python trains nothing
 
 # ---- what stands for what
@@ -329,7 +322,7 @@ EXITS = {}
             path, marks=[pytest.mark.slow, pytest.mark.timeout(1800)] * (name_of(path) in SLOW), id=name_of(path)
         )
         for path in PAGES
-        if any(language in ("python", *SHELLS) for language, _ in blocks(path))
+        if name_of(path) not in UNRUN and any(language in ("python", *SHELLS) for language, _ in blocks(path))
     ],
 )
 def test_the_code_of_a_page_runs(path, folder):
