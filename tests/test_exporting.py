@@ -143,7 +143,7 @@ def test_fresh_positions_after_other_ones_are_refused(tmp_path):
     with torch.no_grad():
         encoder.pos_embed.copy_(with_cls_row(sincos_table(32, config.grid)) + 0.1)
     save(encoder, tmp_path / "model")
-    with pytest.raises(UsageError, match="positions='bicubic'"):
+    with pytest.raises(UsageError, match="positions='antialias'"):
         convert(tmp_path / "model", tmp_path / "out", to="torch-export")
     assert not (tmp_path / "out").exists()
 

@@ -346,7 +346,7 @@ def test_what_is_not_there(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".ckpt"])
 def test_a_pickle_is_refused_with_the_line_to_type(tmp_path, mae, ending):
     torch.save(official(mae), tmp_path / f"m{ending}")
-    with pytest.raises(IntegrityError, match=rf"maehub convert {tmp_path}/m\{ending} -o {tmp_path}/m$"):
+    with pytest.raises(IntegrityError, match=rf"maehub convert {tmp_path}/m\{ending} -o FOLDER$"):
         maehub.load(tmp_path / f"m{ending}")
 
 

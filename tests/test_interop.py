@@ -161,7 +161,7 @@ def test_transforms_that_cannot_be_read():
     theirs = to_timm(make_encoder(SMALL))
     for change in ({"interpolation": "lanczos"}, {"crop_mode": "border", "crop_pct": 0.9}):
         theirs.pretrained_cfg = theirs.pretrained_cfg | change
-        with pytest.raises(UsageError, match="say preprocess="):
+        with pytest.raises(UsageError, match="preprocess="):
             from_timm(theirs)
     transform = Preprocess.evaluation(32, patch_size=8)
     assert from_timm(theirs, preprocess=transform).preprocess == transform

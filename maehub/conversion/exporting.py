@@ -87,7 +87,7 @@ def write_exported(encoder: Encoder, folder: Path, form: ExportForm) -> None:
         if not torch.allclose(encoder.pos_embed[0, 1:].cpu(), fresh, atol=1e-5):
             raise UsageError(
                 "this encoder computes positions afresh for other sizes and was trained with others at its own; a "
-                "graph does one of the two. Load it with positions='bicubic', save it, and convert that folder"
+                "graph does one of the two. Save what load(..., positions='antialias') gives, and convert that folder"
             )
     module = AnySize(encoder).eval()
     example = (torch.zeros(2, config.channels, *_other_size(config)),)

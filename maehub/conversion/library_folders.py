@@ -59,7 +59,7 @@ def check_foreign_form(config: Config, form: ForeignForm) -> None:
         if not square:
             raise UsageError(
                 f"ViTDet takes the position table of a square image, and this one is for {encoder.size[0]}×"
-                f"{encoder.size[1]}; load the model with a square image_size=, save it, and convert that folder"
+                f"{encoder.size[1]}; load(..., image_size=) makes it square; save that, and convert the folder"
             )
     elif isinstance(config, AutoencoderConfig) and not is_exported(form):
         reasons = {

@@ -128,7 +128,7 @@ class DataStatistics:
         looked = "all of them" if whole else f"{self.looked_at + self.unreadable:,} of them, chosen by their names"
         rows = [("pictures", f"{self.images:,}"), ("looked at", looked)]
         if self.unreadable:
-            rows.append(("unreadable", f"{self.unreadable:,}; `maehub data check` lists them"))
+            rows.append(("unreadable", f"{self.unreadable:,}; `maehub data check DATA` lists them"))
         low, high = self.value_range
         # Pictures of 16 bits are scaled by all that 16 bits can hold, so those of a 12-bit camera come out dark.
         dark = 255 < high <= 65535 // 2

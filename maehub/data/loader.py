@@ -176,8 +176,8 @@ def batches_of(
         signalled = str(error.__cause__).startswith("DataLoader")  # the cause names the signal, if torch saw it
         reason = str(error.__cause__ if signalled else error).splitlines()[0].strip(" .")
         raise DataError(
-            f"a process that reads pictures failed: {reason}. Checkpoints are kept. If memory or /dev/shm is short, "
-            "use fewer --workers; --workers 0 shows whether it is a picture. Then go on by --resume."
+            f"a process that reads pictures failed: {reason}. If memory or /dev/shm is short, use fewer --workers; "
+            "--workers 0 shows whether it is a picture. Start again, a run with checkpoints by --resume."
         ) from error
     finally:
         batches.close()

@@ -190,7 +190,7 @@ def image_column(features: Any, column: str | None, where: str) -> str:
         raise DataError(f"{where} has no column of pictures; its columns: {', '.join(features)}")
     if len(best) > 1:
         names = ", ".join(best)
-        raise UsageError(f"{where} has several columns of pictures: {names}. Keep one of them, or give column=")
+        raise UsageError(f"{where} has several columns of pictures: {names}. Keep one of them: `select_columns`")
     return best[0]
 
 

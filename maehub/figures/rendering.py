@@ -64,7 +64,8 @@ def check_target(autoencoder: MaskedAutoencoder) -> None:
     if autoencoder.config.target == "unknown":
         raise UsageError(
             "what this autoencoder was trained to predict is unknown, so its output cannot be drawn; "
-            "say it: load_autoencoder(..., target='pixels') or target='normalised_pixels'"
+            "say it: load_autoencoder(..., target='pixels') or target='normalised_pixels', or once for all by "
+            "`maehub convert MODEL -o FOLDER --target pixels`"
         )
     if not autoencoder.config.has_picture:
         raise UsageError(

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
@@ -140,7 +141,7 @@ def locate(
     if path.suffix in PICKLE_ENDINGS and os.path.isfile(path):
         raise IntegrityError(
             f"{path} is a pickle, which can run code when it is opened, so it is not loaded. Nothing was read.\n"
-            f"Convert it once, which does not run code: maehub convert {path} -o {path.with_suffix('')}"
+            f"Convert it once, which does not run code: maehub convert {quote(str(path))} -o FOLDER"
         )
     if os.path.exists(path):  # unlike the method of a path, False for a name that is too long
         return Located(name, path)

@@ -212,7 +212,7 @@ def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | M
     values = read_json(home / "config.json")
     if "maehub" not in values:
         raise UsageError(
-            f"{home} is no model folder of maehub: `maehub convert {home} -o FOLDER` makes one of what can be read; "
+            f"{home} is no model folder of maehub: `maehub convert MODEL -o FOLDER` makes one of what can be read; "
             "networks that maehub does not have are published by the library that made them"
         )
     block = read_block(values["maehub"], str(home / "config.json"))

@@ -91,7 +91,7 @@ def build(
             "load it with maehub.load(...), or name an autoencoder such as vit-b-pixel"
         )
     elif options.classes:
-        raise UsageError("an autoencoder has no head; classes= belongs to maehub.load(...)")
+        raise UsageError("an autoencoder has no head; maehub.load(..., classes=) gives its encoder one")
     _check_size(tensors, config, looks, where)
     model = _empty(kind, config, preprocess)
     _check(tensors, model, looks, where)

@@ -95,15 +95,16 @@ def _inferred(state: Mapping[str, Tensor], hints: Hints, where: str) -> Config:
     if heads is None:
         raise UsageError(
             f"{where}: no published network has width {width}, depth {depth} and patch {patch}, and tensors do not "
-            f"tell the number of attention heads; say it: heads={max(1, width // HEAD_WIDTH)}, for example"
+            f"tell the number of attention heads; say it: heads={max(1, width // HEAD_WIDTH)}, for example, or once "
+            "for all by `maehub convert FILE -o FOLDER --heads N`"
         )
     image_size: int | Size | None = hints.image_size
     if image_size is None:
         side = math.isqrt(table[1] - 1)
         if side * side != table[1] - 1:
             raise UsageError(
-                f"{where}: positions for {table[1] - 1} patches, which are no square; say the native size: "
-                "image_size=(height, width)"
+                f"{where}: {table[1]} positions are no class token and a square of patches. Of an image that is no "
+                "square `maehub identify FILE` shows the config.json that says so; without a class token none is read"
             )
         image_size = side * patch
     ratio = hidden[0] / width if hidden else 4.0
@@ -150,8 +151,9 @@ def _with_decoder(
     heads = published_decoder_heads(embed[0]) if heads is None else heads
     if heads is None:
         raise UsageError(
-            f"{where}: a decoder of width {embed[0]}, and tensors do not tell its number of attention heads; "
-            f"say it: decoder_heads={max(1, embed[0] // DECODER_HEAD_WIDTH)}, for example"
+            f"{where}: a decoder of width {embed[0]}, and tensors do not tell its number of attention heads; say it: "
+            f"decoder_heads={max(1, embed[0] // DECODER_HEAD_WIDTH)}, for example, or once for all by "
+            "`maehub convert FILE -o FOLDER --decoder-heads N`"
         )
     depth = _depth(state, "decoder_blocks.")
     return replace(config, decoder_width=embed[0], decoder_depth=depth, decoder_heads=heads)
@@ -173,7 +175,7 @@ def _with_outputs(
     if target in (None, "unknown") and width != config.patch_values:
         raise UsageError(
             f"{where}: the head predicts {width} values for a patch, whose pixels would be {config.patch_values}; they "
-            "may be the logits of tokens: say target='tokens'"
+            "may be the logits of tokens: say target='tokens', or `maehub convert FILE -o FOLDER --target tokens`"
         )
     return with_target(config, target or "unknown", where)
 

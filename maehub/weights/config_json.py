@@ -198,7 +198,8 @@ def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         names = ["ViTForImageClassification"] if config.classes else ["ViTModel"]
         return {"architectures": names, "model_type": "vit"} | common | (head if config.classes else {})
     if reason := why_not_transformers(config):
-        raise UsageError(f"transformers would not compute the same, since {reason}; say to='maehub' or target=")
+        hint = " or target=" if config.target == "unknown" else ""
+        raise UsageError(f"transformers would not compute the same, since {reason}; say to='maehub'{hint}")
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",

@@ -17,6 +17,8 @@ from maehub.models import EncoderConfig
 
 log = logging.getLogger("maehub")
 
+_INSTEAD = "without this file the published evaluation is used, and extract_features(..., preprocess=) takes any"
+
 _RESIZES = {"center": "centre-crop", "squash": "squash", "border": "pad"}  # timm's crop_mode
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 # Settings of transformers' ViTImageProcessor and BitImageProcessor, old and fast: read below, or no pixel's business.
@@ -85,7 +87,7 @@ def timm_transform(settings: Mapping[str, Any], config: EncoderConfig, where: st
     if interpolation not in ("bicubic", "bilinear") or mode not in _RESIZES or (mode != "center" and share != 1):
         raise UsageError(
             f"{where}: timm's transform (interpolation={interpolation!r}, crop_mode={mode!r}, crop_pct={share:g}) is "
-            "none that maehub has; say preprocess="
+            "none that maehub has; without mean and std the published is used; from_timm(..., preprocess=) takes any"
         )
     fraction = crop_fraction(share, min(config.size))
     changes: dict[str, Any] = {"resize": _RESIZES[mode], "crop_fraction": fraction, "interpolation": interpolation}
@@ -119,7 +121,7 @@ def transformers_transform(settings: Mapping[str, Any], config: EncoderConfig, w
         return published
     for name in sorted(set(settings) - _PROCESSOR):
         if name.startswith("do_") and settings[name]:
-            raise UsageError(f"{where}: {name} changes pixels in a way that is not known here; say preprocess=")
+            raise UsageError(f"{where}: {name} changes pixels in a way that is not known here; {_INSTEAD}")
     _warn_of_unknown(settings, _PROCESSOR, where)
     kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViT")
     crops = bool(settings.get("do_center_crop", kind.startswith("Bit")))
@@ -127,10 +129,10 @@ def transformers_transform(settings: Mapping[str, Any], config: EncoderConfig, w
     if settings.get("do_resize", True):
         resample = settings.get("resample", 3 if kind.startswith("Bit") else 2)
         if resample not in _RESAMPLES:
-            raise UsageError(f"{where}: resample={resample!r} is neither 2 (bilinear) nor 3 (bicubic); say preprocess=")
+            raise UsageError(f"{where}: resample={resample!r} is neither 2 (bilinear) nor 3 (bicubic); {_INSTEAD}")
         changes = _resize(settings, config.size, crops, where) | {"interpolation": _RESAMPLES[resample]}
     elif crops:
-        raise UsageError(f"{where}: do_center_crop without do_resize is no transform that maehub has; say preprocess=")
+        raise UsageError(f"{where}: do_center_crop without do_resize is no transform that maehub has; {_INSTEAD}")
     # Values times the factor, then mean and deviation; ours are for values divided by 255.
     factor = 255 * float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 255.0
     mean, std = settings.get("image_mean", 0.5), settings.get("image_std", 0.5)  # ViT's; BiT's are always written
@@ -154,15 +156,13 @@ def _resize(settings: Mapping[str, Any], target: Size, crops: bool, where: str) 
         height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
         if crops or (height, width) != target:
             crop = " and do_center_crop" if crops else ""
-            raise UsageError(
-                f"{where}: size={size!r}{crop} is no transform to {target[0]}×{target[1]}; say preprocess="
-            )
+            raise UsageError(f"{where}: size={size!r}{crop} is no transform to {target[0]}×{target[1]}; {_INSTEAD}")
         return {"resize": "squash", "crop_fraction": 1.0}
     crop = settings.get("crop_size", target[0])
     cropped = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
     if not crops or cropped != target or type(short) is not int or short < min(target):
         raise UsageError(
-            f"{where}: size={size!r} and crop_size={crop!r} is no transform to {target[0]}×{target[1]}; say preprocess="
+            f"{where}: size={size!r} and crop_size={crop!r} is no transform to {target[0]}×{target[1]}; {_INSTEAD}"
         )
     return {"resize": "centre-crop", "crop_fraction": min(target) / short}
 

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -189,7 +190,7 @@ def read_folder(folder: str | Path, hints: Hints = NO_HINTS, whole: bool = True)
         if f"{_TENSORS}.index.json" in names:
             instead = f"has its weights in several files, which is not read here; join them into one {_TENSORS}"
         elif pickle := min((name for name in names if name.endswith((".bin", ".pth", ".pt"))), default=""):
-            command = f"maehub convert {folder / pickle} -o FOLDER"
+            command = f"maehub convert {quote(str(folder / pickle))} -o FOLDER"
             instead = f"has no {_TENSORS}, only the pickle {pickle}; convert it once with `{command}`"
         raise UsageError(f"{folder} {instead}")
     files = read_config(folder / _CONFIG, folder / _TENSORS, hints, whole=whole)

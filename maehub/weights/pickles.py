@@ -173,9 +173,10 @@ def read_pickle(path: str | Path) -> Pickled:
             f"reading the pickle {path} needs torch {_SAFE_TORCH[0]}.{_SAFE_TORCH[1]} or newer, and this is {version}: "
             "the restricted reader of older ones can be broken out of. Nothing was read; update torch"
         )
+    mapped = not str(path).endswith(".safetensors") and zipfile.is_zipfile(path)  # torch goes by that ending
     try:
-        with safe_globals([*_ALLOWED, *_outline(path)]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with safe_globals([*_ALLOWED, *_outline(path)]), open(path, "rb") as file:
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except IntegrityError:
         raise
     except Exception as error:  # a damaged pickle raises nearly every type there is
@@ -285,7 +286,7 @@ def is_pickle(file: Path) -> bool:
         start = opened.read(9)
     if start[8:] == b"{":
         return False
-    return start[:4] == b"PK\x03\x04" or file.suffix in _ENDINGS
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or file.suffix in _ENDINGS
 
 
 def pickles_in(folder: Path) -> list[Path]:

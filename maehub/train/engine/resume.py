@@ -195,7 +195,7 @@ def check_version(run: Path) -> None:
     theirs, ours = (version.split(".")[:2] for version in (started, __version__))
     if theirs == ours:
         return
-    line = f"`maehub finetune … -m {run}`" if kind == "finetune" else f"`maehub pretrain … --from {run}`"
+    line = "`maehub finetune … -m RUN`" if kind == "finetune" else "`maehub pretrain … --from RUN`"
     again = f"start a new run from its weights: {line}" if (run / "model").is_dir() else "start a new run"
     raise UsageError(
         f"maehub {started} started {run}, and this is {__version__}. Its code computes otherwise, so what follows "

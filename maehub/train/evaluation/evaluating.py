@@ -107,8 +107,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     encoder = load(config.model, image_size=pair(config.image_size), device=device)
     if not encoder.config.classes:
         raise UsageError(
-            f"{config.model} has no head, so it names no classes. Train one by `maehub finetune DATA -m {config.model} "
-            f"-o RUN` and evaluate RUN; `maehub probe DATA -m {config.model}` measures its features as they are"
+            f"{config.model} has no head, so it names no classes. Train one by `maehub finetune DATA -m MODEL -o RUN` "
+            "and evaluate RUN; `maehub probe DATA -m MODEL` measures its features as they are"
         )
     labelled, measured_on, used = _read(config, encoder)
     native = encoder.preprocess.resize == "native"  # every picture has its own size, so they are computed one by one
@@ -178,7 +178,7 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> Measured:
     if labelled.multi_label and not several:
         raise UsageError(
             f"{folder} has pictures with several labels or none, and {config.model} gives each picture one class: its "
-            f"head does not fit. Train one on such labels by `maehub finetune DATA -m {config.model} -o RUN`"
+            f"head does not fit. Train one on such labels by `maehub finetune DATA -m MODEL -o RUN`"
         )
     if several and not labelled.multi_label:  # one label each is a case of several
         labelled = replace(labelled, labels=np.eye(len(labelled.classes), dtype=bool)[labelled.labels])

@@ -84,7 +84,7 @@ def settle(recipe: Recipe, facts: Facts, asked: Mapping[str, Any], model: str) -
     if recipe == "auto":
         name = "scratch" if not facts.trained else "448" if facts.size >= _LARGE else "official"
     if name == "scratch" and facts.trained:
-        raise UsageError(f"--recipe scratch is for fresh weights and {model} has its own: use -m untrained/{model}")
+        raise UsageError(f"--recipe scratch is for fresh weights and {model} has its own: use -m untrained/NAME")
     found = published = _published(name, facts)
     small = facts.images < SMALL
     if small:

@@ -126,7 +126,7 @@ def network_of(config: PlanConfig) -> AutoencoderConfig:
     elif name and not is_model(name) and not Path(name).exists():
         raise UsageError(
             f"--from {name} is neither in `maehub list` nor here, and a plan downloads nothing; "
-            f"`maehub download {name}` fetches it"
+            f"`maehub download {name}` fetches it and says where: --from its folder"
         )
     with torch.device("cpu" if config.from_ else "meta"):
         return build_network(config, find_weights(config.from_)).config
@@ -192,12 +192,13 @@ def _advice(config: PlanConfig, network: AutoencoderConfig, run: Plan, capacity:
     if cores is not None and reading.cores > cores * run.processes:
         advice.append(
             f"Reading needs {reading.cores} cores and this machine has {cores}: the device will wait for pictures. "
-            "Shrink them on the disk, --cache a small data set, or --masks-per-image 2, which halves the reading."
+            "Shrink them on the disk, --cache a small data set, or "
+            f"--masks-per-image {2 * config.masks_per_image}, which halves the reading."
         )
     elif reading.cores > 16 * run.processes:
         advice.append(
             f"Reading needs {reading.cores:,} cores, {reading.cores / run.processes:.0f} for each device: shrink the "
-            "pictures on the disk, or --masks-per-image 2, which halves the reading."
+            f"pictures on the disk, or --masks-per-image {2 * config.masks_per_image}, which halves the reading."
         )
     if run.precision == "fp32" and config.precision == "fp32" and run.device.name != "cpu" and run.device.bf16:
         gain = run.device.bf16 / run.device.fp32

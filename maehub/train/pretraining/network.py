@@ -106,7 +106,7 @@ def _fresh(
     if like is not None:
         width, depth, heads = like.decoder_width, like.decoder_depth, like.decoder_heads
     target = config.target or "normalised_pixels"
-    outputs = {"pca": config.pca_components, "tokens": vocabulary or COLOURS[size.channels]}.get(target, 0)
+    outputs = {"pca": config.pca_components, "tokens": vocabulary or COLOURS.get(size.channels, 0)}.get(target, 0)
     network = AutoencoderConfig(
         size,
         config.decoder_width or width,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -293,8 +294,8 @@ def _trained(config: ProbeConfig) -> ProbeResult:
     if result.scores is None:
         stopped = CheckpointError(
             f"the probe was stopped at step {result.step}; its checkpoint is kept in {result.run}. Go on by "
-            f"`maehub finetune {config.data} -m {config.model[0]} --recipe {recipe} -o {result.run} --resume` and the "
-            "--seed, --batch-size, --pool, --val-share, --group and --label that were given"
+            f"`maehub finetune DATA -m MODEL --recipe {recipe} -o {quote(str(result.run))} --resume`, with the --seed, "
+            "--batch-size, --pool, --image-size, --val-share, --group and --label that were given"
         )
         stopped.exit_code = result.exit_code
         raise stopped
