@@ -105,7 +105,6 @@ ADVICE = sorted(
 TRAINING, FROZEN = ("pretrain", "finetune"), ("probe", "knn", "compare")
 LABELLED = ("finetune", *FROZEN, "evaluate")
 COMMANDS = {
-    "cli.commands.run_data": ("data",),
     "cli.commands.run_list": ("list",),
     "cli.commands.run_push": ("push",),
     "cli.commands._trained": TRAINING,
@@ -122,12 +121,12 @@ COMMANDS = {
     "features.table.check_bad_files": ("features", "predict"),
     "figures": ("reconstruct",),
     "files": ("convert", "evaluate", "probe", "compare"),
+    "files.check_place": ("data", "predict", "knn"),
     "publishing": ("push",),
     "train.engine": TRAINING,
     "train.networks": LABELLED,
     "train.networks.presets": ("pretrain", "plan"),
     "train.evaluation.class_matching": ("evaluate",),
-    "train.evaluation.config.check_target": ("predict", "knn"),
     "train.evaluation.evaluating": ("evaluate",),
     "train.evaluation.predicting": ("predict",),
     "train.pretraining": ("pretrain",),
@@ -162,6 +161,7 @@ FUNCTIONS = {
     "figures.reconstruction.attention_overlay": ("figures.attention_overlay",),
     "figures.reconstruction": ("reconstruct",),
     "figures.rendering": ("AutoencoderConfig",),
+    "files.check_place": ("train.evaluation.PredictConfig", "train.KnnConfig"),
     "files.check_free": ("save", "convert", "train.ProbeConfig", "train.CompareConfig", "train.EvaluateConfig"),
     "hub": ("load", "load_autoencoder", "download"),
     "hub.loading": ("load_autoencoder",),
@@ -482,10 +482,12 @@ ROWS = [
     ),
     ("cli.command_line", "Try `maehub", "maehub --help", "maehub reconstruct\nmaehub list --help\nmaehub --version"),
     (
-        "cli.commands.run_data",
+        "files.check_place",
         "exists; choose",
         "maehub data check photos -o a.csv\nmaehub data check photos -o a.csv",
-        "maehub data check photos --out b.csv\nmaehub data check photos --out a.csv --overwrite",
+        """maehub data check photos -o b.csv
+        maehub data check photos -o a.csv --overwrite
+        maehub predict photos -m clf -o a.csv --overwrite""",
     ),
     ("cli.commands.run_list", "no model is called", "maehub list nosuch", "maehub list"),
     (
@@ -824,12 +826,6 @@ ROWS = [
         maehub evaluate renamed -m clf --classes-from some.csv""",
     ),
     (
-        "train.evaluation.config.check_target",
-        "--overwrite",
-        "maehub predict photos -m clf -o a.csv\nmaehub predict photos -m clf -o a.csv",
-        "maehub predict photos -m clf -o a.csv --overwrite",
-    ),
-    (
         "train.evaluation.evaluating.evaluate",
         "has no head",
         "maehub evaluate flowers -m enc",
@@ -1107,19 +1103,19 @@ ROWS = [
         f"maehub pretrain photos -o run --from unknown {TRAIN} --target pixels",
     ),
     (
-        "train.pretraining.network.make_view",
+        "train.pretraining.network.view_of",
         "--corruption",
         f"maehub pretrain photos -o run --from mae {TRAIN} --corruption 0.8 0.1 0.1",
         f"maehub pretrain photos -o run --from mae {TRAIN} --corruption 0.8 0.1 0.1 --mask-tokens encoder",
     ),
     (
-        "train.pretraining.network.make_view",
+        "train.pretraining.network.view_of",
         "--rot90",
         f"maehub pretrain photos -o run --from widemae {TRAIN} --rot90",
         f"maehub pretrain photos -o run --from widemae {TRAIN} --image-size 32 --rot90",
     ),
     (
-        "train.pretraining.network.make_view",
+        "train.pretraining.network.view_of",
         "say --channels",
         f"maehub pretrain photos -o run --from five {TRAIN}",
         f"maehub pretrain photos -o run --from five {TRAIN} --channels 3",
@@ -1225,7 +1221,7 @@ ROWS = [
         maehub convert tokens.safetensors -o out --heads 4 --decoder-heads 4 --target tokens""",
     ),
     (
-        "weights.config_inference.infer_config",
+        "weights.config_inference._inferred",
         "heads=",
         "maehub features photos -m enc.safetensors",
         """maehub.load("enc.safetensors", heads=4)
@@ -1233,7 +1229,7 @@ ROWS = [
         maehub features photos -m out""",
     ),
     (
-        "weights.config_inference.infer_config",
+        "weights.config_inference._inferred",
         "no class token and a square",
         "maehub convert wide.safetensors -o out --heads 4",
         """shown = next(line for line in maehub.identify("wide.safetensors").advice if "config.json" in line)
@@ -1244,7 +1240,7 @@ ROWS = [
         assert maehub.load("out").config.size == (32, 48)""",
     ),
     (
-        "weights.config_inference.infer_config",
+        "weights.config_inference._inferred",
         "without a class token",
         "maehub convert classless.safetensors -o out --heads 4",
         "",
@@ -1569,7 +1565,7 @@ NOT_FOLLOWED = {
         ("hub.catalog.ModelInfo", "hf download"),
         ("hub.client", ""),
         ("hub.downloading", ""),
-        ("hub.fetching._only_safetensors", ""),
+        ("hub.fetching._first_file", "loads only safetensors"),
         ("hub.fetching.verify", ""),
         ("publishing.pushing._open", ""),
         ("publishing.remote", ""),

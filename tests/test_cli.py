@@ -194,7 +194,7 @@ def test_convert(run, tmp_path):
 def test_features_and_again(run, photos, tmp_path, ending, monkeypatch):
     code, out, _ = run("features", photos, "-o", f"f{ending}", "--workers", 0, "--image-size", 64, "--json")
     assert code == 0
-    assert json.loads(out[-1]) == {"out": f"f{ending}", "images": 6, "skipped": 0, "shape": [6, 192]}
+    assert json.loads(out[-1]) == {"out": f"f{ending}", "images": 6, "skipped": 0, "shape": [6, 192], "passed_over": {}}
     table = maehub.FeatureTable.load(tmp_path / f"f{ending}")
     encoder = maehub.load("vit-nano", image_size=64)
     assert [Path(path).name for path in table.paths] == ["0.jpg", "1.png", "2.jpg", "3.png", "4.jpg", "5.png"]
@@ -366,7 +366,7 @@ def test_pretrain_resume_and_an_existing_run(run, photos, tmp_path):
     words = ["pretrain", photos, "-o", "run", *TRAINING]
     code, out, err = run(*words, "--json", "--quiet")
     assert code == 0
-    assert json.loads(out[-1]) == {"run": "run", "step": 2, "exit_code": 0}
+    assert json.loads(out[-1]) == {"run": "run", "step": 2, "exit_code": 0, "passed_over": {}}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert all({"step", "loss", "lr", "images_per_second"} <= set(line) for line in lines if "loss" in line)

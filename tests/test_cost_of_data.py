@@ -320,8 +320,8 @@ def packed(size, rows, folder):
 TABLES = {
     "one value in all rows": (repeated, 2**20, 2400, "stand for 5[0-9]{2} MiB or more", 512),
     "one large value in all rows": (repeated, 2**26, 40, "stand for [0-9]{3} MiB or more", 512 + 8 * 64),
-    "values that compress well": (packed, 2**20, 600, "stand for 600 MiB or more", 100),
-    "rows without end": (repeated, 1, 3_000_000, "stand for 3,000,000 rows", 100),
+    "values that compress well": (packed, 2**20, 600, "stand for 600 MiB or more", 200),
+    "rows without end": (repeated, 1, 3_000_000, "stand for 3,000,000 rows", 200),
 }
 PARQUET = """
 from maehub.data.tables import find_parquet

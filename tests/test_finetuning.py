@@ -543,7 +543,7 @@ def test_a_full_disk_is_an_error_of_the_checkpoint(pictures, tmp_path, monkeypat
         (["--blocks", "9"], 2, "more than the 2 blocks"),
         (["--batch-size", "7", "--mixup", "1"], 2, "multiple of 2"),
         (["--randaugment", "nonsense"], 2, "--randaugment nonsense"),
-        (["--recipe", "scratch", "--model", "vit-nano"], 2, "untrained/vit-nano"),
+        (["--recipe", "scratch", "--model", "vit-nano"], 2, "untrained/NAME"),
         (["--channels", "1"], 2, "--channels"),
     ],
 )

@@ -339,7 +339,7 @@ def test_row_79_where_local_weights_lie_is_not_published(hub, unread):
     ("changes", "origin", "files"),
     [
         ({"classes": 2, "class_names": ("cat", "/mnt/scans/jane")}, None, {"config.json"}),
-        ({}, Origin("/mnt/scans/jane", "a" * 40, licence="mit"), {"config.json", "model.safetensors"}),
+        ({}, Origin("/mnt/scans/jane", "a" * 40, licence="mit"), {"config.json", "model.safetensors", "README.md"}),
     ],
 )
 def test_row_79_what_the_weights_and_the_configuration_say_is_searched_too(changes, origin, files, hub, unread):
@@ -585,30 +585,30 @@ def test_bare_addresses_are_no_links_where_readers_make_them(kind):
 
 # -- what files say besides their pixels, and names of the author's files ----------------------------------------------
 
-SECRET = "Geheimsache"
-PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + SECRET.encode()
-RESOURCE = b"Photoshop 3.0\0" + SECRET.encode()
-XMP = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a>{SECRET}</a></x:xmpmeta>'.encode()
+WORD = "Geheimsache"
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + WORD.encode()
+RESOURCE = b"Photoshop 3.0\0" + WORD.encode()
+XMP = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a>{WORD}</a></x:xmpmeta>'.encode()
 
 
 def exif():
     tags = Image.Exif()
-    tags[0x010E] = tags[0x013B] = SECRET
-    tags.get_ifd(0x8769)[0x9286] = SECRET.encode()
+    tags[0x010E] = tags[0x013B] = WORD
+    tags.get_ifd(0x8769)[0x9286] = WORD.encode()
     return tags
 
 
 def text(**how):
     info = PngInfo()
-    (info.add_itxt if how.pop("international", False) else info.add_text)("Comment", SECRET, **how)
+    (info.add_itxt if how.pop("international", False) else info.add_text)("Comment", WORD, **how)
     return info
 
 
 def tiff_tags():
     tags = ImageFileDirectory_v2()
     for number in (269, 270, 271, 272, 285, 305, 315, 316, 33432):
-        tags[number] = SECRET
-    tags[33723] = tags[700] = SECRET.encode()
+        tags[number] = WORD
+    tags[33723] = tags[700] = WORD.encode()
     return tags
 
 
@@ -616,7 +616,7 @@ KINDS = {
     "exif.jpg": lambda: {"exif": exif()},
     "icc.jpg": lambda: {"icc_profile": PROFILE},
     "xmp.jpg": lambda: {"xmp": XMP},
-    "comment.jpg": lambda: {"comment": SECRET},
+    "comment.jpg": lambda: {"comment": WORD},
     "app13.jpg": lambda: {"extra": b"\xff\xed" + struct.pack(">H", 2 + len(RESOURCE)) + RESOURCE},
     "text.png": lambda: {"pnginfo": text()},
     "ztxt.png": lambda: {"pnginfo": text(zip=True)},
@@ -639,7 +639,7 @@ def says(data):
         warnings.simplefilter("ignore")
         picture.load()
         tags = [*picture.getexif().values(), *picture.getexif().get_ifd(0x8769).values(), *picture.info.values()]
-    return SECRET in repr(tags) or SECRET.encode() in data
+    return WORD in repr(tags) or WORD.encode() in data
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -665,7 +665,7 @@ def test_no_picture_is_published_with_more_than_its_pixels(hub, unread, tmp_path
             chunks.add(data[place + 4 : place + 8])
             place += 12 + int.from_bytes(data[place : place + 4])
         assert chunks == {b"IHDR", b"IDAT", b"IEND"}
-    assert not [name for name, data in there.items() if SECRET.encode() in data]
+    assert not [name for name, data in there.items() if WORD.encode() in data]
 
 
 def started_from(tmp_path, monkeypatch):
@@ -673,21 +673,21 @@ def started_from(tmp_path, monkeypatch):
     data = patients(tmp_path, 3)
     monkeypatch.chdir(tmp_path)
     network = maehub.EncoderConfig(image_size=16, patch_size=4, width=32, depth=2, heads=4)
-    maehub.save(tiny(encoder=network), Path(SECRET, "vit-b"))
-    return pretrained(tmp_path / "run", data, from_=f"{SECRET}/vit-b")
+    maehub.save(tiny(encoder=network), Path(WORD, "vit-b"))
+    return pretrained(tmp_path / "run", data, from_=f"{WORD}/vit-b")
 
 
 @pytest.mark.parametrize("recorded", ["as it is now", "as version 0.1 did"])
 def test_a_folder_of_the_author_is_no_name_of_the_hub(hub, unread, tmp_path, monkeypatch, recorded):
     run = started_from(tmp_path, monkeypatch)
     if recorded == "as version 0.1 did":
-        config = json.loads((run / "config.json").read_text()) | {"from_": f"{SECRET}/vit-b"}
+        config = json.loads((run / "config.json").read_text()) | {"from_": f"{WORD}/vit-b"}
         (run / "config.json").write_text(json.dumps(config))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     push(run, REPO, licence="mit", progress=False)
     there = held(hub)
-    assert not [name for name, content in there.items() if SECRET.encode() in content]
+    assert not [name for name, content in there.items() if WORD.encode() in content]
     card = there["README.md"].decode()
     assert "fresh weights" not in card
     assert "It started from weights that are not public." in card
@@ -696,14 +696,14 @@ def test_a_folder_of_the_author_is_no_name_of_the_hub(hub, unread, tmp_path, mon
 
 def test_the_name_of_a_converted_pickle_stays_here(hub, unread, tmp_path):
     model = tiny()
-    torch.save({"model": model.state_dict()}, tmp_path / f"{SECRET}.pth")
+    torch.save({"model": model.state_dict()}, tmp_path / f"{WORD}.pth")
     folder = tmp_path / "model"
-    maehub.convert(tmp_path / f"{SECRET}.pth", folder, heads=4, decoder_heads=4, target="pixels")
-    assert SECRET in (folder / "config.json").read_text()
+    maehub.convert(tmp_path / f"{WORD}.pth", folder, heads=4, decoder_heads=4, target="pixels")
+    assert WORD in (folder / "config.json").read_text()
     push(folder, REPO, licence="mit", progress=False)
     there = held(hub)
     assert {"README.md", "config.json", "model.safetensors", "timm/model.safetensors"} <= set(there)
-    assert not [name for name, content in there.items() if SECRET.encode() in content]
+    assert not [name for name, content in there.items() if WORD.encode() in content]
     assert "fresh weights" not in there["README.md"].decode()
 
 

@@ -183,7 +183,7 @@ def trained(pictures, tmp_path_factory):
 def test_the_start_is_told_and_good_weights_are_not_warned_about(tmp_path, caplog):
     photos = Path(maehub.__file__).parent / "assets"
     with caplog.at_level(logging.INFO, "maehub"):
-        pretrain(config_of(photos, tmp_path / "run", from_="vit-nano", holdout=1))
+        pretrain(config_of(photos, tmp_path / "run", from_="vit-nano", holdout=1, batch_size=1))
     assert "on held-out pictures before training: loss 0." in caplog.text
     assert "worse than their mean colour" not in caplog.text
 
@@ -203,13 +203,13 @@ def test_weights_that_do_worse_than_the_mean_colour_are_warned_about(pictures, t
 )
 def test_another_decoder_keeps_the_encoder_and_says_so(pictures, trained, tmp_path, caplog, changes):
     with caplog.at_level(logging.INFO, "maehub"):
-        pretrain(config_of(pictures, tmp_path / "run", from_=str(trained), steps=1, warmup=0.5, **changes))
+        pretrain(config_of(pictures, tmp_path / "run", from_=str(trained), steps=1, base_lr=1e-5, **changes))
     assert "its encoder is kept, the decoder is fresh" in caplog.text
     model, before = maehub.load_autoencoder(tmp_path / "run"), maehub.load_autoencoder(trained)
     for name, value in changes.items():
         assert getattr(model.config, {"pca_components": "outputs"}.get(name, name)) == value
-    for name, value in before.encoder.state_dict().items():  # the rate of the first step is 0
-        assert torch.equal(model.encoder.state_dict()[name], value), name
+    for name, value in before.encoder.state_dict().items():  # one step changes little
+        torch.testing.assert_close(model.encoder.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_an_encoder_alone_gets_a_fresh_decoder(pictures, tmp_path, caplog):

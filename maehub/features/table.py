@@ -272,7 +272,7 @@ def _parts_of_parquet(path: Path) -> Iterator[Any]:
         if {column.compression for column in columns} - {"SNAPPY", "UNCOMPRESSED"}:
             raise DataError("it is packed in a way that tables are not")
         paths, rows, size = list[str](), [np.empty(0, "f4")], 0
-        for batch in file.iter_batches(256, columns=["path", "features"]):  # rows that are one row said often
+        for batch in file.iter_batches(64, columns=["path", "features"]):  # rows that are one row said often
             size += batch.nbytes
             if size > _MOST_LARGER * os.path.getsize(path) + 2**20:
                 raise DataError("it holds far more than its bytes")
