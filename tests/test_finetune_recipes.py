@@ -120,7 +120,7 @@ def test_an_average_of_weights_covers_a_tenth_of_a_short_run():
 
 
 def test_scratch_is_for_fresh_weights():
-    with pytest.raises(UsageError, match="untrained/vit-nano"):
+    with pytest.raises(UsageError, match="vit-nano has its own: use -m untrained/NAME"):
         settled(recipe="scratch")
 
 

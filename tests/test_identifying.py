@@ -707,12 +707,15 @@ def hostile(kind, mae, folder):
         write_tensors(folder / "a.safetensors", {f"blocks.{number}.x": torch.zeros(0) for number in range(20_001)} | {"a": torch.zeros(1)})  # fmt: skip  # noqa: E501
         return folder / "a.safetensors", 4, "20,002 tensors"
     if kind == "deep and narrow":
-        write_tensors(folder / "a.safetensors", state | {"blocks.998.norm1.weight": torch.zeros(64)})
+        write_tensors(folder / "a.safetensors", state | {"blocks.498.norm1.weight": torch.zeros(64)})
         return folder / "a.safetensors", 4, "too few or too small"
+    if kind == "deeper":
+        write_tensors(folder / "a.safetensors", state | {"blocks.998.norm1.weight": torch.zeros(64)})
+        return folder / "a.safetensors", 4, "its shapes are those of no network that can be built"
     raise AssertionError(kind)
 
 
-KINDS = ["pickle bomb", "bare pickle bomb", "Namespace", "zip of nothing", "zip of pictures", "LFS pointer", "HTML page", "wrong keys", "half the keys", "other keys in a ViT", "empty", "random bytes", "cut pickle", "TorchScript", "compressed", "strides", "many tensors", "deep and narrow"]  # fmt: skip  # noqa: E501
+KINDS = ["pickle bomb", "bare pickle bomb", "Namespace", "zip of nothing", "zip of pictures", "LFS pointer", "HTML page", "wrong keys", "half the keys", "other keys in a ViT", "empty", "random bytes", "cut pickle", "TorchScript", "compressed", "strides", "many tensors", "deep and narrow", "deeper"]  # fmt: skip  # noqa: E501
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")

@@ -246,7 +246,8 @@ def _misfit(state: Mapping[str, Tensor], config: Config | None) -> Misfit:
     """What of the tensors does not fit; where no network is told, by the names that networks here have."""
     unknown = [name for name in state if not _VOCABULARY.fullmatch(name)]
     if config is None:
-        return Misfit([name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state], unknown, [])
+        missing = [name for name in ("patch_embed.proj.weight", "pos_embed") if name not in state]
+        return Misfit(missing, unknown, [] if missing else ["its shapes are those of no network that can be built"])
     encoder = config.encoder if isinstance(config, AutoencoderConfig) else config
     depth, width = encoder.depth, encoder.width
     if isinstance(config, AutoencoderConfig) and config.decoder_depth:

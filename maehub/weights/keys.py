@@ -134,7 +134,9 @@ def is_decoder(name: str) -> bool:
 def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
     """The keys without the `WRAPPERS` that all of them share: old name to new name."""
     names = {key: key for key in keys}
-    while prefix := next((p for p in WRAPPERS if names and all(n.startswith(p) for n in names.values())), None):
+    # A backbone of ViTDet has all its names in "net." and no class token: that is no wrapper.
+    known = [prefix for prefix in WRAPPERS if prefix != "net." or any(key.endswith("net.cls_token") for key in names)]
+    while prefix := next((p for p in known if names and all(n.startswith(p) for n in names.values())), None):
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
     return names
 
