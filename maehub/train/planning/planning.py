@@ -19,8 +19,8 @@ from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_word
 from maehub.train.pretraining import (
     Crops,
     PlanConfig,
+    autoencoder_of,
     batch_size_of,
-    build_network,
     find_weights,
     kept_patches,
     split_data,
@@ -129,7 +129,7 @@ def network_of(config: PlanConfig) -> AutoencoderConfig:
             f"`maehub download {name}` fetches it and says where: --from its folder"
         )
     with torch.device("cpu" if config.from_ else "meta"):
-        return build_network(config, find_weights(config.from_)).config
+        return autoencoder_of(config, find_weights(config.from_)).config
 
 
 def _usable(device: Device) -> float:
