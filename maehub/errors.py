@@ -15,12 +15,16 @@ kept in ``__cause__``. Exit codes that are no errors: 0 done, 9 finished with sk
 130 interrupted by Ctrl-C.
 """
 
+import logging
 from collections.abc import Sequence
 
 EXIT_DONE = 0
 EXIT_SKIPPED = 9
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
+
+log = logging.getLogger("maehub")
+"""Where everything is said that is no result and no error."""
 
 
 class MaehubError(Exception):

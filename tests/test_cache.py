@@ -481,12 +481,12 @@ print("free", os.statvfs(os.environ["DISK"]).f_bavail * os.statvfs(os.environ["D
 MUCH_ROOM = "shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=10**12)"
 # Room enough when it is asked for, and then another process takes it.
 RACE = """
-from maehub.hub import cache as caching, urls
+from maehub.hub import cache as caching, client
 def took_it(*_, check=caching.check_disk_space):
     check(*_)
     with open(os.path.join(os.environ["DISK"], "other"), "wb") as other:
         other.write(bytes(1_200_000))
-caching.check_disk_space = urls.check_disk_space = took_it
+caching.check_disk_space = client.check_disk_space = took_it
 """
 
 
@@ -522,7 +522,7 @@ def test_row_19_a_size_that_nobody_knows_is_found_out_midway(hub, vit_b, start, 
     disk = tmp_path / "disk"
     disk.mkdir()
     environment = {"MAEHUB_CACHE": str(disk / "maehub"), "DISK": str(disk)}
-    patch = MUCH_ROOM + "\nfrom maehub.hub import urls\nurls.check_disk_space = lambda *_: None"
+    patch = MUCH_ROOM + "\nfrom maehub.hub import client\nclient.check_disk_space = lambda *_: None"
     process = start(
         "download",
         "vit-b-normpix-full",

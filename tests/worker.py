@@ -63,7 +63,7 @@ class Faults:
                 file.write(f"{step}\n")
             return real(step, *rest)
 
-        real = self.patch(pretraining, "learning_rate", rate)
+        real = self.patch(engine, "learning_rate", rate)
 
     def terminate(self):
         self.at_step(lambda: os.kill(os.getpid(), signal.SIGTERM))

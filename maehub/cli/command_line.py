@@ -21,7 +21,7 @@ from maehub.cli.commands import Shared, measuring
 from maehub.cli.help_page import help_page
 from maehub.cli.parsing import parsed
 from maehub.cli.reconstruct import run_reconstruct
-from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, SPACES, CheckpointError, MaehubError, UsageError, visible
+from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, SPACES, CheckpointError, MaehubError, UsageError, log, visible
 from maehub.version import __version__
 
 _SHARED_FLAGS = (("--json",), ("--quiet", "-q"), ("--debug",))
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     said = logging.StreamHandler(sys.stderr)
     said.setFormatter(_Visible())
     logging.basicConfig(handlers=[said])
-    log, searches = logging.getLogger("maehub"), _Searches(shared.passed_over)
+    searches = _Searches(shared.passed_over)
     log.setLevel(logging.WARNING if shared.quiet else logging.INFO)
     log.addHandler(searches)
     try:

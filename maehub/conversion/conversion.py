@@ -4,7 +4,6 @@ Every form is read into the official names, built as a network, written, read ag
 renamed and left out stands in the certificate beside the weights.
 """
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from maehub.conversion.library_folders import (
     is_foreign_form,
     write_foreign,
 )
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, UsageError, log
 from maehub.files import check_free, sha256_file, whole_folder, write_json
 from maehub.hub import file_hashes, is_model, load, load_autoencoder, locate, model_info, published_as
 from maehub.images import Preprocess
@@ -64,8 +63,6 @@ from maehub.weights import (
     to_official,
     write_members,
 )
-
-log = logging.getLogger("maehub")
 
 Form = Literal["maehub", "official", "timm", "transformers"] | ForeignForm
 """What `convert` writes. The first four are folders that maehub loads too, and so are lightly's and mmpretrain's."""

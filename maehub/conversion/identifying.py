@@ -5,7 +5,6 @@ for their hash; the decoder is run on two photos where that decides its target a
 """
 
 import json
-import logging
 import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from maehub.conversion.checkpoints import Checkpoint, open_checkpoint
 from maehub.conversion.families import generalised, recognise
 from maehub.conversion.plain_vit import Network, PlainVit, read_plain
 from maehub.conversion.target_detection import Judgement, can_detect, detect_target
-from maehub.errors import EXIT_DONE, IntegrityError, MaehubError, first_names
+from maehub.errors import EXIT_DONE, IntegrityError, MaehubError, first_names, log
 from maehub.hub import ModelInfo, Role, file_hashes, published_as
 from maehub.models import AutoencoderConfig, MaskedAutoencoder, Target
 from maehub.weights import (
@@ -30,8 +29,6 @@ from maehub.weights import (
     to_official,
     with_target,
 )
-
-log = logging.getLogger("maehub")
 
 LARGEST_RUN = 500_000_000
 """Bytes of a file up to which its decoder is run unasked: ViT-B's autoencoder takes seconds and 450 MB."""

@@ -1,7 +1,6 @@
 """What data say about their pictures, in words: class folders, a CSV, tar shards, tables."""
 
 import csv
-import logging
 import os
 import re
 import unicodedata
@@ -17,11 +16,9 @@ from maehub.data.shards import Shards
 from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
 from maehub.data.tables import Table
-from maehub.errors import DataError, UsageError, first_names
+from maehub.errors import DataError, UsageError, first_names, log
 from maehub.files import check_regular
 from maehub.images import printable
-
-log = logging.getLogger("maehub")
 
 _LAYOUT = "A labelled folder holds one folder a class, with its pictures at any depth: DIR/CLASS/….jpg"
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")

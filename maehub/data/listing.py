@@ -1,7 +1,6 @@
 """Files below a folder, in an order that is the same everywhere."""
 
 import importlib.util
-import logging
 import os
 from array import array
 from collections import Counter
@@ -11,10 +10,8 @@ from typing import Self
 
 import numpy as np
 
-from maehub.errors import DataError
+from maehub.errors import DataError, log
 from maehub.images import looks_like_picture, printable
-
-log = logging.getLogger("maehub")
 
 HEIC = frozenset([b".heic", b".heif", b".hif"])
 IMAGE_ENDINGS = frozenset(

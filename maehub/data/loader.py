@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import logging
 import math
 import os
 import shutil
@@ -17,11 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from maehub.data.sources import Source
 from maehub.data.workers import core_count
-from maehub.errors import DataError
+from maehub.errors import DataError, log
 from maehub.images import ImagePath
 from maehub.rng import random_bits, sample_seed
-
-log = logging.getLogger("maehub")
 
 Read = TypeVar("Read")
 """What a data set gives for the keys of a batch."""

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import itertools
-import logging
 import os
 import re
 import tarfile
@@ -24,13 +23,12 @@ import numpy as np
 from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over, passed_over_words, say_passed_over
 from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
-from maehub.errors import DataError, MaehubError, UsageError
+from maehub.errors import DataError, MaehubError, UsageError, log
 from maehub.files import atomic_write
 from maehub.images import printable
 
 _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_logger = logging.getLogger(__name__)
 
 LARGEST_MEMBER = 2**29
 """Bytes of a picture file in a shard: a larger one is refused before it is read."""
@@ -148,7 +146,7 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
         raise UsageError(f"the shard {printable(path)} is named {times} times")
     if len(paths) > 1:
         kept = f", kept in {index_dir}" if index_dir else ""
-        _logger.info("Reading the headers of %s tar shards%s", f"{len(paths):,}", kept)
+        log.info("Reading the headers of %s tar shards%s", f"{len(paths):,}", kept)
 
     def indexed(path: str) -> tuple[StoredFile, TarIndex]:
         file = stored_file(path)

@@ -1,6 +1,5 @@
 """Sides of a split that can be trusted: as given, or made by hashes of names, with whole groups and every class."""
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +19,10 @@ from maehub.data.labels import (
     split_folders,
 )
 from maehub.data.shards import Shards
-from maehub.errors import DataError, UsageError, first_names
+from maehub.errors import DataError, UsageError, first_names, log
 from maehub.files import cache_folder
 from maehub.images import printable
 from maehub.rng import sample_seed
-
-log = logging.getLogger("maehub")
 
 _SPLIT, _INNER, _FOLDS = 11, 12, 13  # streams of hashes: an inner split does not follow the outer one
 _ALONE = "every picture has a class that no other picture has, or no other group"

@@ -7,7 +7,6 @@ dataset is one; Parquet files, whose rows are packed in groups, are copied to on
 import hashlib
 import importlib
 import io
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 from maehub.data.listing import below_common
 from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, stored_file
-from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError
+from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError, log
 from maehub.files import atomic_write, write_error
 from maehub.images import printable
 
@@ -29,7 +28,6 @@ _ROWS = 4  # decoded at once: a few bytes of a file may stand for the same large
 _GROUP = 2**24  # bytes of rows that are written at once
 _MOST_DECODED, _TIMES = 2**29, 64  # bytes of a file's rows: so many in any case, or so many times the file
 _MOST_ROWS = 1_000_000  # of a file in any case; one more for each byte
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
     try:
         with importlib.import_module("filelock").FileLock(f"{target}.lock"):  # of several processes, one copies
             if not target.exists():
-                _logger.info("Copying %d Parquet files to an Arrow file", len(paths))
+                log.info("Copying %d Parquet files to an Arrow file", len(paths))
                 _copy(paths, target)
         rows = datasets.Dataset.from_file(str(target))
     except MaehubError:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maehub.data import Pictures, PictureSource, Readers, Samples, as_samples, reader_count
-from maehub.errors import DataError, UsageError
+from maehub.errors import DataError, UsageError, log
 from maehub.features.inference import Input, batch_size_for, batches_of_one_size, infer
 from maehub.features.store import FeatureStore
 from maehub.features.table import (
@@ -37,8 +36,6 @@ from maehub.files import check_place, free_space_guard
 from maehub.images import Preprocess, TransformName, grid_size
 from maehub.models import Encoder, FeaturePool
 from maehub.version import __version__
-
-log = logging.getLogger("maehub")
 
 _CHUNK_BATCHES = 8  # batches between two commits
 _CHUNK_BYTES = 2**25  # of rows in a chunk, unless one batch has more

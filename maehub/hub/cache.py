@@ -7,7 +7,6 @@ whole file; the next one of that repository removes it, or `clean_cache`.
 """
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -16,11 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.errors import CheckpointError, MaehubError, UsageError, first_names
+from maehub.errors import CheckpointError, MaehubError, UsageError, first_names, log
 from maehub.files import byte_text, cache_folder, expand, is_left, own_folder
 from maehub.hub.client import DownloadLabel, RemoteMetadata, check_disk_space, disk_trouble, get_from_hub, hub_constants
-
-logger = logging.getLogger("maehub")
 
 PathLike = str | os.PathLike[str]
 
@@ -101,16 +98,16 @@ def file_lock(lock: Path, label: DownloadLabel, timeout: float) -> Iterator[None
             try:
                 stack.enter_context(WeakFileLock(lock, timeout=0.01))  # at 0 it does not even try
             except TimeoutError:
-                logger.info("%s: waiting at most %g s for %s, held%s", label, timeout, lock, _holder(lock))
+                log.info("%s: waiting at most %g s for %s, held%s", label, timeout, lock, _holder(lock))
                 stack.enter_context(WeakFileLock(lock, timeout=timeout or 0.01))
         except TimeoutError:
-            logger.warning(
+            log.warning(
                 "%s: after %g s, %s is still held%s; going on without it, which may download the file twice\n"
                 "if no such process is at work any more, delete the lock file",
                 *(label, timeout, lock, _holder(lock)),
             )
         except OSError as error:  # it may lie where nothing can be written, or belong to another user
-            logger.debug("%s cannot be locked: %s", lock, error)
+            log.debug("%s cannot be locked: %s", lock, error)
         yield
 
 
@@ -160,7 +157,7 @@ def _note(folder: Path, revision: str, commit: str) -> None:
                 (own / "ref").write_text(commit)
                 os.replace(own / "ref", reference)
     except OSError as error:
-        logger.info("that %s is at commit %s cannot be noted in %s: %s", revision, commit[:12], folder, error.strerror)
+        log.info("that %s is at commit %s cannot be noted in %s: %s", revision, commit[:12], folder, error.strerror)
 
 
 class Cleaned(NamedTuple):

@@ -5,7 +5,6 @@ the status, the host and what to do next. No text holds a token or the signed pa
 """
 
 import errno
-import logging
 import os
 import re
 import time
@@ -16,12 +15,11 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, first_names
+from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, first_names, log
 from maehub.files import byte_text, free_bytes, is_disk_full
 from maehub.hub.deadlines import CHUNK, Unreachable, bound
 from maehub.version import __version__
 
-logger = logging.getLogger("maehub")
 Answer = TypeVar("Answer")
 
 TRIES = 4
@@ -118,7 +116,7 @@ def retry(
             pause = float(attempt if asked is None else asked)
             if not passes(error) or attempt == TRIES or waited + pause > LONGEST_WAIT:
                 raise
-            logger.warning("%s in %g s", tell(error), pause)
+            log.warning("%s in %g s", tell(error), pause)
         time.sleep(pause)
         waited += pause
     raise AssertionError("the last try returns or raises")
@@ -267,7 +265,7 @@ def _listed(repo: str, ask: Callable[[Any], Iterable[Any]]) -> list[Any]:
     try:
         return bound(lambda: list(ask(HfApi(endpoint=endpoint(), **LIBRARY))), host_of(endpoint()))
     except Exception as error:  # the answer that led here is the one to report
-        logger.debug("no list of what is in %s: %s", repo, scrub(error))
+        log.debug("no list of what is in %s: %s", repo, scrub(error))
         return []
 
 

@@ -4,20 +4,17 @@ The Hub's client compares lengths alone, so every download is verified here, and
 and downloaded once more.
 """
 
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from maehub.errors import HubError, IntegrityError
+from maehub.errors import HubError, IntegrityError, log
 from maehub.hub.cache import CachePaths, fetch_to_cache, file_lock, repo_folder
 from maehub.hub.catalog import Source
 from maehub.hub.client import DownloadLabel, RemoteMetadata, remote_metadata
 from maehub.hub.urls import get_from_url
 from maehub.hub.verification import Differs, Expected, check, discard, expected_bytes, expected_here, stated_hash
-
-logger = logging.getLogger("maehub")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -52,7 +49,7 @@ def from_here(name: str, source: Source, paths: CachePaths) -> Fetched | None:
             raise IntegrityError(
                 f"{report}\nnothing of it was loaded; delete it, then `maehub download {name}` where there is a network"
             ) from None
-        logger.warning("%s; removed, fetching it again", report)
+        log.warning("%s; removed, fetching it again", report)
         discard(path, paths.own)
         return None
 
@@ -83,7 +80,7 @@ def from_there(name: str, source: Source, paths: CachePaths) -> Fetched:
                     f"{report}\nit was downloaded twice and removed; nothing of it was loaded\n"
                     f"a proxy or mirror may alter files: try another network, then `maehub download {name}`"
                 ) from None
-            logger.warning("%s; removed, fetching it once more", report)
+            log.warning("%s; removed, fetching it once more", report)
     raise AssertionError("both tries return or raise")
 
 

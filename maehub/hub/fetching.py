@@ -5,7 +5,6 @@ read as plain values, to find the weights beside it.
 """
 
 import contextlib
-import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from maehub.errors import HubError, IntegrityError, UsageError, first_names
+from maehub.errors import HubError, IntegrityError, UsageError, first_names, log
 from maehub.files import read_json
 from maehub.hub.cache import LOCK_TIMEOUT, CachePaths, PathLike, cache_paths
 from maehub.hub.catalog import ModelInfo, Source, Want, check_supported, is_model, model_info, no_model, resolve
@@ -21,8 +20,6 @@ from maehub.hub.client import NoFile, NotThere, check_filename, list_hub_files
 from maehub.hub.deadlines import Unreachable
 from maehub.hub.downloading import COMMIT, Fetched, cached_path, from_here, from_there, not_here
 from maehub.hub.verification import Differs, check, expected_bytes, expected_here, stated_hash
-
-logger = logging.getLogger("maehub")
 
 _REPO = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?/[A-Za-z0-9]([\w.-]*\w)?", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
@@ -76,7 +73,7 @@ def fetch(info: ModelInfo, paths: CachePaths, *, revision: str | None = None, lo
             return _told(replace(from_there(info.name, source, paths), licence=info.licence))
         except NotThere as error:
             missing.append(error)
-            logger.info("%s: %s", info.name, str(error).splitlines()[0])
+            log.info("%s: %s", info.name, str(error).splitlines()[0])
     if len(missing) == 1:
         raise missing[0]
     lines = [str(error).splitlines()[0] for error in missing]
@@ -220,7 +217,7 @@ def verify(source: PathLike, *, cache_dir: PathLike | None = None) -> list[Verif
 def _told(files: Fetched) -> Fetched:
     source = files.source
     at = f"{source.repo}@{files.revision[:7]} {source.filename}" if source.repo else source.url or str(files.path)
-    logger.info("%s: %s%s", files.name, at, f", licence {files.licence}" if files.licence else "")
+    log.info("%s: %s%s", files.name, at, f", licence {files.licence}" if files.licence else "")
     return files
 
 
@@ -237,7 +234,7 @@ def _repo_file(name: str, source: Source, paths: CachePaths) -> Fetched:
         if not cached:
             raise
         first = str(error).splitlines()[0]
-        logger.warning("%s; taking the copy on this machine, commit %s", first, cached.revision[:12])
+        log.warning("%s; taking the copy on this machine, commit %s", first, cached.revision[:12])
         return cached
 
 

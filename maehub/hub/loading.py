@@ -1,6 +1,5 @@
 """Load a model by name: from the catalog, the Hub, a folder or a file, to an encoder or an autoencoder."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from maehub.errors import UsageError
+from maehub.errors import UsageError, log
 from maehub.files import atomic_write, cache_folder, write_error
 from maehub.hub.cache import PathLike
 from maehub.hub.catalog import Want
@@ -17,8 +16,6 @@ from maehub.hub.verification import known_finite, mark_finite
 from maehub.images import Size
 from maehub.models import Encoder, MaskedAutoencoder, Origin, ResizeRule, Target, usable_device
 from maehub.weights import LoadOptions, open_autoencoder, open_encoder, read_pickle, to_official, write_tensors
-
-log = logging.getLogger("maehub")
 
 
 def load(

@@ -9,23 +9,7 @@ from urllib.parse import urljoin, urlsplit
 
 from maehub.errors import HubError, IntegrityError
 from maehub.files import atomic_write, byte_text
-from maehub.hub.client import (
-    PASSING,
-    SILENCE,
-    TRIES,
-    DownloadLabel,
-    NoDiskSpace,
-    NotThere,
-    check_disk_space,
-    disk_trouble,
-    host_of,
-    local_trouble,
-    no_answer,
-    no_downgrade,
-    retry,
-    status_of,
-    why,
-)
+from maehub.hub import client
 from maehub.hub.deadlines import CHUNK, Unreachable, bound
 from maehub.version import __version__
 
@@ -35,7 +19,7 @@ if TYPE_CHECKING:
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-def get_from_url(url: str, target: Path, label: DownloadLabel) -> None:
+def get_from_url(url: str, target: Path, label: client.DownloadLabel) -> None:
     """Download to a temporary file beside ``target`` and leave it at ``target`` once it is whole.
 
     Errors are those of `maehub.hub.client.get_from_hub`; IntegrityError also for a page instead of a file.
@@ -48,13 +32,13 @@ def get_from_url(url: str, target: Path, label: DownloadLabel) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary, requests.Session() as session, temporary.open("wb") as file:
             _stream(session, url, file, label)
-    except (HubError, NoDiskSpace):
+    except (HubError, client.NoDiskSpace):
         raise
     except OSError as error:
-        raise local_trouble(error, target.parent, label, 0, None) from error
+        raise client.local_trouble(error, target.parent, label, 0, None) from error
 
 
-def _stream(session: "requests.Session", url: str, file: BinaryIO, label: DownloadLabel) -> None:
+def _stream(session: "requests.Session", url: str, file: BinaryIO, label: client.DownloadLabel) -> None:
     """The body of an address into an open file; goes on where a connection broke if the server can."""
     import requests
 
@@ -65,9 +49,9 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, label: Downlo
         tries += 1
         headers = {"User-Agent": f"maehub/{__version__}", "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
-        with session.get(url, headers=headers, stream=True, timeout=(SILENCE, SILENCE)) as answer:
+        with session.get(url, headers=headers, stream=True, timeout=(client.SILENCE, client.SILENCE)) as answer:
             for step in (*answer.history, answer):
-                no_downgrade(url, urljoin(step.url, step.headers.get("Location", step.url)), label)
+                client.no_downgrade(url, urljoin(step.url, step.headers.get("Location", step.url)), label)
             answer.raise_for_status()
             total = _prepare(answer, file, label)
             for size in _take_body(answer, file, total, label):
@@ -78,38 +62,38 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, label: Downlo
         return isinstance(error, requests.exceptions.ChunkedEncodingError) or (silent and file.tell() > 0)
 
     def passes(error: Exception) -> bool:  # where nothing ever came, there is no use in asking on
-        return broke(error) if (status := status_of(error)) is None else status in PASSING
+        return broke(error) if (status := client.status_of(error)) is None else status in client.PASSING
 
     def reason(error: Exception) -> str:
-        if (status := status_of(error)) is not None:
+        if (status := client.status_of(error)) is not None:
             return f"HTTP {status}"
         verb = "broke" if isinstance(error, requests.exceptions.ChunkedEncodingError) else "went silent"
         return f"the connection {verb} at {byte_text(file.tell())} of {byte_text(total)}"
 
     try:
-        ask = partial(bound, receive, host_of(url), f" for {label}", lambda: received)
-        retry(ask, lambda error: f"{label}: {reason(error)}, trying {host_of(url)} again", passes)
+        ask = partial(bound, receive, client.host_of(url), f" for {label}", lambda: received)
+        client.retry(ask, lambda error: f"{label}: {reason(error)}, trying {client.host_of(url)} again", passes)
     except requests.RequestException as error:
-        status = status_of(error)
+        status = client.status_of(error)
         if status in (401, 403, 404, 410):
             place = url.partition("?")[0]
-            raise NotThere(f"{place} is not there (HTTP {status}), so {label} cannot be had from it") from error
-        if broke(error) or (status in PASSING and tries == TRIES):
-            said = f"download of {label} from {host_of(url)} failed after {tries} tries: {reason(error)}"
+            raise client.NotThere(f"{place} is not there (HTTP {status}), so {label} cannot be had from it") from error
+        if broke(error) or (status in client.PASSING and tries == client.TRIES):
+            said = f"download of {label} from {client.host_of(url)} failed after {tries} tries: {reason(error)}"
         elif status is not None:
-            said = why(error, host_of(url), f" for {label}")
+            said = client.why(error, client.host_of(url), f" for {label}")
         elif isinstance(error, requests.ConnectionError | requests.Timeout):
-            raise no_answer(error, url, label) from error
+            raise client.no_answer(error, url, label) from error
         else:
             raise
         raise Unreachable(f"{said}\nnothing half is kept; try again later") from error
 
 
-def _prepare(answer: "requests.Response", file: BinaryIO, label: DownloadLabel) -> int | None:
+def _prepare(answer: "requests.Response", file: BinaryIO, label: client.DownloadLabel) -> int | None:
     """Set the file to where the answer's bytes belong, behind what is there or at the start: its whole size."""
     if "text/html" in answer.headers.get("Content-Type", ""):
         raise IntegrityError(
-            f"got {byte_text(len(answer.content))} of HTML from {host_of(answer.url)} instead of {label}\n"
+            f"got {byte_text(len(answer.content))} of HTML from {client.host_of(answer.url)} instead of {label}\n"
             "nothing is kept; a proxy or a login page answers in its place: sign in to the network, then try again"
         )
     if answer.status_code != 206:
@@ -118,11 +102,13 @@ def _prepare(answer: "requests.Response", file: BinaryIO, label: DownloadLabel) 
     length = answer.headers.get("Content-Length")
     if not length:
         return None
-    check_disk_space(Path(file.name).parent, int(length), label)
+    client.check_disk_space(Path(file.name).parent, int(length), label)
     return file.tell() + int(length)
 
 
-def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, label: DownloadLabel) -> Iterator[int]:
+def _take_body(
+    answer: "requests.Response", file: BinaryIO, total: int | None, label: client.DownloadLabel
+) -> Iterator[int]:
     """Write what comes, and say how many bytes, a piece at a time."""
     from tqdm import tqdm
 
@@ -133,6 +119,6 @@ def _take_body(answer: "requests.Response", file: BinaryIO, total: int | None, l
                 file.flush()
             except OSError as error:
                 os.truncate(file.fileno(), 0)  # it is given up, and what it took is free again
-                raise disk_trouble(error, Path(file.name).parent, label, total) from error
+                raise client.disk_trouble(error, Path(file.name).parent, label, total) from error
             bar.update(len(chunk))
             yield len(chunk)

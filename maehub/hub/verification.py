@@ -8,16 +8,14 @@ cache folder keeps them, which makes loading a verified 2.5 GB file take no long
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from maehub.errors import log
 from maehub.files import atomic_write
 from maehub.hub.catalog import Source, Want
-
-logger = logging.getLogger("maehub")
 
 _CHUNK = 1 << 20  # bytes read at once
 
@@ -79,7 +77,7 @@ def _write(path: Path, cache: Path, record: dict[str, Any]) -> None:
         with atomic_write(stamp) as temporary:
             temporary.write_text(json.dumps(record))
     except OSError as error:
-        logger.debug("no stamp for %s: %s", path, error)
+        log.debug("no stamp for %s: %s", path, error)
 
 
 def known_finite(path: Path, cache: Path, part: Want) -> bool:
@@ -144,7 +142,7 @@ def discard(path: Path, cache: Path) -> None:
     try:
         _stamp(path, cache).unlink(missing_ok=True)
     except OSError as error:
-        logger.debug("stamp of %s stays: %s", path, error)
+        log.debug("stamp of %s stays: %s", path, error)
     blobs = {parent / "blobs" for parent in path.parents if parent / "snapshots" in path.parents}
     blob = _blob(path)
     path.unlink(missing_ok=True)

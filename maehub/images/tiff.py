@@ -12,21 +12,7 @@ import os
 import zlib
 from typing import BinaryIO
 
-from PIL.TiffImagePlugin import (
-    BITSPERSAMPLE,
-    COMPRESSION,
-    EXTRASAMPLES,
-    FILLORDER,
-    IMAGEWIDTH,
-    JPEGTABLES,
-    PHOTOMETRIC_INTERPRETATION,
-    PLANAR_CONFIGURATION,
-    SAMPLEFORMAT,
-    SAMPLESPERPIXEL,
-    STRIPOFFSETS,
-    ImageFileDirectory_v2,
-    TiffImageFile,
-)
+from PIL import TiffImagePlugin as tiff
 
 from maehub.errors import DataError
 from maehub.images.jpeg import decode_rows, read_jpeg
@@ -54,7 +40,7 @@ _ALPHA = ((1,), (2,), (999,))  # associated, unassociated, and Corel Draw's own 
 _BANDS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _PALETTE: 1, _RGB: 3, _YCBCR: 3, _CMYK: 4}  # without extra ones
 
 
-def open_tiff(file: BinaryIO) -> TiffImageFile:
+def open_tiff(file: BinaryIO) -> tiff.TiffImageFile:
     """The header of the first picture of a TIFF, if its pixels are certain to be read right.
 
     Raises:
@@ -62,27 +48,27 @@ def open_tiff(file: BinaryIO) -> TiffImageFile:
     """
     start = file.tell()
     head = file.read(16)
-    tags = ImageFileDirectory_v2(head if head[2:4] in (b"+\0", b"\0+") else head[:8])
+    tags = tiff.ImageFileDirectory_v2(head if head[2:4] in (b"+\0", b"\0+") else head[:8])
     file.seek(start + tags.next)
     tags.load(file)
     file.seek(start)
-    if IMAGEWIDTH not in tags:
+    if tiff.IMAGEWIDTH not in tags:
         raise DataError("its directory is missing")
-    compression, meaning = tags.get(COMPRESSION, _RAW), tags.get(PHOTOMETRIC_INTERPRETATION, -1)
-    planes = tags.get(PLANAR_CONFIGURATION, 1) == 2
-    extra = tuple(tags.get(EXTRASAMPLES, ()))
+    compression, meaning = tags.get(tiff.COMPRESSION, _RAW), tags.get(tiff.PHOTOMETRIC_INTERPRETATION, -1)
+    planes = tags.get(tiff.PLANAR_CONFIGURATION, 1) == 2
+    extra = tuple(tags.get(tiff.EXTRASAMPLES, ()))
     # JPEG inside may leave out what its own header says.
-    bands = tags.get(SAMPLESPERPIXEL, 3 if compression == _JPEG and meaning in (_RGB, _YCBCR) else 1)
-    bits, formats = set(tags.get(BITSPERSAMPLE, (1,))), set(tags.get(SAMPLEFORMAT, (_UNSIGNED,)))
+    bands = tags.get(tiff.SAMPLESPERPIXEL, 3 if compression == _JPEG and meaning in (_RGB, _YCBCR) else 1)
+    bits, formats = set(tags.get(tiff.BITSPERSAMPLE, (1,))), set(tags.get(tiff.SAMPLEFORMAT, (_UNSIGNED,)))
     kind = (*bits, *formats)
     with contextlib.suppress(SyntaxError):  # what Pillow raises for a layout that it does not know
         # Bits that run from right to left are a habit of fax; compressed numbers are not always brought into order.
-        turned = tags.get(FILLORDER, 1) != 1 and kind != (1, _UNSIGNED)
+        turned = tags.get(tiff.FILLORDER, 1) != 1 and kind != (1, _UNSIGNED)
         turned |= (
             head.startswith(b"MM") and compression != _RAW and kind in ((16, _SIGNED), (32, _SIGNED), (32, _FLOAT))
         )
         if not turned and _certain(meaning, kind, bands, extra, planes, compression):
-            image = TiffImageFile(file)
+            image = tiff.TiffImageFile(file)
             if compression in (_JPEG, *_DEFLATE):
                 _check_parts(file, tags, compression)
             return image
@@ -95,11 +81,11 @@ def open_tiff(file: BinaryIO) -> TiffImageFile:
     )
 
 
-def _check_parts(file: BinaryIO, tags: ImageFileDirectory_v2, compression: int) -> None:
+def _check_parts(file: BinaryIO, tags: tiff.ImageFileDirectory_v2, compression: int) -> None:
     """Refuse damage in strips or tiles that are JPEGs, which share their tables, or have a checksum, which libtiff
     passes over."""
-    offsets, lengths = (273, 279) if STRIPOFFSETS in tags else (324, 325)
-    tables = bytes(tags.get(JPEGTABLES, b""))[2:-2]  # without start and end
+    offsets, lengths = (273, 279) if tiff.STRIPOFFSETS in tags else (324, 325)
+    tables = bytes(tags.get(tiff.JPEGTABLES, b""))[2:-2]  # without start and end
     if sum(tags[lengths]) > file.seek(0, os.SEEK_END):  # or a few bytes could be decoded over and over
         raise DataError("its strips or tiles are more bytes than the file has")
     for offset, length in zip(tags[offsets], tags[lengths], strict=True):

@@ -1,6 +1,5 @@
 """An encoder as timm's VisionTransformer, and back."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maehub.errors import UsageError
+from maehub.errors import UsageError, log
 from maehub.images import Preprocess
 from maehub.interop.agreement import check_same, evaluable, exact_dtype, exact_state, finish, images_for
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, Origin
@@ -16,8 +15,6 @@ from maehub.weights import Hints, LoadOptions, build, infer_config, timm_config,
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
-
-log = logging.getLogger("maehub")
 
 
 def to_timm(encoder: Encoder) -> "VisionTransformer":

@@ -19,11 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.errors import HubError, IntegrityError, MaehubError, UsageError
+from maehub.errors import HubError, IntegrityError, MaehubError, UsageError, log
 from maehub.hub import PASSING, UPLOAD_SILENCE, causes, retry, scrub, status_of
 from maehub.publishing.remote import UNTOUCHED, Hub, LocalFile, Remote, moved, same, state, unreadable
-
-logger = logging.getLogger("maehub")
 
 _IN_MEMORY = 4_000_000  # bytes; smaller files are read once and sent as they were then
 
@@ -77,7 +75,7 @@ def commit(
             else:
                 made = _send(hub, operations, fresh, remote, message)
     else:
-        logger.info("%s: all %d files are on %s already, nothing was sent", hub.repo_id, len(files), hub.host)
+        log.info("%s: all %d files are on %s already, nothing was sent", hub.repo_id, len(files), hub.host)
     return Committed(hub.repo_id, made, f"{hub.endpoint}/{hub.repo_id}/tree/{made}", request, tuple(fresh), known)
 
 
@@ -108,7 +106,7 @@ def _create(hub: Hub, revision: str, private: bool | None) -> Remote:
             f"{hub.repo_id} was made on {hub.host}, and is not there as it was asked for; no file was published\n"
             f"look at {hub.endpoint}/{hub.repo_id}/settings, then run this again"
         )
-    logger.info("%s: made, %s", hub.repo_id, "private" if made.private else "public")
+    log.info("%s: made, %s", hub.repo_id, "private" if made.private else "public")
     return made
 
 
@@ -176,7 +174,7 @@ def _send(hub: Hub, operations: list[Any], files: Mapping[str, LocalFile], remot
                 raise _refused(hub, error, remote) from error
             lost = True
             if made := _arrived(hub, files, remote, error):
-                logger.info("%s: the answer was lost, the commit was made: %s", hub.repo_id, made[:12])
+                log.info("%s: the answer was lost, the commit was made: %s", hub.repo_id, made[:12])
                 return made
             raise
 
@@ -230,7 +228,7 @@ def _propose(
                 if stated and all(same(file, stated.get(name)) for name, file in files.items()):
                     return one.target_commit, f"{page}/{one.ref.rpartition('/')[2]}"
         except HubError as unknown:
-            logger.debug("no pull requests of %s: %s", hub.repo_id, unknown)
+            log.debug("no pull requests of %s: %s", hub.repo_id, unknown)
         raise HubError(
             f"{_first_line(hub, error, 'pull request')}\n"
             "whether it was opened is not known; the branch itself is unchanged\n"
@@ -262,7 +260,7 @@ def _refused(hub: Hub, error: Exception, remote: Remote) -> HubError:
         try:
             now = state(hub, remote.revision).commit
         except HubError as unknown:
-            logger.debug("no head of %s: %s", hub.repo_id, unknown)
+            log.debug("no head of %s: %s", hub.repo_id, unknown)
             now = ""
         return moved(hub, remote.revision, remote.commit, now)
     if "metadata in README" in str(error):
@@ -313,4 +311,4 @@ def _quiet_client(progress: bool) -> Iterator[None]:
             yield
         finally:
             for one in told:
-                logger.warning("%s", scrub(str(one.message)))
+                log.warning("%s", scrub(str(one.message)))

@@ -5,7 +5,6 @@ they are. What a file lacks or has too much is an error; the three legal departu
 parameters.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +13,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import IntegrityError, UsageError, first_names
+from maehub.errors import IntegrityError, UsageError, first_names, log
 from maehub.images import Preprocess, Size
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, ResizeRule, resize_table
 from maehub.weights.config_inference import Config, describe
 from maehub.weights.keys import from_official, to_official
-
-log = logging.getLogger("maehub")
 
 Network = TypeVar("Network", Encoder, MaskedAutoencoder)
 

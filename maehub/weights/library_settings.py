@@ -4,18 +4,15 @@ Every setting of theirs is known here. One that changes pixels in a way that our
 one that nobody knows is warned of.
 """
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, UsageError, log
 from maehub.images import Preprocess, Size
 from maehub.models import EncoderConfig
-
-log = logging.getLogger("maehub")
 
 _INSTEAD = "without this file the published evaluation is used, and extract_features(..., preprocess=) takes any"
 

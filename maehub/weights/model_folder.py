@@ -12,7 +12,6 @@ plain timm one with our block.
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, UsageError, log
 from maehub.files import atomic_write, check_free, free_space_guard, read_json, whole_folder, write_json, write_text
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target
@@ -45,8 +44,6 @@ from maehub.weights.keys import from_official, to_official
 from maehub.weights.library_settings import timm_transform, transformers_transform, with_class_names
 from maehub.weights.model_card import model_card
 from maehub.weights.tensorfile import read_header, read_tensors, write_tensors
-
-log = logging.getLogger("maehub")
 
 Layout = Literal["maehub", "official", "transformers"]
 """``maehub`` is the folder above; ``official`` has its names and our block; ``transformers`` its part."""

@@ -7,7 +7,6 @@ days, so a pass that makes nothing goes before it and adds up what it would cost
 
 import argparse
 import io
-import logging
 import os
 import pathlib
 import pickle
@@ -24,11 +23,9 @@ from torch import Tensor
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch.serialization import safe_globals
 
-from maehub.errors import IntegrityError, UsageError, first_names
+from maehub.errors import IntegrityError, UsageError, first_names, log
 from maehub.files import check_regular
 from maehub.weights.tensorfile import check_names
-
-log = logging.getLogger("maehub")
 
 # The restricted reader was itself exploitable before (CVE-2025-32434, CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
