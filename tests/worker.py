@@ -56,7 +56,7 @@ class Faults:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             self.kill()
             return
-        from maehub.train.pretraining import loop as pretraining
+        from maehub.train import engine
 
         def rate(step, *rest):
             with open(self.out, "a") as file:

@@ -1,19 +1,16 @@
 """How many views a process computes at once, so that they fit into memory."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import CheckpointError
+from maehub.errors import CheckpointError, log
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
 from maehub.train.engine.parallel import autocast
 from maehub.train.engine.settings import Precision
-
-log = logging.getLogger("maehub")
 
 _ADAM = 2  # tensors of the size of the weights that the optimizer will add
 _MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused

@@ -1,7 +1,6 @@
 """Checkpoints of a run as its processes write and find them together."""
 
 import json
-import logging
 import socket
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, IntegrityError, UsageError
+from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, IntegrityError, UsageError, log
 from maehub.files import check_free, read_json
 from maehub.train.engine.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.distributed import Group
@@ -20,8 +19,6 @@ from maehub.train.engine.environment import code_digest
 from maehub.train.engine.preemption import Stop
 from maehub.train.engine.run_log import RunLog, last_good_step, run_state
 from maehub.version import __version__
-
-log = logging.getLogger("maehub")
 
 # What may be another when a run is resumed: it changes nothing that is computed, or only how fast.
 _FREE = {

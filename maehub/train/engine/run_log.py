@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import logging
 import math
 import os
 import resource
@@ -30,10 +29,9 @@ from maehub.errors import (
     MaehubError,
     MissingDependencyError,
     UsageError,
+    log,
 )
 from maehub.files import atomic_write, check_regular, read_json, write_error
-
-log = logging.getLogger("maehub")
 
 LOG_EVERY = 16
 """Steps between reads of the loss, each of which waits for the device."""

@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
-from maehub.errors import UsageError
+from maehub.errors import UsageError, log
 from maehub.features import outputs
 from maehub.files import check_free, read_json, sheet_cells, whole_folder, write_text
 from maehub.hub import load
@@ -27,8 +26,6 @@ from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
 from maehub.train.evaluation.text_tables import printable
 from maehub.train.networks import pair
-
-log = logging.getLogger("maehub")
 
 MEMBERS = ("evaluation.json", "confusion.png", "mistakes.png", "predictions.csv")
 """What an evaluation's folder is made of."""

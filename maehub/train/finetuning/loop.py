@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import logging
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import maehub.train.engine as engine
 from maehub.data import Labelled, StepKeys, batches_of, split_labelled, worker_count
-from maehub.errors import EXIT_DONE, DataError, UsageError
+from maehub.errors import EXIT_DONE, DataError, UsageError, log
 from maehub.images import Augmentation
 from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.evaluation import Scores, score
@@ -28,8 +27,6 @@ from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, 
 from maehub.train.finetuning.views import LabelledBatch, LabelledCrops, TrainTransform, policy_of
 from maehub.train.networks import Backbone
 from maehub.train.reports import update_report
-
-log = logging.getLogger("maehub")
 
 _VALIDATIONS = 10  # measurements of a run
 

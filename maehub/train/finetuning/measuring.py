@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, Source, find_twins, select
+from maehub.errors import log
 from maehub.features import outputs
 from maehub.files import atomic_write
 from maehub.images import Preprocess
@@ -20,8 +20,6 @@ from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, w
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
 from maehub.weights import save
-
-log = logging.getLogger("maehub")
 
 _SHOWN = 8
 

@@ -1,7 +1,6 @@
 """Pretraining a masked autoencoder: one visible loop, for one process and for many."""
 
 import copy
-import logging
 import math
 import time
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import maehub.train.engine as engine
 from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
-from maehub.errors import EXIT_DONE, UsageError
+from maehub.errors import EXIT_DONE, UsageError, log
 from maehub.hub import Located
 from maehub.images import Augmentation, jitter
 from maehub.models import AutoencoderConfig, MaskedAutoencoder
@@ -27,8 +26,6 @@ from maehub.train.pretraining.validation import Validation, tell_start
 from maehub.train.pretraining.views import Batch, Crops, View, validation_batch
 from maehub.train.reports import update_report
 from maehub.weights import save
-
-log = logging.getLogger("maehub")
 
 _PCA_PICTURES = 1000  # pictures that the components of patches are fitted on
 

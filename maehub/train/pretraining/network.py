@@ -1,6 +1,5 @@
 """The network that is pretrained, and how many views fit into memory."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maehub.data import Key
-from maehub.errors import IntegrityError, UsageError
+from maehub.errors import IntegrityError, UsageError, log
 from maehub.hub import Located, is_model, load, load_autoencoder, locate, model_info
 from maehub.images import Preprocess
 from maehub.models import COLOURS, AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder
@@ -18,8 +17,6 @@ from maehub.train.engine import Group, Precision, computes_bf16, pictures_fit
 from maehub.train.networks import costs, pair, preset
 from maehub.train.pretraining.objective import Objective
 from maehub.train.pretraining.views import Batch, View
-
-log = logging.getLogger("maehub")
 
 # The decoder of a preset that has another than `AutoencoderConfig`; He et al. 2021 use one for all sizes.
 _DECODERS: dict[str, dict[str, Any]] = {"vit-nano": {"decoder_width": 160, "decoder_depth": 5, "decoder_heads": 5}}

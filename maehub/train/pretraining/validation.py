@@ -1,7 +1,6 @@
 """What a run looks at besides its loss: held-out pictures, by numbers that need no labels, and by eye."""
 
 import contextlib
-import logging
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maehub.data import Source, find_samples, groups
-from maehub.errors import DataError
+from maehub.errors import DataError, log
 from maehub.figures import grid as figure_grid
 from maehub.figures import reconstruct
 from maehub.files import atomic_write
@@ -19,8 +18,6 @@ from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.objective import Objective
 from maehub.train.pretraining.views import Batch, View, first_by_id, opened, validation_batch
-
-log = logging.getLogger("maehub")
 
 _CROPS = 2000  # at most, and no more than pictures are held out, unless those are very few
 _FEWEST_CROPS = 256
