@@ -278,12 +278,7 @@ def _settled(config: FinetuneConfig, backbone: Backbone, training: Labelled, gro
 
 
 def _micro_batch(
-    config: FinetuneConfig,
-    objective: Objective,
-    classifier: Classifier,
-    settings: Settings,
-    classes: int,
-    group: Group,
+    config: FinetuneConfig, objective: Objective, classifier: Classifier, settings: Settings, classes: int, group: Group
 ) -> int:
     channels, (height, width) = classifier.preprocess.channels, classifier.preprocess.size
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, Source, find_twins, select
 from maehub.errors import log
 from maehub.features import outputs
+from maehub.figures import save_figure
 from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import Encoder
@@ -91,8 +92,7 @@ def show(
     if last and len(wrong):
         pictures["mistakes.png"] = labelled_sheet(labelled, logits, wrong, channels)
     for name, picture in pictures.items():
-        with atomic_write(folder / name) as temporary:
-            picture.save(temporary, format="png")
+        save_figure(picture, folder / name)
 
 
 def export(run: Path, model: str, settings: Settings, network: nn.Module, scores: Scores, split: LabelledSplit) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 from maehub.data import Source, find_samples, groups
 from maehub.errors import DataError, log
 from maehub.figures import grid as figure_grid
-from maehub.figures import reconstruct
-from maehub.files import atomic_write
+from maehub.figures import reconstruct, save_figure
 from maehub.models import MaskedAutoencoder
 from maehub.train.engine import parts
 from maehub.train.evaluation import effective_rank, leave_one_out
@@ -118,8 +117,7 @@ class Validation:
             for index in first_by_id(self.shown, _SHOWN)
         ]
         path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as temporary:
-            figure_grid(panels).save(temporary, format="png")
+        save_figure(figure_grid(panels), path)
 
 
 def tell_start(numbers: dict[str, float], name: str) -> None:
