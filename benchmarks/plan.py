@@ -22,7 +22,8 @@ import torch
 from maehub.models.masking import random_masks
 from maehub.train.planning.planning import plan
 from maehub.train.pretraining.config import PlanConfig
-from maehub.train.pretraining.network import build_network, kept_patches, view_of
+from maehub.train.pretraining.loop import autoencoder_of, view_of
+from maehub.train.pretraining.network import kept_patches
 
 DEFAULT = ("vit-nano:32", "vit-ti:16", "vit-s:8", "vit-b:4")
 STEPS = 6  # the first of them is not counted
@@ -51,7 +52,7 @@ def product_rate(seconds: float = 0.3) -> float:
 def measure(model: str, batch: int, steps: int) -> None:
     """Print what steps of one network take, as JSON: for a process of its own."""
     config = PlanConfig(model=model, epochs=1, images=1)
-    network = build_network(config, None).train()
+    network = autoencoder_of(config, None).train()
     kept = kept_patches(view_of(config, network.config))
     patches = network.config.encoder.grid[0] * network.config.encoder.grid[1]
     masked = random_masks(torch.arange(batch), patches, kept)

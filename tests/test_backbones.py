@@ -122,9 +122,9 @@ def test_fresh_weights_follow_from_the_seed_alone():
 
 def test_an_untrained_preset_is_what_pretraining_starts_with():
     from maehub.train.pretraining.config import PretrainConfig
-    from maehub.train.pretraining.network import build_network
+    from maehub.train.pretraining.loop import autoencoder_of
 
-    start = build_network(PretrainConfig("", "", model="vit-nano", steps=1, seed=2), None)
+    start = autoencoder_of(PretrainConfig("", "", model="vit-nano", steps=1, seed=2), None)
     backbone = open_backbone("untrained/vit-nano", seed=2)
     own = backbone.module.state_dict()
     assert all(torch.equal(own[key], value) for key, value in start.encoder.state_dict().items())

@@ -148,9 +148,7 @@ def test_row_49_a_shared_memory_that_is_full_ends_in_one_clear_error(pictures, t
     assert "Traceback" not in done.stderr
 
 
-def test_row_57_a_slow_save_is_warned_about_and_the_time_limit_leaves_room_for_it(
-    pictures, tmp_path, monkeypatch, caplog
-):
+def test_row_57_a_slow_save_is_warned_about_and_the_time_limit_leaves_room_for_it(tmp_path, monkeypatch, caplog):
     clock = [0.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(saving, "save_checkpoint", lambda *arguments: clock.__setitem__(0, clock[0] + 25))
@@ -158,8 +156,18 @@ def test_row_57_a_slow_save_is_warned_about_and_the_time_limit_leaves_room_for_i
     model = torch.nn.Linear(2, 2)
     with log.RunLog(tmp_path / "run", 4) as run:
         run.begin({}, first_step=0, steps=10, hide_bar=True)
-        config = config_of(pictures, tmp_path / "run")
-        saver = saving.Checkpoints(config, saving.Group(), run, stop, model=model, optimizer=None, start=None, steps=10)
+        saver = saving.Checkpoints(
+            saving.Group(),
+            run,
+            stop,
+            model=model,
+            optimizer=None,
+            start=None,
+            steps=10,
+            every=1000,
+            keep=2,
+            shard=False,
+        )
         monkeypatch.setattr(saving, "replace", lambda progress, step: progress)
         for step in (1, 2):
             saver.save(step, must=False)

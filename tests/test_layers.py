@@ -1,6 +1,7 @@
 """The rooms of the house: one ordered list. A room imports only rooms above it in the list, through their doors."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,16 @@ def test_what_answers_at_once_imports_nothing_heavy(module):
             while target in DOORS and name and (further := behind(target, name)):
                 target = further
             waiting.append(target if target in TREES else name)
+
+
+@pytest.mark.parametrize("module", sorted(module for module in TREES if module.startswith("train.")))
+def test_configs_stop_at_their_loops(module):
+    if module.rpartition(".")[2] in ("loop", "config", "recipes") or module.startswith("train.planning"):
+        return
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            taken = ast.unparse(node.annotation)
+            assert not re.search(r"(?<!type\[)\b(Run|Pretrain|Finetune)Config\b", taken), f"line {node.lineno}: {taken}"
 
 
 def test_timm_is_imported_only_in_training_and_interop():

@@ -14,7 +14,7 @@ from maehub.data.sources import find_samples
 from maehub.images.augment import crop
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import PretrainConfig, pretrain
-from maehub.train.pretraining.network import build_network, view_of
+from maehub.train.pretraining.loop import autoencoder_of, view_of
 
 STEPS, BATCH, RATE, DECAY = 50, 8, 2e-3, 0.05
 
@@ -62,7 +62,7 @@ def config_of(pictures, out, seed):
 
 def their_losses(config, *, decay_all=False):
     """Losses of transformers' model: same weights, crops and masks; optimizer and schedule written out again."""
-    ours = build_network(config, None)
+    ours = autoencoder_of(config, None)
     view, preprocess = view_of(config, ours.config), ours.preprocess
     theirs = transformers_autoencoder(ours).train()
     # transformers 5.23 loads the fixed sine-cosine tables as trainable.

@@ -6,7 +6,6 @@ has one that differs from its manifest was damaged later. No pickle is involved,
 """
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -18,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import CheckpointError, DivergedError, IntegrityError, first_names
+from maehub.errors import CheckpointError, DivergedError, IntegrityError, first_names, log
 from maehub.files import free_space_guard, read_json, sha256_file, whole_folder, write_error, write_json
 from maehub.weights import check_finite, read_tensors, write_tensors
-
-log = logging.getLogger("maehub")
 
 _MANIFEST, _MODEL, _OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
 _FILES = (_MODEL, _OPTIMIZER)

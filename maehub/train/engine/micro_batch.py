@@ -1,19 +1,16 @@
 """How many views a process computes at once, so that they fit into memory."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maehub.errors import CheckpointError
+from maehub.errors import CheckpointError, log
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
 from maehub.train.engine.parallel import autocast
-from maehub.train.engine.settings import RunConfig
-
-log = logging.getLogger("maehub")
+from maehub.train.engine.settings import Precision
 
 _ADAM = 2  # tensors of the size of the weights that the optimizer will add
 _MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused
@@ -45,7 +42,9 @@ def pictures_fit(
     objective: nn.Module,
     blank: Callable[[int], Sequence[Tensor]],
     group: Group,
-    config: RunConfig,
+    precision: Precision,
+    *,
+    shard: bool,
     estimate: Callable[[], tuple[float, float]] | None = None,
 ) -> Callable[[int], bool]:
     """Whether training on so many pictures at once fits. ``objective`` gives a loss, ``blank`` its arguments.
@@ -53,15 +52,15 @@ def pictures_fit(
     On a GPU forward and backward are tried. A CPU never says no: there an ``estimate`` counts, the bytes that a process
     needs beside its pictures, and those of each picture; without one what the forward of two keeps for the backward.
     """
-    device, precise = group.device, autocast(config.precision, group.device)
-    if device.type == "cuda" and not config.fsdp:
+    device, precise = group.device, autocast(precision, group.device)
+    if device.type == "cuda" and not shard:
         return lambda size: pass_fits(objective, blank(size), device, precise)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes() / group.local_size
     if estimate:
         fixed, each = estimate()
     else:
         trained = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
-        fixed = (_ADAM + 1) * trained / (group.size if config.fsdp else 1)
+        fixed = (_ADAM + 1) * trained / (group.size if shard else 1)
         each = _kept_bytes(objective, blank(2), precise) / 2
     return lambda size: size * each <= _MEMORY_SHARE * (free - fixed)
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maehub.models import Block
 from maehub.train.engine.distributed import Group
-from maehub.train.engine.settings import Precision, RunConfig
+from maehub.train.engine.settings import Precision
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -33,7 +33,9 @@ def computes_bf16(precision: Precision, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and capable)
 
 
-def wrapped(module: nn.Module, group: Group, config: RunConfig) -> nn.Module:
+def wrapped(
+    module: nn.Module, group: Group, precision: Precision, *, compile: bool, fsdp: bool, checkpoint_activations: bool
+) -> nn.Module:
     """The module as the loop calls it; its parameters are those of ``module``, which stays what is saved.
 
     From the inside to the outside:
@@ -43,15 +45,15 @@ def wrapped(module: nn.Module, group: Group, config: RunConfig) -> nn.Module:
     3. FSDP2, or DDP, which overlap communication with the backward pass.
     """
     blocks = [part for part in module.modules() if isinstance(part, Block)]
-    if config.checkpoint_activations:
+    if checkpoint_activations:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    if config.fsdp and group.size > 1:
-        for block in blocks if config.compile else ():
+    if fsdp and group.size > 1:
+        for block in blocks if compile else ():
             block.compile()
-        shard(module, group, config.precision)
+        shard(module, group, precision)
         return module
-    called: nn.Module = torch.compile(module) if config.compile else module  # type: ignore[assignment]
+    called: nn.Module = torch.compile(module) if compile else module  # type: ignore[assignment]
     if group.size == 1:
         return called
     device = None if group.device.type == "cpu" else [group.device]

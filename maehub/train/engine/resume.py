@@ -1,7 +1,6 @@
 """Checkpoints of a run as its processes write and find them together."""
 
 import json
-import logging
 import socket
 import time
 from collections.abc import Mapping
@@ -12,17 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, IntegrityError, UsageError
+from maehub.errors import CheckpointError, DataError, DistributedError, DivergedError, IntegrityError, UsageError, log
 from maehub.files import check_free, read_json
 from maehub.train.engine.checkpoint import Progress, is_sharded, load_checkpoint, newest_checkpoint, save_checkpoint
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import code_digest
 from maehub.train.engine.preemption import Stop
 from maehub.train.engine.run_log import RunLog, last_good_step, run_state
-from maehub.train.engine.settings import RunConfig
 from maehub.version import __version__
-
-log = logging.getLogger("maehub")
 
 # What may be another when a run is resumed: it changes nothing that is computed, or only how fast.
 _FREE = {
@@ -39,7 +35,6 @@ _GRACE = 30  # seconds between torchrun's SIGTERM and its SIGKILL
 class Checkpoints:
     """Those of a run: found again, written when they are due, and one that cannot be written is borne."""
 
-    config: RunConfig
     group: Group
     run: RunLog
     stop: Stop
@@ -49,17 +44,25 @@ class Checkpoints:
     start: Progress
     """Where the run begins. Its micro-batch is what the run computes at once."""
     steps: int
+    every: int
+    """Steps between two."""
+    keep: int
+    shard: bool
+    """Whether weights are spread, where there are several processes."""
     _failed: bool = field(default=False, init=False)
     _first_weights: list[float] | None = field(default=None, init=False)  # sums of them, where the run began here
 
     def __post_init__(self) -> None:
         self._first_weights = _sums(self.model)
 
-    def resume(self) -> int:
+    def resume(self, data: str, micro_batch: int | None, *, allow_data_change: bool) -> int:
         """Put the newest valid checkpoint back; the step where the run goes on: 0 if there was never one.
 
-        Rank 0 chooses, and every process reads. As many processes go on with the micro-batch that they had, for equal
-        sums, unless the user wants another.
+        Rank 0 chooses, and every process reads.
+
+        Args:
+            data: name of the pictures, for an error.
+            micro_batch: what the user wants; otherwise as many processes go on with what they had, for equal sums.
         """
         run, group = self.run.folder, self.group
         with group.together("looking for a checkpoint"):
@@ -79,7 +82,7 @@ class Checkpoints:
             return 0
         folder, before = found
         with group.together("reading the checkpoint"):
-            _check_same(self.config, before, self.start)
+            _check_same(run, data, before, self.start, allow_data_change=allow_data_change)
             if not folder.is_dir():
                 raise DistributedError(
                     f"rank {group.rank} on {socket.gethostname()} does not see {Path(folder).absolute()}, which rank 0 "
@@ -90,7 +93,7 @@ class Checkpoints:
 
                 load_shards(folder, self.model, self.optimizer, group)
             else:
-                load_checkpoint(folder, self.model, self.optimizer, spread=self.config.fsdp and group.size > 1)
+                load_checkpoint(folder, self.model, self.optimizer, spread=self.shard and group.size > 1)
         if group.is_main:
             log.info("resumed %s", folder)
             if before.processes != group.size:
@@ -99,7 +102,7 @@ class Checkpoints:
                     before.processes,
                 )
         self._first_weights = None
-        if before.processes == group.size and before.micro_batch and not self.config.micro_batch:
+        if before.processes == group.size and before.micro_batch and not micro_batch:
             self.start = replace(self.start, micro_batch=before.micro_batch)
         return before.step
 
@@ -126,7 +129,7 @@ class Checkpoints:
                         f"after {step} steps all weights are those of the start: nothing was learned, and nothing is "
                         "exported. Look at the rate and the losses in metrics.jsonl; --base-lr may be far too small"
                     )
-        if last or stop_signal or step % self.config.checkpoint_every == 0:
+        if last or stop_signal or step % self.every == 0:
             with self.run.paused():
                 self.save(step, must=last or bool(stop_signal))
         return 0 if last else stop_signal
@@ -137,23 +140,23 @@ class Checkpoints:
         Args:
             must: no other will follow, so it has to succeed. Otherwise a first failure is only said.
         """
-        begun, keep = time.monotonic(), self.config.keep
+        begun = time.monotonic()
         progress = replace(self.start, step=step)
         try:
-            if self.config.fsdp and self.group.size > 1:
+            if self.shard and self.group.size > 1:
                 from maehub.train.engine.sharded import save_shards
 
-                save_shards(self.run.folder, self.model, self.optimizer, progress, keep, self.group)
+                save_shards(self.run.folder, self.model, self.optimizer, progress, self.keep, self.group)
             else:
                 with self.group.together(f"saving step {step}"):
                     if self.group.is_main:
-                        save_checkpoint(self.run.folder, self.model, self.optimizer, progress, keep)
+                        save_checkpoint(self.run.folder, self.model, self.optimizer, progress, self.keep)
         except CheckpointError as error:
             if must or self._failed:
                 raise
             self._failed = True
             if self.group.is_main:
-                log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.config.checkpoint_every)
+                log.warning("%s\nThe run goes on and tries again in %d steps.", error, self.every)
             return
         self._failed = False
         self.run.saved(step)
@@ -217,7 +220,7 @@ def agreed_start(group: Group, settings: Mapping[str, Any], derived: Mapping[str
     return Progress(0, fixed, data, group.size)
 
 
-def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
+def _check_same(run: Path, data: str, before: Progress, now: Progress, *, allow_data_change: bool) -> None:
     """Refuse what would make another run of it."""
     changed = [
         f"{name} {before.config.get(name)} → {now.config.get(name)}"
@@ -226,12 +229,12 @@ def _check_same(config: RunConfig, before: Progress, now: Progress) -> None:
     ]
     if changed:
         raise UsageError(
-            f"{config.out} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
+            f"{run} was started with other settings: {'; '.join(changed)}. Nothing was changed. "
             "Resume with the same ones, or choose another --out."
         )
-    if before.data != now.data and not config.allow_data_change:
+    if before.data != now.data and not allow_data_change:
         raise DataError(
-            f"the pictures in {config.data} are not those that {config.out} was started with: names or sizes differ. "
+            f"the pictures in {data} are not those that {run} was started with: names or sizes differ. "
             "Nothing was changed. Put them back, or accept it by --allow-data-change."
         )
 

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import logging
 import math
 import os
 import resource
@@ -22,18 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from maehub.errors import (
-    EXIT_INTERRUPTED,
-    CheckpointError,
-    DivergedError,
-    IntegrityError,
-    MaehubError,
-    MissingDependencyError,
-    UsageError,
-)
+from maehub import errors
+from maehub.errors import CheckpointError, DivergedError, IntegrityError, MaehubError, UsageError, log
 from maehub.files import atomic_write, check_regular, read_json, write_error
-
-log = logging.getLogger("maehub")
 
 LOG_EVERY = 16
 """Steps between reads of the loss, each of which waits for the device."""
@@ -182,7 +172,9 @@ class RunLog:
 
                 self._boards = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
             except ImportError as error:
-                raise MissingDependencyError('--tensorboard needs TensorBoard: pip install "maehub[log]"') from error
+                raise errors.MissingDependencyError(
+                    '--tensorboard needs TensorBoard: pip install "maehub[log]"'
+                ) from error
             except OSError as error:
                 log.warning("TensorBoard's files cannot be written: %s; the run goes on", error)
         self._above.enter_context(logging_redirect_tqdm())  # what is said meanwhile stands above the line
@@ -309,7 +301,7 @@ class RunLog:
                 state = "failed" if finite else "diverged"
                 self._write_state(state, error.exit_code, str(error))
             elif isinstance(error, KeyboardInterrupt):
-                self._write_state("failed", EXIT_INTERRUPTED, f"stopped within a step. {self.kept()}")
+                self._write_state("failed", errors.EXIT_INTERRUPTED, f"stopped within a step. {self.kept()}")
             else:
                 self._write_state("failed", MaehubError.exit_code, repr(error))
 

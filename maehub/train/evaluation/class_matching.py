@@ -1,16 +1,13 @@
 """Which output of a classifier stands for which class of the data: by names, by a certain order, or as a file says."""
 
 import csv
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from maehub.data import Labelled, label_name, mapped
-from maehub.errors import DataError, UsageError, first_names
+from maehub.errors import DataError, UsageError, first_names, log
 from maehub.files import check_regular
 from maehub.train.evaluation.text_tables import printable
-
-log = logging.getLogger("maehub")
 
 _GIVE = (
     "Give --classes-from FILE: a text file whose line i names the class of output i (from 0), or a .csv with the "

@@ -4,18 +4,17 @@ import base64
 import csv
 import io
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
-from maehub.errors import UsageError
+from maehub.errors import UsageError, log
 from maehub.features import outputs
 from maehub.files import check_free, read_json, sheet_cells, whole_folder, write_text
 from maehub.hub import load
@@ -27,8 +26,6 @@ from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
 from maehub.train.evaluation.text_tables import printable
 from maehub.train.networks import pair
-
-log = logging.getLogger("maehub")
 
 MEMBERS = ("evaluation.json", "confusion.png", "mistakes.png", "predictions.csv")
 """What an evaluation's folder is made of."""
@@ -79,14 +76,6 @@ class Evaluation:
             data = base64.b64encode(buffer.getvalue()).decode()
             page += f'<img src="data:image/png;base64,{data}" style="max-width: 100%">'
         return page
-
-
-class Measured(NamedTuple):
-    """What is evaluated on."""
-
-    labelled: Labelled
-    folder: str
-    outputs: list[int]
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -163,10 +152,10 @@ def labelled_sheet(
     return contact_sheet(pictures, captions, right, title=title)
 
 
-def _read(config: EvaluateConfig, encoder: Encoder) -> Measured:
+def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str, list[int]]:
     """The labelled pictures, where they are, and which outputs of the head their classes are."""
     if (own := _held_out_by(config)) is not None:
-        return Measured(own, config.data, list(range(encoder.config.classes)))
+        return own, config.data, list(range(encoder.config.classes))
     folder = measured_folder(config.data)
     labelled = measured_part(folder, group=config.group, label=config.label, classes=())
     if folder != config.data or folder.endswith(".csv"):
@@ -182,7 +171,7 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> Measured:
         )
     if several and not labelled.multi_label:  # one label each is a case of several
         labelled = replace(labelled, labels=np.eye(len(labelled.classes), dtype=bool)[labelled.labels])
-    return Measured(labelled, folder, used)
+    return labelled, folder, used
 
 
 def _held_out_by(config: EvaluateConfig) -> Labelled | None:

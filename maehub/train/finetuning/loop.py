@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import logging
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import maehub.train.engine as engine
 from maehub.data import Labelled, StepKeys, batches_of, split_labelled, worker_count
-from maehub.errors import EXIT_DONE, DataError, UsageError
+from maehub.errors import EXIT_DONE, DataError, UsageError, log
 from maehub.images import Augmentation
 from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.evaluation import Scores, score
@@ -28,8 +27,6 @@ from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, 
 from maehub.train.finetuning.views import LabelledBatch, LabelledCrops, TrainTransform, policy_of
 from maehub.train.networks import Backbone
 from maehub.train.reports import update_report
-
-log = logging.getLogger("maehub")
 
 _VALIDATIONS = 10  # measurements of a run
 
@@ -87,10 +84,14 @@ class _Job:
         )
         self.split = split
         classes, many = len(split.training.classes), split.training.multi_label
-        backbone = open_network(config, files)
+        backbone = open_network(
+            config.model, files, image_size=config.image_size, channels=config.channels, seed=config.seed
+        )
         self.facts, settings = _settled(config, backbone, split.training, group)
         self.settings = settings
-        classifier = self.classifier = build_classifier(config, backbone, settings, split.training, group)
+        classifier = self.classifier = build_classifier(
+            backbone, settings, split.training, group, blocks=config.blocks, pool=config.pool, seed=config.seed
+        )
         derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
         pictures = hashlib.sha256()
         for side in (split.training, split.testing):
@@ -115,7 +116,14 @@ class _Job:
         self.mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
         micro = _micro_batch(config, objective, classifier, settings, classes, group)
         self.start = replace(start, micro_batch=micro)
-        self.module = engine.wrapped(objective, group, config)  # what is called and differentiated
+        self.module = engine.wrapped(  # what is called and differentiated
+            objective,
+            group,
+            config.precision,
+            compile=config.compile,
+            fsdp=config.fsdp,
+            checkpoint_activations=config.checkpoint_activations,
+        )
         if self.average is not None and spreads:
             engine.shard(self.measured, group, config.precision)
         augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
@@ -135,9 +143,20 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     """The loop."""
     settings, steps, device = job.settings, job.settings.steps, group.device
     checkpoints = engine.Checkpoints(
-        config, group, run, stop, model=job.kept, optimizer=job.optimizer, start=job.start, steps=steps
+        group,
+        run,
+        stop,
+        model=job.kept,
+        optimizer=job.optimizer,
+        start=job.start,
+        steps=steps,
+        every=config.checkpoint_every,
+        keep=config.keep,
+        shard=config.fsdp,
     )
-    done = checkpoints.resume() if config.resume else 0
+    done = 0
+    if config.resume:
+        done = checkpoints.resume(config.data, config.micro_batch, allow_data_change=config.allow_data_change)
     if checkpoints.is_complete(done):
         return FinetuneResult(config.out, steps, EXIT_DONE, None)
     micro = checkpoints.start.micro_batch
@@ -259,12 +278,7 @@ def _settled(config: FinetuneConfig, backbone: Backbone, training: Labelled, gro
 
 
 def _micro_batch(
-    config: FinetuneConfig,
-    objective: Objective,
-    classifier: Classifier,
-    settings: Settings,
-    classes: int,
-    group: Group,
+    config: FinetuneConfig, objective: Objective, classifier: Classifier, settings: Settings, classes: int, group: Group
 ) -> int:
     channels, (height, width) = classifier.preprocess.channels, classifier.preprocess.size
 
@@ -287,7 +301,7 @@ def _micro_batch(
                 f"--micro-batch {micro} a part of a step has one"
             )
     with seeded_torch(0, group.device):
-        fits = engine.pictures_fit(objective, blank, group, config)
+        fits = engine.pictures_fit(objective, blank, group, config.precision, shard=config.fsdp)
         return engine.find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=multiple)
 
 

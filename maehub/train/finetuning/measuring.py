@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from maehub.data import MOST_LOOKED_AT, Labelled, LabelledSplit, Source, find_twins, select
+from maehub.errors import log
 from maehub.features import outputs
+from maehub.figures import save_figure
 from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import Encoder
@@ -20,8 +21,6 @@ from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, w
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
 from maehub.weights import save
-
-log = logging.getLogger("maehub")
 
 _SHOWN = 8
 
@@ -93,8 +92,7 @@ def show(
     if last and len(wrong):
         pictures["mistakes.png"] = labelled_sheet(labelled, logits, wrong, channels)
     for name, picture in pictures.items():
-        with atomic_write(folder / name) as temporary:
-            picture.save(temporary, format="png")
+        save_figure(picture, folder / name)
 
 
 def export(run: Path, model: str, settings: Settings, network: nn.Module, scores: Scores, split: LabelledSplit) -> None:

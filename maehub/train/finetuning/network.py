@@ -15,7 +15,7 @@ from maehub.images import Preprocess
 from maehub.models import Encoder
 from maehub.train.engine import Group, decayed_groups, matrix_groups
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
-from maehub.train.finetuning.config import FinetuneConfig, HeadPool
+from maehub.train.finetuning.config import HeadPool
 from maehub.train.finetuning.recipes import Settings
 from maehub.train.networks import Backbone, backbone_of, open_backbone, pair
 
@@ -39,39 +39,51 @@ def find_weights(name: str) -> Located | None:
     return locate(name, "encoder")
 
 
-def open_network(config: FinetuneConfig, files: Located | None) -> Backbone:
-    """The network to start from, on the CPU, from what `find_weights` gives."""
-    name, size, channels = config.model, pair(config.image_size), config.channels
+def open_network(
+    name: str, files: Located | None, *, image_size: tuple[int, ...], channels: int | None, seed: int
+) -> Backbone:
+    """The network to start from, on the CPU, from what `find_weights` gives; ``seed`` is that of fresh weights."""
+    size = pair(image_size)
     if files is not None:
         backbone = backbone_of(name, load(files, image_size=size, channels=channels))
     elif channels not in (None, 3):
         raise UsageError(f"--channels {channels} is for weights of maehub; {name} takes 3")
     else:
-        backbone = open_backbone(name, image_size=size, seed=config.seed)
+        backbone = open_backbone(name, image_size=size, seed=seed)
     if backbone.preprocess.channels not in (1, 3):
         raise UsageError(f"pictures have 1 or 3 channels, and {name} takes {backbone.preprocess.channels}")
     return backbone
 
 
 def build_classifier(
-    config: FinetuneConfig, backbone: Backbone, settings: Settings, training: Labelled, group: Group
+    backbone: Backbone,
+    settings: Settings,
+    training: Labelled,
+    group: Group,
+    *,
+    blocks: float | None,
+    pool: HeadPool | None,
+    seed: int,
 ) -> Classifier:
-    """What is trained, on the CPU: the network with a fresh head, by the settled recipe."""
+    """What is trained, on the CPU: the network with a fresh head, by the settled recipe.
+
+    ``blocks`` and ``pool`` are what the user wants, as in `FinetuneConfig`.
+    """
     classes, encoder = training.classes, backbone.module
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         if settings.head != "linear":
-            own = settings.pool if config.pool or settings.pool in backbone.pools else backbone.pools[0]
+            own = settings.pool if pool or settings.pool in backbone.pools else backbone.pools[0]
             attentive, count = settings.head == "attentive", len(classes)
             probe = AttentiveProbe(backbone, count) if attentive else LinearProbe(backbone, own, count, group)
             return Classifier(probe, backbone.preprocess, lambda weight_decay, _: matrix_groups(probe, weight_decay))
         if not isinstance(encoder, Encoder):
-            return _timms(backbone, settings, len(classes), config.blocks, config.pool)
+            return _timms(backbone, settings, len(classes), blocks, pool)
         several = training.multi_label
-        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=config.seed)
+        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=seed)
     depth = network.config.depth
-    if config.blocks is not None:
-        freeze(network, config.blocks)
+    if blocks is not None:
+        freeze(network, blocks)
     drop_paths(list(network.blocks), settings.drop_path)
     return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 

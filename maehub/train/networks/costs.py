@@ -54,14 +54,6 @@ class _Block(NamedTuple):
     heads: int
 
 
-class _Product(NamedTuple):
-    """One linear layer outside the blocks."""
-
-    rows: int
-    inputs: int
-    outputs: int
-
-
 def count_parameters(network: AutoencoderConfig) -> Parameters:
     """Parameters of the encoder and of the decoder; nothing is allocated."""
     with torch.device("meta"):
@@ -173,21 +165,22 @@ def _blocks(network: AutoencoderConfig, work: Work) -> list[_Block]:
     return blocks
 
 
-def _products(network: AutoencoderConfig, work: Work) -> list[_Product]:
-    """The patch embedding, then the decoder's embedding where there is a decoder, its head, and PCA's coefficients."""
+def _products(network: AutoencoderConfig, work: Work) -> list[tuple[int, int, int]]:
+    """Rows, inputs and outputs of the linear layers outside the blocks: the patch embedding, then the decoder's
+    embedding where there is a decoder, its head, and PCA's coefficients."""
     encoder = network.encoder
     inside = work.patches if network.mask_tokens == "encoder" else work.kept
     width = network.decoder_width if network.decoder_depth else encoder.width
-    products = [_Product(inside, network.patch_values, encoder.width)]
+    products = [(inside, network.patch_values, encoder.width)]
     if network.decoder_depth:
-        products.append(_Product(1 + inside, encoder.width, width))
-    products.append(_Product(work.predicted, width, network.prediction_width))
+        products.append((1 + inside, encoder.width, width))
+    products.append((work.predicted, width, network.prediction_width))
     if network.target == "pca":
-        products.append(_Product(work.predicted, network.patch_values, network.prediction_width))
+        products.append((work.predicted, network.patch_values, network.prediction_width))
     return products
 
 
-def _flops(products: Sequence[_Product], blocks: Sequence[_Block]) -> int:
+def _flops(products: Sequence[tuple[int, int, int]], blocks: Sequence[_Block]) -> int:
     """As torch's `FlopCounterMode` counts them on the network itself, in microseconds instead of seconds."""
     total = sum(2 * math.prod(product) for product in products)
     for tokens, leaving, width, hidden, _ in blocks:

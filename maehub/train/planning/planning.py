@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+import maehub.train.pretraining as pretraining
 from maehub.data import Key, Source, worker_count
 from maehub.errors import DataError, UsageError
 from maehub.hub import is_model, model_info
@@ -16,16 +17,7 @@ from maehub.train.engine import peak_rate
 from maehub.train.networks import costs
 from maehub.train.planning.devices import Device, device_row
 from maehub.train.planning.estimate import Plan, Reading, Utilisation, byte_words
-from maehub.train.pretraining import (
-    Crops,
-    PlanConfig,
-    batch_size_of,
-    build_network,
-    find_weights,
-    kept_patches,
-    split_data,
-    view_of,
-)
+from maehub.train.pretraining import PlanConfig
 
 _USABLE_GPU, _USABLE_CPU = 0.9, 0.5
 """Share of the memory that a plan fills; the rest is for the driver and the allocator's gaps, or the readers and the
@@ -56,12 +48,12 @@ def plan(config: PlanConfig) -> Plan:
     precision = _precision(config, device)
     utilisation = _utilisation(config, device, precision)
     images, source = _images(config)
-    batch_size = config.batch_size or batch_size_of(config, images, config.processes)
+    batch_size = config.batch_size or pretraining.batch_size_of(config, images, config.processes)
     per_step = batch_size / config.masks_per_image
     steps = config.steps or math.ceil((config.epochs or 0) * images / per_step)
 
     parameters = costs.count_parameters(network)
-    kept = kept_patches(view_of(config, network))
+    kept = pretraining.kept_patches(pretraining.view_of(config, network))
     corrupts = config.corruption[0] < 1
     work = costs.work_of(network, kept, share=config.predict_share, loss_on=config.loss_on, corrupts=corrupts)
     forward = costs.forward_flops(network, work)
@@ -129,7 +121,7 @@ def network_of(config: PlanConfig) -> AutoencoderConfig:
             f"`maehub download {name}` fetches it and says where: --from its folder"
         )
     with torch.device("cpu" if config.from_ else "meta"):
-        return build_network(config, find_weights(config.from_)).config
+        return pretraining.autoencoder_of(config, pretraining.find_weights(config.from_)).config
 
 
 def _usable(device: Device) -> float:
@@ -165,7 +157,7 @@ def _images(config: PlanConfig) -> tuple[int, Source | None]:
         if held_out >= config.images:
             raise UsageError(f"--holdout {held_out} leaves nothing of {config.images} images to train on")
         return config.images - held_out, None
-    training = split_data(config.data, config.holdout, config.group).training
+    training = pretraining.split_data(config.data, config.holdout, config.group).training
     return config.images or len(training), training
 
 
@@ -173,7 +165,7 @@ def _reading(config: PlanConfig, network: AutoencoderConfig, source: Source | No
     """What reading must give, and how many cores that takes; timed on pictures of DATA."""
     milliseconds, words = _READING, f"JPEGs of 500×375, {_MEASURED}"
     if source is not None:
-        crops = Crops(source, view_of(config, network), cache=False)
+        crops = pretraining.Crops(source, pretraining.view_of(config, network), cache=False)
         count = min(len(source), _TIMED_PICTURES)
         start = time.process_time()
         for number in range(count):

@@ -3,11 +3,11 @@ from .config import PretrainConfig as PretrainConfig
 from .config import batch_size_of as batch_size_of
 from .holdout import split_data as split_data
 from .loop import PretrainResult as PretrainResult
+from .loop import autoencoder_of as autoencoder_of
 from .loop import pretrain as pretrain
-from .network import build_network as build_network
+from .loop import view_of as view_of
 from .network import find_weights as find_weights
 from .network import kept_patches as kept_patches
-from .network import view_of as view_of
 from .objective import Objective as Objective
 from .views import Crops as Crops
 from .views import opened as opened

@@ -1,7 +1,6 @@
 """Pretraining a masked autoencoder: one visible loop, for one process and for many."""
 
 import copy
-import logging
 import math
 import time
 from dataclasses import asdict, replace
@@ -14,19 +13,19 @@ from torch import Tensor
 
 import maehub.train.engine as engine
 from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
-from maehub.errors import EXIT_DONE, UsageError
-from maehub.images import jitter
+from maehub.errors import EXIT_DONE, UsageError, log
+from maehub.hub import Located
+from maehub.images import Augmentation, jitter
+from maehub.models import AutoencoderConfig, MaskedAutoencoder
 from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.pretraining.config import PretrainConfig, batch_size_of
 from maehub.train.pretraining.holdout import split_data
-from maehub.train.pretraining.network import build_network, find_weights, kept_patches, view_of, views_fit
+from maehub.train.pretraining.network import build_network, find_weights, kept_patches, views_fit
 from maehub.train.pretraining.objective import Objective, TokenizerFunction, fit_components, store_components
 from maehub.train.pretraining.validation import Validation, tell_start
-from maehub.train.pretraining.views import Batch, Crops, validation_batch
+from maehub.train.pretraining.views import Batch, Crops, View, validation_batch
 from maehub.train.reports import update_report
 from maehub.weights import save
-
-log = logging.getLogger("maehub")
 
 _PCA_PICTURES = 1000  # pictures that the components of patches are fitted on
 
@@ -80,7 +79,7 @@ class _Job:
         if tokenizer is not None and (type(vocabulary) is not int or vocabulary < 1):
             raise UsageError(f"a tokenizer needs an attribute vocabulary, a positive int, not {vocabulary!r}")
         files = group.host_first(lambda: find_weights(config.from_), "downloading the weights")
-        model = build_network(config, files, vocabulary)
+        model = autoencoder_of(config, files, vocabulary)
         self.view = view_of(config, model.config)
         kept = kept_patches(self.view)
         split = group.host_first(lambda: split_data(config.data, config.holdout, config.group), "looking for pictures")
@@ -113,22 +112,72 @@ class _Job:
             self.validation = Validation(
                 objective, self.view, shown, split.heldout, seed=config.seed, labelled=config.knn
             )
-        fits = views_fit(config, objective, self.view, group)
+        fits = views_fit(
+            objective, self.view, group, config.precision, shard=config.fsdp, checkpoint=config.checkpoint_activations
+        )
         size = f"{self.view.size[0]}×{self.view.size[1]}"
         micro = engine.find_micro_batch(self.batch_size // group.size, group, fits, size, asked=config.micro_batch)
         self.start = replace(start, micro_batch=micro)
-        self.module = engine.wrapped(objective, group, config)  # what is called and differentiated
+        self.module = engine.wrapped(  # what is called and differentiated
+            objective,
+            group,
+            config.precision,
+            compile=config.compile,
+            fsdp=config.fsdp,
+            checkpoint_activations=config.checkpoint_activations,
+        )
         self.optimizer = engine.adamw(model, config.weight_decay)
         self.precision = engine.autocast(config.precision, group.device)
+
+
+def autoencoder_of(config: PretrainConfig, files: Located | None, vocabulary: int = 0) -> MaskedAutoencoder:
+    """The autoencoder that a run starts with; see `build_network`."""
+    names = ("target", "decoder_width", "decoder_depth", "decoder_heads", "mask_tokens")
+    return build_network(
+        config.from_ or config.model,
+        files,
+        {name: getattr(config, name) for name in names if getattr(config, name) is not None},
+        image_size=config.image_size,
+        channels=config.channels,
+        pca_components=config.pca_components,
+        vocabulary=vocabulary,
+        seed=config.seed,
+    )
+
+
+def view_of(config: PretrainConfig, network: AutoencoderConfig) -> View:
+    """How a run looks at its pictures."""
+    encoder = network.encoder
+    if config.rot90 and encoder.size[0] != encoder.size[1]:
+        raise UsageError(f"--rot90 needs square crops, and these are {encoder.size[0]}×{encoder.size[1]}")
+    if config.corruption != (1.0, 0.0, 0.0) and network.mask_tokens != "encoder":
+        raise UsageError("--corruption leaves patches for the encoder to see: it needs --mask-tokens encoder")
+    if encoder.channels not in (1, 3):
+        raise UsageError(f"pictures have 1 or 3 channels, and {config.from_} takes {encoder.channels}: say --channels")
+    augmentation = Augmentation(
+        config.augment, config.crop_scale, config.hflip, config.vflip, config.rot90, config.rotate
+    )
+    return View(encoder.size, encoder.patch_size, encoder.channels, augmentation, config.strategy, config.mask_ratio)
 
 
 def _train(config: PretrainConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> PretrainResult:
     """The loop."""
     steps, device, peak = job.steps, group.device, engine.peak_rate(config.base_lr, job.batch_size)
     checkpoints = engine.Checkpoints(
-        config, group, run, stop, model=job.model, optimizer=job.optimizer, start=job.start, steps=steps
+        group,
+        run,
+        stop,
+        model=job.model,
+        optimizer=job.optimizer,
+        start=job.start,
+        steps=steps,
+        every=config.checkpoint_every,
+        keep=config.keep,
+        shard=config.fsdp,
     )
-    done = checkpoints.resume() if config.resume else 0
+    done = 0
+    if config.resume:
+        done = checkpoints.resume(config.data, config.micro_batch, allow_data_change=config.allow_data_change)
     if checkpoints.is_complete(done):
         return PretrainResult(config.out, steps, EXIT_DONE)
     micro = checkpoints.start.micro_batch

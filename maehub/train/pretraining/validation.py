@@ -1,7 +1,6 @@
 """What a run looks at besides its loss: held-out pictures, by numbers that need no labels, and by eye."""
 
 import contextlib
-import logging
 import math
 from pathlib import Path
 
@@ -9,18 +8,15 @@ import torch
 from torch import Tensor
 
 from maehub.data import Source, find_samples, groups
-from maehub.errors import DataError
+from maehub.errors import DataError, log
 from maehub.figures import grid as figure_grid
-from maehub.figures import reconstruct
-from maehub.files import atomic_write
+from maehub.figures import reconstruct, save_figure
 from maehub.models import MaskedAutoencoder
 from maehub.train.engine import parts
 from maehub.train.evaluation import effective_rank, leave_one_out
 from maehub.train.pretraining.baselines import baselines
 from maehub.train.pretraining.objective import Objective
 from maehub.train.pretraining.views import Batch, View, first_by_id, opened, validation_batch
-
-log = logging.getLogger("maehub")
 
 _CROPS = 2000  # at most, and no more than pictures are held out, unless those are very few
 _FEWEST_CROPS = 256
@@ -121,8 +117,7 @@ class Validation:
             for index in first_by_id(self.shown, _SHOWN)
         ]
         path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as temporary:
-            figure_grid(panels).save(temporary, format="png")
+        save_figure(figure_grid(panels), path)
 
 
 def tell_start(numbers: dict[str, float], name: str) -> None:

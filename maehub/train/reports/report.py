@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import math
 import re
 import statistics
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.errors import IntegrityError, MaehubError, UsageError
+from maehub.errors import IntegrityError, MaehubError, UsageError, log
 from maehub.figures import Series, raw_and_smooth
 from maehub.files import atomic_write, fill_template, read_json
 from maehub.models import PRESETS
@@ -21,8 +20,6 @@ from maehub.train.engine import RunConfig, RunLog
 from maehub.train.evaluation import duration_text, percent
 from maehub.train.reports import classifier as report_classifier
 from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture, value_text
-
-log = logging.getLogger("maehub")
 
 _PICTURES = 6  # from the first to the last
 _PICTURE_WIDTH = 1000  # pixels; larger ones are made smaller
