@@ -27,13 +27,13 @@ _MAX_JSON_BYTES = 10_000_000  # a configuration with labels for 20,000 classes h
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], parents: bool = False) -> Iterator[Path]:
     """Give a temporary path in the same folder; when the block ends without an error, it becomes ``path``.
 
     The bytes are on the disk before the name is, and the name is before this returns, so after a power cut there is
     the old file or the whole new one. The mode is what the umask says. On any error the temporary file is removed and
     the old file stays; an error of the block itself passes through, unless the disk was full. What a process that was
-    killed left of its own write to ``path`` is removed.
+    killed left of its own write to ``path`` is removed. ``parents`` makes the folder where there is none.
     """
     target = Path(path)
     temporary = _beside(target, "tmp")
@@ -42,6 +42,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             for rest in _left(target, "tmp"):
                 rest.unlink()
         try:
+            if parents:
+                target.parent.mkdir(parents=True, exist_ok=True)
             # A new name, so the mode follows the umask; what a library makes of it in the block may not.
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             mode = os.stat(temporary).st_mode & 0o777

@@ -90,19 +90,22 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names need not be text, and the terminal need not know ×
+        # File names need not be text, and the terminal need not know ×.
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     said = logging.StreamHandler(sys.stderr)
     said.setFormatter(_Visible())
     logging.basicConfig(handlers=[said])
-    searches = _Searches(shared.passed_over)
+
+    def keeps(record: logging.LogRecord) -> bool:
+        shared.passed_over.update(getattr(record, "passed_over", {}))
+        return True
+
     log.setLevel(logging.WARNING if shared.quiet else logging.INFO)
-    log.addHandler(searches)
+    log.addFilter(keeps)
     try:
         code = _run(words, shared)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         with contextlib.suppress(OSError):
@@ -113,18 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _complain(error)
     finally:
-        log.removeHandler(searches)
-
-
-class _Searches(logging.Handler):
-    """Keeps what searches say that they passed over."""
-
-    def __init__(self, passed_over: dict[str, dict[str, int]]) -> None:
-        super().__init__()
-        self.passed_over = passed_over
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.passed_over |= getattr(record, "passed_over", {})
+        log.removeFilter(keeps)
 
 
 class _Visible(logging.Formatter):

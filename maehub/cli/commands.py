@@ -17,7 +17,6 @@ from maehub.hub import clean_cache, download, list_models, locate, model_info, v
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
-    from maehub.train import Scores
 
 
 class Shared(NamedTuple):
@@ -185,24 +184,22 @@ def run_data(config: "arguments.Data", shared: Shared) -> int:
 
 
 def run_pretrain(config: Any, shared: Shared) -> int:
-    from maehub.train import pretrain
-
-    return _trained(pretrain(replace(config, quiet=shared.quiet)), None, shared)
+    return _trained("pretrain", config, shared)
 
 
 def run_finetune(config: Any, shared: Shared) -> int:
-    from maehub.train import finetune
-
-    result = finetune(replace(config, quiet=shared.quiet))
-    return _trained(result, result.scores, shared)
+    return _trained("finetune", config, shared)
 
 
-def _trained(result: Any, scores: "Scores | None", shared: Shared) -> int:
+def _trained(function: str, config: Any, shared: Shared) -> int:
+    from maehub import train
+
+    result = getattr(train, function)(replace(config, quiet=shared.quiet))
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
     text = f"{result.run}: {result.step} steps done"
     if result.exit_code:
         text = f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
-    if scores is not None:
+    if scores := getattr(result, "scores", None):  # of a classifier
         facts |= scores.summary()
         text = f"{scores}\n\n{text}. {result.run}/report.html shows it"
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells

@@ -61,6 +61,7 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written, for JSON."""
+        outputs = {name: one._asdict() for name, one in self.differences.items()}
         return {
             "format": FORMAT,
             "versions": dict(self.versions),
@@ -69,10 +70,7 @@ class Certificate:
             "compared": self.compared,
             "fixed_input": {"values": _FORMULA, "dtype": "float32", "shapes": [list(shape) for shape in self.inputs]},
             "bound": {"relative": self.bound},
-            "difference": {
-                **self.difference._asdict(),
-                "outputs": {n: one._asdict() for n, one in self.differences.items()},
-            },
+            "difference": self.difference._asdict() | {"outputs": outputs},
             "names": {file: dict(table) for file, table in self.names.items()},
             "left_out": dict(self.left_out),
             "added": dict(self.added),

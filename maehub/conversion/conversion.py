@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from maehub import weights
 from maehub.conversion.certificate import (
     CERTIFICATE,
     LARGEST_DIFFERENCE,
@@ -23,7 +24,7 @@ from maehub.conversion.certificate import (
     left_out,
     names_table,
 )
-from maehub.conversion.checkpoints import USUAL
+from maehub.conversion.checkpoints import Checkpoint, open_checkpoint
 from maehub.conversion.exporting import EXPORTED, check_exportable, checked_shapes, export_versions, run_exported
 from maehub.conversion.library_folders import (
     PICKLE,
@@ -40,29 +41,6 @@ from maehub.hub import file_hashes, is_model, load, load_autoencoder, locate, mo
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, MaskedAutoencoder, Origin, Target, patchify
 from maehub.version import __version__
-from maehub.weights import (
-    LIGHTLY_MASK_TOKEN,
-    MEMBERS,
-    Config,
-    Hints,
-    Layout,
-    OfficialNames,
-    build,
-    find_model_folder,
-    infer_config,
-    is_pickle,
-    official_names,
-    open_autoencoder,
-    open_encoder,
-    packed_block,
-    pickles_in,
-    read_config,
-    read_header,
-    read_pickle,
-    read_tensors,
-    to_official,
-    write_members,
-)
 
 Form = Literal["maehub", "official", "timm", "transformers"] | ForeignForm
 """What `convert` writes. The first four are folders that maehub loads too, and so are lightly's and mmpretrain's."""
@@ -73,9 +51,9 @@ LARGEST_EXPORTED_DIFFERENCE = 1e-4
 """As `LARGEST_DIFFERENCE`, of a graph, whose operations are another library's."""
 
 # Everything that any form is made of, so that writing over another form leaves nothing of it.
-_MEMBERS = tuple(dict.fromkeys((*MEMBERS, CERTIFICATE, PICKLE, *EXPORTED.values(), f"{EXPORTED['onnx']}.data")))
+_MEMBERS = tuple(dict.fromkeys((*weights.MEMBERS, CERTIFICATE, PICKLE, *EXPORTED.values(), f"{EXPORTED['onnx']}.data")))
 
-_LAYOUTS: dict[str, Layout] = {
+_LAYOUTS: dict[str, weights.Layout] = {
     "maehub": "maehub",
     "official": "official",
     "timm": "maehub",  # of an encoder the two are one
@@ -96,11 +74,11 @@ class Conversion(NamedTuple):
 
 class _Source(NamedTuple):
     state: dict[str, Tensor]  # official names
-    config: Config
+    config: weights.Config
     preprocess: Preprocess | None
     origin: Origin
     where: str
-    names: OfficialNames  # of the tensors as the file has them
+    names: weights.OfficialNames  # of the tensors as the file has them
     beside: tuple[str, ...]
     files: dict[str, str]  # sha256 of what was read, by name
 
@@ -156,18 +134,18 @@ def convert(
         raise UsageError(f"to={to!r} is not one of {', '.join(FORMS)}")
     check_free(folder, overwrite, _MEMBERS)
     check_exportable(to)
-    read = _read(source, Hints(heads, decoder_heads, target))
+    read = _read(source, weights.Hints(heads, decoder_heads, target))
     if is_foreign_form(to):
         check_foreign_form(read.config, to)
     whole = isinstance(read.config, AutoencoderConfig) and to not in _ENCODER_FORMS
     kind: Any = MaskedAutoencoder if whole else Encoder
-    model = build(kind, read.state, read.config, read.preprocess, origin=read.origin, where=read.where)
+    model = weights.build(kind, read.state, read.config, read.preprocess, origin=read.origin, where=read.where)
     with whole_folder(folder, overwrite=overwrite, members=_MEMBERS) as staging:
         name = Path(folder).absolute().name
         if is_foreign_form(to):
             write_foreign(staging, name, model, to)
         else:
-            write_members(staging, name, model, layout=_LAYOUTS[to])
+            weights.write_members(staging, name, model, layout=_LAYOUTS[to])
         certificate = _certify(read, model, staging, to)
         if not certificate.holds:
             raise IntegrityError(
@@ -180,29 +158,28 @@ def convert(
     return Conversion(Path(folder), certificate.difference.relative, dropped, certificate)
 
 
-def _read(source: str | Path, hints: Hints) -> _Source:
+def _read(source: str | Path, hints: weights.Hints) -> _Source:
     """Tensors, configuration and origin of a file, a folder, or what a name means."""
     path = Path(source)
     if isinstance(source, str) and not os.path.exists(path):
         return _read_named(source, hints)
-    config, file = _find(path)
-    if not file.is_file():
-        raise UsageError(f"there is no file {file}")
+    checkpoint = open_checkpoint(weights.find_model_folder(path) if path.is_dir() else path)
+    file = checkpoint.file
     stated = file_hashes(file, "md5")
     info = published_as(stated.sha256, stated.other)  # a published file is known by its content, and so is its licence
-    name = info.name if info else file.name if file == path else path.name
+    name = info.name if info else path.name
     origin = Origin(name, sha256=stated.sha256, licence=info.licence if info else "")
-    return _read_file(file, config, origin, hints)
+    return _read_tensors(checkpoint, checkpoint.config if path.is_dir() else None, origin, hints)
 
 
-def _read_named(name: str, hints: Hints) -> _Source:
+def _read_named(name: str, hints: weights.Hints) -> _Source:
     """A row of the catalog as it is loaded, or the weights of a repository on the Hub."""
     if not is_model(name):
         located = locate(name, "autoencoder")
         fetched = located.fetched
         assert fetched is not None  # what is no file here was fetched
         origin = Origin(name, fetched.revision, fetched.sha256, fetched.licence)
-        return _read_file(located.path, fetched.config, origin, hints)
+        return _read_tensors(open_checkpoint(located.path), fetched.config, origin, hints)
     model: Encoder | MaskedAutoencoder
     if model_info(name).role == "autoencoder":
         located = locate(name, "autoencoder")
@@ -211,31 +188,27 @@ def _read_named(name: str, hints: Hints) -> _Source:
         located = locate(name, "encoder")
         model = load(located, heads=hints.heads)
     origin = (model if isinstance(model, Encoder) else model.encoder).origin or Origin(name)
-    state = to_official(model.state_dict()).state
+    state = weights.to_official(model.state_dict()).state
     read = {located.path.name: origin.sha256}
-    return _Source(state, model.config, model.preprocess, origin, name, official_names(state), (), read)
+    return _Source(state, model.config, model.preprocess, origin, name, weights.official_names(state), (), read)
 
 
-def _read_file(file: Path, config: Path | None, origin: Origin, hints: Hints) -> _Source:
-    """One file of tensors, and the configuration that belongs to it."""
-    block = None
-    if is_pickle(file):
-        tensors, beside, _ = read_pickle(file)
-    else:
-        (tensors, metadata), beside = read_tensors(file), ()
-        block = packed_block(metadata, str(file))
-    state, names = to_official(tensors).state, official_names(tensors)
+def _read_tensors(checkpoint: Checkpoint, config: Path | None, origin: Origin, hints: weights.Hints) -> _Source:
+    """An opened file, and the configuration that belongs to it."""
+    file, beside, tensors = checkpoint.file, checkpoint.beside, checkpoint.values()
+    block = weights.packed_block(checkpoint.metadata, str(file))
+    state, names = weights.to_official(tensors).state, weights.official_names(tensors)
     if dropped := (*beside, *names.dropped):
         log.info("%s: left out %s", file, ", ".join(dropped))
     files = {file.name: origin.sha256}
-    network: Config
+    network: weights.Config
     preprocess = None
     if block:
         network, preprocess, origin = block.config, block.preprocess, block.origin or origin
     elif config is None:
-        network = infer_config(state, hints, str(file))
+        network = weights.infer_config(state, hints, str(file))
     else:
-        stored = read_config(config, file, hints, state=state)
+        stored = weights.read_config(config, file, hints, state=state)
         network, preprocess = stored.config, stored.preprocess
         processor = config.with_name("preprocessor_config.json")
         files |= {one.name: sha256_file(one) for one in (config, processor) if one.exists()}
@@ -244,38 +217,25 @@ def _read_file(file: Path, config: Path | None, origin: Origin, hints: Hints) ->
     return _Source(state, network, preprocess, origin, str(file), names, beside, files)
 
 
-def _find(path: Path) -> tuple[Path | None, Path]:
-    """The configuration, if there is one, and the weights."""
-    if not path.is_dir():
-        return None, path
-    folder = find_model_folder(path)
-    config = folder / "config.json"
-    weights = [folder / name for name in USUAL if (folder / name).exists()][:1] or pickles_in(folder)
-    if len(weights) != 1:
-        names = ", ".join(entry.name for entry in weights)
-        several = f"several pickles ({names}); name one of them" if weights else "no pickle (.pth, .pt, .bin, .ckpt)"
-        raise UsageError(f"{folder} has no model.safetensors, and {several}")
-    return config if config.exists() else None, weights[0]
-
-
 def _certify(read: _Source, model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> Certificate:
     """Read back what was written, compare it, and gather what became of every tensor."""
     compared = _compare(model, staging, to)
     written = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     tables = {
-        name: names_table(read.names, official_names(read_header(staging / name).tensors))
+        name: names_table(read.names, weights.official_names(weights.read_header(staging / name).tensors))
         for name in written
         if name.endswith(".safetensors")
     }
     if is_exported(to):  # a graph has tensors of its own; the names are those of the network in it
-        tables[EXPORTED[to]] = names_table(read.names, official_names(model.state_dict()))
+        tables[EXPORTED[to]] = names_table(read.names, weights.official_names(model.state_dict()))
     if to in ("mmpretrain", "detectron2"):
-        tensors, pickled = read_tensors(staging / TENSORS).tensors, read_pickle(staging / PICKLE).tensors
+        tensors = weights.read_tensors(staging / TENSORS).tensors
+        pickled = weights.read_pickle(staging / PICKLE).tensors
         if set(tensors) != set(pickled) or not all(torch.equal(one, pickled[name]) for name, one in tensors.items()):
             raise IntegrityError(f"{PICKLE} and {TENSORS} differ in what was just written; nothing was kept")
         tables[PICKLE] = tables[TENSORS]
     kept = {name for table in tables.values() for name in table}
-    added = {LIGHTLY_MASK_TOKEN: "zero, as lightly has it; its MAE never uses it"} if to == "lightly" else {}
+    added = {weights.LIGHTLY_MASK_TOKEN: "zero, as lightly has it; its MAE never uses it"} if to == "lightly" else {}
     versions = {"maehub": __version__, "torch": torch.__version__}
     if is_exported(to):
         versions |= export_versions(to)
@@ -309,17 +269,17 @@ def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Com
     shape = (1, config.channels, *config.size)
     images = fixed_images(shape)
     if to == "detectron2":
-        written = read_tensors(staging / TENSORS).tensors
-        names = official_names(written).names
+        written = weights.read_tensors(staging / TENSORS).tensors
+        names = weights.official_names(written).names
         state = encoder.state_dict() | {official: written[name] for name, official in names.items()}
-        backbone = build(Encoder, state, config, encoder.preprocess, where="what was written")
+        backbone = weights.build(Encoder, state, config, encoder.preprocess, where="what was written")
         words = "the last block's patches without a class token, as ViTDet computes them without windows"
         maps = {"map": difference(_blocks_alone(backbone, images), _blocks_alone(encoder, images))}
         return _Compared(maps, words, (shape,), LARGEST_DIFFERENCE)
-    outputs, expected = _outputs(open_encoder(staging), images), _outputs(encoder, images)
+    outputs, expected = _outputs(weights.open_encoder(staging), images), _outputs(encoder, images)
     if isinstance(model, MaskedAutoencoder):
         with torch.inference_mode():
-            outputs["prediction"] = open_autoencoder(staging)(images).prediction
+            outputs["prediction"] = weights.open_autoencoder(staging)(images).prediction
             expected["prediction"] = model(images).prediction
     words = "the network that maehub reads from what was written, with the one that it read from the input"
     differences = {name: difference(outputs[name], value) for name, value in expected.items()}

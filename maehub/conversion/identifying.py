@@ -95,11 +95,10 @@ class Identification:
             f"names begin with {self.prefix}": self.prefix,
             f"beside it {', '.join(self.beside[:6])}": self.beside,
         }
+        around_it = [words for words, there in around.items() if there]
         rows = {
             "what": self.title,
-            "format": ", ".join(
-                [kind, *(words for words, there in around.items() if there), f"{self.bytes / 1e6:,.1f} MB"]
-            ),
+            "format": ", ".join([kind, *around_it, f"{self.bytes / 1e6:,.1f} MB"]),
             "names": self.dialect or "of no dialect that maehub reads",
             **network,
             "target": f"{self.target.replace('_', ' ')} ({self.target_from})" if self.target else "",

@@ -15,26 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from maehub import weights
 from maehub.conversion.checkpoints import Checkpoint
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.hub import Role, architecture_heads
 from maehub.images import Preprocess, Size
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, sincos_table
-from maehub.weights import (
-    Config,
-    Dialect,
-    Hints,
-    Misfit,
-    infer_config,
-    misfit,
-    official_names,
-    packed_block,
-    published_decoder_heads,
-    published_heads,
-    read_config,
-    size_name,
-    to_official,
-)
+from maehub.weights import Config, Dialect, Hints, Misfit
 
 SizeFrom = Literal["configuration", "positions", "square", ""]
 """How an image size is known; "square" is assumed, since learned positions do not tell; "" is not known."""
@@ -149,13 +136,13 @@ def read_plain(checkpoint: Checkpoint, hints: Hints) -> tuple[PlainVit | None, s
         of no dialect that is known here, or of a network that is not read, with the reason.
     """
     try:
-        official = to_official(checkpoint.shapes)
+        official = weights.to_official(checkpoint.shapes)
     except UsageError as error:
         return None, str(error)
     except (IntegrityError, RuntimeError):  # torch's own where tensors cannot be fused
         return None, ""
     state = official.state
-    names = official_names(checkpoint.shapes).names
+    names = weights.official_names(checkpoint.shapes).names
     grid, table = None, state.get("pos_embed")
     if table is not None and table.ndim == 3 and table.is_floating_point() and 0 < table.numel() <= _LARGEST_TABLE:
         grid = grid_of_table(checkpoint.values()[next(key for key, name in names.items() if name == "pos_embed")])
@@ -181,7 +168,7 @@ def _network(
     if isinstance(config, AutoencoderConfig) and not config.decoder_depth:
         decoder = DecoderShape(encoder.width, 0, None)
     elif isinstance(config, AutoencoderConfig):
-        told = hints.decoder_heads or published_decoder_heads(config.decoder_width)
+        told = hints.decoder_heads or weights.published_decoder_heads(config.decoder_width)
         heads = config.decoder_heads if configured else told
         decoder = DecoderShape(config.decoder_width, config.decoder_depth, heads)
     tuning: Tuning = "none"
@@ -190,10 +177,10 @@ def _network(
     elif encoder.classes:
         tuning = "head" if is_sincos and encoder.pool == "cls" else "fine-tuned"
     return Network(
-        name=size_name(*key),
+        name=weights.size_name(*key),
         width=encoder.width,
         depth=encoder.depth,
-        heads=encoder.heads if configured else hints.heads or published_heads(*key) or architecture_heads(*key),
+        heads=encoder.heads if configured else hints.heads or weights.published_heads(*key) or architecture_heads(*key),
         patch_size=encoder.patch_size,
         channels=encoder.channels,
         image_size=encoder.size if size_from else None,
@@ -211,10 +198,10 @@ def _configured(
 ) -> tuple[Config | None, Preprocess | None, str]:
     """What a configuration in the file or beside it says; None and why not where it says nothing that is read."""
     try:
-        if block := packed_block(checkpoint.metadata, str(checkpoint.file)):
+        if block := weights.packed_block(checkpoint.metadata, str(checkpoint.file)):
             return block.config, block.preprocess, ""
         if checkpoint.config:
-            stored = read_config(checkpoint.config, checkpoint.file, hints, state=state)
+            stored = weights.read_config(checkpoint.config, checkpoint.file, hints, state=state)
             return stored.config, stored.preprocess, ""
     except (MaehubError, ValueError) as error:
         return None, None, str(error).split("\n")[0]
@@ -238,7 +225,7 @@ def _inferred(state: Mapping[str, Tensor], hints: Hints, grid: Size | None) -> t
     for size_from, size in sizes.items():
         said = Hints(hints.heads or 1, hints.decoder_heads or 1, "tokens" if tokens else None, size)
         with suppress(UsageError, IntegrityError):
-            return infer_config(state, said), size_from
+            return weights.infer_config(state, said), size_from
     return None, ""
 
 
@@ -256,7 +243,7 @@ def _misfit(state: Mapping[str, Tensor], config: Config | None) -> Misfit:
         return Misfit([], unknown, ["the tensors are too few or too small for the network that their names tell"])
     with torch.device("meta"):
         network = MaskedAutoencoder(config) if isinstance(config, AutoencoderConfig) else Encoder(config)
-    return misfit(state, to_official(network.state_dict()).state)
+    return weights.misfit(state, weights.to_official(network.state_dict()).state)
 
 
 def grid_of_table(table: Tensor) -> Size | None:

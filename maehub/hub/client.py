@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from maehub.errors import CheckpointError, HubError, IntegrityError, MaehubError, first_names, log
 from maehub.files import byte_text, free_bytes, is_disk_full
-from maehub.hub.deadlines import CHUNK, Unreachable, bound
+from maehub.hub.deadlines import CHUNK, Answer, Unreachable, bound
 from maehub.version import __version__
-
-Answer = TypeVar("Answer")
 
 TRIES = 4
 LONGEST_WAIT = 60  # seconds; a server that asks for more is taken at its word and the run ends

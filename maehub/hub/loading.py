@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from maehub.errors import UsageError, log
-from maehub.files import atomic_write, cache_folder, write_error
+from maehub.files import atomic_write, cache_folder
 from maehub.hub.cache import PathLike
 from maehub.hub.catalog import Want
 from maehub.hub.fetching import Located, locate
@@ -153,11 +153,7 @@ def _converted(pickle: Path, sha256: str, cache: Path, afresh: bool) -> Path:
     if afresh or not path.exists():
         log.info("converting %s to safetensors, once", pickle.name)
         state = to_official(read_pickle(pickle)[0]).state
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(path, error) from error
-        with atomic_write(path) as temporary:
+        with atomic_write(path, parents=True) as temporary:
             temporary.unlink()  # it is written as a new file
             write_tensors(temporary, state, {"format": "pt", "source_sha256": sha256})
     return path

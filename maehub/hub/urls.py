@@ -29,8 +29,7 @@ def get_from_url(url: str, target: Path, label: client.DownloadLabel) -> None:
     if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in _LOOPBACK:
         raise IntegrityError(f"{label}: {url.partition('?')[0]} is not https, so what comes from it cannot be trusted")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as temporary, requests.Session() as session, temporary.open("wb") as file:
+        with atomic_write(target, True) as temporary, requests.Session() as session, temporary.open("wb") as file:
             _stream(session, url, file, label)
     except (HubError, client.NoDiskSpace):
         raise

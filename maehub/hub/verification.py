@@ -72,9 +72,7 @@ def read_stamp(path: Path, cache: Path, changed: bool = False) -> dict[str, Any]
 def _write(path: Path, cache: Path, record: dict[str, Any]) -> None:
     """Record what is known of a file. A cache that cannot be written costs another hash at the next load, no more."""
     try:
-        stamp = _stamp(path, cache)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(stamp) as temporary:
+        with atomic_write(_stamp(path, cache), parents=True) as temporary:
             temporary.write_text(json.dumps(record))
     except OSError as error:
         log.debug("no stamp for %s: %s", path, error)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.conversion import LARGEST_DIFFERENCE, difference
+from maehub.conversion import LARGEST_DIFFERENCE, difference, fixed_images
 from maehub.errors import IntegrityError
 from maehub.files import own_folder
 from maehub.models import Encoder, MaskedAutoencoder, make_masks
@@ -42,8 +42,7 @@ def check_repository(folder: Path, model: Encoder | MaskedAutoencoder) -> Verdic
     """
     encoder = model if isinstance(model, Encoder) else model.encoder
     config = encoder.config
-    # Noise as the picture, since every value of it differs.
-    images = torch.randn(2, config.channels, *config.size, generator=torch.Generator().manual_seed(0))
+    images = fixed_images((2, config.channels, *config.size))
     inputs, expected, read = {"images": images}, {"forward": encoder(images)}, {"forward": open_encoder(folder)(images)}
     verified, missing = {"maehub": __version__}, {}
     if isinstance(model, Encoder):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -170,11 +169,3 @@ def _names(config: Mapping[str, Any]) -> frozenset[str]:
             names |= {str(value), str(Path(str(value)).absolute())}
     names |= {str(config[key]) for key in _NAMES_DATA if isinstance(config.get(key), str)}
     return frozenset(name for name in names if "/" in name or "." in name)
-
-
-def in_words(seconds: float) -> str:
-    """A duration, such as 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -10,13 +10,11 @@ from maehub.files import fill_template
 from maehub.models import Encoder, MaskedAutoencoder
 from maehub.publishing.gate import Verdict
 from maehub.publishing.licences import Licence
-from maehub.publishing.provenance import Provenance, base_model_of, in_words
+from maehub.publishing.provenance import Provenance, base_model_of
+from maehub.train.evaluation import duration_text
 from maehub.weights import details, summary
 
 _MOST_CLASSES = 30  # rows of the table of classes
-
-_MEASURES = {"top5": "top-5", "balanced_accuracy": "balanced accuracy", "mean_average_precision": "mean AP"}
-_SPLITS = {"made by seed": "a stratified split by seed", "as given": "a split that was given"}
 
 
 def published_card(
@@ -69,8 +67,6 @@ def published_card(
         "facts": _facts(told),
         "held_out_loss": _held_out_loss(told),
         "scores": told.scores,
-        "splits": _SPLITS,
-        "measures": _MEASURES,
         "classes": classes if 1 < len(classes) <= _MOST_CLASSES else [],
         "details": details(config, model.preprocess, origin, "Started from" if told.kind else "Weights from"),
     }
@@ -104,7 +100,7 @@ def _facts(told: Provenance) -> list[str]:
         f"{told.pictures:,} training pictures": told.pictures,
         f"{told.steps:,} steps": told.steps,
         f"{count}{told.device}": told.device,
-        f"{in_words(told.seconds)} of training": told.seconds,
+        f"{duration_text(told.seconds)} of training": told.seconds,
     }
     known = [words for words, value in facts.items() if value]
     return known + [f"{library} {version}" for library, version in told.versions.items()]

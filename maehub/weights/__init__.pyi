@@ -45,8 +45,6 @@ from .model_folder import packed_block as packed_block
 from .model_folder import read_config as read_config
 from .model_folder import save as save
 from .model_folder import write_members as write_members
-from .pickles import is_pickle as is_pickle
-from .pickles import pickles_in as pickles_in
 from .pickles import read_pickle as read_pickle
 from .pickles import write_pickle as write_pickle
 from .tensorfile import header_bytes as header_bytes

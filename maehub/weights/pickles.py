@@ -35,7 +35,6 @@ _WRAPPED_IN = (
     *("model", "state_dict", "model_state_dict", "module", "net", "network", "teacher", "student"),
     *("model_ema", "ema", "state_dict_ema", "ema_state_dict"),
 )
-_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
 
 # What may be in a file beside tensors and plain values. The official training checkpoints hold their command line as a
 # Namespace, which only stores attributes. Checkpoints of ScaleMAE hold paths in it: they become pure paths, which are
@@ -275,17 +274,3 @@ def write_pickle(path: str | Path, tensors: Mapping[str, Tensor], inside: str) -
     plain = {name: tensors[name].detach().to("cpu", torch.float32).contiguous().clone() for name in sorted(tensors)}
     with open(path, "xb") as file:
         torch.save({inside: plain}, file)
-
-
-def is_pickle(file: Path) -> bool:
-    """Whether a file of weights is a pickle: by content where it shows, else by name."""
-    with open(file, "rb") as opened:
-        start = opened.read(9)
-    if start[8:] == b"{":
-        return False
-    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or file.suffix in _ENDINGS
-
-
-def pickles_in(folder: Path) -> list[Path]:
-    """The files of a folder that have a pickle's ending."""
-    return sorted(entry for entry in folder.iterdir() if entry.suffix in _ENDINGS and entry.is_file())
