@@ -105,6 +105,7 @@ def stored(file, body, legacy=False):
 TUPLES = b")" + b"".join(b"q%ch%c\x86" % (level, level) for level in range(33))  # each the pair of the one before
 CALL = b"h\x02h\x01\x85R"  # of what is kept as 2, with what is kept as 1
 MANY_KEYS = b"}(" + b"".join(Op.text(f"k{number}") + b"N" for number in range(50_000)) + b"uq\x01"
+SET = Op.called("builtins.set", b"](" + b"".join(b"J" + struct.pack("<i", n) for n in range(50_000)) + b"e")
 
 PICKLES = {
     "a string copied": b"(" + Op.text("x" * 700_000) + b"q\x01c_codecs\nencode\nq\x02" + CALL * 5000 + b"t",
@@ -113,6 +114,13 @@ PICKLES = {
     "a tensor by its number": Op.called("torch.Tensor", Op.number(2**30)),
     "arguments copied": b"(" + MANY_KEYS + b"cargparse\nNamespace\nq\x02" + b"h\x02)\x81h\x01b" * 2000 + b"t",
     "a key of tuples in tuples": b"}" + TUPLES + b"Ns",
+    "a set copied": b"(" + SET + b"q\x01cbuiltins\nset\nq\x02" + CALL * 5000 + b"t",
+    "a dictionary copied": b"("
+    + Op.called("collections.OrderedDict")
+    + MANY_KEYS[1:]
+    + b"cargparse\nNamespace\nq\x02"
+    + b"h\x02)\x81h\x01b" * 2000
+    + b"t",
     "a set of tuples in tuples": Op.called("builtins.set", b"]" + TUPLES + b"a"),
     "many empty things": b"(" + b"}" * 3_000_000 + b"t",
     "many marks": b"(" * 3_000_000,

@@ -20,18 +20,9 @@ from tqdm import tqdm
 
 from maehub.data import Pictures, PictureSource, Readers, Samples, as_samples, reader_count
 from maehub.errors import DataError, UsageError, log
+from maehub.features import table
 from maehub.features.inference import Input, batch_size_for, batches_of_one_size, infer
 from maehub.features.store import FeatureStore
-from maehub.features.table import (
-    FeatureTable,
-    Provenance,
-    Skipped,
-    check_bad_files,
-    check_ending,
-    read_provenance,
-    write_bad_files,
-    write_features,
-)
 from maehub.files import check_place, free_space_guard
 from maehub.images import Preprocess, TransformName, grid_size
 from maehub.models import Encoder, FeaturePool
@@ -56,7 +47,7 @@ def extract_features(
     exact_decode: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-) -> FeatureTable:
+) -> table.FeatureTable:
     """Features of every picture of a source, unmasked, in the order of the source.
 
     Args:
@@ -88,7 +79,7 @@ def extract_features(
     job = _checked_job(encoder, pool, layers, preprocess, batch_size)
     target = None if out is None else Path(out)
     if target is not None:
-        check_ending(target, job.pool)
+        table.check_ending(target, job.pool)
         if not target.is_file():
             check_place(target)
     pictures = as_samples(source)
@@ -101,7 +92,7 @@ def extract_features(
     if target is not None and target.exists() and not overwrite:
         return _finished(target, whole, skip_bad)
     if target is not None and skip_bad:
-        check_bad_files(target, overwrite)
+        table.check_bad_files(target, overwrite)
 
     readers = Readers(processes, job.preprocess, exact_decode=exact_decode)
     bar = tqdm(total=len(pictures), unit=" images", disable=None if progress else True, file=sys.stderr)
@@ -248,7 +239,7 @@ class _Work:
             self.bar.update()
 
 
-def _in_memory(work: _Work, provenance: Provenance) -> FeatureTable:
+def _in_memory(work: _Work, provenance: table.Provenance) -> table.FeatureTable:
     rows = np.empty((len(work.pictures), *work.job.row_shape), np.float32)
     count, skipped = 0, dict[int, str]()
     for chunk, left_out in work.results(0):
@@ -256,10 +247,10 @@ def _in_memory(work: _Work, provenance: Provenance) -> FeatureTable:
         count += len(chunk)
         skipped |= left_out
     paths, bad = _split(work, skipped)
-    return FeatureTable(paths, torch.from_numpy(rows[:count]), provenance, bad)
+    return table.FeatureTable(paths, torch.from_numpy(rows[:count]), provenance, bad)
 
 
-def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> FeatureTable:
+def _on_disk(work: _Work, store: FeatureStore, provenance: table.Provenance) -> table.FeatureTable:
     work.store = store
     chunks = ((chunk, work.pictures.digest(chunk.start, chunk.stop)) for chunk in work.chunks(0))
     first = store.resume(chunks, work.skip_bad)
@@ -273,25 +264,25 @@ def _on_disk(work: _Work, store: FeatureStore, provenance: Provenance) -> Featur
     paths, skipped = _split(work, store.skipped)
     facts = provenance | {"skipped": [list(item) for item in skipped]}
     shape = (store.rows, *store.row_shape)
-    write_features(store.out, store.pieces(), shape, [os.fsencode(path) for path in paths], facts)
+    table.write_features(store.out, store.pieces(), shape, [os.fsencode(path) for path in paths], facts)
     if skipped:
-        write_bad_files(store.out, skipped)
+        table.write_bad_files(store.out, skipped)
     shutil.rmtree(store.folder)  # the rows are elsewhere now
-    return FeatureTable.load(store.out)
+    return table.FeatureTable.load(store.out)
 
 
-def _split(work: _Work, skipped: dict[int, str]) -> tuple[list[str], list[Skipped]]:
+def _split(work: _Work, skipped: dict[int, str]) -> tuple[list[str], list[table.Skipped]]:
     """Paths with a row, and those without."""
     paths = [os.fsdecode(work.pictures.path(index)) for index in range(len(work.pictures))]
     good = [path for index, path in enumerate(paths) if index not in skipped]
     if not good:
         raise DataError(f"none of {len(paths)} pictures can be read; the first: {min(skipped.items())[1]}")
-    return good, [Skipped(paths[index], reason) for index, reason in sorted(skipped.items())]
+    return good, [table.Skipped(paths[index], reason) for index, reason in sorted(skipped.items())]
 
 
-def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTable:
+def _finished(target: Path, provenance: table.Provenance, skip_bad: bool) -> table.FeatureTable:
     """The table that is there, if it is the one that is asked for."""
-    known, hint = read_provenance(target), "name another file, or overwrite (--overwrite)"
+    known, hint = table.read_provenance(target), "name another file, or overwrite (--overwrite)"
     if known is None:
         raise UsageError(f"{target} exists and is no table of features; {hint}")
     skipped = known.pop("skipped", [])
@@ -303,10 +294,10 @@ def _finished(target: Path, provenance: Provenance, skip_bad: bool) -> FeatureTa
     if skipped and not skip_bad:
         raise UsageError(f"{target} exists and leaves out {len(skipped)} pictures; skip_bad (--skip-bad) accepts it")
     log.info("%s is done: same model, transform and pictures", target)
-    return FeatureTable.load(target)
+    return table.FeatureTable.load(target)
 
 
-def _provenance(job: _Job, exact_decode: bool) -> Provenance:
+def _provenance(job: _Job, exact_decode: bool) -> table.Provenance:
     """What the rows follow from, all but the pictures."""
     origin, hasher = job.encoder.origin, hashlib.sha256()
     # Tells weights apart, those that never were a file too. Integer sums are exact on every device.

@@ -7,10 +7,11 @@ time or the machine: equal tables are equal files. Paths need not be UTF-8; safe
 import csv
 import itertools
 import json
+import math
 import os
 import zipfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -24,10 +25,13 @@ from maehub.files import FORMULA, atomic_write, check_regular, sheet_cells
 from maehub.weights import header_bytes, read_header, read_tensors
 
 Provenance = dict[str, Any]
+Pieces = Iterator[np.ndarray]
+"""Rows of a table, some at a time: (k, …) float32."""
 
 _KEY = "maehub"  # under which a file keeps the provenance
 _COMMENT = "# "  # before it, in the first line of a .csv
 _PIECE_BYTES = 2**24
+_MOST_DIMENSIONS = 8
 _LARGEST_FACTS = 2**25  # bytes: with the reasons of 200,000 pictures that could not be read
 _MOST_LARGER = 32  # times as large as its .parquet file a table may be; the best that Snappy does is 21
 
@@ -97,13 +101,12 @@ class FeatureTable:
 
 def piece_rows(row_shape: tuple[int, ...]) -> int:
     """How many rows are written at once; fixed by their shape alone, since a parquet file shows it."""
-    return max(1, _PIECE_BYTES // (4 * int(np.prod(row_shape, dtype=np.int64))))
+    return max(1, _PIECE_BYTES // (4 * math.prod(row_shape)))
 
 
 def check_ending(path: Path, pool: str | None) -> None:
     """Whether a file of this ending can hold features of this pool, and what it needs is installed."""
-    kind = _kind(path)
-    if pool in ("tokens", "map") and not kind.many_dimensions:
+    if not _kind(path).many_dimensions and pool in ("tokens", "map"):
         raise UsageError(f"{path.suffix} holds one vector a picture, not pool={pool!r}; take .safetensors or .npz")
     if path.suffix == ".parquet":
         try:
@@ -113,7 +116,7 @@ def check_ending(path: Path, pool: str | None) -> None:
 
 
 def write_features(
-    path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], provenance: Provenance
+    path: Path, pieces: Pieces, shape: tuple[int, ...], paths: list[bytes], provenance: Provenance
 ) -> None:
     """Write a table of (rows, …) float32 with one path a row, whose pieces but the last have `piece_rows` rows."""
     facts = json.dumps(provenance | {"shape": list(shape)}, sort_keys=True)
@@ -157,11 +160,11 @@ def _offsets(paths: list[bytes]) -> np.ndarray:
 
 
 def _names(buffer: bytes, offsets: np.ndarray) -> list[str]:
-    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or (np.diff(offsets) < 0).any():
-        raise DataError("the places of its paths are no ascending numbers")
-    if offsets[0] != 0 or offsets[-1] != len(buffer):
-        raise DataError("its paths do not fill their place")
-    return [os.fsdecode(buffer[start:stop]) for start, stop in itertools.pairwise(offsets.tolist())]
+    places = offsets.tolist()
+    ends = [*places[:1], *places[-1:]]
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or places != sorted(places) or ends != [0, len(buffer)]:
+        raise DataError("the places of its paths are no ascending numbers from 0 to their end")
+    return [os.fsdecode(buffer[start:stop]) for start, stop in itertools.pairwise(places)]
 
 
 def _facts(text: str | bytes) -> Provenance:
@@ -171,30 +174,21 @@ def _facts(text: str | bytes) -> Provenance:
         raise DataError("its provenance is no object, or too long")
     if not all(isinstance(item, list) and [type(part) for part in item] == [str, str] for item in skipped):
         raise DataError("its skipped pictures are no pairs of path and reason")
+    shape = facts["shape"]
+    whole = isinstance(shape, list) and all(type(side) is int and 0 <= side < 2**63 for side in shape)
+    if not whole or not 2 <= len(shape) <= _MOST_DIMENSIONS:
+        raise DataError(f"its shape is no list of whole numbers: {shape!r:.60}")
     return facts
 
 
-def _shape(facts: Provenance) -> list[int]:
-    shape = facts["shape"]
-    if not isinstance(shape, list) or any(type(side) is not int or side < 0 for side in shape) or len(shape) < 2:
-        raise DataError(f"its shape is no list of whole numbers: {shape!r:.60}")
-    return shape
-
-
-def _width(shape: Sequence[int]) -> int:
-    return int(np.prod(shape[1:], dtype=np.int64))
-
-
-def _write_safetensors(
-    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
-) -> None:
+def _write_safetensors(path: Path, pieces: Pieces, shape: tuple[int, ...], paths: list[bytes], facts: str) -> None:
     offsets, names = _offsets(paths), b"".join(paths)
     tensors = {  # the 8-byte integers stand first so that all are aligned
         "path_offsets": (torch.int64, offsets.shape),
         "features": (torch.float32, shape),
         "paths": (torch.uint8, (len(names),)),
     }
-    with open(file_path, "wb") as file:
+    with open(path, "wb") as file:
         file.write(header_bytes(tensors, {"format": "pt", _KEY: facts}))
         file.write(offsets.data)
         for piece in pieces:
@@ -209,10 +203,8 @@ def _parts_of_safetensors(path: Path) -> Iterator[Any]:
     yield tensors["features"]
 
 
-def _write_npz(
-    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
-) -> None:
-    with zipfile.ZipFile(file_path, "w") as archive:
+def _write_npz(path: Path, pieces: Pieces, shape: tuple[int, ...], paths: list[bytes], facts: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
         # `ZipInfo` by name has the fixed date of 1980.
         with archive.open(zipfile.ZipInfo("features.npy"), "w", force_zip64=True) as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -239,9 +231,7 @@ def _parts_of_npz(path: Path) -> Iterator[Any]:
         yield torch.from_numpy(arrays["features"])
 
 
-def _write_parquet(
-    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
-) -> None:
+def _write_parquet(path: Path, pieces: Pieces, shape: tuple[int, ...], paths: list[bytes], facts: str) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -250,15 +240,16 @@ def _write_parquet(
         names = [path.decode() for path in paths]
     except UnicodeDecodeError:  # text where it can be, since that is what people look for
         kind, names = pyarrow.binary(), paths
-    features = pyarrow.list_(pyarrow.float32(), _width(shape))
+    width = math.prod(shape[1:])
+    features = pyarrow.list_(pyarrow.float32(), width)
     schema = pyarrow.schema([("path", kind), ("features", features)], metadata={_KEY: facts})
     remaining = iter(names)
     # By a handle, since pyarrow takes no path that is not text.
-    with open(file_path, "wb") as file, parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
+    with open(path, "wb") as file, parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
         for piece in pieces:
             column = pyarrow.array(list(itertools.islice(remaining, len(piece))), kind)
             values = pyarrow.array(piece.reshape(-1), pyarrow.float32())
-            rows = pyarrow.FixedSizeListArray.from_arrays(values, _width(shape))
+            rows = pyarrow.FixedSizeListArray.from_arrays(values, width)
             writer.write_table(pyarrow.Table.from_arrays([column, rows], schema=schema), row_group_size=len(piece))
 
 
@@ -280,22 +271,21 @@ def _parts_of_parquet(path: Path) -> Iterator[Any]:
             paths += [os.fsdecode(name.encode() if isinstance(name, str) else name) for name in names]
             rows.append(batch["features"].flatten().to_numpy())
     yield paths
-    yield torch.from_numpy(np.concatenate(rows).reshape(_shape(facts)))
+    yield torch.from_numpy(np.concatenate(rows).reshape(facts["shape"]))
 
 
-def _write_csv(
-    file_path: Path, pieces: Iterator[np.ndarray], shape: tuple[int, ...], paths: list[bytes], facts: str
-) -> None:
-    numbers = ",%.9g" * _width(shape) + "\n"  # nine digits bring a float32 back exactly
+def _write_csv(path: Path, pieces: Pieces, shape: tuple[int, ...], paths: list[bytes], facts: str) -> None:
+    width = math.prod(shape[1:])
+    numbers = ",%.9g" * width + "\n"  # nine digits bring a float32 back exactly
     names = (sheet_cells([path.decode("utf-8", "surrogateescape")])[0] for path in paths)
     quoted = (
         '"' + name.replace('"', '""') + '"' if any(mark in name for mark in ',"\r\n#') else name for name in names
     )
-    with open(file_path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(f"{_COMMENT}{facts}\n")
-        file.write("path," + ",".join(f"f{number}" for number in range(_width(shape))) + "\n")
+        file.write("path," + ",".join(f"f{number}" for number in range(width)) + "\n")
         for piece in pieces:
-            for row, name in zip(piece.reshape(len(piece), _width(shape)).tolist(), quoted, strict=False):
+            for row, name in zip(piece.reshape(len(piece), width).tolist(), quoted, strict=False):
                 file.write(name + numbers % tuple(row))
 
 
@@ -308,7 +298,7 @@ def _parts_of_csv(path: Path) -> Iterator[Any]:
         yield (facts := _facts(first.removeprefix(_COMMENT)))
         if not file.readline():
             raise DataError("no line names its columns")
-        width = _width(_shape(facts))
+        width = math.prod(facts["shape"][1:])
         for name, *row in csv.reader(file):
             if len(row) != width:
                 raise DataError(f"row {len(names) + 1} has {len(row)} numbers of {width}")
@@ -316,11 +306,11 @@ def _parts_of_csv(path: Path) -> Iterator[Any]:
             names.append(os.fsdecode((name[1:] if quoted else name).encode("utf-8", "surrogateescape")))
             numbers.extend(map(float, row))
     yield names
-    yield torch.from_numpy(np.array(numbers, np.float32).reshape(_shape(facts)))
+    yield torch.from_numpy(np.array(numbers, np.float32).reshape(facts["shape"]))
 
 
 class _Kind(NamedTuple):
-    write: Callable[[Path, Iterator[np.ndarray], tuple[int, ...], list[bytes], str], None]
+    write: Callable[[Path, Pieces, tuple[int, ...], list[bytes], str], None]
     parts: Callable[[Path], Iterator[Any]]
     """Provenance, paths and features, one after the other: who asks for the first alone reads no rows."""
     many_dimensions: bool

@@ -17,18 +17,9 @@ import torch
 from PIL import Image
 
 from maehub.errors import UsageError
+from maehub.figures import rendering
 from maehub.figures.drawing import Bar, as_rgb, compose, heat, over_patches, save_figure
 from maehub.figures.masks import MaskSource, given_mask
-from maehub.figures.rendering import (
-    ImageSource,
-    Statistics,
-    check_target,
-    model_name,
-    network_input,
-    open_picture,
-    painted,
-    picture_size,
-)
 from maehub.images import Preprocess, grid_size
 from maehub.models import Encoder, MaskedAutoencoder, Strategy, covering_masks, make_masks
 from maehub.rng import one_seed
@@ -72,7 +63,7 @@ class Panels(_Drawn):
     mse: float
     psnr: float
     seed: int
-    statistics: Statistics
+    statistics: rendering.Statistics
     strategy: Strategy | Literal["given"]
     mask_ratio: float  # the share that was hidden, N − K of N
     target: str
@@ -169,7 +160,7 @@ class ErrorMap(_Drawn):
     def row(self, largest: float) -> list[np.ndarray]:
         """The pictures of the figure, from left to right; ``largest`` is the error of the palest colour."""
         colours = heat(self.error / (largest or 1.0))
-        return [self.original, self.reconstruction, over_patches(colours, picture_size(self.original))]
+        return [self.original, self.reconstruction, over_patches(colours, rendering.picture_size(self.original))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,13 +185,13 @@ class AttentionMap(_Drawn):
 @torch.inference_mode()
 def reconstruct(
     autoencoder: MaskedAutoencoder,
-    image: ImageSource,
+    image: rendering.ImageSource,
     *,
     mask: MaskSource | None = None,
     strategy: Strategy = "random",
     mask_ratio: float = 0.75,
     seed: int = 0,
-    statistics: Statistics = "visible",
+    statistics: rendering.Statistics = "visible",
     preprocess: Preprocess | None = None,
 ) -> Panels:
     """Hide part of a picture and let the model paint it in.
@@ -222,22 +213,22 @@ def reconstruct(
         DataError: the picture cannot be read, or the mask hides everything.
         HubError: the URL cannot be fetched.
     """
-    if statistics not in get_args(Statistics):
-        raise UsageError(f"statistics={statistics!r} is not one of {', '.join(get_args(Statistics))}")
-    check_target(autoencoder)
+    if statistics not in get_args(rendering.Statistics):
+        raise UsageError(f"statistics={statistics!r} is not one of {', '.join(get_args(rendering.Statistics))}")
+    rendering.check_target(autoencoder)
     preprocess = preprocess or autoencoder.preprocess
-    picture = open_picture(image, preprocess)
+    picture = rendering.open_picture(image, preprocess)
     pixels = preprocess.pixels(picture)
-    size = picture_size(pixels)
+    size = rendering.picture_size(pixels)
     grid = grid_size(*size, autoencoder.config.encoder.patch_size)
     if mask is None:
         masked = make_masks(strategy, one_seed(seed), grid, mask_ratio)
     else:
-        masked = torch.tensor(given_mask(mask, picture_size(picture), preprocess, size, grid)).flatten()[None]
+        masked = torch.tensor(given_mask(mask, rendering.picture_size(picture), preprocess, size, grid)).flatten()[None]
     if not masked.any():
         raise UsageError("the mask hides no patch, so there is nothing to reconstruct; hide at least one")
-    images = network_input(autoencoder, preprocess, pixels)
-    reconstruction, errors = painted(autoencoder, preprocess, images, masked, grid, statistics)
+    images = rendering.network_input(autoencoder, preprocess, pixels)
+    reconstruction, errors = rendering.painted(autoencoder, preprocess, images, masked, grid, statistics)
     hidden = masked[0].reshape(grid).numpy()
     where = over_patches(hidden[:, :, None], size)
     return Panels(
@@ -253,14 +244,14 @@ def reconstruct(
         strategy=strategy if mask is None else "given",
         mask_ratio=float(hidden.mean()),
         target=autoencoder.config.target,
-        name=model_name(autoencoder.encoder),
+        name=rendering.model_name(autoencoder.encoder),
     )
 
 
 @torch.inference_mode()
 def error_map(
     autoencoder: MaskedAutoencoder,
-    image: ImageSource,
+    image: rendering.ImageSource,
     *,
     mask_ratio: float = 0.75,
     seed: int = 0,
@@ -280,22 +271,22 @@ def error_map(
         DataError: the picture cannot be read.
         HubError: the URL cannot be fetched.
     """
-    check_target(autoencoder)
+    rendering.check_target(autoencoder)
     preprocess = preprocess or autoencoder.preprocess
-    pixels = preprocess.pixels(open_picture(image, preprocess))
-    grid = grid_size(*picture_size(pixels), autoencoder.config.encoder.patch_size)
+    pixels = preprocess.pixels(rendering.open_picture(image, preprocess))
+    grid = grid_size(*rendering.picture_size(pixels), autoencoder.config.encoder.patch_size)
     masks = covering_masks(seed, grid[0] * grid[1], mask_ratio)  # (M, N)
-    images = network_input(autoencoder, preprocess, pixels)
+    images = rendering.network_input(autoencoder, preprocess, pixels)
     error = np.zeros(grid, dtype=np.float64)
     colours = np.zeros(pixels.shape, dtype=np.float64)
     for masked in masks[:, None]:  # one by one: many patches or a high ratio would need much memory
-        picture, squared = painted(autoencoder, preprocess, images, masked, grid, "visible")
+        picture, squared = rendering.painted(autoencoder, preprocess, images, masked, grid, "visible")
         hidden = masked[0].reshape(grid).numpy()
         error += squared.reshape(grid).cpu().numpy() * hidden
-        colours += picture * over_patches(hidden[:, :, None], picture_size(pixels))
+        colours += picture * over_patches(hidden[:, :, None], rendering.picture_size(pixels))
     times = masks.sum(dim=0).reshape(grid).numpy()  # at least 1
     error /= times
-    colours /= over_patches(times[:, :, None], picture_size(pixels))
+    colours /= over_patches(times[:, :, None], rendering.picture_size(pixels))
     return ErrorMap(
         original=pixels,
         reconstruction=colours.round().astype(np.uint8),
@@ -305,7 +296,7 @@ def error_map(
         seed=seed,
         mask_ratio=float(masks[0].double().mean()),
         target=autoencoder.config.target,
-        name=model_name(autoencoder.encoder),
+        name=rendering.model_name(autoencoder.encoder),
     )
 
 
@@ -339,7 +330,7 @@ def grid(panels: Sequence[Panels] | Sequence[ErrorMap], labels: Sequence[str] | 
 @torch.inference_mode()
 def attention_overlay(
     encoder: Encoder,
-    image: ImageSource,
+    image: rendering.ImageSource,
     *,
     layer: int = -1,
     head: int | None = None,
@@ -358,16 +349,17 @@ def attention_overlay(
     if head is not None and not 0 <= head < heads:
         raise UsageError(f"head={head} must be from 0 to {heads - 1}, or None for the mean of all")
     preprocess = preprocess or encoder.preprocess
-    pixels = preprocess.pixels(open_picture(image, preprocess))
-    grid = grid_size(*picture_size(pixels), encoder.config.patch_size)
-    weights = encoder.attention(network_input(encoder, preprocess, pixels), layer=layer)[0, :, 0, 1:]  # (heads, N)
+    pixels = preprocess.pixels(rendering.open_picture(image, preprocess))
+    grid = grid_size(*rendering.picture_size(pixels), encoder.config.patch_size)
+    images = rendering.network_input(encoder, preprocess, pixels)
+    weights = encoder.attention(images, layer=layer)[0, :, 0, 1:]  # (heads, N)
     chosen = weights.mean(dim=0) if head is None else weights[head]
     attention = chosen.float().reshape(grid).cpu().numpy()
     colours = Image.fromarray(heat(attention / attention.max()))
-    smooth = np.asarray(colours.resize(picture_size(pixels)[::-1], Image.Resampling.BILINEAR))
+    smooth = np.asarray(colours.resize(rendering.picture_size(pixels)[::-1], Image.Resampling.BILINEAR))
     grey = np.asarray(as_rgb(pixels).convert("L"))[:, :, None]
     overlay = (0.35 * grey + 0.65 * smooth).round().astype(np.uint8)
-    return AttentionMap(pixels, attention, overlay, layer % encoder.config.depth, head, model_name(encoder))
+    return AttentionMap(pixels, attention, overlay, layer % encoder.config.depth, head, rendering.model_name(encoder))
 
 
 def _percent(share: float) -> str:

@@ -11,20 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maehub import models
 from maehub.errors import DataError, HubError, UsageError
 from maehub.figures.patch_statistics import estimate_statistics
 from maehub.hub import bound, host_of
 from maehub.images import Preprocess, Size, open_image, plain
-from maehub.models import (
-    Encoder,
-    MaskedAutoencoder,
-    denormalise_patches,
-    mean_colour_of,
-    normalise_patches,
-    patchify,
-    squared_error,
-    unpatchify,
-)
+from maehub.models import Encoder, MaskedAutoencoder
 
 ImageSource = str | Path | Image.Image | np.ndarray
 Statistics = Literal["visible", "true"]
@@ -97,24 +89,24 @@ def painted(
     """
     config, patch_size = autoencoder.config, autoencoder.config.encoder.patch_size
     output = autoencoder(images, masked.to(images.device)).prediction  # (1, N, outputs)
-    prediction, patches = output.float(), patchify(images, patch_size)
+    prediction, patches = output.float(), models.patchify(images, patch_size)
     if not prediction.isfinite().all():
         raise DataError("the model's prediction holds NaN or infinity; run it in float32, or check its weights")
     if config.target == "tokens":
-        colours = mean_colour_of(prediction.argmax(dim=2), config.encoder.channels)  # (1, N, C)
-        picture = _as_pixels(unpatchify(colours.repeat(1, 1, patch_size**2), grid, patch_size))
+        colours = models.mean_colour_of(prediction.argmax(dim=2), config.encoder.channels)  # (1, N, C)
+        picture = _as_pixels(models.unpatchify(colours.repeat(1, 1, patch_size**2), grid, patch_size))
         shown = preprocess.normalise(torch.from_numpy(picture)[None].to(images.device))
-        return picture, squared_error(patchify(shown, patch_size), patches.float())
-    errors = squared_error(output, autoencoder.target(patches))
+        return picture, models.squared_error(models.patchify(shown, patch_size), patches.float())
+    errors = models.squared_error(output, autoencoder.target(patches))
     if config.target == "pca":
         prediction = autoencoder.decoder.centre.float() + prediction @ autoencoder.decoder.components.float()
     if config.target == "normalised_pixels":
         if statistics == "true":
-            _, mean, variance = normalise_patches(patches.float())  # of hidden patches too: they leak the answer
+            _, mean, variance = models.normalise_patches(patches.float())  # of hidden patches too: they leak the answer
         else:
             mean, variance = estimate_statistics(patches, prediction, masked, grid, patch_size)
-        prediction = denormalise_patches(prediction, mean, variance)
-    return _as_pixels(preprocess.denormalise(unpatchify(prediction, grid, patch_size))), errors
+        prediction = models.denormalise_patches(prediction, mean, variance)
+    return _as_pixels(preprocess.denormalise(models.unpatchify(prediction, grid, patch_size))), errors
 
 
 def _as_pixels(picture: Tensor) -> np.ndarray:

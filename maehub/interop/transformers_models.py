@@ -6,19 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from maehub import weights
 from maehub.errors import MissingDependencyError, UsageError
 from maehub.images import Preprocess
 from maehub.interop.agreement import check_same, evaluable, exact_dtype, exact_state, finish, images_for, names_there
 from maehub.models import LAYER_NORM_EPS, Encoder, EncoderConfig, MaskedAutoencoder, Origin
-from maehub.weights import (
-    LoadOptions,
-    build,
-    infer_config,
-    to_official,
-    transformers_config,
-    transformers_hints,
-    why_not_transformers,
-)
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
@@ -52,7 +44,7 @@ def to_transformers(
     if not isinstance(model, Encoder | MaskedAutoencoder):
         raise UsageError(f"to_transformers takes an Encoder or a MaskedAutoencoder, not a {type(model).__name__}")
     if isinstance(model, MaskedAutoencoder):
-        if reason := why_not_transformers(model.config):
+        if reason := weights.why_not_transformers(model.config):
             raise UsageError(
                 f"transformers would not compute the same, since {reason}; "
                 "to_transformers(autoencoder.encoder) gives the encoder alone"
@@ -63,8 +55,8 @@ def to_transformers(
         import transformers
     except ImportError as error:
         raise MissingDependencyError(f"this needs transformers: pip install transformers ({error})") from error
-    state, dtype = to_official(exact_state(model)).state, exact_dtype(model)
-    described = transformers_config(model.config, dtype)
+    state, dtype = weights.to_official(exact_state(model)).state, exact_dtype(model)
+    described = weights.transformers_config(model.config, dtype)
     (name,) = described.pop("architectures")
     for of_a_file in ("model_type", "dtype"):
         del described[of_a_file]
@@ -114,11 +106,11 @@ def from_transformers(
     settings: dict[str, Any] = {
         key: list(v) if isinstance(v, tuple) else v for key, v in model.config.to_dict().items()
     }
-    state = to_official(exact_state(model)).state
-    config = infer_config(state, transformers_hints(settings, where), where)
+    state = weights.to_official(exact_state(model)).state
+    config = weights.infer_config(state, weights.transformers_hints(settings, where), where)
     kind: Any = Encoder if isinstance(config, EncoderConfig) else MaskedAutoencoder
-    options = LoadOptions(dtype=exact_dtype(model))
-    ours = build(kind, state, config, preprocess, options=options, origin=origin, where=where)
+    options = weights.LoadOptions(dtype=exact_dtype(model))
+    ours = weights.build(kind, state, config, preprocess, options=options, origin=origin, where=where)
     _set_eps(ours, settings.get("layer_norm_eps", 1e-12))
     _check_same(ours, model, where)
     _set_eps(ours, LAYER_NORM_EPS)

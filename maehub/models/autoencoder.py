@@ -16,16 +16,7 @@ from torch import Tensor, nn
 from maehub.errors import UsageError
 from maehub.images import Preprocess, Size, grid_size
 from maehub.models.colours import COLOURS
-from maehub.models.encoder import (
-    LAYER_NORM_EPS,
-    Block,
-    Encoder,
-    EncoderConfig,
-    check_bounds,
-    initialise,
-    initialise_token,
-    take,
-)
+from maehub.models.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, check_bounds, initialise, take
 from maehub.models.masking import kept_count, random_masks, split_index, visible_count
 from maehub.models.patches import normalise_patches, patchify
 from maehub.models.positions import resize_table, sincos_table, with_cls_row
@@ -190,11 +181,9 @@ class MaskedAutoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config.encoder, preprocess)
         self.decoder = Decoder(config)
-        initialise(self.decoder)
         if config.mask_tokens == "encoder":
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.encoder.width))
-        token = self.mask_token if config.mask_tokens == "encoder" else self.decoder.mask_token
-        initialise_token(token)
+        initialise(self.decoder, self.mask_token if config.mask_tokens == "encoder" else self.decoder.mask_token)
 
     @property
     def preprocess(self) -> Preprocess:

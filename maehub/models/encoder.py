@@ -245,8 +245,7 @@ class Encoder(nn.Module):
             self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         if config.classes:
             self.head = nn.Linear(config.width, config.classes)
-        initialise(self)
-        initialise_token(self.cls_token)
+        initialise(self, self.cls_token)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) if there is a head, else the feature (B, D) of ``config.pool``.
@@ -380,11 +379,12 @@ class Encoder(nn.Module):
         return other.train(self.training)
 
 
-def initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module, token: Tensor) -> None:
     """The published initialisation: Xavier-uniform linear maps, zero biases, LayerNorms at one and zero.
 
     The fused qkv matrix and the flattened patch kernel each count as one matrix; the bias of the patch kernel keeps
-    torch's default.
+    torch's default. The class or mask token is normal, with a standard deviation of 0.02; on the meta device it stays
+    as it is: a file's values follow.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -392,9 +392,5 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
         elif isinstance(part, PatchEmbed):
             nn.init.xavier_uniform_(part.proj.weight.view(len(part.proj.weight), -1))
-
-
-def initialise_token(token: Tensor) -> None:
-    """A class or mask token: normal, standard deviation 0.02. On the meta device nothing: a file's values follow."""
     if not token.is_meta:  # where normal_ would make torch load a second's worth of modules
         nn.init.normal_(token, std=0.02)

@@ -25,7 +25,7 @@ class Hints(NamedTuple):
     heads: int | None = None  # attention heads of the encoder
     decoder_heads: int | None = None
     target: Target | None = None  # what the decoder was trained to predict
-    image_size: Size | None = None  # that the position table is for, pixels
+    image_size: Size | None = None  # pixels; it counts if the position table is for it
 
 
 NO_HINTS = Hints()
@@ -77,14 +77,8 @@ def _inferred(state: Mapping[str, Tensor], hints: Hints, where: str) -> Config:
     shape = {name: tuple(value.shape) for name, value in state.items()}
     kernel, table = shape.get("patch_embed.proj.weight", ()), shape.get("pos_embed", ())
     hidden = shape.get("blocks.0.mlp.fc1.weight", ())
-    if (
-        len(kernel) != 4
-        or not all(kernel)
-        or kernel[2] != kernel[3]
-        or len(table) != 3
-        or table[1] < 2
-        or (hidden and len(hidden) != 2)
-    ):
+    is_square = len(kernel) == 4 and all(kernel) and kernel[2] == kernel[3]
+    if not is_square or len(table) != 3 or table[1] < 2 or len(hidden) not in (0, 2):
         raise IntegrityError(
             f"{where}: no Vision Transformer with a class token and one position table; "
             f"patch_embed.proj.weight is {kernel or 'missing'}, pos_embed {table or 'missing'}"
@@ -98,21 +92,22 @@ def _inferred(state: Mapping[str, Tensor], hints: Hints, where: str) -> Config:
             f"tell the number of attention heads; say it: heads={max(1, width // HEAD_WIDTH)}, for example, or once "
             "for all by `maehub convert FILE -o FOLDER --heads N`"
         )
-    image_size: int | Size | None = hints.image_size
-    if image_size is None:
-        side = math.isqrt(table[1] - 1)
-        if side * side != table[1] - 1:
+    size, patches = hints.image_size or (0, 0), table[1] - 1
+    # timm states the input size, to which it would resize the table of another.
+    if any(side % patch for side in size) or math.prod(size) != patches * patch**2:
+        side = math.isqrt(patches)
+        if side * side != patches:
             raise UsageError(
                 f"{where}: {table[1]} positions are no class token and a square of patches. Of an image that is no "
                 "square `maehub identify FILE` shows the config.json that says so; without a class token none is read"
             )
-        image_size = side * patch
+        size = side * patch, side * patch
     ratio = hidden[0] / width if hidden else 4.0
     if hidden and int(width * ratio) != hidden[0]:  # as `Mlp` counts its hidden values
         ratio = math.nextafter(ratio, math.inf)
     head = shape.get("head.weight", ())
     encoder = EncoderConfig(
-        image_size,
+        size,
         patch,
         channels,
         width,

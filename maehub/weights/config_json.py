@@ -251,14 +251,11 @@ def transformers_hints(config: Mapping[str, Any], where: str) -> Hints:
     eps = config.get("layer_norm_eps", 1e-12)
     if eps not in (1e-6, 1e-12):
         raise UsageError(f"{where} has layer_norm_eps={eps!r}; the networks here have 1e-6")
-    heads, image_size = (
-        _whole(config, "num_attention_heads", 12, where),
-        as_size(config.get("image_size", 224), "image_size"),
-    )
+    heads, image_size = config.get("num_attention_heads", 12), as_size(config.get("image_size", 224), "image_size")
     if config["model_type"] == "vit":
         return Hints(heads, image_size=image_size)
     target: Target = "normalised_pixels" if config.get("norm_pix_loss", False) else "pixels"
-    return Hints(heads, _whole(config, "decoder_num_attention_heads", 16, where), target, image_size)
+    return Hints(heads, config.get("decoder_num_attention_heads", 16), target, image_size)
 
 
 def timm_hints(config: Mapping[str, Any], where: str) -> Hints:
@@ -272,10 +269,7 @@ def timm_hints(config: Mapping[str, Any], where: str) -> Hints:
     named = {name: key[2] for key, name in _TIMM_ARCHITECTURES.items()}
     heads = arguments.get("num_heads", named.get(config["architecture"]))
     size = arguments.get("img_size") or list(pretrained.get("input_size", ()))[1:] or None
-    return Hints(
-        _whole({"num_heads": heads}, "num_heads", 0, where) if heads else None,
-        image_size=as_size(size, "img_size") if size else None,
-    )
+    return Hints(heads or None, image_size=as_size(size, "img_size") if size else None)
 
 
 def _side_or_sides(size: Size) -> int | list[int]:
@@ -300,10 +294,3 @@ def _from_fields(kind: type[Fields], values: Any, where: str) -> Fields:
         raise IntegrityError(f"{where}: origin in the maehub block must be text")
     with refusing(where):
         return kind(**given)
-
-
-def _whole(config: Mapping[str, Any], name: str, default: int, where: str) -> int:
-    value = config.get(name, default)
-    if type(value) is not int or value < 1:
-        raise IntegrityError(f"{where}: {name} must be a positive int, not {value!r:.60}")
-    return value

@@ -20,16 +20,8 @@ import torch
 from torch import Tensor
 
 from maehub.errors import IntegrityError, UsageError, first_names
-from maehub.weights.library_keys import (
-    ForeignDialect,
-    check_foreign,
-    detect_foreign,
-    foreign_extras,
-    foreign_official_name,
-    is_foreign,
-    renamed,
-    to_foreign,
-)
+from maehub.weights import library_keys
+from maehub.weights.library_keys import ForeignDialect
 
 Dialect = Literal["official", "module", "transformers-4", "transformers-5", "transformers-5-saved"] | ForeignDialect
 """How a state dictionary names its tensors; timm's is ``official``."""
@@ -144,7 +136,7 @@ def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
 def detect(keys: Iterable[str]) -> Dialect:
     """The dialect of a state dictionary's keys, wrappers allowed."""
     stripped = strip_wrappers(keys).values()
-    if foreign := detect_foreign(stripped):
+    if foreign := library_keys.detect_foreign(stripped):
         return foreign
     names = [name.removeprefix("vit.") for name in stripped]
 
@@ -174,8 +166,8 @@ def official_names(keys: Iterable[str]) -> OfficialNames:
     stripped = strip_wrappers(keys)
     dialect = detect(stripped)
     dropped: dict[str, str] = {}
-    if is_foreign(dialect):
-        dropped = foreign_extras(stripped.values(), dialect)
+    if library_keys.is_foreign(dialect):
+        dropped = library_keys.foreign_extras(stripped.values(), dialect)
     elif dialect.startswith("transformers"):
         bare = {name: name.removeprefix("vit.") for name in stripped.values()}
         dropped = {name: HARMLESS_EXTRAS[short] for name, short in bare.items() if short in HARMLESS_EXTRAS}
@@ -198,8 +190,8 @@ def to_official(state: Mapping[str, Tensor]) -> OfficialState:
         if official in named:
             raise IntegrityError(f"two tensors of this file are both {official}; one of them is {key}")
         named[official] = state[key]
-    if is_foreign(known.dialect):
-        check_foreign(named, known.dialect)
+    if library_keys.is_foreign(known.dialect):
+        library_keys.check_foreign(named, known.dialect)
     return OfficialState(_with_plain_head(_fuse(named)), known.dialect, known.dropped)
 
 
@@ -222,7 +214,7 @@ def from_official(state: Mapping[str, Tensor], dialect: WrittenDialect) -> dict[
         return {_by_stem(name, table) or f"encoder.{name}": value for name, value in state.items()}
     if dialect == "transformers-4":
         return _to_transformers(state)
-    return to_foreign(state, dialect)
+    return library_keys.to_foreign(state, dialect)
 
 
 def parts(official: str) -> tuple[str, ...]:
@@ -240,11 +232,11 @@ def _official_name(name: str, dialect: Dialect) -> str:
     """One name, wrappers stripped; unknown names come back as they are."""
     if dialect == "official":
         return name
-    if is_foreign(dialect):
-        return foreign_official_name(name, dialect)
+    if library_keys.is_foreign(dialect):
+        return library_keys.foreign_official_name(name, dialect)
     if dialect == "module":
         return _by_stem(name, _MODULE) or name.removeprefix("encoder.")
-    return renamed(name.removeprefix("vit."), _TRANSFORMERS[dialect]) or name
+    return library_keys.renamed(name.removeprefix("vit."), _TRANSFORMERS[dialect]) or name
 
 
 def _by_stem(name: str, table: Mapping[str, str]) -> str | None:
@@ -304,7 +296,7 @@ def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         before = "" if is_decoder(name) or name.startswith("head.") else prefix
         names = parts(name)
         for part, piece in zip(names, value.chunk(len(names)), strict=True):
-            theirs = renamed(part, table)
+            theirs = library_keys.renamed(part, table)
             assert theirs, part  # a network here has no other tensors
             written[before + theirs] = piece
     return written

@@ -42,24 +42,19 @@ def with_class_names(config: EncoderConfig, values: Mapping[str, Any], where: st
     """
     if not config.classes:
         return config
-    pretrained = values.get("pretrained_cfg") or {}
-    told: dict[str, Any] = {}
-    for key in ("label_names", "label_descriptions"):
-        told[key] = values.get(key) or (pretrained.get(key) if isinstance(pretrained, dict) else None)
-    by_number = values.get("id2label") or {
-        str(number): name for name, number in _mapping(values, "label2id", where).items()
-    }
-    names: Any = told["label_names"]
-    if not names and isinstance(told["label_descriptions"], dict | list):
-        names = list(told["label_descriptions"])
-    if not names and by_number:
+    pretrained = values.get("pretrained_cfg")
+    told = (pretrained if isinstance(pretrained, dict) else {}) | {key: value for key, value in values.items() if value}
+    names: Any = told.get("label_names")
+    if not names and isinstance(described := told.get("label_descriptions"), dict | list):
+        names = list(described)
+    if not names:
+        names = told.get("id2label") or {str(number): name for name, number in (told.get("label2id") or {}).items()}
         numbers = [str(number) for number in range(config.classes)]
-        by_number = {str(number): name for number, name in by_number.items()}
-        names = [by_number.get(number) for number in numbers] if sorted(by_number) == sorted(numbers) else by_number
-    names = list(names) if isinstance(names, tuple) else names
+        names = [names[number] for number in numbers] if names.keys() == set(numbers) else names
     if not names or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):  # which say nothing
         return config
-    if not isinstance(names, list) or len(names) != config.classes or not all(isinstance(name, str) for name in names):
+    right = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if not right or len(names) != config.classes:
         log.warning("%s names %d classes and the head has %d: they are not read", where, len(names), config.classes)
         return config
     several = values.get("problem_type") == "multi_label_classification"
@@ -77,7 +72,7 @@ def timm_transform(settings: Mapping[str, Any], config: EncoderConfig, where: st
     _warn_of_unknown(settings, _PRETRAINED, where)
     published = Preprocess.evaluation(config.size, config.channels, config.patch_size)
     statistics = _statistics(settings.get("mean"), settings.get("std"), config.channels, where)
-    if statistics is None:
+    if not statistics:
         return published
     mode, share = settings.get("crop_mode") or "center", float(settings.get("crop_pct") or 0.875)
     interpolation = settings.get("interpolation") or "bicubic"
@@ -88,7 +83,7 @@ def timm_transform(settings: Mapping[str, Any], config: EncoderConfig, where: st
         )
     fraction = crop_fraction(share, min(config.size))
     changes: dict[str, Any] = {"resize": _RESIZES[mode], "crop_fraction": fraction, "interpolation": interpolation}
-    return replace(published, mean=statistics[0], std=statistics[1], **changes)
+    return replace(published, **statistics, **changes)
 
 
 def crop_fraction(share: float, short: int) -> float:
@@ -136,59 +131,42 @@ def transformers_transform(settings: Mapping[str, Any], config: EncoderConfig, w
     if not settings.get("do_normalize", True):
         mean, std = 0.0, 1.0
     statistics = _statistics(mean, std, config.channels, where)
-    if statistics is not None:
-        changes |= {"mean": tuple(value / factor for value in statistics[0])}
-        changes |= {"std": tuple(value / factor for value in statistics[1])}
+    changes |= {name: tuple(value / factor for value in values) for name, values in statistics.items()}
     return replace(published, **changes)
 
 
 def _resize(settings: Mapping[str, Any], target: Size, crops: bool, where: str) -> dict[str, Any]:
     """Squash to the input size, or cover and crop."""
-    size = settings.get("size", target[0])
-    if isinstance(size, dict) and "shortest_edge" in size:
-        short: Any = size["shortest_edge"]
-    elif crops and not isinstance(size, dict):
-        short = size
-    else:
-        height, width = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
-        if crops or (height, width) != target:
-            crop = " and do_center_crop" if crops else ""
-            raise UsageError(f"{where}: size={size!r}{crop} is no transform to {target[0]}×{target[1]}; {_INSTEAD}")
+    size, crop = settings.get("size", target[0]), settings.get("crop_size", target[0])
+    whole, cropped = (
+        (one.get("height"), one.get("width")) if isinstance(one, dict) else (one, one) for one in (size, crop)
+    )
+    short = size.get("shortest_edge") if isinstance(size, dict) else size
+    if not crops and whole == target:
         return {"resize": "squash", "crop_fraction": 1.0}
-    crop = settings.get("crop_size", target[0])
-    cropped = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
-    if not crops or cropped != target or type(short) is not int or short < min(target):
-        raise UsageError(
-            f"{where}: size={size!r} and crop_size={crop!r} is no transform to {target[0]}×{target[1]}; {_INSTEAD}"
-        )
-    return {"resize": "centre-crop", "crop_fraction": min(target) / short}
+    if crops and cropped == target and type(short) is int and short >= min(target):
+        return {"resize": "centre-crop", "crop_fraction": min(target) / short}
+    crop = f" and crop_size={crop!r}" if crops else ""
+    raise UsageError(f"{where}: size={size!r}{crop} is no transform to {target[0]}×{target[1]}; {_INSTEAD}")
 
 
-def _statistics(mean: Any, std: Any, channels: int, where: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Of each channel, where one number stands for all; None where there are none for these channels."""
+def _statistics(mean: Any, std: Any, channels: int, where: str) -> dict[str, Any]:
+    """mean and std of each channel, where one number stands for all; empty where there are none for these channels."""
     if mean is None or std is None:
-        return None
+        return {}
     both = [list(value) if isinstance(value, Sequence) else [value] for value in (mean, std)]
-    if not all(type(number) in (int, float) and math.isfinite(number) for values in both for number in values):
+    numbers = all(type(number) in (int, float) and math.isfinite(number) for values in both for number in values)
+    if not numbers or min(both[1], default=1) <= 0:
         raise IntegrityError(
-            f"{where}: mean and std must be numbers or lists of numbers, not {mean!r:.60}, {std!r:.60}"
+            f"{where}: mean and std must be numbers or lists of numbers, std above 0, not {mean!r:.60}, {std!r:.60}"
         )
-    if any(number <= 0 for number in both[1]):
-        raise IntegrityError(f"{where}: std must be above 0, not {std!r:.60}")
     means, stds = (tuple(map(float, values * channels if len(values) == 1 else values)) for values in both)
     if len(means) == len(stds) == channels:
-        return means, stds
+        return {"mean": means, "std": stds}
     log.warning("%s: mean and std are of %d channels and the network takes %d: not read", where, len(means), channels)
-    return None
+    return {}
 
 
 def _warn_of_unknown(settings: Mapping[str, Any], known: set[str], where: str) -> None:
     if unknown := sorted(set(settings) - known):
         log.warning("%s: nothing is known here of its %s", where, ", ".join(unknown)[:200])
-
-
-def _mapping(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    value = values.get(name) or {}
-    if not isinstance(value, dict):
-        raise IntegrityError(f"{where}: {name} must be an object")
-    return value

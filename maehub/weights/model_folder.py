@@ -26,20 +26,9 @@ from maehub.files import atomic_write, check_free, free_space_guard, read_json, 
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Origin, Target
 from maehub.version import __version__
+from maehub.weights import config_json
 from maehub.weights.building import AS_STORED, LoadOptions, Network, build, check_finite
 from maehub.weights.config_inference import NO_HINTS, Config, Hints, infer_config, refusing, with_target
-from maehub.weights.config_json import (
-    TIMM_ENCODER,
-    Block,
-    our_block,
-    read_block,
-    timm_config,
-    timm_hints,
-    transformers_config,
-    transformers_hints,
-    transformers_processor,
-    why_not_transformers,
-)
 from maehub.weights.keys import from_official, to_official
 from maehub.weights.library_settings import timm_transform, transformers_transform, with_class_names
 from maehub.weights.model_card import model_card
@@ -128,38 +117,38 @@ def write_members(
         sources = {"source": origin.name, "source_revision": origin.revision, "source_sha256": origin.sha256}
         metadata |= {key: value for key, value in sources.items() if value}
     whole = config if layout == "maehub" and isinstance(config, AutoencoderConfig) else None
-    is_theirs = layout == "transformers" or (whole and not why_not_transformers(whole))
-    values = transformers_config(config, dtype) if is_theirs else {}
+    is_theirs = layout == "transformers" or (whole and not config_json.why_not_transformers(whole))
+    values = config_json.transformers_config(config, dtype) if is_theirs else {}
     files = {_TENSORS: from_official(state, "transformers-4" if is_theirs else "official")}
     if is_theirs:
-        processor = transformers_processor(preprocess)
+        processor = config_json.transformers_processor(preprocess)
         write_json(staging / _PROCESSOR, processor)
         # A local folder with timm's pretrained_cfg is one of timm to transformers, which then looks here for it.
         values |= processor if whole else {}
     if whole:
-        files[TIMM_ENCODER] = from_official(state, "timm")
-        values |= timm_config(whole.encoder, preprocess, origin, TIMM_ENCODER)
+        files[config_json.TIMM_ENCODER] = from_official(state, "timm")
+        values |= config_json.timm_config(whole.encoder, preprocess, origin, config_json.TIMM_ENCODER)
     elif layout == "maehub" and isinstance(config, EncoderConfig):
-        values |= timm_config(config, preprocess, origin, _TENSORS)
+        values |= config_json.timm_config(config, preprocess, origin, _TENSORS)
     hashes = {}
     for filename, tensors in files.items():
         (staging / filename).parent.mkdir(exist_ok=True)
         hashes[filename] = write_tensors(staging / filename, tensors, metadata, dtype)
-    values["maehub"] = our_block(config, preprocess, origin, dtype, hashes)
+    values["maehub"] = config_json.our_block(config, preprocess, origin, dtype, hashes)
     write_text(staging / "README.md", model_card(name, config, preprocess, origin, card))
     write_json(staging / _CONFIG, values)
 
 
 def pack(model: MaskedAutoencoder, path: Path, dtype: torch.dtype) -> None:
     """Write a model with its configuration into one file; a file that is there is replaced."""
-    block = our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
+    block = config_json.our_block(model.config, model.preprocess, model.encoder.origin, dtype, {})
     state = to_official(model.state_dict()).state
     with atomic_write(path) as temporary:
         temporary.unlink()  # it is written as a new file
         write_tensors(temporary, state, {"format": "pt", _PACKED: json.dumps(block, sort_keys=True)}, dtype)
 
 
-def packed_block(metadata: Mapping[str, str], where: str) -> Block | None:
+def packed_block(metadata: Mapping[str, str], where: str) -> config_json.Block | None:
     """The configuration in a file's header; None where the file is no packed model."""
     if _PACKED not in metadata:
         return None
@@ -167,7 +156,7 @@ def packed_block(metadata: Mapping[str, str], where: str) -> Block | None:
         values = json.loads(metadata[_PACKED])
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where}: the configuration in its header is no JSON") from error
-    return read_block(values, where)
+    return config_json.read_block(values, where)
 
 
 def read_folder(folder: str | Path, hints: Hints = NO_HINTS, whole: bool = True) -> ModelFolder:
@@ -191,7 +180,7 @@ def read_folder(folder: str | Path, hints: Hints = NO_HINTS, whole: bool = True)
             instead = f"has no {_TENSORS}, only the pickle {pickle}; convert it once with `{command}`"
         raise UsageError(f"{folder} {instead}")
     files = read_config(folder / _CONFIG, folder / _TENSORS, hints, whole=whole)
-    fused = folder / TIMM_ENCODER
+    fused = folder / config_json.TIMM_ENCODER
     is_ours = files.state is None  # of another library's folder tensors were looked at
     return replace(files, encoder_tensors=fused) if is_ours and fused.exists() else files
 
@@ -224,7 +213,7 @@ def read_config(
     values, where = read_json(config), str(config)
     # transformers keeps our block when it saves a model that it loaded, with the old hashes; then its own keys count.
     if "maehub" in values and "transformers_version" not in values:
-        files = _described(read_block(values["maehub"], where), tensors)
+        files = _described(config_json.read_block(values["maehub"], where), tensors)
     else:
         state = _official(tensors) if state is None else state
         with refusing(where, config.with_name(_PROCESSOR)):
@@ -300,7 +289,7 @@ def _open(
     )
 
 
-def _described(block: Block, tensors: Path) -> ModelFolder:
+def _described(block: config_json.Block, tensors: Path) -> ModelFolder:
     return ModelFolder(block.config, block.preprocess, block.origin, tensors, tensors, block.sha256)
 
 
@@ -317,16 +306,15 @@ def _read_foreign(
     """A configuration of timm or transformers: the shapes of the tensors, and what it adds to them."""
     where = str(config)
     if values.get("model_type") in ("vit_mae", "vit"):
-        said = transformers_hints(values, where)
+        said = config_json.transformers_hints(values, where)
     elif "model_type" in values:
         raise UsageError(f"{where} is of model_type {values['model_type']!s:.60}; vit_mae and vit are read here")
     elif "architecture" in values:
-        said = timm_hints(values, where)
+        said = config_json.timm_hints(values, where)
     else:
         raise UsageError(f"{where} is of no model that is read here: maehub, timm's ViT, transformers' ViTMAE and ViT")
     told = {name: value for name, value in hints._asdict().items() if value}
-    said = said._replace(image_size=_fitting_size(state, said.image_size))._replace(**told)
-    inferred = infer_config(state, said, where)
+    inferred = infer_config(state, said._replace(**told), where)
     if isinstance(inferred, EncoderConfig):
         inferred = with_class_names(inferred, values, where)
     encoder = inferred if isinstance(inferred, EncoderConfig) else inferred.encoder
@@ -337,13 +325,3 @@ def _read_foreign(
     else:
         preprocess = timm_transform(values.get("pretrained_cfg") or {}, encoder, where)
     return ModelFolder(inferred, preprocess, None, tensors, tensors, state=state)
-
-
-def _fitting_size(state: Mapping[str, Tensor], size: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The stated image size if the position table is for it: timm states the input size, to which it would resize."""
-    kernel, table = state.get("patch_embed.proj.weight"), state.get("pos_embed")
-    if size is None or kernel is None or table is None or kernel.ndim != 4 or table.ndim != 3 or not kernel.shape[2]:
-        return None
-    patch = kernel.shape[2]
-    fits = not size[0] % patch and not size[1] % patch and size[0] // patch * (size[1] // patch) == table.shape[1] - 1
-    return size if fits else None

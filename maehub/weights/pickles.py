@@ -7,6 +7,7 @@ days, so a pass that makes nothing goes before it and adds up what it would cost
 
 import argparse
 import io
+import itertools
 import os
 import pathlib
 import pickle
@@ -71,31 +72,25 @@ class _Nothing:
 
     name = ""
     outline: "_Outline"
+    copied = 0  # bytes that a copy of it takes
 
     def __new__(cls, *values: Any, **_: Any) -> "_Nothing":
         if cls.name.startswith("torch._tensor.") and not getattr(values[0], "name", "").startswith("torch._utils."):
             raise pickle.UnpicklingError("it has a tensor of an unknown kind")
+        made = super().__new__(cls)
         if not cls.name.startswith("torch._utils."):  # a view costs nothing, whatever the numbers in it
-            cls.outline.spend(values)
-        return super().__new__(cls)
+            made.copied = cls.outline.spend(values)
+        return made
 
     def __setstate__(self, state: Any) -> None:
-        self.outline.spend((state,))
+        self.copied += self.outline.spend((state,))
 
     def __setitem__(self, key: Any, _: Any) -> None:
         _check_key(key)
+        self.copied += 100
 
     def append(self, _: Any) -> None:
         """As lists take things."""
-
-    def extend(self, _: Any) -> None:
-        """As lists take things."""
-
-
-class _Keys(dict[Any, Any]):
-    def __setitem__(self, key: Any, value: Any) -> None:
-        _check_key(key)
-        super().__setitem__(key, value)
 
 
 def _check_key(key: Any) -> None:
@@ -108,14 +103,21 @@ class _Outline(pickle._Unpickler):
     """What a file's pickles ask for, in memory and time that are those of their bytes; no name in them is looked up."""
 
     dispatch: ClassVar = {code: pickle._Unpickler.dispatch[code] for code in _OPCODES} | {
-        pickle.EMPTY_DICT[0]: lambda reader: reader.append(_Keys())
+        pickle.EMPTY_DICT[0]: lambda reader: reader.append(reader.find_class("collections", "OrderedDict")())
     }
 
     def __init__(self, file: BinaryIO, path: str | Path) -> None:
-        super().__init__(self._metered(file), encoding="bytes")
+        reads = itertools.count()
+
+        def read(count: int) -> bytes:
+            if next(reads) == _MOST_READS:
+                raise pickle.UnpicklingError("it has too many parts")
+            return file.read(count)
+
+        super().__init__(SimpleNamespace(read=read, readline=file.readline), encoding="bytes")
         self.path = path
         self.kinds: dict[str, type[_Nothing]] = {}  # by what they stand for
-        self.reads = self.copied = 0
+        self.copied = 0
 
     def find_class(self, module: str, name: str) -> type[_Nothing]:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -131,26 +133,20 @@ class _Outline(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> str:
         return "a storage"
 
-    def _metered(self, file: BinaryIO) -> Any:
-        def read(count: int) -> bytes:
-            self.reads += 1
-            if self.reads > _MOST_READS:
-                raise pickle.UnpicklingError("it has too many parts")
-            return file.read(count)
-
-        return SimpleNamespace(read=read, readline=file.readline)
-
-    def spend(self, values: tuple[Any, ...]) -> None:
+    def spend(self, values: tuple[Any, ...]) -> int:
         """Count what a call copies of its arguments, or makes of a number, and look at what it may hash."""
+        before = self.copied
         for value in values:
-            if isinstance(value, list | tuple | dict):
+            if isinstance(value, list | tuple):
                 self.copied += 100 * len(value)
                 for part in value:
                     _check_key(part[0] if isinstance(part, list) and part else part)
             else:
                 self.copied += 8 * abs(value) if type(value) is int else sys.getsizeof(value)
+                self.copied += getattr(value, "copied", 0)
         if self.copied > _MOST_COPIED:
             raise pickle.UnpicklingError("it copies its parts over and over")
+        return self.copied - before
 
 
 class Pickled(NamedTuple):
@@ -183,13 +179,12 @@ def read_pickle(path: str | Path) -> Pickled:
     beside: list[str] = []
     entry = ""
     for _ in range(8):  # a dictionary may hold itself
-        if not isinstance(content, dict):
+        wrapped = [key for key in _WRAPPED_IN if isinstance(content, dict) and isinstance(content.get(key), dict)]
+        if not wrapped:
             break
-        inner = next((key for key in _WRAPPED_IN if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
+        inner, *copies = wrapped
         beside += [key for key in content if isinstance(key, str) and key != inner]
-        if copies := [key for key in _WRAPPED_IN if key != inner and isinstance(content.get(key), dict)]:
+        if copies:
             log.warning("%s: its weights under %r are taken; other copies are %s", path, inner, ", ".join(copies))
         content, entry = content[inner], entry or inner
     if not isinstance(content, dict) or not content:
@@ -242,7 +237,7 @@ def _structure(file: str | Path) -> bytes:
             if problems:
                 raise IntegrityError(f"{file} was not written by PyTorch: {problems[0]}. Nothing of it was unpacked")
             return archive.read(structures[0])  # compares its checksum
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, IntegrityError):
             raise
         raise IntegrityError(f"{file} is a damaged zip archive ({error}); download or copy it again") from error
