@@ -1104,31 +1104,19 @@ ROWS = [
         f"maehub pretrain photos -o run --from unknown {TRAIN} --target pixels",
     ),
     (
-<<<<<<< HEAD
-        "train.pretraining.network.view_of",
-=======
         "train.pretraining.loop.view_of",
->>>>>>> s13-values
         "--corruption",
         f"maehub pretrain photos -o run --from mae {TRAIN} --corruption 0.8 0.1 0.1",
         f"maehub pretrain photos -o run --from mae {TRAIN} --corruption 0.8 0.1 0.1 --mask-tokens encoder",
     ),
     (
-<<<<<<< HEAD
-        "train.pretraining.network.view_of",
-=======
         "train.pretraining.loop.view_of",
->>>>>>> s13-values
         "--rot90",
         f"maehub pretrain photos -o run --from widemae {TRAIN} --rot90",
         f"maehub pretrain photos -o run --from widemae {TRAIN} --image-size 32 --rot90",
     ),
     (
-<<<<<<< HEAD
-        "train.pretraining.network.view_of",
-=======
         "train.pretraining.loop.view_of",
->>>>>>> s13-values
         "say --channels",
         f"maehub pretrain photos -o run --from five {TRAIN}",
         f"maehub pretrain photos -o run --from five {TRAIN} --channels 3",
