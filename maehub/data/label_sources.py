@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import JUNK, Names
+from maehub.data.listing import Names, entries_in
 from maehub.data.shards import Shards
 from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
@@ -103,12 +103,7 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
         first = f"the first {printable(loose[0])}, and of which class is not known"
         raise DataError(f"{printable(data)}: {lie} in it directly{beside}, {first}. {_LAYOUT}")
     full = {parts[0] for parts in paths}
-    with os.scandir(os.fsencode(data)) as entries:
-        folders = {
-            entry.name
-            for entry in entries
-            if entry.is_dir() and not entry.name.startswith(b".") and os.fsencode(entry.name).lower() not in JUNK
-        }
+    folders = {os.fsencode(entry.name) for entry in entries_in(data) if entry.is_dir()}
     if empty := sorted(folders - full):
         without = first_names([printable(name) for name in empty], 3)
         text = f"{printable(data)} has class folders without a picture: {without}"

@@ -10,7 +10,8 @@ from typing import Self
 
 import numpy as np
 
-from maehub.errors import DataError, log
+from maehub.data.storage import reading
+from maehub.errors import log
 from maehub.images import looks_like_picture, printable
 
 HEIC = frozenset([b".heic", b".heif", b".hif"])
@@ -122,7 +123,7 @@ def _entries(
     """The names in a folder in the order of the paths below it, folders with a slash at their end; and its identity
     beside those of the folders above it."""
     folder = os.path.join(root, below)
-    try:
+    with reading(folder, "cannot be searched"):
         facts = os.stat(folder)
         identity = (facts.st_dev, facts.st_ino)
         if identity in above:
@@ -133,10 +134,16 @@ def _entries(
                 for entry in entries
                 if not entry.name.startswith(b".")
             ]
-    except OSError as error:
-        raise DataError(f"{printable(folder)} cannot be searched: {error.strerror}") from error
     names.sort()
     return iter(names), above | {identity}
+
+
+def entries_in(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, but for what a search leaves out."""
+    with os.scandir(folder) as entries:
+        return [
+            entry for entry in entries if not entry.name.startswith(".") and os.fsencode(entry.name).lower() not in JUNK
+        ]
 
 
 def _head(path: bytes) -> bytes:

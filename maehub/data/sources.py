@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over, passed_over_words, say_passed_over, search
+from maehub.data.storage import reading
 from maehub.errors import DataError, UsageError
 from maehub.images import ImagePath, printable
 from maehub.rng import sample_id
@@ -244,10 +245,8 @@ def read_list(path: str) -> Samples:
                     raise DataError(f"{printable(path)}, line {number}: there is no file {printable(name)}")
                 yield name
 
-    try:
+    with reading(path):
         names = Names.of(lines())
-    except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
     if not len(names):
         raise DataError(f"0 images in {printable(path)}: it names no file")
     return Samples(root, names)

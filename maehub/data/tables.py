@@ -17,8 +17,8 @@ import numpy as np
 
 from maehub.data.listing import below_common
 from maehub.data.sources import Source
-from maehub.data.storage import StoredFile, stored_file
-from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError, log
+from maehub.data.storage import StoredFile, reading, stored_file
+from maehub.errors import DataError, MissingDependencyError, UsageError, log
 from maehub.files import atomic_write, write_error
 from maehub.images import printable
 
@@ -101,10 +101,8 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
     identity = hashlib.sha256(str(_VERSION).encode())
     for path in paths:
         file = stored_file(path)
-        try:
-            facts = parquet.read_metadata(path)
-        except Exception as error:  # pyarrow's errors share no base
-            raise DataError(f"{printable(path)} cannot be read: {_first_line(error)}") from error
+        with reading(path), open(path, "rb") as opened:
+            facts = parquet.read_metadata(opened)
         declared = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
         _check_size(file, declared)
         _check_size(file, 0, facts.num_rows)
@@ -116,17 +114,12 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(target, error) from error
-    try:
+    with reading(paths[0], "and its like cannot be read as one table"):
         with importlib.import_module("filelock").FileLock(f"{target}.lock"):  # of several processes, one copies
             if not target.exists():
                 log.info("Copying %d Parquet files to an Arrow file", len(paths))
                 _copy(paths, target)
         rows = datasets.Dataset.from_file(str(target))
-    except MaehubError:
-        raise
-    except Exception as error:
-        reason = _first_line(error)
-        raise DataError(f"{printable(paths[0])} and its like cannot be read as one table: {reason}") from error
     prefixes = [name + b"/" for name in below_common(paths)]
     return _table(rows, [os.fsencode(path) for path in paths], prefixes, counts, column)
 
@@ -137,10 +130,8 @@ def find_saved(folder: str, column: str | None = None) -> Table:
         splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         raise UsageError(f"{printable(folder)} holds several splits; name one: {', '.join(splits)}")
     datasets = _datasets()
-    try:
+    with reading(folder, "cannot be read as a saved dataset"):
         rows = datasets.load_from_disk(folder)
-    except Exception as error:
-        raise DataError(f"{printable(folder)} cannot be read as a saved dataset: {_first_line(error)}") from error
     return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
 
 
@@ -219,9 +210,3 @@ def _datasets() -> Any:
         raise MissingDependencyError(
             f"Parquet files and saved datasets need the datasets library: pip install 'maehub[data]' ({error})"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error).strip().split("\n")[0] or type(error).__name__
