@@ -101,9 +101,8 @@ class Shards(Source):
 
     def label(self, index: int) -> int | None:
         """The number in the .cls member with the same key; None if there is no such member."""
-        if not self.index.label_sizes[index]:
+        if not (size := self.index.label_sizes[index]):
             return None
-        size = int(self.index.label_sizes[index])
         if size > _LARGEST_LABEL:
             raise DataError(f"{self.where(index)}: its .cls member has {size:,} bytes, and is no whole number")
         text = self._read(index, label=True)
@@ -116,10 +115,9 @@ class Shards(Source):
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _tried(self, index: int) -> bytes | None:
-        try:
+        with contextlib.suppress(DataError):
             return self._read(index)
-        except DataError:
-            return None
+        return None
 
     def _read(self, index: int, *, label: bool = False) -> bytes:
         found = self.index
@@ -229,7 +227,7 @@ def tar_index(file: StoredFile, index_dir: Path | None = None) -> TarIndex:
 
 def _read(file: StoredFile) -> TarIndex:
     names: list[bytes] = []
-    numbers = {field: array("q") for field in _COLUMNS}
+    rows = array("q")  # what the columns hold of each picture
     others: Counter[bytes] = Counter()
     keys = array("Q")
     current = ""  # key of the last picture
@@ -249,26 +247,21 @@ def _read(file: StoredFile) -> TarIndex:
         if ending == "cls":
             waiting = (key, member.offset_data, member.size)
             if key == current:
-                numbers["label_offsets"][-1], numbers["label_sizes"][-1] = waiting[1:]
+                rows[-2:] = array("q", waiting[1:])
         elif is_picture:
             current = key
             names.append(_letters(member.name))
             keys.append(int.from_bytes(hashlib.blake2b(_letters(key), digest_size=8).digest(), "little"))
             label = waiting[1:] if waiting[0] == key else (0, 0)
-            for column, value in zip(numbers.values(), (member.offset_data, member.size, *label), strict=True):
-                column.append(value)
+            rows.extend((member.offset_data, member.size, *label))
         else:
             last = b"." + _letters(ending.rpartition(".")[2])
             others[b".*" + last if "." in ending and last in IMAGE_ENDINGS else last] += 1
-    columns = {field: np.array(column, np.int64) for field, column in numbers.items()}
-    index = TarIndex(Names.of(names), **columns, others=others)
-    hashes = np.array(keys)
-    order = hashes.argsort(kind="stable")
-    again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
-    if len(again):
-        name = index.names[int(again.min())].decode("utf-8", "surrogateescape")
+    _, first = np.unique(np.array(keys), return_index=True)
+    if len(first) < len(keys):
+        name = names[int(np.setdiff1d(np.arange(len(keys)), first)[0])].decode("utf-8", "surrogateescape")
         raise _bad(file, name, "another picture of the shard has the same key, so one of them would be lost")
-    return index
+    return TarIndex(Names.of(names), *np.array(rows, np.int64).reshape(-1, len(_COLUMNS)).T, others=others)
 
 
 def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
