@@ -68,14 +68,11 @@ class Shards(Source):
     """(shards + 1,) int64. The first sample of each shard, and their number."""
     index: TarIndex = field(repr=False)
     """Of all shards, one after the other."""
+    passed_over: dict[str, int] = field(repr=False, compare=False)
     _fetched: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
-
-    @property
-    def passed_over(self) -> dict[str, int]:
-        return passed_over(self.index.others)
 
     def name(self, index: int) -> bytes:
         """The shard's path below their common folder, then the member's: ``b"000.tar/key.jpg"``."""
@@ -163,7 +160,7 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
     say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), kinds)
     columns = {column: np.concatenate([getattr(index, column) for index in indexes]) for column in _COLUMNS}
     joined = TarIndex(Names.joined(index.names for index in indexes), **columns, others=others)
-    return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined)
+    return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined, kinds)
 
 
 def shard_paths(pattern: str) -> list[str]:

@@ -5,7 +5,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -25,10 +25,8 @@ Picture = Image.Image | np.ndarray | Tensor
 class Source(Protocol):
     """Pictures that are read one by one, at random, by any process: a sample is its place in a fixed order."""
 
-    @property
-    def passed_over(self) -> dict[str, int]:
-        """How many files of each ending were found beside them and left out; see `maehub.data.listing.passed_over`."""
-        return {}
+    passed_over: dict[str, int]
+    """How many files of each ending were found beside them and left out; see `maehub.data.listing.passed_over`."""
 
     def __len__(self) -> int: ...
 
@@ -68,14 +66,10 @@ class Samples(Source):
     root: bytes
     """What stands before every name; empty where the names are paths themselves."""
     names: Names
-    others: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    passed_over: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def passed_over(self) -> dict[str, int]:
-        return self.others
 
     def name(self, index: int) -> bytes:
         return self.names[index]
@@ -106,13 +100,10 @@ class Subset(Source):
     whole: Source
     indices: np.ndarray = field(repr=False)
     """(samples,) int64. Places in ``whole``."""
+    passed_over: dict[str, int] = field(repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    @property
-    def passed_over(self) -> dict[str, int]:
-        return self.whole.passed_over
 
     def name(self, index: int) -> bytes:
         return self.whole.name(int(self.indices[index]))
@@ -138,8 +129,8 @@ def select(samples: Source, indices: np.ndarray) -> Source:
     if chosen.min() < 0 or chosen.max() >= len(samples):
         raise UsageError(f"there are {len(samples)} samples, none has the number {chosen.min()} or {chosen.max()}")
     if isinstance(samples, Subset):
-        return Subset(samples.whole, samples.indices[chosen])
-    return Subset(samples, chosen)
+        return replace(samples, indices=samples.indices[chosen])
+    return Subset(samples, chosen, samples.passed_over)
 
 
 def groups(samples: Source, level: int) -> np.ndarray:

@@ -47,6 +47,7 @@ class Table(Source):
     """(files + 1,) int64. The first sample of each file, and their number."""
     sizes: np.ndarray = field(repr=False)
     """(rows,) int64, bytes; −1 where a row holds none."""
+    passed_over: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.sizes)
