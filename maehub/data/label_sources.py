@@ -110,16 +110,14 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
         if not known:
             raise DataError(f"{text}. Put pictures of the class into them, or remove them")
         log.warning("%s", text)
-    for name in sorted(full):
-        try:
-            name.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{printable(data)}: the name of the class {printable(name)} is not UTF-8") from error
+    try:
+        names = [label_name(parts[0].decode()) for parts in paths]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{printable(data)}: the name of the class {printable(error.object)} is not UTF-8") from error
     if group and group.lstrip("0") == "1":
         raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
     what = f"of {printable(data)}: groups are folders below the class, from 2"
     groups = None if group is None else _folder_groups(samples, paths, group, what)
-    names = [label_name(parts[0].decode()) for parts in paths]
     if odd := sorted(name for name in set(names) if split_word(name)):
         text = "%s: the folders %s are taken for classes, not for parts of a split"
         log.warning(text, printable(data), ", ".join(odd))
@@ -291,9 +289,8 @@ def _columns(path: str, header: list[str], label: str | None, group: str | None)
     missing = next((column for column in columns.values() if column and column not in header), None)
     if missing is None:
         return columns
-    text = (
-        f"{printable(path)} has no column {missing!r}; its first line names {first_names(list(map(repr, header)), 20)}"
-    )
+    names = first_names(list(map(repr, header)), 20)
+    text = f"{printable(path)} has no column {missing!r}; its first line names {names}"
     if missing in (label, group):
         raise UsageError(text)
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):

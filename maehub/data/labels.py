@@ -101,8 +101,7 @@ def find_labelled(
     if sides := given_folders(text):
         raise UsageError(f"{printable(text)} holds the two sides of a split: name one, such as {sides.testing}")
     named = read_label_source(text, group, label, index_dir, known=classes is not None)
-    groups = set(named.groups or ())
-    numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in groups}
+    numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(named.groups or ())}
     labelled = _numbered(named, numbers)
     if classes:
         labelled = mapped(labelled, tuple(classes), text)
@@ -122,9 +121,7 @@ def given_folders(data: str) -> Sides | None:
     """
     words = split_folders(data)
     training = [folder for folder, word in words.items() if word in TRAINING]
-    testing = sorted(
-        (folder for folder in words if folder not in training), key=lambda name: TESTING.index(words[name])
-    )
+    testing = sorted(words.keys() - training, key=lambda name: (TESTING.index(words[name]), name))
     if len(words) < 2 or not all(_holds_classes(os.path.join(data, folder)) for folder in words):
         return None
     if len(training) != 1 or not testing:

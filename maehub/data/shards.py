@@ -5,6 +5,7 @@ shards. Members are read, never extracted.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over, passed_over_words, say_passed_over
+from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over_words, say_passed_over
 from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.errors import DataError, MaehubError, UsageError, log
@@ -142,25 +143,18 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
     if len(paths) > 1:
         kept = f", kept in {index_dir}" if index_dir else ""
         log.info("Reading the headers of %s tar shards%s", f"{len(paths):,}", kept)
-
-    def indexed(path: str) -> tuple[StoredFile, TarIndex]:
-        file = stored_file(path)
-        return file, tar_index(file, index_dir)
-
-    shards = list(at_once(indexed, paths) if any(map(is_remote, paths)) else map(indexed, paths))
-    indexes = [index for _, index in shards]
+    remote, indexed = any(map(is_remote, paths)), functools.partial(tar_index, index_dir=index_dir)
+    files = tuple(at_once(stored_file, paths) if remote else map(stored_file, paths))
+    indexes = list(at_once(indexed, files) if remote else map(indexed, files))
     starts = np.cumsum([0, *(len(index.names) for index in indexes)], dtype=np.int64)
     others: Counter[bytes] = sum((index.others for index in indexes), Counter())
-    kinds = passed_over(others)
     if not starts[-1]:
-        raise DataError(
-            f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}; found "
-            f"{passed_over_words(kinds) or 'nothing'}"
-        )
-    say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), kinds)
+        found = passed_over_words(others) or "nothing"
+        raise DataError(f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}; found {found}")
+    kinds = say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), others)
     columns = {column: np.concatenate([getattr(index, column) for index in indexes]) for column in _COLUMNS}
     joined = TarIndex(Names.joined(index.names for index in indexes), **columns, others=others)
-    return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined, kinds)
+    return Shards(files, tuple(below_common(paths)), starts, joined, kinds)
 
 
 def shard_paths(pattern: str) -> list[str]:
@@ -258,7 +252,8 @@ def _read(file: StoredFile) -> TarIndex:
     if len(first) < len(keys):
         name = names[int(np.setdiff1d(np.arange(len(keys)), first)[0])].decode("utf-8", "surrogateescape")
         raise _bad(file, name, "another picture of the shard has the same key, so one of them would be lost")
-    return TarIndex(Names.of(names), *np.array(rows, np.int64).reshape(-1, len(_COLUMNS)).T, others=others)
+    columns = dict(zip(_COLUMNS, np.array(rows, np.int64).reshape(-1, len(_COLUMNS)).T, strict=True))
+    return TarIndex(Names.of(names), **columns, others=others)
 
 
 def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over, passed_over_words, say_passed_over, search
+from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over_words, say_passed_over, search
 from maehub.data.storage import reading
 from maehub.errors import DataError, UsageError
 from maehub.images import ImagePath, printable
@@ -26,7 +26,7 @@ class Source(Protocol):
     """Pictures that are read one by one, at random, by any process: a sample is its place in a fixed order."""
 
     passed_over: dict[str, int]
-    """How many files of each ending were found beside them and left out; see `maehub.data.listing.passed_over`."""
+    """How many files of each ending were found beside them and left out; see `maehub.data.listing.say_passed_over`."""
 
     def __len__(self) -> int: ...
 
@@ -171,8 +171,7 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
     names = Names.of(search(path, IMAGE_ENDINGS, others))
     if not len(names):
         raise _nothing(path, others)
-    say_passed_over(printable(path), kinds := passed_over(others))
-    return Samples(path, names, kinds)
+    return Samples(path, names, say_passed_over(printable(path), others))
 
 
 def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str | None = None) -> Source:
@@ -194,8 +193,7 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
         path, others = os.fsencode(text), Counter[bytes]()
         names = Names.of(search(path, IMAGE_ENDINGS, others))
         if len(names):
-            say_passed_over(printable(path), kinds := passed_over(others))
-            return Samples(path, names, kinds)
+            return Samples(path, names, say_passed_over(printable(path), others))
         if others[b".tar"]:
             return find_shards(_below(path, b".tar"), index_dir)
         if others[b".parquet"]:
@@ -244,11 +242,9 @@ def read_list(path: str) -> Samples:
 
 
 def _nothing(folder: bytes, others: Counter[bytes]) -> DataError:
-    counts = passed_over_words(passed_over(Counter(dict(others.most_common(5)))))
-    return DataError(
-        f"0 images in {printable(folder)}; found {counts or 'nothing'}. "
-        f"Endings that count: {' '.join(sorted(ending.decode() for ending in IMAGE_ENDINGS))}"
-    )
+    counts = passed_over_words(Counter(dict(others.most_common(5)))) or "nothing"
+    endings = " ".join(sorted(ending.decode() for ending in IMAGE_ENDINGS))
+    return DataError(f"0 images in {printable(folder)}; found {counts}. Endings that count: {endings}")
 
 
 @dataclass(frozen=True)

@@ -98,17 +98,15 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
     """
     datasets = _datasets()
     parquet = importlib.import_module("pyarrow.parquet")
-    counts = []
-    identity = hashlib.sha256(str(_VERSION).encode())
-    for path in paths:
-        file = stored_file(path)
-        with reading(path), open(path, "rb") as opened:
+    files, counts = [stored_file(path) for path in paths], []
+    for file in files:
+        with reading(file.path), open(file.path, "rb") as opened:
             facts = parquet.read_metadata(opened)
         declared = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
         _check_size(file, declared)
         _check_size(file, 0, facts.num_rows)
         counts.append(facts.num_rows)
-        identity.update(repr(file).encode())
+    identity = hashlib.sha256(repr((_VERSION, files)).encode())
     folder = index_dir or Path(datasets.config.HF_DATASETS_CACHE) / "maehub"
     target = folder / f"{identity.hexdigest()[:32]}.arrow"
     try:
@@ -119,7 +117,7 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
         with importlib.import_module("filelock").FileLock(f"{target}.lock"):  # of several processes, one copies
             if not target.exists():
                 log.info("Copying %d Parquet files to an Arrow file", len(paths))
-                _copy(paths, target)
+                _copy(files, target)
         rows = datasets.Dataset.from_file(str(target))
     prefixes = [name + b"/" for name in below_common(paths)]
     return _table(rows, [os.fsencode(path) for path in paths], prefixes, counts, column)
@@ -136,13 +134,13 @@ def find_saved(folder: str, column: str | None = None) -> Table:
     return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
 
 
-def _copy(paths: Sequence[str], target: Path) -> None:
+def _copy(files: Sequence[StoredFile], target: Path) -> None:
     """Parquet files to an Arrow file, a few rows at a time."""
     arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     cast = importlib.import_module("datasets.table").table_cast
-    schema = _datasets().Features.from_arrow_schema(parquet.read_schema(paths[0])).arrow_schema
+    schema = _datasets().Features.from_arrow_schema(parquet.read_schema(files[0].path)).arrow_schema
     with atomic_write(target) as temporary, arrow.ipc.new_stream(str(temporary), schema) as writer:
-        for file in map(stored_file, paths):
+        for file in files:
             waiting, decoded, written = list[Any](), 0, 0
             for batch in parquet.ParquetFile(file.path).iter_batches(_ROWS):
                 waiting.append(batch)
