@@ -128,7 +128,6 @@ def _read(source: ImagePath | BinaryIO) -> tuple[str, np.ndarray]:
 
 
 def _prints(samples: Source, workers: int | None, progress: bool) -> _Prints:
-    """Those of all pictures, in their order."""
     count = len(samples)
     if workers is None and count < _PICTURES_PER_WORKER:
         workers = 0

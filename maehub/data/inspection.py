@@ -172,8 +172,7 @@ def check_data(
         DataError: there are no pictures, or a process hangs.
     """
     samples = find_samples(os.fsdecode(folder))
-    formats: Counter[str] = Counter()
-    warnings: Counter[str] = Counter()
+    formats, warnings = Counter[str](), Counter[str]()
     bad: list[BadPicture] = []
     for index, finding in _findings(samples, range(len(samples)), workers, progress, statistics=False):
         if not finding.reason:

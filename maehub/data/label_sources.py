@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import JUNK, Names
+from maehub.data.listing import Names, entries_in
 from maehub.data.shards import Shards
 from maehub.data.sources import Samples, Source, find_samples
 from maehub.data.storage import at_once, is_remote
@@ -103,28 +103,21 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
         first = f"the first {printable(loose[0])}, and of which class is not known"
         raise DataError(f"{printable(data)}: {lie} in it directly{beside}, {first}. {_LAYOUT}")
     full = {parts[0] for parts in paths}
-    with os.scandir(os.fsencode(data)) as entries:
-        folders = {
-            entry.name
-            for entry in entries
-            if entry.is_dir() and not entry.name.startswith(b".") and os.fsencode(entry.name).lower() not in JUNK
-        }
+    folders = {os.fsencode(entry.name) for entry in entries_in(data) if entry.is_dir()}
     if empty := sorted(folders - full):
         without = first_names([printable(name) for name in empty], 3)
         text = f"{printable(data)} has class folders without a picture: {without}"
         if not known:
             raise DataError(f"{text}. Put pictures of the class into them, or remove them")
         log.warning("%s", text)
-    for name in sorted(full):
-        try:
-            name.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{printable(data)}: the name of the class {printable(name)} is not UTF-8") from error
+    try:
+        names = [label_name(parts[0].decode()) for parts in paths]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{printable(data)}: the name of the class {printable(error.object)} is not UTF-8") from error
     if group and group.lstrip("0") == "1":
         raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
     what = f"of {printable(data)}: groups are folders below the class, from 2"
     groups = None if group is None else _folder_groups(samples, paths, group, what)
-    names = [label_name(parts[0].decode()) for parts in paths]
     if odd := sorted(name for name in set(names) if split_word(name)):
         text = "%s: the folders %s are taken for classes, not for parts of a split"
         log.warning(text, printable(data), ", ".join(odd))
@@ -296,9 +289,8 @@ def _columns(path: str, header: list[str], label: str | None, group: str | None)
     missing = next((column for column in columns.values() if column and column not in header), None)
     if missing is None:
         return columns
-    text = (
-        f"{printable(path)} has no column {missing!r}; its first line names {first_names(list(map(repr, header)), 20)}"
-    )
+    names = first_names(list(map(repr, header)), 20)
+    text = f"{printable(path)} has no column {missing!r}; its first line names {names}"
     if missing in (label, group):
         raise UsageError(text)
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from maehub.data.label_sources import TESTING, TRAINING, NamedLabels, read_label_source, split_word
-from maehub.data.listing import JUNK
+from maehub.data.listing import entries_in
 from maehub.data.sources import Source, select
 from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
@@ -101,8 +101,7 @@ def find_labelled(
     if sides := given_folders(text):
         raise UsageError(f"{printable(text)} holds the two sides of a split: name one, such as {sides.testing}")
     named = read_label_source(text, group, label, index_dir, known=classes is not None)
-    groups = set(named.groups or ())
-    numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in groups}
+    numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(named.groups or ())}
     labelled = _numbered(named, numbers)
     if classes:
         labelled = mapped(labelled, tuple(classes), text)
@@ -122,9 +121,7 @@ def given_folders(data: str) -> Sides | None:
     """
     words = split_folders(data)
     training = [folder for folder, word in words.items() if word in TRAINING]
-    testing = sorted(
-        (folder for folder in words if folder not in training), key=lambda name: TESTING.index(words[name])
-    )
+    testing = sorted(words.keys() - training, key=lambda name: (TESTING.index(words[name]), name))
     if len(words) < 2 or not all(_holds_classes(os.path.join(data, folder)) for folder in words):
         return None
     if len(training) != 1 or not testing:
@@ -140,19 +137,12 @@ def split_folders(data: str) -> dict[str, str]:
     """The folders in a folder with the words of a split that they are; empty where one of them is none."""
     if not os.path.isdir(data):
         return {}
-    with os.scandir(data) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    words = {folder: split_word(folder) for folder in folders if os.fsencode(folder).lower() not in JUNK}
+    words = {entry.name: split_word(entry.name) for entry in entries_in(data) if entry.is_dir()}
     return {folder: word for folder, word in words.items() if word} if all(words.values()) else {}
 
 
 def _holds_classes(folder: str) -> bool:
-    with os.scandir(folder) as entries:
-        return any(
-            entry.is_dir() or entry.name.endswith((".tar", ".parquet", ".arrow"))
-            for entry in entries
-            if not entry.name.startswith(".") and os.fsencode(entry.name).lower() not in JUNK
-        )
+    return any(entry.is_dir() or entry.name.endswith((".tar", ".parquet", ".arrow")) for entry in entries_in(folder))
 
 
 def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:

@@ -1,5 +1,6 @@
 """Files below a folder, in an order that is the same everywhere."""
 
+import contextlib
 import importlib.util
 import os
 from array import array
@@ -10,7 +11,8 @@ from typing import Self
 
 import numpy as np
 
-from maehub.errors import DataError, log
+from maehub.data.storage import reading
+from maehub.errors import log
 from maehub.images import looks_like_picture, printable
 
 HEIC = frozenset([b".heic", b".heif", b".hif"])
@@ -32,23 +34,23 @@ JUNK = frozenset(b"@eadir __macosx $recycle.bin #recycle #snapshot lost+found @t
 """Folders, in lower case, that storage boxes and systems leave among pictures."""
 
 
-def passed_over(others: Counter[bytes]) -> dict[str, int]:
-    """What a search left out, by ending (``""`` has none) or as the name of a junk folder with a slash."""
-    return {printable(kind): count for kind, count in others.most_common()}
+def say_passed_over(where: str, others: Counter[bytes]) -> dict[str, int]:
+    """What a search left out, by ending (``""`` has none) or as the name of a junk folder with a slash.
 
-
-def say_passed_over(where: str, kinds: dict[str, int]) -> None:
-    """One line of it; the record has the counts too."""
+    It is said in one line, whose record has the counts too.
+    """
+    kinds = {printable(kind): count for kind, count in others.most_common()}
     if kinds:
-        log.warning("%s: passed over: %s", where, passed_over_words(kinds), extra={"passed_over": {where: kinds}})
+        log.warning("%s: passed over: %s", where, passed_over_words(others), extra={"passed_over": {where: kinds}})
+    return kinds
 
 
-def passed_over_words(kinds: dict[str, int]) -> str:
+def passed_over_words(others: Counter[bytes]) -> str:
     """The counts in words, and what would help."""
-    words = ", ".join(f"{count:,} {kind or 'without an ending'}" for kind, count in kinds.items())
-    if HEIC & {kind.encode() for kind in kinds}:
+    words = ", ".join(f"{count:,} {printable(kind) or 'without an ending'}" for kind, count in others.most_common())
+    if HEIC & others.keys():
         words += " (to read HEIC: pip install 'maehub[formats]')"
-    if any(kind.startswith(".*") for kind in kinds):
+    if any(kind.startswith(b".*") for kind in others):
         words += ". As in webdataset an ending begins at the first dot of a name: a.b.jpg is no .jpg, name it a_b.jpg"
     return words
 
@@ -122,7 +124,7 @@ def _entries(
     """The names in a folder in the order of the paths below it, folders with a slash at their end; and its identity
     beside those of the folders above it."""
     folder = os.path.join(root, below)
-    try:
+    with reading(folder, "cannot be searched"):
         facts = os.stat(folder)
         identity = (facts.st_dev, facts.st_ino)
         if identity in above:
@@ -133,28 +135,31 @@ def _entries(
                 for entry in entries
                 if not entry.name.startswith(b".")
             ]
-    except OSError as error:
-        raise DataError(f"{printable(folder)} cannot be searched: {error.strerror}") from error
     names.sort()
     return iter(names), above | {identity}
 
 
+def entries_in(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, but for what a search leaves out."""
+    with os.scandir(folder) as entries:
+        return [
+            entry for entry in entries if not entry.name.startswith(".") and os.fsencode(entry.name).lower() not in JUNK
+        ]
+
+
 def _head(path: bytes) -> bytes:
     """The first 16 bytes of a regular file; of anything else none."""
-    try:
-        if not os.path.isfile(path):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(16)
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                return file.read(16)
+    return b""
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
+    with contextlib.suppress(OSError):  # of a link that leads to itself
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+    return False
 
 
 def below_common(paths: Sequence[str]) -> list[bytes]:

@@ -127,9 +127,6 @@ class Whole(Dataset[Read | DataError]):
                 return error
         return self.join(pictures)
 
-    def __getitem__(self, index: int) -> Read | DataError:
-        return self.__getitems__([index])
-
 
 @contextlib.contextmanager
 def batches_of(
@@ -142,7 +139,7 @@ def batches_of(
     loader = DataLoader(
         dataset,
         batch_sampler=keys,
-        collate_fn=_as_is,
+        collate_fn=lambda batch: batch,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=_PREFETCHED if workers else None,
@@ -206,10 +203,6 @@ def check_shared_memory(each: int, views: int, workers: int) -> None:
 def worker_count(workers: int | None, processes: int = 1) -> int:
     """As many reading processes as asked for, or as there are cores for each training process, one left for it."""
     return max(1, core_count() // processes - 1) if workers is None else workers
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _own_group(_: int) -> None:

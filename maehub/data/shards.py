@@ -5,6 +5,7 @@ shards. Members are read, never extracted.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over, passed_over_words, say_passed_over
+from maehub.data.listing import IMAGE_ENDINGS, Names, below_common, passed_over_words, say_passed_over
 from maehub.data.sources import Source
 from maehub.data.storage import StoredFile, at_once, is_remote, matching, read_range, stored_file
 from maehub.errors import DataError, MaehubError, UsageError, log
@@ -68,14 +69,11 @@ class Shards(Source):
     """(shards + 1,) int64. The first sample of each shard, and their number."""
     index: TarIndex = field(repr=False)
     """Of all shards, one after the other."""
+    passed_over: dict[str, int] = field(repr=False, compare=False)
     _fetched: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
-
-    @property
-    def passed_over(self) -> dict[str, int]:
-        return passed_over(self.index.others)
 
     def name(self, index: int) -> bytes:
         """The shard's path below their common folder, then the member's: ``b"000.tar/key.jpg"``."""
@@ -101,9 +99,8 @@ class Shards(Source):
 
     def label(self, index: int) -> int | None:
         """The number in the .cls member with the same key; None if there is no such member."""
-        if not self.index.label_sizes[index]:
+        if not (size := self.index.label_sizes[index]):
             return None
-        size = int(self.index.label_sizes[index])
         if size > _LARGEST_LABEL:
             raise DataError(f"{self.where(index)}: its .cls member has {size:,} bytes, and is no whole number")
         text = self._read(index, label=True)
@@ -116,10 +113,9 @@ class Shards(Source):
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _tried(self, index: int) -> bytes | None:
-        try:
+        with contextlib.suppress(DataError):
             return self._read(index)
-        except DataError:
-            return None
+        return None
 
     def _read(self, index: int, *, label: bool = False) -> bytes:
         found = self.index
@@ -147,25 +143,18 @@ def find_shards(patterns: str | Sequence[str], index_dir: Path | None = None) ->
     if len(paths) > 1:
         kept = f", kept in {index_dir}" if index_dir else ""
         log.info("Reading the headers of %s tar shards%s", f"{len(paths):,}", kept)
-
-    def indexed(path: str) -> tuple[StoredFile, TarIndex]:
-        file = stored_file(path)
-        return file, tar_index(file, index_dir)
-
-    shards = list(at_once(indexed, paths) if any(map(is_remote, paths)) else map(indexed, paths))
-    indexes = [index for _, index in shards]
+    remote, indexed = any(map(is_remote, paths)), functools.partial(tar_index, index_dir=index_dir)
+    files = tuple(at_once(stored_file, paths) if remote else map(stored_file, paths))
+    indexes = list(at_once(indexed, files) if remote else map(indexed, files))
     starts = np.cumsum([0, *(len(index.names) for index in indexes)], dtype=np.int64)
     others: Counter[bytes] = sum((index.others for index in indexes), Counter())
-    kinds = passed_over(others)
     if not starts[-1]:
-        raise DataError(
-            f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}; found "
-            f"{passed_over_words(kinds) or 'nothing'}"
-        )
-    say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), kinds)
+        found = passed_over_words(others) or "nothing"
+        raise DataError(f"0 images in {len(paths)} tar shards, the first {printable(paths[0])}; found {found}")
+    kinds = say_passed_over(printable(paths[0]) + (" and the others" * (len(paths) > 1)), others)
     columns = {column: np.concatenate([getattr(index, column) for index in indexes]) for column in _COLUMNS}
     joined = TarIndex(Names.joined(index.names for index in indexes), **columns, others=others)
-    return Shards(tuple(file for file, _ in shards), tuple(below_common(paths)), starts, joined)
+    return Shards(files, tuple(below_common(paths)), starts, joined, kinds)
 
 
 def shard_paths(pattern: str) -> list[str]:
@@ -229,7 +218,7 @@ def tar_index(file: StoredFile, index_dir: Path | None = None) -> TarIndex:
 
 def _read(file: StoredFile) -> TarIndex:
     names: list[bytes] = []
-    numbers = {field: array("q") for field in _COLUMNS}
+    rows = array("q")  # what the columns hold of each picture
     others: Counter[bytes] = Counter()
     keys = array("Q")
     current = ""  # key of the last picture
@@ -249,26 +238,22 @@ def _read(file: StoredFile) -> TarIndex:
         if ending == "cls":
             waiting = (key, member.offset_data, member.size)
             if key == current:
-                numbers["label_offsets"][-1], numbers["label_sizes"][-1] = waiting[1:]
+                rows[-2:] = array("q", waiting[1:])
         elif is_picture:
             current = key
             names.append(_letters(member.name))
             keys.append(int.from_bytes(hashlib.blake2b(_letters(key), digest_size=8).digest(), "little"))
             label = waiting[1:] if waiting[0] == key else (0, 0)
-            for column, value in zip(numbers.values(), (member.offset_data, member.size, *label), strict=True):
-                column.append(value)
+            rows.extend((member.offset_data, member.size, *label))
         else:
             last = b"." + _letters(ending.rpartition(".")[2])
             others[b".*" + last if "." in ending and last in IMAGE_ENDINGS else last] += 1
-    columns = {field: np.array(column, np.int64) for field, column in numbers.items()}
-    index = TarIndex(Names.of(names), **columns, others=others)
-    hashes = np.array(keys)
-    order = hashes.argsort(kind="stable")
-    again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
-    if len(again):
-        name = index.names[int(again.min())].decode("utf-8", "surrogateescape")
+    _, first = np.unique(np.array(keys), return_index=True)
+    if len(first) < len(keys):
+        name = names[int(np.setdiff1d(np.arange(len(keys)), first)[0])].decode("utf-8", "surrogateescape")
         raise _bad(file, name, "another picture of the shard has the same key, so one of them would be lost")
-    return index
+    columns = dict(zip(_COLUMNS, np.array(rows, np.int64).reshape(-1, len(_COLUMNS)).T, strict=True))
+    return TarIndex(Names.of(names), **columns, others=others)
 
 
 def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:

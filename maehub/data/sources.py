@@ -5,7 +5,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over, passed_over_words, say_passed_over, search
+from maehub.data.listing import IMAGE_ENDINGS, Names, passed_over_words, say_passed_over, search
+from maehub.data.storage import reading
 from maehub.errors import DataError, UsageError
 from maehub.images import ImagePath, printable
 from maehub.rng import sample_id
@@ -24,10 +25,8 @@ Picture = Image.Image | np.ndarray | Tensor
 class Source(Protocol):
     """Pictures that are read one by one, at random, by any process: a sample is its place in a fixed order."""
 
-    @property
-    def passed_over(self) -> dict[str, int]:
-        """How many files of each ending were found beside them and left out; see `maehub.data.listing.passed_over`."""
-        return {}
+    passed_over: dict[str, int]
+    """How many files of each ending were found beside them and left out; see `maehub.data.listing.say_passed_over`."""
 
     def __len__(self) -> int: ...
 
@@ -67,14 +66,10 @@ class Samples(Source):
     root: bytes
     """What stands before every name; empty where the names are paths themselves."""
     names: Names
-    others: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    passed_over: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def passed_over(self) -> dict[str, int]:
-        return self.others
 
     def name(self, index: int) -> bytes:
         return self.names[index]
@@ -105,13 +100,10 @@ class Subset(Source):
     whole: Source
     indices: np.ndarray = field(repr=False)
     """(samples,) int64. Places in ``whole``."""
+    passed_over: dict[str, int] = field(repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    @property
-    def passed_over(self) -> dict[str, int]:
-        return self.whole.passed_over
 
     def name(self, index: int) -> bytes:
         return self.whole.name(int(self.indices[index]))
@@ -137,8 +129,8 @@ def select(samples: Source, indices: np.ndarray) -> Source:
     if chosen.min() < 0 or chosen.max() >= len(samples):
         raise UsageError(f"there are {len(samples)} samples, none has the number {chosen.min()} or {chosen.max()}")
     if isinstance(samples, Subset):
-        return Subset(samples.whole, samples.indices[chosen])
-    return Subset(samples, chosen)
+        return replace(samples, indices=samples.indices[chosen])
+    return Subset(samples, chosen, samples.passed_over)
 
 
 def groups(samples: Source, level: int) -> np.ndarray:
@@ -179,8 +171,7 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
     names = Names.of(search(path, IMAGE_ENDINGS, others))
     if not len(names):
         raise _nothing(path, others)
-    say_passed_over(printable(path), kinds := passed_over(others))
-    return Samples(path, names, kinds)
+    return Samples(path, names, say_passed_over(printable(path), others))
 
 
 def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str | None = None) -> Source:
@@ -202,8 +193,7 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
         path, others = os.fsencode(text), Counter[bytes]()
         names = Names.of(search(path, IMAGE_ENDINGS, others))
         if len(names):
-            say_passed_over(printable(path), kinds := passed_over(others))
-            return Samples(path, names, kinds)
+            return Samples(path, names, say_passed_over(printable(path), others))
         if others[b".tar"]:
             return find_shards(_below(path, b".tar"), index_dir)
         if others[b".parquet"]:
@@ -244,21 +234,17 @@ def read_list(path: str) -> Samples:
                     raise DataError(f"{printable(path)}, line {number}: there is no file {printable(name)}")
                 yield name
 
-    try:
+    with reading(path):
         names = Names.of(lines())
-    except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
     if not len(names):
         raise DataError(f"0 images in {printable(path)}: it names no file")
     return Samples(root, names)
 
 
 def _nothing(folder: bytes, others: Counter[bytes]) -> DataError:
-    counts = passed_over_words(passed_over(Counter(dict(others.most_common(5)))))
-    return DataError(
-        f"0 images in {printable(folder)}; found {counts or 'nothing'}. "
-        f"Endings that count: {' '.join(sorted(ending.decode() for ending in IMAGE_ENDINGS))}"
-    )
+    counts = passed_over_words(Counter(dict(others.most_common(5)))) or "nothing"
+    endings = " ".join(sorted(ending.decode() for ending in IMAGE_ENDINGS))
+    return DataError(f"0 images in {printable(folder)}; found {counts}. Endings that count: {endings}")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,6 @@ class SplitGroups(NamedTuple):
 
     @classmethod
     def of(cls, labelled: Labelled, seed: int, stream: int) -> "SplitGroups":
-        """Those of labelled pictures."""
         if labelled.groups is None:
             members = np.arange(len(labelled))
             names = [labelled.samples.sample_id(index) for index in range(len(labelled))]
@@ -199,7 +198,6 @@ def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
 
 
 def _check_can_be_split(loaded: LoadedLabels, groups: SplitGroups) -> None:
-    """See that each class can be on both sides."""
     labelled = loaded.labelled
     for number, name in enumerate(labelled.classes):
         if groups.spread[number] > 1:
@@ -216,7 +214,6 @@ def _check_can_be_split(loaded: LoadedLabels, groups: SplitGroups) -> None:
 
 
 def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, index_dir: Path) -> LabelledSplit:
-    """DIR/train and DIR/val as they are."""
     passed = [name for name in sorted(split_folders(data)) if os.path.join(data, name) not in sides]
     if passed:
         text = "measured on %s; %s in %s is not read"
@@ -232,7 +229,6 @@ def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, i
 
 
 def _of_column(data: str, labelled: Labelled, sides: list[str], group_names: dict[int, str]) -> LabelledSplit:
-    """The sides that stand in a CSV."""
     rows = _rows_of(data, sides)
     training = labelled.take(rows[0]).without_empty_classes()
     if len(training.classes) < 2 and not training.multi_label:

@@ -40,7 +40,7 @@ def is_remote(path: str) -> bool:
 
 def stored_file(path: str) -> StoredFile:
     """Look at a file."""
-    with _naming(path):
+    with reading(path):
         if is_remote(path):
             info = _filesystem(path).info(path)
             stamp = next((str(info[name]) for name in _STAMPS if info.get(name)), "")
@@ -56,7 +56,7 @@ def read_range(file: StoredFile, start: int, size: int) -> bytes:
     end = min(start + size, file.size)
     if start >= end:  # some servers refuse to give nothing
         return b""
-    with _naming(file.path):
+    with reading(file.path):
         if is_remote(file.path):
             return bytes(_filesystem(file.path).cat_file(file.path, start=start, end=end))
         # No position is shared, so threads and forked processes may use one handle.
@@ -70,7 +70,7 @@ def matching(pattern: str) -> list[str]:
     """Files that a pattern with * and ? names, sorted; ** stands for folders at any depth."""
     if not is_remote(pattern):
         return sorted(glob.glob(pattern, recursive=True))
-    with _naming(pattern):
+    with reading(pattern):
         filesystem = _filesystem(pattern)
         return sorted(filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern))
 
@@ -115,12 +115,12 @@ def _connected(protocol: str, _process: int) -> Any:
 
 
 @contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Put the path into whatever fails: each protocol has errors of its own."""
+def reading(path: str | bytes, fails: str = "cannot be read") -> Iterator[None]:
+    """Put the path into whatever fails: protocols and pyarrow have errors of their own, which share no base."""
     try:
         yield
     except MaehubError:
         raise
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().split("\n")[0]
-        raise DataError(f"{printable(path)} cannot be read: {reason or type(error).__name__}") from error
+        reason = str(error.strerror if isinstance(error, OSError) and error.strerror else error).strip().split("\n")[0]
+        raise DataError(f"{printable(path)} {fails}: {reason or type(error).__name__}") from error

@@ -17,8 +17,8 @@ import numpy as np
 
 from maehub.data.listing import below_common
 from maehub.data.sources import Source
-from maehub.data.storage import StoredFile, stored_file
-from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageError, log
+from maehub.data.storage import StoredFile, reading, stored_file
+from maehub.errors import DataError, MissingDependencyError, UsageError, log
 from maehub.files import atomic_write, write_error
 from maehub.images import printable
 
@@ -47,6 +47,7 @@ class Table(Source):
     """(files + 1,) int64. The first sample of each file, and their number."""
     sizes: np.ndarray = field(repr=False)
     """(rows,) int64, bytes; −1 where a row holds none."""
+    passed_over: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -97,36 +98,27 @@ def find_parquet(paths: Sequence[str], index_dir: Path | None = None, column: st
     """
     datasets = _datasets()
     parquet = importlib.import_module("pyarrow.parquet")
-    counts = []
-    identity = hashlib.sha256(str(_VERSION).encode())
-    for path in paths:
-        file = stored_file(path)
-        try:
-            facts = parquet.read_metadata(path)
-        except Exception as error:  # pyarrow's errors share no base
-            raise DataError(f"{printable(path)} cannot be read: {_first_line(error)}") from error
+    files, counts = [stored_file(path) for path in paths], []
+    for file in files:
+        with reading(file.path), open(file.path, "rb") as opened:
+            facts = parquet.read_metadata(opened)
         declared = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
         _check_size(file, declared)
         _check_size(file, 0, facts.num_rows)
         counts.append(facts.num_rows)
-        identity.update(repr(file).encode())
+    identity = hashlib.sha256(repr((_VERSION, files)).encode())
     folder = index_dir or Path(datasets.config.HF_DATASETS_CACHE) / "maehub"
     target = folder / f"{identity.hexdigest()[:32]}.arrow"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(target, error) from error
-    try:
+    with reading(paths[0], "and its like cannot be read as one table"):
         with importlib.import_module("filelock").FileLock(f"{target}.lock"):  # of several processes, one copies
             if not target.exists():
                 log.info("Copying %d Parquet files to an Arrow file", len(paths))
-                _copy(paths, target)
+                _copy(files, target)
         rows = datasets.Dataset.from_file(str(target))
-    except MaehubError:
-        raise
-    except Exception as error:
-        reason = _first_line(error)
-        raise DataError(f"{printable(paths[0])} and its like cannot be read as one table: {reason}") from error
     prefixes = [name + b"/" for name in below_common(paths)]
     return _table(rows, [os.fsencode(path) for path in paths], prefixes, counts, column)
 
@@ -137,20 +129,18 @@ def find_saved(folder: str, column: str | None = None) -> Table:
         splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         raise UsageError(f"{printable(folder)} holds several splits; name one: {', '.join(splits)}")
     datasets = _datasets()
-    try:
+    with reading(folder, "cannot be read as a saved dataset"):
         rows = datasets.load_from_disk(folder)
-    except Exception as error:
-        raise DataError(f"{printable(folder)} cannot be read as a saved dataset: {_first_line(error)}") from error
     return _table(rows, [os.fsencode(folder)], [b""], [len(rows)], column)
 
 
-def _copy(paths: Sequence[str], target: Path) -> None:
+def _copy(files: Sequence[StoredFile], target: Path) -> None:
     """Parquet files to an Arrow file, a few rows at a time."""
     arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     cast = importlib.import_module("datasets.table").table_cast
-    schema = _datasets().Features.from_arrow_schema(parquet.read_schema(paths[0])).arrow_schema
+    schema = _datasets().Features.from_arrow_schema(parquet.read_schema(files[0].path)).arrow_schema
     with atomic_write(target) as temporary, arrow.ipc.new_stream(str(temporary), schema) as writer:
-        for file in map(stored_file, paths):
+        for file in files:
             waiting, decoded, written = list[Any](), 0, 0
             for batch in parquet.ParquetFile(file.path).iter_batches(_ROWS):
                 waiting.append(batch)
@@ -219,9 +209,3 @@ def _datasets() -> Any:
         raise MissingDependencyError(
             f"Parquet files and saved datasets need the datasets library: pip install 'maehub[data]' ({error})"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -11,7 +11,7 @@ import re
 import signal
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
@@ -129,17 +129,14 @@ def decode(
             return Decoded.whole(_whole(image, background))
         width, height = image.size
         orientation = _orientation(image)
-        turned = orientation >= 5
-        rows, columns = scaled_to or (height, width)
-        if turned:
-            rows, columns = columns, rows
+        order = -1 if orientation >= 5 else 1
+        rows, columns = (scaled_to or (height, width))[::order]
         scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
         pixels, warnings = decode_rows(jpeg, scale)
         if pixels is None:
             image.draft(None, (columns, rows))
         upright = _upright(_flat(image) if pixels is None else Image.fromarray(pixels), orientation)
-        if turned:
-            width, height = height, width
+        width, height = (width, height)[::order]
         right, bottom = width / scale, height / scale
         left = upright.width - right if orientation in _FLIPS_X else 0
         top = upright.height - bottom if orientation in _FLIPS_Y else 0
@@ -315,11 +312,10 @@ def looks_like_picture(head: bytes) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     """1 to 8; a broken EXIF block is no reason to refuse the picture."""
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except Exception:
-        return 1
-    return value if value in _UPRIGHT else 1
+    with suppress(Exception):
+        if (value := image.getexif().get(_ORIENTATION)) in _UPRIGHT:
+            return value
+    return 1
 
 
 def _whole(image: ImageFile.ImageFile, background: int = 255) -> Image.Image:

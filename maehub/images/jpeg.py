@@ -8,6 +8,8 @@ smaller height into it.
 
 from __future__ import annotations
 
+import re
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,9 @@ _INTERVAL = 0xDD  # of restarts
 _JFIF, _EXIF, _ADOBE = 0xE0, 0xE1, 0xEE  # the first and the last decide on the colour space
 _SCAN = 0xDA  # a row of all blocks begins
 _END = b"\xff\xd9"
+_FRAME = struct.Struct(">HHB")  # height, width and channels, 5 bytes behind the beginning of its header
+# What is no marker, a marker after its padding, and how long its segment is; linear, since nothing is tried again.
+_MARKER = re.compile(rb"([^\xff]*+)\xff++(.)(..)", re.DOTALL)
 _BELOW = 16  # rows that colour of half the resolution is smoothed over, and more
 _GROUP = 32  # rows and columns of the largest group of blocks, which is decoded whole
 _SCANS = 16  # of a progressive picture, more than encoders write
@@ -37,10 +42,6 @@ class Jpeg(NamedTuple):
     restarts: int  # after how many groups of blocks the codes begin anew; 0 is never
     warnings: tuple[str, ...]  # what is odd about it, and harmless
 
-    @property
-    def baseline(self) -> bool:
-        return self.data[self.frame + 1] in _BASELINE
-
 
 def read_jpeg(data: bytes) -> Jpeg:
     """Passes over metadata, which may hold anything, and over bytes between the segments, which some cameras write.
@@ -51,20 +52,16 @@ def read_jpeg(data: bytes) -> Jpeg:
     kept, warnings = bytearray(b"\xff\xd8"), []
     offset, frame, channels, restarts = 2, 0, 3, 0
     while True:
-        start = data.find(b"\xff", offset)
-        at = start + 1
-        while 0 < at < len(data) and data[at] == 0xFF:  # padding
-            at += 1
-        length = int.from_bytes(data[at + 1 : at + 3], "big")
-        if start < 0 or at + 3 > len(data) or data[at] == _END[1]:
+        marker = _MARKER.match(data, offset)
+        if not marker or (code := marker[2][0]) == _END[1] or (code == _SCAN and not frame):
             raise DataError("it ends before its picture")
-        code = data[at]
-        if start > offset or code == 0:
+        if marker[1] or code == 0:
             warnings.append("bytes between its segments")
+        start, offset = marker.end(2) - 2, marker.end(2)
         if code <= 1 or code & 0xF8 == 0xD0:  # no segment
-            offset = at + 1
             continue
-        segment = bytearray(b"\xff") + data[at : at + 1 + length]
+        offset += int.from_bytes(marker[3], "big")
+        segment = bytearray(data[start:offset])
         if code == _SCAN:
             break
         if code in _ARITHMETIC:
@@ -82,35 +79,25 @@ def read_jpeg(data: bytes) -> Jpeg:
         elif code not in _TABLES and not (code == _EXIF and segment[4:10] == b"Exif\0\0"):
             segment.clear()
         kept += segment
-        offset = at + 1 + length
-    if not frame:
-        raise DataError("it ends before its picture")
-    end = data.find(_END, at) % (len(data) + 1)  # without one, that of the file
-    _check_scans(data[start:end], kept[frame:], channels)  # what follows may be another picture, with its own scans
+    end = data.find(_END, start) % (len(data) + 1)  # without one, that of the file
+    _check_scans(data[start:end], kept[frame:])  # what follows may be another picture, with its own scans
     if end + len(_END) < len(data):
         warnings.append("bytes after its end")
     return Jpeg(bytes(kept + data[start:]), frame, len(kept), restarts, tuple(dict.fromkeys(warnings)))
 
 
-def _check_scans(data: bytes, frame: bytearray, channels: int) -> None:
-    """Each scan adds bits of coefficients of some channels: in the end all of them must have come.
-
-    Args:
-        data: from the first scan on.
-        frame: begins with the frame header.
-    """
-    height, width = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big")
-    scans = data.count(b"\xff\xda")
-    if scans > _SCANS and scans * max(height, _GROUP) * max(width, _GROUP) > _SCANNED:
-        raise DataError(f"it is a JPEG of {width}×{height} pixels in {scans:,} scans, which take too long to decode")
+def _check_scans(scans: bytes, frame: bytearray) -> None:
+    """Each scan adds bits of coefficients of some channels: in the end all of them must have come."""
+    height, width, channels = _FRAME.unpack_from(frame, 5)
+    count = scans.count(b"\xff\xda")
+    if count > _SCANS and count * max(height, _GROUP) * max(width, _GROUP) > _SCANNED:
+        raise DataError(f"it is a JPEG of {width}×{height} pixels in {count:,} scans, which take too long to decode")
     bits_left = np.full((256, 64), 16)  # by the number of a channel; of each coefficient, lowest frequency first
-    at = data.find(b"\xff\xda")
-    while at >= 0:
-        count = data[at + 4] if at + 4 < len(data) else 0
-        if int.from_bytes(data[at + 2 : at + 4], "big") == 6 + 2 * count <= len(data) - at - 2:
-            *names, first, last, bits = data[at + 5 : at + 8 + 2 * count]
+    for header in re.finditer(rb"\xff\xda(?=(..)(.))", scans, re.DOTALL):
+        length = int.from_bytes(header[1], "big")
+        if length == 6 + 2 * header[2][0] <= len(scans) - header.end():
+            *names, first, last, bits = scans[header.end() + 3 : header.end() + length]
             bits_left[names[::2], first : last + 1] = bits & 15
-        at = data.find(b"\xff\xda", at + 2)
     if bits_left[list(frame[10 : 10 + 3 * channels : 3])].any():
         raise DataError("its picture data is damaged: scans are missing")
 
@@ -125,43 +112,28 @@ def first_rows(jpeg: Jpeg, rows: int) -> bytearray | None:
         truncated, damaged, progressive or followed by something, and a decoder that stops early would not see that.
     """
     data, frame = jpeg.data, jpeg.frame
-    if not (data.endswith(_END) and jpeg.baseline and _end(rows) < int.from_bytes(data[frame + 5 : frame + 7], "big")):
+    height, width, channels = _FRAME.unpack_from(data, frame + 5)
+    stop = -(-(rows + _BELOW) // 8) * 8  # whole blocks, so that scaled rows stay where they were
+    if not data.endswith(_END) or data[frame + 1] not in _BASELINE or height <= stop:
         return None
     begin = jpeg.scan + 2 + int.from_bytes(data[jpeg.scan + 2 : jpeg.scan + 4], "big")
-    scan = np.frombuffer(data, np.uint8)[begin : -len(_END)]
+    end = len(data) - len(_END)
+    scan = np.frombuffer(data, np.uint8)[begin:end]
     markers = np.flatnonzero((scan[:-1] == 0xFF) & (scan[1:] != 0))
     if not np.all((scan[markers + 1] & 0xF8) == 0xD0):  # one that is no restart of the codes
         return None
-    end = len(data) - len(_END)
-    if jpeg.restarts:  # whole runs of blocks between restarts are enough
-        needed = -(-_blocks(data[frame:], _end(rows)) // jpeg.restarts)
+    if jpeg.restarts:  # whole runs of groups of blocks between restarts are enough
+        samplings = data[frame + 11 : frame + 10 + 3 * channels : 3] if channels > 1 else b"\x11"
+        across, down = (8 * max(sampling >> shift & 15 for sampling in samplings) for shift in (4, 0))
+        needed = -(-(-(-width // across) * -(-stop // down)) // jpeg.restarts)
         if needed <= len(markers):
             end = begin + int(markers[needed - 1])
     shortened = bytearray(data[:end]) + _END
-    shortened[frame + 5 : frame + 7] = _end(rows).to_bytes(2, "big")
+    shortened[frame + 5 : frame + 7] = stop.to_bytes(2, "big")
     return shortened
 
 
-def _blocks(frame: bytes, rows: int) -> int:
-    """How many groups of blocks the first rows of a picture have, by its frame header."""
-    samplings = frame[11 : 10 + 3 * frame[9] : 3] if frame[9] > 1 else b"\x11"  # across and down, 4 bits each
-    across, down = (8 * max(sampling >> shift & 15 for sampling in samplings) for shift in (4, 0))
-    return -(-int.from_bytes(frame[7:9], "big") // across) * -(-rows // down)
-
-
-def _end(rows: int) -> int:
-    """Where to stop: whole blocks, so that scaled rows stay where they were."""
-    return -(-(rows + _BELOW) // 8) * 8
-
-
-class Rows(NamedTuple):
-    """Decoded rows of a JPEG."""
-
-    pixels: np.ndarray | None  # (h, w) or (h, w, 3) uint8; None of four channels, which only Pillow decodes
-    warnings: tuple[str, ...]
-
-
-def decode_rows(jpeg: Jpeg, scale: int, rows: int | None = None) -> Rows:
+def decode_rows(jpeg: Jpeg, scale: int, rows: int | None = None) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """A JPEG, or at least its first rows.
 
     Args:
@@ -169,12 +141,14 @@ def decode_rows(jpeg: Jpeg, scale: int, rows: int | None = None) -> Rows:
         scale: 1, 2, 4 or 8; the picture is decoded at 1/scale, width and height rounded up.
         rows: of the stored picture that are needed; None is all.
 
+    Returns:
+        (h, w) or (h, w, 3) uint8, or None of four channels, which only Pillow decodes; what is odd about the file.
+
     Raises:
         DataError: picture data is missing or damaged.
     """
     less = None if rows is None else first_rows(jpeg, rows)
-    frame = (less or jpeg.data)[jpeg.frame :]
-    height, width, channels = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big"), frame[9]
+    height, width, channels = _FRAME.unpack_from(less or jpeg.data, jpeg.frame + 5)
     pixels = np.empty((-(-height // scale), -(-width // scale), channels), np.uint8)
     warnings = jpeg.warnings
     try:
@@ -193,5 +167,5 @@ def decode_rows(jpeg: Jpeg, scale: int, rows: int | None = None) -> Rows:
         if less is None:
             warnings = (*warnings, "bytes before its end")
     if channels > 3:
-        return Rows(None, warnings)
-    return Rows(pixels[:, :, 0] if channels == 1 else pixels, warnings)
+        return None, warnings
+    return pixels[:, :, 0] if channels == 1 else pixels, warnings

@@ -62,5 +62,4 @@ def transparent_pixels(image: PngImageFile) -> np.ndarray | None:
     elif raw in _LEVELS:
         largest, step = _LEVELS[raw]
         key = (key & largest) * step
-    equal = values == np.asarray(key)
-    return equal.all(axis=2) if equal.ndim == 3 else equal
+    return (values.reshape(*values.shape[:2], -1) == np.asarray(key)).all(axis=2)

@@ -240,7 +240,6 @@ class Preprocess:
         return padded
 
     def _cropped(self, decoded: Decoded, method: Image.Resampling, exact: bool) -> Image.Image:
-        """Scale to cover and crop."""
         image, (height, width), content, _ = decoded
         rows, columns = (round(side / self.crop_fraction) for side in self.size)  # which the scaled picture covers
         # One side is met exactly, the other rounded down, as torchvision does.

@@ -36,7 +36,7 @@ _MEANINGS = {
 }
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _FORMATS = {_UNSIGNED: "unsigned integers", _SIGNED: "signed integers", _FLOAT: "floating-point numbers"}
-_ALPHA = ((1,), (2,), (999,))  # associated, unassociated, and Corel Draw's own number for it
+_EXTRA = ((), (1,), (2,), (999,))  # none, or alpha: associated, unassociated, and Corel Draw's own number for it
 _BANDS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _PALETTE: 1, _RGB: 3, _YCBCR: 3, _CMYK: 4}  # without extra ones
 
 
@@ -64,10 +64,10 @@ def open_tiff(file: BinaryIO) -> tiff.TiffImageFile:
     with contextlib.suppress(SyntaxError):  # what Pillow raises for a layout that it does not know
         # Bits that run from right to left are a habit of fax; compressed numbers are not always brought into order.
         turned = tags.get(tiff.FILLORDER, 1) != 1 and kind != (1, _UNSIGNED)
-        turned |= (
+        swapped = (
             head.startswith(b"MM") and compression != _RAW and kind in ((16, _SIGNED), (32, _SIGNED), (32, _FLOAT))
         )
-        if not turned and _certain(meaning, kind, bands, extra, planes, compression):
+        if not turned and not swapped and _certain(meaning, kind, bands, extra, planes, compression):
             image = tiff.TiffImageFile(file)
             if compression in (_JPEG, *_DEFLATE):
                 _check_parts(file, tags, compression)
@@ -108,12 +108,7 @@ def _certain(
     meaning: int, kind: tuple[int, ...], bands: int, extra: tuple[int, ...], planes: bool, compression: int
 ) -> bool:
     """Whether Pillow's pixels are known to be the file's; ``kind`` is (bits, format) where samples have the same."""
-    if (
-        compression == _OLD_JPEG
-        or meaning not in _BANDS
-        or bands != _BANDS[meaning] + len(extra)
-        or (extra and extra not in _ALPHA)
-    ):
+    if compression == _OLD_JPEG or extra not in _EXTRA or bands - len(extra) != _BANDS.get(meaning):
         return False
     match kind:
         case (1 | 2 | 4, 1):
