@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maehub.errors import IntegrityError, MaehubError, UsageError
 from maehub.images import Size
-from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Target
+from maehub.models import PRESETS, AutoencoderConfig, EncoderConfig, Pool, Target
 from maehub.weights.keys import ENCODER_MASK_TOKEN, is_decoder
 
 Config = EncoderConfig | AutoencoderConfig
@@ -105,18 +105,9 @@ def _inferred(state: Mapping[str, Tensor], hints: Hints, where: str) -> Config:
     ratio = hidden[0] / width if hidden else 4.0
     if hidden and int(width * ratio) != hidden[0]:  # as `Mlp` counts its hidden values
         ratio = math.nextafter(ratio, math.inf)
-    head = shape.get("head.weight", ())
-    encoder = EncoderConfig(
-        size,
-        patch,
-        channels,
-        width,
-        depth,
-        heads,
-        mlp_ratio=ratio,
-        classes=head[0] if head else 0,
-        pool="mean" if "fc_norm.weight" in shape else "cls",
-    )
+    head = shape.get("head.weight") or (0,)
+    pool: Pool = "mean" if "fc_norm.weight" in shape else "cls"
+    encoder = EncoderConfig(size, patch, channels, width, depth, heads, mlp_ratio=ratio, classes=head[0], pool=pool)
     if not any(is_decoder(name) for name in shape):
         return encoder
     config = AutoencoderConfig(encoder, target="unknown")

@@ -277,16 +277,9 @@ def _open(
         state = _official(path)
         network = infer_config(state if whole else from_official(state, "timm"), hints, str(path))
         files = ModelFolder(network, None, None, path, path, state=state)
-    tensors = files.tensors if whole else files.encoder_tensors
-    return build(
-        kind,
-        _official(tensors) if files.state is None else files.state,
-        files.config,
-        files.preprocess,
-        options=options,
-        origin=origin or files.origin,
-        where=str(tensors),
-    )
+    tensors, origin = files.tensors if whole else files.encoder_tensors, origin or files.origin
+    official = _official(tensors) if files.state is None else files.state
+    return build(kind, official, files.config, files.preprocess, options=options, origin=origin, where=str(tensors))
 
 
 def _described(block: config_json.Block, tensors: Path) -> ModelFolder:
