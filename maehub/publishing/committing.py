@@ -285,18 +285,23 @@ def _quiet_client(progress: bool) -> Iterator[None]:
 
     Its bars stay off where they are not wanted; what the environment says about them stays.
     """
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        httpx,
+    )
 
     def scrubbed(record: logging.LogRecord) -> bool:
         record.msg, record.args = scrub(record.getMessage()), ()
         return True
 
     with contextlib.ExitStack() as stack:
-        if not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not utils.are_progress_bars_disabled():
-            utils.disable_progress_bars()
-            stack.callback(utils.enable_progress_bars)
-        asking = logging.getLogger(utils.httpx.__name__)  # type: ignore[attr-defined]
-        for speaker in (*logging.getLogger("huggingface_hub").handlers, asking):
+        if not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled():
+            disable_progress_bars()
+            stack.callback(enable_progress_bars)
+        for speaker in (*logging.getLogger("huggingface_hub").handlers, logging.getLogger(httpx.__name__)):
             speaker.addFilter(scrubbed)
             stack.callback(speaker.removeFilter, scrubbed)
         told = stack.enter_context(warnings.catch_warnings(record=True))
