@@ -70,8 +70,7 @@ def impatient(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    for module in (client, urls):
-        monkeypatch.setattr(module, "SILENCE", 0.3)
+    monkeypatch.setattr(client, "SILENCE", 0.3)
 
 
 def fails(kind, call, *args, **options):

@@ -103,7 +103,7 @@ COMMANDS = {
     "features": ["features", "DATA/train", "-m", "vit-nano", "-o", "OUT.npz"],
     "knn": ["knn", "DATA", "-m", "vit-nano", "--neighbours", "1"],
     "predict": ["predict", "DATA/train", "-m", "untrained/vit-nano", "--classes", "2"],
-    "pretrain": ["pretrain", "DATA/train", "-o", "OUT", "--arch", "vit-nano", "--steps", "1", "--workers", "0"],
+    "pretrain": ["pretrain", "DATA/train", "-o", "OUT", "--model", "vit-nano", "--steps", "1", "--workers", "0"],
 }
 
 

@@ -26,7 +26,7 @@ from maehub.train.pretraining.views import Crops
 
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("b.jpg", "a/2.PNG", "a/10.jpeg", "B.webp", "a/notes.txt", "c/d/e.tiff", "readme", "x.heic", "y.heic",
+    for name in ("b.jpg", "a/2.PNG", "a/10.jpeg", "B.webp", "a/notes.txt", "c/d/e.tiff", "readme", "x.psd", "y.psd",
                  ".hidden.jpg", ".cache/z.jpg", "a/._2.png"):  # fmt: skip
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +53,8 @@ def test_ids_follow_from_the_name_below_the_folder(tree, tmp_path):
 
 
 def test_one_file_and_a_list_keep_what_was_given(tree):
-    samples = find_images(tree / "x.heic")  # named itself, so its ending does not matter
-    assert list(samples.paths()) == [os.fsencode(tree / "x.heic")]
+    samples = find_images(tree / "x.psd")  # named itself, so its ending does not matter
+    assert list(samples.paths()) == [os.fsencode(tree / "x.psd")]
     given = [tree / "b.jpg", str(tree / "a/2.PNG"), b"gone.jpg", tree / "b.jpg"]
     assert list(find_images(given).paths()) == [os.fsencode(path) for path in given]
 
@@ -69,7 +69,7 @@ def test_row_46_nothing_there(tree, tmp_path):
         (tree / name).unlink()
     with pytest.raises(DataError) as caught:
         find_images(tree)
-    assert f"0 images in {tree}; found 2 .heic, 1 .txt, 1 without an ending" in str(caught.value).replace(
+    assert f"0 images in {tree}; found 2 .psd, 1 .txt, 1 without an ending" in str(caught.value).replace(
         "1 without an ending, 1 .txt", "1 .txt, 1 without an ending"
     )
     assert len(str(caught.value).splitlines()) <= 6
@@ -222,18 +222,18 @@ def test_what_a_source_says_of_a_file(tree):
     (tree / "B.webp").unlink()
     assert samples.size(0) == -1
     assert samples.prefetch([0, 1]) is None
-    assert find_samples(str(tree / "x.heic")).name(0) == os.fsencode(tree / "x.heic")
+    assert find_samples(str(tree / "x.psd")).name(0) == os.fsencode(tree / "x.psd")
     again = pickle.loads(pickle.dumps(samples))  # noqa: S301
     assert again.digest() == samples.digest()
 
 
 def test_a_list_names_files_line_by_line(tree, tmp_path):
-    lines = ["# chosen by hand", "", "photos/b.jpg", f"{tree}/a/2.PNG", "  ", "photos/x.heic", "photos/b.jpg"]
+    lines = ["# chosen by hand", "", "photos/b.jpg", f"{tree}/a/2.PNG", "  ", "photos/x.psd", "photos/b.jpg"]
     for end, start in (("\n", ""), ("\r\n", "\ufeff")):
         (tmp_path / "list.txt").write_bytes((start + end.join(lines)).encode())
         samples = find_samples(tmp_path / "list.txt")
         assert [samples.name(i) for i in range(4)] == [
-            b"photos/b.jpg", os.fsencode(tree / "a/2.PNG"), b"photos/x.heic", b"photos/b.jpg"
+            b"photos/b.jpg", os.fsencode(tree / "a/2.PNG"), b"photos/x.psd", b"photos/b.jpg"
         ]  # fmt: skip
         assert samples.source(0) == os.fsencode(tmp_path / "photos/b.jpg")
         assert samples.source(1) == os.fsencode(tree / "a/2.PNG")
