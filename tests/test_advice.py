@@ -1547,7 +1547,6 @@ NOT_FOLLOWED = {
         ("weights.library_settings.transformers_transform", "resample="),
     ],
     "no advice: a card, a table, a label, a hash": [
-        ("conversion.library_folders._page", ""),
         ("features.extraction._provenance", ""),
         ("hub.catalog.markdown_table", ""),
         ("hub.urls._stream", ""),
