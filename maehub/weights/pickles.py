@@ -165,8 +165,9 @@ def read_pickle(path: str | Path) -> Pickled:
             f"reading the pickle {path} needs torch {_SAFE_TORCH[0]}.{_SAFE_TORCH[1]} or newer, and this is {version}: "
             "the restricted reader of older ones can be broken out of. Nothing was read; update torch"
         )
-    mapped = not str(path).endswith(".safetensors") and zipfile.is_zipfile(path)  # torch goes by that ending
     try:
+        check_regular(path)
+        mapped = not str(path).endswith(".safetensors") and zipfile.is_zipfile(path)  # torch goes by that ending
         with safe_globals([*_ALLOWED, *_outline(path)]), open(path, "rb") as file:
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except IntegrityError:
@@ -200,7 +201,6 @@ def read_pickle(path: str | Path) -> Pickled:
 
 def _outline(path: str | Path) -> list[Any]:
     """Refuse a file that would cost more than its bytes; what torch's reader is to allow, kinds by their names."""
-    check_regular(path)
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
         file.seek(0)
