@@ -1548,7 +1548,6 @@ NOT_FOLLOWED = {
     ],
     "no advice: a card, a table, a label, a hash": [
         ("features.extraction._provenance", ""),
-        ("hub.catalog.markdown_table", ""),
         ("hub.urls._stream", ""),
         ("publishing.pushing.push", "maehub push: {kind}"),
         ("publishing.provenance._of_probe", ""),
