@@ -289,8 +289,8 @@ def test_a_second_damage_at_the_same_step_loses_nothing(run):
     assert names(run) == ["step-2", "step-4.2.corrupt", "step-4.corrupt"]
 
 
-@pytest.mark.parametrize("version", [2, "2", 1.5, None, [1]])
-def test_row_33_another_format_is_refused_and_left_alone(run, version):
+@pytest.mark.parametrize("version", [2, 10**6])
+def test_row_33_a_newer_format_is_refused_and_left_alone(run, version):
     path = run / "checkpoints" / "step-4" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     with pytest.raises(CheckpointError, match=re.escape(f"format {version!r}, and this maehub reads 1")):

@@ -17,7 +17,6 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 
 import maehub
-from maehub.conversion import conversion
 from maehub.errors import HubError, IntegrityError, UsageError
 from maehub.hub import catalog
 from maehub.hub import loading as hub_module
@@ -26,6 +25,7 @@ from maehub.models.autoencoder import AutoencoderConfig, MaskedAutoencoder
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.weights.keys import from_official
 from maehub.weights.model_folder import pack
+from maehub.weights.pickles import read_pickle
 from maehub.weights.tensorfile import read_header, write_tensors
 
 ASSETS = Path(maehub.__file__).parent / "assets"
@@ -166,7 +166,7 @@ def test_an_official_pickle_is_converted_once(small_rows, tmp_path, monkeypatch,
     monkeypatch.setattr(hub_module, "read_pickle", lambda path: pytest.fail("read again"))
     assert same_weights(maehub.load_autoencoder("vit-b-normpix-full"), mae)
     assert not small_rows.log
-    monkeypatch.setattr(hub_module, "read_pickle", conversion.read_pickle)
+    monkeypatch.setattr(hub_module, "read_pickle", read_pickle)
     converted.write_bytes(converted.read_bytes()[:-4] + b"\1\2\3\4")
     assert same_weights(maehub.load_autoencoder("vit-b-normpix-full", verify=True), mae)
 

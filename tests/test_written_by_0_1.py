@@ -163,7 +163,7 @@ def test_a_finished_run_is_not_made_longer_by_another_version(monkeypatch, capsy
     before = {path: path.read_bytes() for path in Path("longer").rglob("*") if path.is_file()}
     assert cli.main([*words, "--resume"]) == 0
     assert cli.main([*words, "--resume", "--epochs", "4"]) == 2
-    assert "or start a new run from its weights: `maehub finetune … -m longer`." in capsys.readouterr().err
+    assert "or start a new run from its weights: `maehub finetune … -m RUN`." in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("longer").rglob("*") if path.is_file()} == before
 
 

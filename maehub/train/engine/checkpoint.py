@@ -178,7 +178,7 @@ def _verified(folder: Path, step: int) -> Progress:
     """What a manifest says, once every byte was compared with it."""
     manifest = read_json(folder / _MANIFEST)
     version = manifest.get("format", _FORMAT)
-    if version != _FORMAT:
+    if type(version) is int and version > _FORMAT:
         raise CheckpointError(
             f"checkpoint {folder} has format {version!r}, and this maehub reads {_FORMAT}. Nothing was changed. "
             "Update maehub."
@@ -186,7 +186,7 @@ def _verified(folder: Path, step: int) -> Progress:
     try:
         progress = Progress(**manifest["progress"])
         kinds = [type(value) for value in vars(progress).values()]
-        if kinds != [int, dict, str, int, int] or progress.processes < 1:
+        if version != _FORMAT or kinds != [int, dict, str, int, int] or progress.processes < 1:
             raise TypeError("a value of another type")
         listed = manifest["files"]
         wanted = {*listed, *(() if is_sharded(folder) else _FILES)}
