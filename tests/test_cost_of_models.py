@@ -11,7 +11,6 @@ import signal
 import struct
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import peak
 from pyarrow import parquet
 from safetensors.torch import save_file
 
@@ -42,23 +42,15 @@ from maehub.weights import read_pickle
 MEGABYTE = 2**20
 
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def memory(kind):
-    return next(int(line.split()[1]) // 1024 for line in STATUS.read_text().splitlines() if line.startswith(kind))
-
-
 @contextlib.contextmanager
 def bounded(*files, seconds=60):
     """What is read in the block is refused by an error of ours that names the file, and within the budget."""
     gc.collect()
-    CLEAR.write_text("5")  # the peak begins anew
-    before, begun = memory("VmRSS"), time.monotonic()
-    with pytest.raises(MaehubError) as caught:
+    begun = time.monotonic()
+    with peak() as grown, pytest.raises(MaehubError) as caught:
         yield caught
-    taken, size = memory("VmHWM") - before, sum(file.stat().st_size for file in files if file.is_file()) / MEGABYTE
-    assert taken < 512 + 8 * size, f"{taken} MB"
+    size = sum(file.stat().st_size for file in files if file.is_file()) / MEGABYTE
+    assert grown[0] / 1024 < 512 + 8 * size, f"{grown[0] / 1024:.0f} MB"
     assert time.monotonic() - begun < seconds  # against what never ends
     assert files[0].name in str(caught.value)
 
@@ -373,16 +365,15 @@ def read_or_refused(folder, file, text):
     """A folder with another text in one of its files costs little, whether or not it can be read."""
     original = (folder / file).read_text()
     (folder / file).write_text(text)
-    CLEAR.write_text("5")
-    before = memory("VmRSS")
     refused = None
-    try:
-        maehub.load(folder).preprocess(np.zeros((9, 9, 3), np.uint8))
-    except MaehubError as error:
-        refused = error
-    finally:
-        (folder / file).write_text(original)
-    assert memory("VmHWM") - before < 512
+    with peak() as grown:
+        try:
+            maehub.load(folder).preprocess(np.zeros((9, 9, 3), np.uint8))
+        except MaehubError as error:
+            refused = error
+        finally:
+            (folder / file).write_text(original)
+    assert grown[0] / 1024 < 512
     assert refused is None or (refused.exit_code in (2, 4) and "model" in str(refused))
 
 

@@ -79,7 +79,7 @@ IN_PYTHON = [
 ]
 # Code that is only parsed: a page, words of a block or of one of its lines, and why.
 PARSED = [
-    ("README.md", "scripts/demo", "installs; .ci/run runs it"),
+    ("README.md", "scripts/demo", "installs a whole environment"),
     ("README.md", "scripts/test", "this test is run by it"),
     ("README.md", "maehub push", "a Hub; tests/test_publishing.py pushes"),
     ("CONTRIBUTING.md", "scripts/", "whole runs of their own"),

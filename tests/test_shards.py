@@ -405,6 +405,12 @@ def test_few_files_are_kept_open(tmp_path):
         assert len(os.listdir("/proc/self/fd")) <= before + storage._OPEN_FILES
 
 
+def test_a_system_without_a_limit_of_open_files_keeps_some():
+    code = "import resource; resource.getrlimit = lambda _: (resource.RLIM_INFINITY,) * 2\n"
+    code += "from maehub.data import storage; print(storage._OPEN_FILES)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "64\n"
+
+
 # -- behind an address
 
 

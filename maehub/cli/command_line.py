@@ -12,13 +12,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from maehub.cli import commands
 from maehub.cli.commands import Shared, measuring
-from maehub.cli.help_page import help_page
 from maehub.cli.parsing import parsed
 from maehub.cli.reconstruct import run_reconstruct
 from maehub.errors import EXIT_DONE, EXIT_INTERRUPTED, SPACES, CheckpointError, MaehubError, UsageError, log, visible
@@ -155,6 +153,8 @@ def _run(words: list[str], shared: Shared) -> int:
         return EXIT_DONE
     name, *rest = words
     if name not in COMMANDS:
+        from difflib import get_close_matches  # here, like what only some lines need, for a quick start
+
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise UsageError(f"there is no command {name[:80]!r}; {hint}")
@@ -162,6 +162,8 @@ def _run(words: list[str], shared: Shared) -> int:
     arguments = getattr(import_module(f"maehub.{module}"), kind)
     asked = set(itertools.takewhile(lambda word: word != "--", rest)) & {"-h", "--help", "--help-all"}
     if asked:
+        from maehub.cli.help_page import help_page
+
         print(help_page(name, arguments, _SHARED_HELP, everything="--help-all" in asked))
         return EXIT_DONE
     return COMMANDS[name].run(parsed(name, arguments, rest), shared)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from maehub import hub
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
 from maehub.files import check_place, read_words
-from maehub.hub import clean_cache, download, list_models, locate, model_info, verify
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
@@ -33,7 +33,7 @@ class Shared(NamedTuple):
 
 
 def run_list(config: "arguments.List", shared: Shared) -> int:
-    rows = [model_info(name) for name in list_models(config.pattern)]
+    rows = [hub.model_info(name) for name in hub.list_models(config.pattern)]
     if not rows:
         raise UsageError(f"no model is called {config.pattern!r}; `maehub list` shows all of them")
     header = ("NAME", "SIZE", "ROLE", "TARGET", "LICENCE", "SOURCE")
@@ -48,22 +48,24 @@ def run_list(config: "arguments.List", shared: Shared) -> int:
 
 
 def run_info(config: "arguments.Info", shared: Shared) -> int:
-    info = model_info(config.name)
+    info = hub.model_info(config.name)
     return report(shared._replace(quiet=False), info.to_dict(), info.describe())
 
 
 def run_download(config: "arguments.Download", shared: Shared) -> int:
-    path = download(config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout)
+    path = hub.download(
+        config.name, revision=config.revision, cache_dir=config.cache_dir, lock_timeout=config.lock_timeout
+    )
     return report(shared, {"path": str(path)}, f"{config.name} is at {path}")
 
 
 def run_cache(config: "arguments.Cache", shared: Shared) -> int:
-    cleaned = clean_cache(config.cache_dir, dry_run=config.dry_run)
+    cleaned = hub.clean_cache(config.cache_dir, dry_run=config.dry_run)
     return report(shared, cleaned.to_dict(), cleaned.describe())
 
 
 def run_verify(config: "arguments.Verify", shared: Shared) -> int:
-    checked = verify(config.source)
+    checked = hub.verify(config.source)
     lines = [f"{entry.sha256[:12]}  {entry.compared_with:<22}  {entry.path}" for entry in checked]
     facts = {"files": [entry._asdict() | {"path": str(entry.path)} for entry in checked]}
     return report(shared, facts, "\n".join(lines))
@@ -138,7 +140,7 @@ def run_push(config: "arguments.Push", shared: Shared) -> int:
 
 def run_features(config: "arguments.Features", shared: Shared) -> int:
     size = wanted_size(config.image_size)
-    found = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
+    found = hub.locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.features import extract_features
     from maehub.hub import load
 
@@ -225,7 +227,7 @@ def run_probe(config: Any, shared: Shared) -> int:
 
 def run_predict(config: Any, shared: Shared) -> int:
     size = wanted_size(config.image_size)
-    located = locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
+    located = hub.locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.data import find_images
     from maehub.features import check_bad_files
     from maehub.hub import load

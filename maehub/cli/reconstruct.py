@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maehub import hub
 from maehub.cli.commands import Shared, report, wanted_size
 from maehub.errors import UsageError
 from maehub.files import write_error
-from maehub.hub import locate
 
 if TYPE_CHECKING:
     from maehub.cli.arguments import Reconstruct
@@ -29,7 +29,7 @@ def run_reconstruct(config: "Reconstruct", shared: Shared) -> int:
     outs = _figure_paths(images, config.out) if one_each else [config.out]
     if taken := [out for out in outs if out.exists() and not config.overwrite]:
         raise UsageError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
-    found = locate(config.model, "autoencoder")
+    found = hub.locate(config.model, "autoencoder")
     if one_each:
         if config.out.exists() and not config.out.is_dir():
             raise UsageError(f"{config.out} is a file; name a folder, or a figure by its ending such as .png")

@@ -17,7 +17,8 @@ from maehub.errors import DataError, MaehubError, MissingDependencyError, UsageE
 from maehub.images import printable
 
 # Kept open by a process, since opening is what a network filesystem is slow at; the rest is for pipes and libraries.
-_OPEN_FILES = min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
+_MAY_OPEN, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+_OPEN_FILES = 64 if _MAY_OPEN == resource.RLIM_INFINITY else min(64, _MAY_OPEN // 8)
 _REQUESTS = 16  # under way at once
 _STAMPS = ("ETag", "etag", "md5", "content_md5", "mtime", "LastModified", "last_modified", "created")
 

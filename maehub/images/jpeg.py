@@ -27,6 +27,7 @@ _END = b"\xff\xd9"
 _FRAME = struct.Struct(">HHB")  # height, width and channels, 5 bytes behind the beginning of its header
 # What is no marker, a marker after its padding, and how long its segment is; linear, since nothing is tried again.
 _MARKER = re.compile(rb"([^\xff]*+)\xff++(.)(..)", re.DOTALL)
+_SCAN_OR_END = re.compile(rb"\xff(?:\xda(?=(..)(.))|\xd9)", re.DOTALL)  # how long a header is, of how many channels
 _BELOW = 16  # rows that colour of half the resolution is smoothed over, and more
 _GROUP = 32  # rows and columns of the largest group of blocks, which is decoded whole
 _SCANS = 16  # of a progressive picture, more than encoders write
@@ -79,27 +80,35 @@ def read_jpeg(data: bytes) -> Jpeg:
         elif code not in _TABLES and not (code == _EXIF and segment[4:10] == b"Exif\0\0"):
             segment.clear()
         kept += segment
-    end = data.find(_END, start) % (len(data) + 1)  # without one, that of the file
-    _check_scans(data[start:end], kept[frame:])  # what follows may be another picture, with its own scans
-    if end + len(_END) < len(data):
+    if _check_scans(data, start, kept[frame:]) + len(_END) < len(data):
         warnings.append("bytes after its end")
     return Jpeg(bytes(kept + data[start:]), frame, len(kept), restarts, tuple(dict.fromkeys(warnings)))
 
 
-def _check_scans(scans: bytes, frame: bytearray) -> None:
-    """Each scan adds bits of coefficients of some channels: in the end all of them must have come."""
+def _check_scans(data: bytes, start: int, frame: bytearray) -> int:
+    """Each scan adds bits of coefficients of some channels: in the end all of them must have come.
+
+    Gives where the end is; what follows may be another picture, with its own scans.
+    """
     height, width, channels = _FRAME.unpack_from(frame, 5)
-    count = scans.count(b"\xff\xda")
-    if count > _SCANS and count * max(height, _GROUP) * max(width, _GROUP) > _SCANNED:
-        raise DataError(f"it is a JPEG of {width}×{height} pixels in {count:,} scans, which take too long to decode")
-    bits_left = np.full((256, 64), 16)  # by the number of a channel; of each coefficient, lowest frequency first
-    for header in re.finditer(rb"\xff\xda(?=(..)(.))", scans, re.DOTALL):
+    headers, end = [], len(data)
+    for mark in _SCAN_OR_END.finditer(data, start):
+        if mark[1] is None:
+            end = mark.start()
+            break
+        headers.append(mark)
+    if len(headers) > _SCANS and len(headers) * max(height, _GROUP) * max(width, _GROUP) > _SCANNED:
+        scans = f"{len(headers):,} scans"
+        raise DataError(f"it is a JPEG of {width}×{height} pixels in {scans}, which take too long to decode")
+    bits_left = np.full((256, 64), 16, np.uint8)  # by the number of a channel; of each coefficient, lowest first
+    for header in headers:
         length = int.from_bytes(header[1], "big")
-        if length == 6 + 2 * header[2][0] <= len(scans) - header.end():
-            *names, first, last, bits = scans[header.end() + 3 : header.end() + length]
+        if length == 6 + 2 * header[2][0] <= end - header.end():
+            *names, first, last, bits = data[header.end() + 3 : header.end() + length]
             bits_left[names[::2], first : last + 1] = bits & 15
     if bits_left[list(frame[10 : 10 + 3 * channels : 3])].any():
         raise DataError("its picture data is damaged: scans are missing")
+    return end
 
 
 def first_rows(jpeg: Jpeg, rows: int) -> bytearray | None:
