@@ -38,13 +38,8 @@ SHELLS = ("sh", "bash", "console")
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-SLOW = ["docs/data.md"]  # trains something; `scripts/test --all` runs it
-# Pages whose blocks are compiled and parsed, but not run: each trains several networks, which takes minutes.
-UNRUN = [
-    "README.md",
-    *(f"docs/{name}.md" for name in "finetuning pretraining probing quickstart recipes vit-nano".split()),
-]
-PYTHON = ["README.md", "docs/quickstart.md"]  # whose Python trains nothing
+SLOW = ["README.md", "docs/probing.md", "docs/recipes.md"]  # many small trainings; `scripts/test --all` runs them
+PYTHON = ["README.md"]  # of these, whose Python trains nothing
 
 # ---- what stands for what
 
@@ -296,7 +291,7 @@ class Reader:
                     self.command(line)
 
     def command(self, line):
-        line = changed(line.partition("  #")[0].strip(), IN_COMMANDS)
+        line = changed(re.split(r"\s#", line)[0].strip(), IN_COMMANDS)
         out = re.search(r"(?<= -o )\S+", line)
         if out and "--resume" not in line and self.made.get(out[0]) != self.block:
             self.clear(out[0])
@@ -322,7 +317,7 @@ EXITS = {}
             path, marks=[pytest.mark.slow, pytest.mark.timeout(1800)] * (name_of(path) in SLOW), id=name_of(path)
         )
         for path in PAGES
-        if name_of(path) not in UNRUN and any(language in ("python", *SHELLS) for language, _ in blocks(path))
+        if any(language in ("python", *SHELLS) for language, _ in blocks(path))
     ],
 )
 def test_the_code_of_a_page_runs(path, folder):
