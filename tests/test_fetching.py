@@ -831,6 +831,15 @@ def test_an_address_that_never_ends_is_given_up(dripping, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interim_answer_is_no_file(dripping, tmp_path):
+    """The client takes any of them but 100 for the whole answer, whose body is empty."""
+    dripping.says = (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", b"x")
+    label = client.DownloadLabel("x", "x.pth")
+    text = fails(HubError, urls.get_from_url, f"http://{dripping.host}/x.pth", tmp_path / "x.pth", label)
+    assert "HTTP 103" in text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("says", ["headers", "interim answers"])
 def test_a_hub_that_never_ends_its_answer_is_given_up(hub, vit_b, dripping, says, monkeypatch):
     dripping.says = REPEATED[says]

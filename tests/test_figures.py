@@ -395,11 +395,14 @@ def test_orientation_is_applied_once(photo, tmp_path):
             )
 
 
+_STATUS = {"missing": 404, "hints": 103}
+
+
 class _Server(http.server.BaseHTTPRequestHandler):
     body = b""
 
     def do_GET(self):
-        self.send_response(404 if "missing" in self.path else 200)
+        self.send_response(next((status for word, status in _STATUS.items() if word in self.path), 200))
         self.end_headers()
         self.wfile.write(self.body)
 
@@ -427,6 +430,8 @@ def test_an_address_is_fetched(address, photo, monkeypatch):
     with pytest.raises(HubError, match=r"/missing.png cannot be fetched: the server answered 404") as caught:
         reconstruct(model(), f"{address}/missing.png?token=secret")
     assert "secret" not in str(caught.value)
+    with pytest.raises(HubError, match=r"/hints.png cannot be fetched: the server answered 103"):
+        reconstruct(model(), f"{address}/hints.png")
     monkeypatch.setattr(pictures, "MAX_BYTES", 100)
     with pytest.raises(DataError, match=r"cat.png.*larger than"):
         reconstruct(model(), f"{address}/cat.png")

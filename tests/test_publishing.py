@@ -28,11 +28,11 @@ from maehub.cli import command_line as cli
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError, visible
 from maehub.files import markdown_text
 from maehub.models.encoder import Origin
-from maehub.publishing import pushing, repository
+from maehub.publishing import provenance, pushing, repository
 from maehub.publishing.gate import Verdict
 from maehub.publishing.leaks import refuse_leaks
 from maehub.publishing.licences import Licence, settle_licence
-from maehub.publishing.provenance import Provenance, _public_name, base_model_of, public_origin
+from maehub.publishing.provenance import Provenance, _public_name, base_model_of, public_origin, read_run
 from maehub.publishing.published_card import published_card
 from maehub.publishing.pushing import push
 from maehub.train import FinetuneConfig, PretrainConfig, finetune, pretrain
@@ -110,6 +110,24 @@ def fails(kind, *args, **options):
     assert len(text.splitlines()) <= 6
     assert TOKEN not in text
     return text
+
+
+@pytest.mark.parametrize("line", [b"{", b"5", b"\xff", b"[" * 100_000], ids=["half", "number", "bytes", "nested"])
+def test_a_broken_curve_is_not_published(line, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n' + line)
+    with pytest.raises(IntegrityError, match=r"metrics.jsonl has a line that is no JSON object"):
+        read_run(tmp_path, None)
+
+
+def test_a_curve_without_end_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n" * 1001)
+    monkeypatch.setattr(provenance, "_MOST_METRICS", 1000)
+    with pytest.raises(IntegrityError, match=r"metrics.jsonl is too long: it has 1,001 bytes"):
+        read_run(tmp_path, None)
 
 
 # -- a run becomes a repository ----------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def _fetch(address: str, content: bytearray) -> None:
     shown, end = _without_secrets(address), time.monotonic() + _DEADLINE
     try:
         with requests.get(address, stream=True, timeout=_PATIENCE) as answer:
-            if not answer.ok:
+            if answer.status_code != 200:
                 raise HubError(f"{shown} cannot be fetched: the server answered {answer.status_code} {answer.reason}")
             for piece in answer.iter_content(2**16):
                 content += piece

@@ -51,7 +51,8 @@ def _stream(session: "requests.Session", url: str, file: BinaryIO, label: client
         with session.get(url, headers=headers, stream=True, timeout=(client.SILENCE, client.SILENCE)) as answer:
             for step in (*answer.history, answer):
                 client.no_downgrade(url, urljoin(step.url, step.headers.get("Location", step.url)), label)
-            answer.raise_for_status()
+            if answer.status_code not in (200, 206):  # an interim answer too, which the client takes for the whole
+                raise requests.HTTPError(response=answer)
             total = _prepare(answer, file, label)
             for size in _take_body(answer, file, total, label):
                 received += size

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maehub.errors import IntegrityError
-from maehub.files import read_json
+from maehub.files import read_json, read_small
 from maehub.hub import is_model, model_info
 from maehub.models import PRESETS, Origin
 from maehub.train.engine import RunConfig, option
@@ -18,6 +18,7 @@ from maehub.train.pretraining import PretrainConfig
 
 # Settings that say where and how a run was carried out, or name something of the user's.
 _NOT_TOLD = {field.name for field in fields(RunConfig)} - {"precision", "seed"} | {"knn", "quiet"}
+_MOST_METRICS = 2**29  # bytes of metrics.jsonl: a few million steps
 _CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}
 _NAMES_DATA = ("group", "label")  # settings whose values are names in the user's data
 _NUMBERS = (*("step", "loss", "lr", "grad_norm", "val_loss", "mean_fill", "interpolation", "top1", "n"), "val_top1")
@@ -58,11 +59,12 @@ def read_run(folder: Path, origin: Origin | None) -> Provenance:
     config |= {name: _public_name(str(config[name]), origin) for name in ("model", "from_") if config.get(name)}
     settings = config.get("settings") or {}
     entries, metrics = [], folder / "metrics.jsonl"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+    for line in read_small(metrics, most=_MOST_METRICS).splitlines() if metrics.exists() else []:
         try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise IntegrityError(f"{metrics} has a line that is no JSON: {line[:60]!r}; nothing was sent") from error
+            entries.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            text = line[:60].decode(errors="replace")
+            raise IntegrityError(f"{metrics} has a line that is no JSON object: {text!r}; nothing was sent") from error
     curve = tuple({key: one[key] for key in _NUMBERS if isinstance(one.get(key), int | float)} for one in entries)
     batch = (settings or config).get("batch_size") or 0
     speeds = [one.get("images_per_second") for one, numbers in zip(entries, curve, strict=True) if "loss" in numbers]
