@@ -45,8 +45,11 @@ class _Moved(type(sys)):
         if name.startswith("__"):
             raise AttributeError(name)
         now = _MOVED[self.__name__]
+        value = getattr(import_module(now), name)
+        if not str(getattr(value, "__module__", "")).startswith(now):  # torch.compile asks every module for any name
+            raise AttributeError(name)
         warn(f"{self.__name__} is {now} since 0.2; the old name goes in 0.3", DeprecationWarning, stacklevel=2)
-        return getattr(import_module(now), name)
+        return value
 
 
 sys.modules.update({name: _Moved(name) for name in _MOVED if name not in sys.modules})
