@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -325,6 +326,8 @@ def test_the_code_of_a_page_runs(path, folder):
     if path.name == "identifying.md":  # the page shows the embedded model's
         os.replace("nano.pth", "checkpoint-799.pth")
     for language, code in blocks(path):
+        if "local-dir:" in code and not hasattr(timm.models._factory, "_MODEL_SOURCES"):
+            continue  # this timm reads none
         reader.do(language, code)
 
 

@@ -11,7 +11,8 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
-from timm.models import PretrainedCfg, save_for_hf
+from timm.models import PretrainedCfg
+from timm.models._hub import save_for_hf  # where it is in every version
 from transformers import (
     BitImageProcessorPil,
     ViTConfig,
