@@ -667,21 +667,24 @@ def test_row_84_ctrl_c_while_training_and_going_on(crowd, tmp_path, run):
         ("features PHOTOS -o no/f.npz", "does not exist"),
         ("features PHOTOS -o f.txt", ".safetensors"),
         ("features PHOTOS -o f.csv --pool map", "one vector a picture"),
+        ("features PHOTOS -o f.csv --skip-bad", "bad_files.csv exists"),
         ("reconstruct -o there.png", "there.png exists"),
         ("reconstruct -o no/r.png", "does not exist"),
         ("reconstruct -o r.zzz", "not a format"),
         ("reconstruct -o r.txt", "not a format"),
         ("reconstruct -o there", "is a file"),
         ("pretrain PHOTOS -o full --steps 1", "full exists"),
-        ("pretrain PHOTOS -o there --steps 1", "there"),
+        ("pretrain PHOTOS -o there --steps 1", "there exists"),
         ("pretrain PHOTOS -o full --steps 1 --overwrite", "no run folder"),
-        ("convert NANO -o full --heads 6", "full"),
+        ("convert NANO -o full --heads 6", "full exists"),
+        ("convert gone.pth -o full", "full exists"),
         ("data check PHOTOS -o there.csv", "there.csv exists"),
         ("data check PHOTOS -o folder.csv", "is a folder"),
         ("data check PHOTOS -o no/c.csv", "does not exist"),
         ("predict PHOTOS -m CLASSIFIED/classifier -o there.csv", "there.csv exists"),
         ("predict PHOTOS -m CLASSIFIED/classifier -o folder.csv", "is a folder"),
         ("predict PHOTOS -m CLASSIFIED/classifier -o no/p.csv", "does not exist"),
+        ("predict PHOTOS -m CLASSIFIED/classifier -o p.csv --skip-bad", "bad_files.csv exists"),
         ("predict PHOTOS -m CLASSIFIED/classifier -o p.txt", "are written as .csv or .json"),
         ("evaluate CLASSIFIED/pictures -m CLASSIFIED/classifier -o full", "full exists"),
         ("evaluate CLASSIFIED/pictures -m CLASSIFIED/classifier -o full --overwrite", "is not overwritten"),
@@ -699,7 +702,7 @@ def test_row_84_ctrl_c_while_training_and_going_on(crowd, tmp_path, run):
     ],
 )
 def test_row_85_outputs_are_refused_before_the_work(run, idle, photos, classified, tmp_path, words, says):
-    for name in ("there", "there.npz", "there.png", "there.csv", "there.json"):
+    for name in ("there", "there.npz", "there.png", "there.csv", "there.json", "bad_files.csv"):
         (tmp_path / name).write_text("mine")
     for folder in ("folder.npz", "folder.png", "folder.csv", "full"):
         (tmp_path / folder).mkdir()

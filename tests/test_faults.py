@@ -250,18 +250,24 @@ def test_a_device_that_runs_out_is_asked_for_less(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["__init__", "add_scalar", "close"])
-def test_row_63_a_failing_tensorboard_is_a_warning(pictures, tmp_path, monkeypatch, caplog, method):
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("__init__", FULL), ("add_scalar", FULL), ("add_scalar", ValueError("queue shut")), ("close", FULL)],
+)
+def test_row_63_a_failing_tensorboard_is_a_warning(pictures, tmp_path, monkeypatch, caplog, method, error):
     from torch.utils.tensorboard import SummaryWriter
 
     def failing(*arguments, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(SummaryWriter, method, failing)
     assert pretrain(config_of(pictures, tmp_path / "run", tensorboard=True)).exit_code == 0
     warned = [record.getMessage() for record in caplog.records if "TensorBoard" in record.getMessage()]
     assert len(warned) == (method != "close")  # when all is written nothing is lost
-    assert all("No space left on device; the run goes on" in line for line in warned)
+    assert all(f"{error}; the run goes on" in line for line in warned)
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 

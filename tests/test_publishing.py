@@ -371,15 +371,19 @@ def test_row_79_what_the_weights_and_the_configuration_say_is_searched_too(chang
 SECRET = "hf_" + "A" * 34
 
 
-@pytest.mark.parametrize("place", ["text", "the token in use", "a name of the data", "a user name and host"])
+@pytest.mark.parametrize(
+    "place", ["text", "the token in use", "a name of the data", "a user name and host", "the home folder"]
+)
 @pytest.mark.parametrize("ending", ["json", "jsonl", "md", "txt", "csv", "sha256", "", "safetensors", "png", "jpg"])
 def test_row_79_every_file_is_searched(place, ending, tmp_path, monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "jdoe")
+    monkeypatch.setenv("HOME", "/jane")
     words = {
         "text": SECRET,
         "the token in use": "t/o/k",
         "a name of the data": "st-marys",
         "a user name and host": "jdoe@box",
+        "the home folder": "/jane",
     }
     path = tmp_path / f"x.{ending}".rstrip(".")
     if ending == "safetensors":
@@ -397,6 +401,27 @@ def test_row_79_every_file_is_searched(place, ending, tmp_path, monkeypatch):
     _, leak, _ = str(error.value).split("\n")
     assert leak.startswith(f"{path.name}: {'a token of the Hub' if place == 'text' else place}")
     assert SECRET not in leak
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_row_79_push_knows_the_token_in_use_whatever_it_looks_like(given, hub, unread, monkeypatch):
+    own = "of-our-own-hub"
+    hub.tokens[own] = Token()
+    if not given:
+        monkeypatch.setenv("HF_TOKEN", own)
+    about = f"log in with {own}"
+    found = fails(UsageError, tiny(), REPO, licence="mit", about=about, token=own if given else None)
+    assert "README.md: the token in use" in found
+    assert own not in found
+    assert not sent_anything(hub)
+
+
+def test_row_79_push_knows_where_the_data_of_the_run_lay(hub, unread, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = pretrained(Path("run"), patients(Path("scans")))
+    found = fails(UsageError, run, REPO, licence="mit", about="Pictures of scans/st-marys-hospital.")
+    assert "README.md: a name of the data (scans/st-marys-hospital)" in found
+    assert not sent_anything(hub)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "x.pkl", "x.bin", "x.npz", "x.py", "x.html"])
