@@ -255,7 +255,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.mark.parametrize(
     ("method", "error"),
-    [("__init__", FULL), ("add_scalar", FULL), ("add_scalar", ValueError("queue shut")), ("close", FULL)],
+    [(method, error) for method in ("__init__", "add_scalar") for error in (FULL, ValueError("queue shut"))]
+    + [("close", FULL)],
 )
 def test_row_63_a_failing_tensorboard_is_a_warning(pictures, tmp_path, monkeypatch, caplog, method, error):
     from torch.utils.tensorboard import SummaryWriter

@@ -175,7 +175,7 @@ class RunLog:
                 raise errors.MissingDependencyError(
                     '--tensorboard needs TensorBoard: pip install "maehub[log]"'
                 ) from error
-            except OSError as error:
+            except Exception as error:  # not of files alone
                 log.warning("TensorBoard's files cannot be written: %s; the run goes on", error)
         self._above.enter_context(logging_redirect_tqdm())  # what is said meanwhile stands above the line
         self._bar = self._above.enter_context(
