@@ -290,7 +290,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 from maehub.cli.command_line import main
-words = "--model vit-nano --device cpu --quiet --steps 2 --batch-size 90 --workers 2"
+words = "--model vit-nano --device cpu --quiet --steps 1 --batch-size 90 --image-size 32 --workers 2"
 codes = [main(["data", "check", sys.argv[1]]), main(["pretrain", sys.argv[1], "-o", sys.argv[2], *words.split()])]
 sys.exit(codes != [0, 0])
 """

@@ -411,15 +411,18 @@ def test_sizes_that_no_network_has_are_refused_by_the_configuration(model_folder
     kind = request.node.callspec.params["model_folder"]
     config = model_folder / "config.json"
     original = config.read_text()
+    gc.collect()
     try:
-        for name in PLACES[kind].split():
-            place = (*INSIDE.get(kind, ()), name)
-            config.write_text(json.dumps(changed(json.loads(original), place, value)))
-            with bounded(config) as caught:
-                maehub.load(model_folder)
-            assert caught.value.exit_code == 4, place
+        with peak() as grown:
+            for name in PLACES[kind].split():
+                place = (*INSIDE.get(kind, ()), name)
+                config.write_text(json.dumps(changed(json.loads(original), place, value)))
+                with pytest.raises(MaehubError, match=r"config\.json") as caught:
+                    maehub.load(model_folder)
+                assert caught.value.exit_code == 4, place
     finally:
         config.write_text(original)
+    assert grown[0] / 1024 < 512
 
 
 # -- runs

@@ -39,7 +39,8 @@ SHELLS = ("sh", "bash", "console")
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-SLOW = ["README.md", "docs/probing.md", "docs/recipes.md"]  # many small trainings; `scripts/test --all` runs them
+# Many small trainings each; `scripts/test --all` runs them.
+SLOW = ["README.md", "docs/probing.md", "docs/recipes.md", "maehub/train/recipes.py:recipes"]
 PYTHON = ["README.md"]  # of these, whose Python trains nothing
 
 # ---- what stands for what
@@ -360,7 +361,10 @@ DOCSTRINGS = [
 ]
 
 
-@pytest.mark.parametrize(("place", "code"), DOCSTRINGS, ids=[place for place, _ in DOCSTRINGS])
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] in SLOW), id=one[0]) for one in DOCSTRINGS],
+)
 def test_the_code_of_a_docstring_runs(place, code, folder):
     compile(code, place, "exec")
     if place not in NOT_RUN:
