@@ -867,6 +867,12 @@ ROWS = [
     ),
     (
         "train.finetuning.config.FinetuneConfig",
+        "goes with neither",
+        "maehub finetune flowers -o run --head-start probe --class-weights balanced",
+        "? maehub finetune flowers -o r --class-weights balanced\n? maehub finetune flowers -o r --head-start probe",
+    ),
+    (
+        "train.finetuning.config.FinetuneConfig",
         "not both",
         "maehub finetune flowers -o run --steps 1 --epochs 1",
         "? maehub finetune flowers -o run --steps 1\n? maehub finetune flowers -o run --epochs 1",

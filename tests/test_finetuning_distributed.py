@@ -47,6 +47,7 @@ def whole(pictures, tmp_path_factory):
     linear = {"recipe": "linear", "base-lr": 2.0}
     assert cli.main(words(pictures, folder / "one", **PLAIN)) == 0
     assert cli.main(words(pictures, folder / "one-linear", **linear)) == 0
+    assert cli.main(words(pictures, folder / "one-probe", **PLAIN, head_start="probe")) == 0
     variants = {
         "ddp": PLAIN,
         "fsdp": PLAIN | {"fsdp": True},
@@ -54,6 +55,8 @@ def whole(pictures, tmp_path_factory):
         "average-ddp": PLAIN | {"ema": 0.8},
         "full": FULL,
         "linear": linear,
+        "probe": PLAIN | {"head_start": "probe"},
+        "probe-fsdp": PLAIN | {"head_start": "probe", "fsdp": True},
     }
     launch = Launch(folder, [{"words": words(pictures, folder / name, **more)} for name, more in variants.items()])
     assert launch.wait() == 0, launch.output()
@@ -93,6 +96,15 @@ def test_scores_count_every_picture_once(whole):
     """Nine pictures in two processes."""
     for name in ("one", "ddp", "fsdp"):
         assert json.loads((whole / name / "scores.json").read_text())["scores"]["n"] == 9
+
+
+@pytest.mark.parametrize("name", ["probe", "probe-fsdp"])
+def test_two_processes_start_at_the_probe_of_one(whole, name):
+    one, two = losses(whole / "one-probe"), losses(whole / name)
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+    first, second = (json.loads((whole / run / "scores.json").read_text()) for run in ("one-probe", name))
+    assert first["kept"] == second["kept"]
+    assert first["probe"]["loss"] == pytest.approx(second["probe"]["loss"], rel=1e-4)
 
 
 @pytest.mark.slow

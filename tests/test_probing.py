@@ -16,10 +16,11 @@ from maehub.cli.parsing import parsed
 from maehub.errors import DataError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train.evaluation.linear import sweep
+from maehub.train.finetuning import parts_of
 from maehub.train.probing import probing
 from maehub.train.probing.comparing import compare
 from maehub.train.probing.config import CompareConfig, KnnConfig, ProbeConfig
-from maehub.train.probing.probing import extract, fast_probe, inner_parts, knn, open_for, probe, probe_sweep, read_split
+from maehub.train.probing.probing import extract, fast_probe, knn, open_for, probe, probe_sweep, read_split
 
 TINY, CLASSES = "untrained/vit-tiny", ("dots", "plain", "stripes")
 PLAIN = {"quiet": True, "workers": 0, "device": "cpu"}
@@ -129,7 +130,7 @@ class TestProbe:
         config = ProbeConfig(folder, TINY, **QUIET)
         training = read_split(config, 0).training
         training = replace(training, groups=np.arange(48) % 8)
-        for fitted, held in inner_parts(training, 0)[0]:
+        for fitted, held in parts_of(training, 0)[0]:
             assert not set(training.groups[fitted]) & set(training.groups[held])
 
     def test_the_seed_is_that_of_the_split_that_is_made(self, folder):

@@ -202,7 +202,8 @@ def _trained(function: str, config: Any, shared: Shared) -> int:
     if result.exit_code:
         text = f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
     if scores := getattr(result, "scores", None):  # of a classifier
-        facts |= scores.summary()
+        facts |= scores.summary() | {"kept": result.kept}
+        facts |= {"probe_top1": result.probe.top1} if result.probe else {}
         text = f"{scores}\n\n{text}. {result.run}/report.html shows it"
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
         report(shared, shared.searched(facts), text)

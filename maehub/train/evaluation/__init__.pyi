@@ -7,6 +7,7 @@ from .evaluating import labelled_sheet as labelled_sheet
 from .evaluating import worst_mistakes as worst_mistakes
 from .linear import LinearFit as LinearFit
 from .linear import Trial as Trial
+from .linear import accuracy as accuracy
 from .linear import best as best
 from .linear import fit_at as fit_at
 from .linear import sweep as sweep
@@ -22,7 +23,9 @@ from .predicting import predict as predict
 from .scores import Bin as Bin
 from .scores import ClassScore as ClassScore
 from .scores import Interval as Interval
+from .scores import Paired as Paired
 from .scores import Scores as Scores
+from .scores import paired as paired
 from .scores import score as score
 from .text_tables import duration_text as duration_text
 from .text_tables import html_table as html_table

@@ -14,6 +14,7 @@ _Z = 1.959963984540054  # 95 % of a standard normal lie within this
 _RESAMPLES, _SEED = 1000, 0
 _FEWEST_GROUPS = 10  # that are resampled; with fewer each group counts as one trial
 _BINS = 15
+_SIGNIFICANT = 0.05
 _ROWS = 4096  # whose probabilities are computed at once
 _WORST, _BEST = 10, 3  # classes that are shown where there are more than _SHOWN
 _SHOWN = 20
@@ -24,6 +25,21 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+class Paired(NamedTuple):
+    """Two classifiers on the same pictures."""
+
+    gained: int  # pictures that the second alone is right about
+    lost: int  # that the first alone is right about
+    p: float  # of a difference as large if both were right equally often
+
+    def describe(self) -> str:
+        """Whether the difference is more than chance."""
+        what = "more than chance" if self.p < _SIGNIFICANT else "no more than chance gives"
+        return (
+            f"right about {self.gained:,} more and {self.lost:,} fewer: {what} (McNemar's exact test, p = {self.p:.2g})"
+        )
 
 
 class Bin(NamedTuple):
@@ -199,6 +215,14 @@ def score(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups
     loss = float(losses(logits, labels).mean())
     scores = Scores(len(right), 100 * float(right.mean()), interval.low, interval.high, method, loss, ())
     return (_one_label if labels.ndim == 1 else _several_labels)(scores, logits, labels, classes)
+
+
+def paired(first: np.ndarray, second: np.ndarray) -> Paired:
+    """Whether two classifiers are right equally often, from (n,) bool of each: the exact test of McNemar 1947."""
+    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
+    differ, few = gained + lost, min(gained, lost)
+    tail = sum(math.comb(differ, count) for count in range(few + 1))
+    return Paired(gained, lost, min(1.0, 2 * tail / 2**differ))
 
 
 def probabilities(logits: np.ndarray, *, multi_label: bool = False) -> np.ndarray:

@@ -50,11 +50,18 @@ def class_weights(labels: np.ndarray, classes: int) -> Tensor:
 
 
 def as_classifier(
-    encoder: Encoder, classes: Sequence[str], *, pool: Pool, multi_label: bool = False, seed: int = 0
+    encoder: Encoder,
+    classes: Sequence[str],
+    *,
+    pool: Pool,
+    multi_label: bool = False,
+    seed: int = 0,
+    fresh_norm: bool = True,
 ) -> Encoder:
     """An encoder on the CPU with a head to be fine-tuned: its weights, and fresh ones for what they lack.
 
-    With the mean the final norm is a fresh ``fc_norm``, unless the weights have one. The head is kept where it is one
+    With the mean the final norm is a fresh ``fc_norm``, unless the weights have one; without ``fresh_norm`` it begins
+    as the norm that they have. The head is kept where it is one
     of the same classes, else drawn with the published small deviation. Positions are trained, as published.
     """
     old = encoder.config
@@ -67,6 +74,9 @@ def as_classifier(
     fresh, brought = model.state_dict(), encoder.state_dict()
     keeps = old.pool == pool and old.class_names == names and old.multi_label == multi_label
     wanted = {name for name in fresh if name in brought and (keeps or not name.startswith("head."))}
+    if not fresh_norm and pool == "mean" and old.pool != "mean":
+        brought |= {name.replace("norm", "fc_norm", 1): brought[name] for name in ("norm.weight", "norm.bias")}
+        wanted |= {"fc_norm.weight", "fc_norm.bias"}
     model.load_state_dict(fresh | {name: brought[name] for name in wanted})
     model.pos_embed.requires_grad_(True)
     model.origin = encoder.origin

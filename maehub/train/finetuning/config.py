@@ -8,6 +8,7 @@ from maehub.train.engine import COMMON, Flag, RunConfig, Section, default, own_f
 
 Recipe = Literal["auto", "official", "paper", "448", "scratch", "linear", "attentive"]
 HeadPool = Literal["cls", "mean"]
+HeadStart = Literal["probe", "zero"]
 ClassWeights = Literal["none", "balanced"]
 
 
@@ -33,6 +34,9 @@ class FinetuneConfig(RunConfig):
     """Partial fine-tuning (figure 9): train the last so many blocks and the head; 0.5 is the MLP of the last one."""
     pool: Annotated[HeadPool | None, Section.MODEL, default("the recipe's")] = None
     """What the head sees: the class token, or the mean of the patches."""
+    head_start: Annotated[HeadStart | None, default("zero")] = None
+    """probe: the head begins as the linear probe of what it sees, solved before the first step, and of the probe and
+    the network the better one is kept, by training pictures that are not trained on. zero: a fresh head."""
     image_size: Annotated[settings.ImageSize, Section.DATA, COMMON] = ()
     channels: settings.Channels = None
 
@@ -97,6 +101,11 @@ class FinetuneConfig(RunConfig):
             raise UsageError("give the length of the run as --steps or as --epochs, not both")
         if self.rot90 and len(self.image_size) == 2 and self.image_size[0] != self.image_size[1]:
             raise UsageError(f"--rot90 needs square crops, not --image-size {self.image_size[0]} {self.image_size[1]}")
+        if self.head_start == "probe" and (self.recipe == "linear" or self.class_weights == "balanced"):
+            raise UsageError(
+                "--head-start probe goes with neither --recipe linear nor --class-weights balanced: it begins from a "
+                "linear probe without weights of classes"
+            )
         if self.recipe in ("linear", "attentive"):
             for name in ("blocks", "drop_path", "layer_decay"):
                 if getattr(self, name):

@@ -6,21 +6,23 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import maehub.train.engine as engine
-from maehub.data import Labelled, StepKeys, batches_of, split_labelled, worker_count
+from maehub.data import Labelled, StepKeys, batches_of, inner_split, split_labelled, worker_count
 from maehub.errors import EXIT_DONE, DataError, UsageError, log
 from maehub.images import Augmentation
+from maehub.models import Encoder
 from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.evaluation import Scores, score
 from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.config import FinetuneConfig
-from maehub.train.finetuning.measuring import export, logits_of, look_for_twins, show
+from maehub.train.finetuning.head_start import HeadStart, put_head, solve_head
+from maehub.train.finetuning.measuring import Outcome, export, logits_of, look_for_twins, show
 from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
 from maehub.train.finetuning.network import Classifier, build_classifier, find_weights, open_network, optimizer_of
 from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
@@ -32,12 +34,16 @@ _VALIDATIONS = 10  # measurements of a run
 
 
 class FinetuneResult(NamedTuple):
-    """How a run ended. ``scores`` are those of the last step on the held-out pictures; None before it."""
+    """How a run ended. ``scores`` are those of what was kept, on the held-out pictures; None before the last step."""
 
     run: Path
     step: int
     exit_code: int
     scores: Scores | None
+    probe: Scores | None = None
+    """Of the probe that the head started as, fitted to all training pictures; None without one."""
+    kept: Literal["finetuned", "probe"] = "finetuned"
+    """Which of the two was exported: the better one on training pictures that were not trained on."""
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -83,15 +89,23 @@ class _Job:
             "looking for pictures",
         )
         self.split = split
+        self.training = split.training  # what is trained on
+        self.held: Labelled | None = None  # what says whether the network or its probe is kept
         classes, many = len(split.training.classes), split.training.multi_label
-        backbone = open_network(
-            config.model, files, image_size=config.image_size, channels=config.channels, seed=config.seed
-        )
-        self.facts, settings = _settled(config, backbone, split.training, group)
-        self.settings = settings
-        classifier = self.classifier = build_classifier(
-            backbone, settings, split.training, group, blocks=config.blocks, pool=config.pool, seed=config.seed
-        )
+        size: Any = {"image_size": config.image_size, "channels": config.channels}
+        self.open = partial(open_network, config.model, files, **size, seed=config.seed)
+        asked: Any = {"blocks": config.blocks, "pool": config.pool, "seed": config.seed}
+        self.build = lambda backbone: build_classifier(backbone, self.settings, split.training, group, **asked)
+        backbone = self.open()
+        self.settings: Settings
+        self.facts, self.settings = _settled(config, backbone, split.training, group)
+        self.probe = self._solve_head(config, backbone, group) if self.settings.head_start == "probe" else None
+        if self.probe and self.probe.pool:
+            self.settings = replace(self.settings, pool=self.probe.pool)
+        settings, classifier = self.settings, self.build(backbone)
+        self.classifier = classifier
+        if self.probe:
+            put_head(classifier.network, self.probe.fitted, self.probe.spread)
         derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
         pictures = hashlib.sha256()
         for side in (split.training, split.testing):
@@ -111,7 +125,7 @@ class _Job:
             self.average = ModelEmaV3(classifier.network, decay=settings.ema)
             self.measured = self.average.module.requires_grad_(False)
             self.kept = nn.ModuleDict({"network": classifier.network, "average": self.measured})
-        weights = class_weights(split.training.labels, classes) if config.class_weights == "balanced" else None
+        weights = class_weights(self.training.labels, classes) if config.class_weights == "balanced" else None
         objective = Objective(classifier.network, weights if many else None, multi_label=many).to(group.device)
         self.mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
         micro = _micro_batch(config, objective, classifier, settings, classes, group)
@@ -131,6 +145,30 @@ class _Job:
         self.transform = TrainTransform(classifier.preprocess, augmentation, policy)
         self.optimizer = optimizer_of(classifier, settings)
         self.precision = engine.autocast(config.precision, group.device)
+
+    def _solve_head(self, config: FinetuneConfig, backbone: Backbone, group: Group) -> HeadStart:
+        """Solve the probe, and hold out what chooses; the settings of the run become those of what is left."""
+        whole = self.split.training
+        inner: tuple[np.ndarray, np.ndarray] = np.arange(len(whole)), np.arange(0)
+        try:
+            inner = inner_split(whole, seed=config.seed)
+            self.training, self.held = map(whole.take, inner)
+        except DataError:
+            log.warning("no picture can be held out to choose by, so the probe is what will be kept")
+        self.facts, self.settings = _settled(config, backbone, self.training, group)
+        classifier = self.build(backbone)
+        classifier.network.to(group.device)
+        ours = isinstance(backbone.module, Encoder) and backbone.parts == ("cls", "mean")
+        return solve_head(
+            classifier,
+            self.split,
+            inner,
+            group,
+            engine.autocast(config.precision, group.device),
+            both=ours and self.settings.head == "linear" and config.pool is None,
+            workers=config.workers,
+            seed=config.seed,
+        )
 
 
 def asked_of(config: FinetuneConfig) -> dict[str, Any]:
@@ -168,9 +206,9 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
     with group.together("looking for twins"):
         if group.is_main and not config.resume and not config.skip_twins:
             look_for_twins(job.split, run.folder / "twins.csv", config.workers, progress=not config.quiet)
-    samples = job.split.training.samples
+    samples = job.training.samples
     keys = StepKeys(samples, settings.batch_size, config.seed, done, steps, 1, group.rank, group.size)
-    crops = LabelledCrops(job.split.training, job.transform, config.cache)
+    crops = LabelledCrops(job.training, job.transform, config.cache)
     workers = worker_count(config.workers, group.local_size)
     loading = batches_of(crops, keys, workers=workers, pin=device.type == "cuda")
     report = partial(update_report, run, FinetuneConfig)
@@ -201,10 +239,10 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
             if stop_signal := checkpoints.after_step(done, stop_signal):
                 break
 
-    scores = None if stop_signal else _export(config, group, job, run)
+    outcome = Outcome() if stop_signal else _export(config, group, job, run)
     run.finish(stop_signal)
     report()
-    return FinetuneResult(config.out, done, stop_signal, scores)
+    return FinetuneResult(config.out, done, stop_signal, *outcome[:3])
 
 
 def _forward_backward(job: _Job, batch: LabelledBatch, micro: int, seed: int, device: torch.device) -> Tensor:
@@ -221,8 +259,10 @@ def _forward_backward(job: _Job, batch: LabelledBatch, micro: int, seed: int, de
     return loss
 
 
-def _validate(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: int) -> Scores | None:
-    """Measure on the held-out pictures, and draw some of them; the numbers are in rank 0."""
+def _validate(
+    config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: int
+) -> tuple[Scores, np.ndarray] | None:
+    """Measure on the held-out pictures, and draw some of them: scores and logits, in rank 0."""
     with group.together("measuring"):
         testing = job.split.testing
         preprocess, last = job.classifier.preprocess, step == job.settings.steps
@@ -235,17 +275,31 @@ def _validate(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step
         run.note(step, **{name: value for name, value in numbers.items() if value is not None})
         log.info("step %d: top-1 %.1f %% on the held-out pictures", step, scores.top1)
         show(logits, scores, testing, preprocess.channels, run.folder / "pictures", step, last=last)
-        return scores
+        return scores, logits
 
 
-def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Scores | None:
-    """Measure for the last time, and write the scores and the model."""
-    scores = _validate(config, group, job, run, job.settings.steps)
+def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Outcome:
+    """Measure for the last time, keep the better of the network and its probe, and write the scores and the model."""
+    measured = _validate(config, group, job, run, job.settings.steps)
+    preprocess, held, chosen = job.classifier.preprocess, job.held, None
+    if held is not None:
+        chosen = logits_of(job.measured, job.empty, held.samples, preprocess, group, job.precision, config.workers)
     with group.together("exporting the model"):
         network = engine.single_network(job.measured, job.empty, group)
-        if network is not None and scores is not None:
-            export(run.folder, config.model, job.settings, network, scores, job.split)
-    return scores
+        if network is None or measured is None:
+            return Outcome()
+        outcome = Outcome(measured[0])
+        if job.probe:
+            truth = held.labels if held is not None else np.empty(0, np.int64)
+            outcome = job.probe.against(*measured, chosen, truth, job.split.testing)
+            if outcome.kept == "probe":
+                network = job.build(job.open()).network
+                put_head(network, job.probe.whole)
+                at = (job.split.testing, preprocess.channels, run.folder / "pictures", job.settings.steps)
+                assert outcome.probe is not None
+                show(job.probe.testing, outcome.probe, *at, last=True)
+        export(run.folder, config.model, job.settings, network, outcome, job.split)
+    return outcome
 
 
 def _settled(config: FinetuneConfig, backbone: Backbone, training: Labelled, group: Group) -> tuple[Facts, Settings]:
@@ -306,7 +360,7 @@ def _micro_batch(
 
 
 def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> None:
-    training, testing = job.split.training, job.split.testing
+    training, testing = job.training, job.split.testing
     how = "split by --seed" if job.split.made else "as given"
     if job.split.groups:
         how += ", {} and {} groups".format(*job.split.groups)

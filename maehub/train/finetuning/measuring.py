@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -51,28 +53,46 @@ def logits_of(
     network without weights.
     """
     single = single_network(network, empty, group)
-    shares = 1 if empty is not None or len(samples) < group.size else group.size
+    if single is None:
+        return outputs_of(None, samples, preprocess, group, workers, "measuring")
+    training = single.training
+    single.eval()
+
+    def compute(images: Tensor) -> Tensor:
+        with precision:
+            return single(images)
+
+    try:
+        return outputs_of(compute, samples, preprocess, group, workers, "measuring", alone=empty is not None)
+    finally:
+        single.train(training)
+
+
+def outputs_of(
+    compute: Callable[[Tensor], Tensor] | None,
+    samples: Source,
+    preprocess: Preprocess,
+    group: Group,
+    workers: int | None,
+    what: str,
+    *,
+    alone: bool = False,
+) -> np.ndarray | None:
+    """What ``compute`` gives for every picture, (n, …) float32 in rank 0, None elsewhere; each process does a part.
+
+    ``alone``: rank 0 does all of it; the others give None to compute. ``what`` names it where a process does not come.
+    """
+    shares = 1 if alone or len(samples) < group.size else group.size
     part = None
-    if single is not None and group.rank < shares:
+    if compute is not None and group.rank < shares:
         mine = select(samples, np.arange(group.rank, len(samples), shares))
-        training = single.training
-        single.eval()
-
-        def compute(images: Tensor) -> Tensor:
-            with precision:
-                return single(images)
-
-        try:
-            found = outputs(compute, mine, preprocess, group.device, workers=workers, progress=False)
-        finally:
-            single.train(training)
-        part = found.numpy()
-    found_parts = [one for one in group.all(part, "measuring") if one is not None]
+        part = outputs(compute, mine, preprocess, group.device, workers=workers, progress=False).numpy()
+    parts = [one for one in group.all(part, what) if one is not None]
     if not group.is_main:
         return None
-    whole = np.empty((len(samples), found_parts[0].shape[1]), np.float32)
-    for rank, one in enumerate(found_parts):
-        whole[rank :: len(found_parts)] = one
+    whole = np.empty((len(samples), *parts[0].shape[1:]), np.float32)
+    for rank, one in enumerate(parts):
+        whole[rank :: len(parts)] = one
     return whole
 
 
@@ -95,18 +115,33 @@ def show(
         save_figure(picture, folder / name)
 
 
-def export(run: Path, model: str, settings: Settings, network: nn.Module, scores: Scores, split: LabelledSplit) -> None:
+class Outcome(NamedTuple):
+    """What a run ended with; see `maehub.train.FinetuneResult`."""
+
+    scores: Scores | None = None
+    probe: Scores | None = None
+    kept: Literal["finetuned", "probe"] = "finetuned"
+    compared: Mapping[str, Any] = MappingProxyType({})
+    """What ``scores.json`` says of both."""
+
+
+def export(
+    run: Path, model: str, settings: Settings, network: nn.Module, outcome: Outcome, split: LabelledSplit
+) -> None:
     """Write ``scores.json`` and the model folder, which has the classes, the transform and ``metrics.json``.
 
     An attentive probe, and a linear one on a pooling that no classifier has, are measured but not exported. ``network``
     is on one device, and ``model`` is what its training started from.
     """
+    scores = outcome.scores
+    assert scores is not None
     facts = {
         "trained_from": model,
         "recipe": asdict(settings),
         "training_pictures": len(split.training),
         "split": "made by seed" if split.made else "as given",
         "scores": scores.to_dict(),
+        **outcome.compared,
     }
     text = json.dumps(facts, indent=1) + "\n"
     with atomic_write(run / "scores.json") as temporary:
@@ -115,7 +150,7 @@ def export(run: Path, model: str, settings: Settings, network: nn.Module, scores
     if isinstance(network, LinearProbe):
         classifier = network.folded(split.training.classes, multi_label=split.training.multi_label) or network
     if isinstance(classifier, Encoder):
-        save(classifier.eval(), run / "model", card=_card(model, settings, scores, split), overwrite=True)
+        save(classifier.eval(), run / "model", card=_card(model, settings, outcome, split), overwrite=True)
     elif isinstance(network, LinearProbe | AttentiveProbe):
         log.info("this probe is no network that can be loaded, so no model folder is written; its scores are kept")
         return
@@ -129,16 +164,21 @@ def export(run: Path, model: str, settings: Settings, network: nn.Module, scores
         temporary.write_text(text)
 
 
-def _card(model: str, settings: Settings, scores: Scores, split: LabelledSplit) -> str:
+def _card(model: str, settings: Settings, outcome: Outcome, split: LabelledSplit) -> str:
     """What the model card says of training and of what was measured; no names of files."""
+    scores = outcome.scores
+    assert scores is not None
     made = "a stratified split by seed" if split.made else "a split that was given"
     made += ", with {} and {} groups that were kept whole".format(*split.groups) if split.groups else ""
     done = "Fine-tuned from" if settings.head == "linear" else "A probe on the frozen features of"
+    how = f"{settings.steps:,} steps of {settings.batch_size}"
+    if outcome.kept == "probe":
+        done, how = "A linear probe on the frozen features of", f"after {how} fine-tuning was no better"
     precision = scores.mean_average_precision
     mean = "" if precision is None else f"Mean average precision {precision:.1f} %. "
     return (
         f"{done} {model} by the recipe `{settings.recipe}` on {len(split.training):,} pictures of "
-        f"{len(split.training.classes)} classes: {settings.steps:,} steps of {settings.batch_size}.\n\n"
+        f"{len(split.training.classes)} classes: {how}.\n\n"
         f"{mean}Top-1 {scores.top1:.1f} % (95 % interval {scores.low:.1f} to {scores.high:.1f}) on "
         f"{scores.n:,} held-out pictures, {made}, measured at the last step."
     )

@@ -79,8 +79,10 @@ def build_classifier(
             return Classifier(probe, backbone.preprocess, lambda weight_decay, _: matrix_groups(probe, weight_decay))
         if not isinstance(encoder, Encoder):
             return _timms(backbone, settings, len(classes), blocks, pool)
-        several = training.multi_label
-        network = as_classifier(encoder, classes, pool=settings.pool, multi_label=several, seed=seed)
+        several, fresh_norm = training.multi_label, settings.head_start == "zero"
+        network = as_classifier(
+            encoder, classes, pool=settings.pool, multi_label=several, seed=seed, fresh_norm=fresh_norm
+        )
     depth = network.config.depth
     if blocks is not None:
         freeze(network, blocks)

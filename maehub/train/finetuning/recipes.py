@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from maehub.errors import UsageError
 from maehub.train.engine import peak_rate
-from maehub.train.finetuning.config import HeadPool, Recipe
+from maehub.train.finetuning.config import HeadPool, HeadStart, Recipe
 
 SMALL = 10_000
 """Training pictures below which a recipe is fitted to the data."""
@@ -50,6 +50,7 @@ class Settings:
     steps: int = 0
     warmup: float = 0.0
     """Share of the steps."""
+    head_start: HeadStart = "zero"
 
     @property
     def mixed_at_once(self) -> int:
@@ -132,6 +133,7 @@ def describe(settings: Settings, facts: Facts, batch: str) -> str:
     mixing = [f"{name} {value:g}" for name, value in (("mixup", settings.mixup), ("cutmix", settings.cutmix)) if value]
     few = f" (fewer than {_FEWEST_A_CLASS} pictures a class)" if _few_a_class(facts) and not frozen else ""
     more = [
+        *(["head from the probe"] if settings.head_start == "probe" else []),
         *([] if settings.randaugment == "none" else [settings.randaugment]),
         *(mixing or [f"no mixup, no cutmix{few}"]),
         *([f"smoothing {settings.smoothing:g}"] if settings.smoothing else []),

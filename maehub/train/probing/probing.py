@@ -12,17 +12,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from maehub.data import Labelled, LabelledSplit, folds, inner_split, split_labelled
+from maehub.data import LabelledSplit, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
 from maehub.files import atomic_write, check_free, read_json, whole_folder, write_json
 from maehub.models import Encoder, usable_device
 from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
-from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
+from maehub.train.finetuning import FinetuneConfig, look_for_twins, parts_of, with_head
 from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
@@ -31,8 +30,6 @@ from maehub.weights import save
 MEMBERS = ("probe.json",)
 """What marks the folder of a probe."""
 
-_FEW = 2000  # training pictures below which settings are chosen by cross-validation instead of one inner split
-_FOLDS = 5
 _NO_VOTE = 1e-6  # of all votes: what a class without one counts as in a logarithm
 
 
@@ -164,7 +161,7 @@ def fast_probe(
     """
     start = time.monotonic()
     training, classes = split.training, len(split.training.classes)
-    inner, words = inner_parts(training, seed)
+    inner, words = parts_of(training, seed)
     trials = {
         (layer, pool): sweep(backbone.pooled(features.training[:, position], pool), training.labels, classes, inner)
         for position, layer in enumerate(features.layers)
@@ -229,15 +226,6 @@ def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> Finetu
     names = ("image_size", "val_share", "group", "label", "device", "workers", "overwrite", "quiet")
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     return FinetuneConfig(config.data, out, model=model, seed=seed, **shared)
-
-
-def inner_parts(training: Labelled, seed: int) -> tuple[Sequence[tuple[np.ndarray, np.ndarray]], str]:
-    """What to choose by, and in words: cross-validation of few training pictures, one inner split of many."""
-    if len(training) < _FEW:
-        parts = folds(training, _FOLDS, seed)
-        return parts, f"{len(parts)}-fold cross-validation of {len(training):,} training pictures"
-    inner = inner_split(training, seed=seed)
-    return [inner], f"{len(inner[1]):,} of {len(training):,} training pictures, which were not fitted to"
 
 
 def why_no_model(backbone: Backbone, pool: str, layer: int) -> str:

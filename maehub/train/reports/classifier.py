@@ -1,5 +1,6 @@
 """What the report of a fine-tuning run says of its classifier: how it came about, how often it is right, where not."""
 
+import contextlib
 import csv
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from maehub.figures import Series
 from maehub.train.engine import peak_rate
-from maehub.train.evaluation import Bin, ClassScore, Scores, percent, printable
+from maehub.train.evaluation import Bin, ClassScore, Paired, Scores, percent, printable
 from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture
 
 _MOST_CLASSES = 30  # in the table
@@ -77,6 +78,16 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores)
         if value is not None:
             facts[words] = percent(value) + note
     facts["loss"] = f"{scores.loss:.4g} nats"
+    if (probe := scores_of({"scores": scored.get("probe")})) and (
+        tuned := scores_of({"scores": scored.get("finetuned")})
+    ):
+        kept = "the fine-tuned network" if scored.get("kept") == "finetuned" else "the probe"
+        facts["probe → fine-tuned"] = (
+            f"{percent(probe.top1)} ({probe.low:.1f} to {probe.high:.1f}) → {percent(tuned.top1)} ({tuned.low:.1f} to "
+            f"{tuned.high:.1f}); kept is {kept}, the better one on training pictures that were not trained on"
+        )
+        with contextlib.suppress(KeyError, TypeError):
+            facts["the difference"] = Paired(**scored["paired"]).describe()
     if not scores.multi_label:
         most = max((row.n for row in scores.per_class), default=0)
         facts["for comparison"] = f"{percent(100 * most / scores.n)} for always the most frequent class"
