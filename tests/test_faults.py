@@ -6,6 +6,7 @@ import io
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -29,6 +30,7 @@ from maehub.train.engine import resume as saving
 from maehub.train.engine import run_log as log
 from maehub.train.engine.preemption import Stop
 from maehub.train.networks import costs
+from maehub.train.pretraining import loop as pretraining_loop
 from maehub.train.pretraining import network
 from maehub.train.pretraining import views as data
 from maehub.train.pretraining.objective import Objective
@@ -370,3 +372,24 @@ def test_row_74_one_process_of_a_host_downloads(pictures, tmp_path, hub):
     assert "Traceback" not in launch.output().split("torch/distributed")[0]
     assert not (tmp_path / "none").exists()
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+
+
+def test_row_56_a_signal_while_the_processes_part_changes_nothing(pictures, tmp_path, monkeypatch):
+    """torchrun sends one to all others when the first has ended, with the run done and the group being left."""
+    real = pretraining_loop.engine.joined
+
+    @contextlib.contextmanager
+    def joined(*arguments):
+        with real(*arguments) as group:
+            yield group
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def ended(*_):
+        raise AssertionError("the signal ended the process")
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        monkeypatch.setattr(pretraining_loop.engine, "joined", joined)
+        assert pretrain(config_of(pictures, tmp_path / "run")).exit_code == 0
+    finally:
+        assert signal.signal(signal.SIGTERM, before) is ended

@@ -16,7 +16,7 @@ from maehub.cli.parsing import parsed
 from maehub.errors import DataError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train.evaluation.linear import sweep
-from maehub.train.finetuning import parts_of
+from maehub.train.finetuning import head_start, parts_of
 from maehub.train.probing import probing
 from maehub.train.probing.comparing import compare
 from maehub.train.probing.config import CompareConfig, KnnConfig, ProbeConfig
@@ -122,7 +122,7 @@ class TestProbe:
         assert "5-fold cross-validation of 48" in found.chosen.by
 
     def test_with_many_training_pictures_one_inner_split_decides(self, folder, model, monkeypatch):
-        monkeypatch.setattr(probing, "_FEW", 40)
+        monkeypatch.setattr(head_start, "_FEW", 40)
         found = probe(ProbeConfig(folder, model, pool="mean", **QUIET))
         assert found.chosen.by == "9 of 48 training pictures, which were not fitted to"
 

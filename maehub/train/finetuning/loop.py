@@ -1,5 +1,6 @@
 """Fine-tuning an encoder as a classifier, and probing it: one visible loop, for one process and for many."""
 
+import contextlib
 import copy
 import hashlib
 import time
@@ -67,13 +68,15 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         KeyboardInterrupt: a second stop signal came before the step was done.
     """
     deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
-    with engine.joined(config.device, config.timeout) as group, engine.deterministic(config.deterministic):
+    parted, joined = contextlib.ExitStack(), engine.joined(config.device, config.timeout)
+    with parted, joined as group, engine.deterministic(config.deterministic):
         with group.together("setting up"):
             if group.is_main:
                 engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
             job = _Job(config, group)
         logged = RunLog(config.out, job.settings.batch_size, is_main=group.is_main)
-        with logged as run, engine.stop_requests(deadline) as stop:
+        stop = parted.enter_context(engine.stop_requests(deadline))  # torchrun ends all when one has ended
+        with logged as run:
             return _train(config, group, job, run, stop)
 
 

@@ -120,8 +120,10 @@ def settle(recipe: Recipe, facts: Facts, asked: Mapping[str, Any], model: str) -
 
 def lasting(settings: Settings) -> dict[str, Any]:
     """What of a settled recipe must be the same when a run is resumed: not what follows from the number of pictures."""
-    follows = ("epochs", "steps", "warmup", "ema")
-    return {f"recipe's {name}": value for name, value in asdict(settings).items() if name not in follows}
+    values = asdict(settings)
+    follows = ["epochs", "steps", "warmup", "ema"]
+    follows += ["head_start"] * (settings.head_start == "zero")  # the one that 0.1 had
+    return {f"recipe's {name}": value for name, value in values.items() if name not in follows}
 
 
 def describe(settings: Settings, facts: Facts, batch: str) -> str:

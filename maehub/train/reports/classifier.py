@@ -84,7 +84,7 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores)
         kept = "the fine-tuned network" if scored.get("kept") == "finetuned" else "the probe"
         facts["probe → fine-tuned"] = (
             f"{percent(probe.top1)} ({probe.low:.1f} to {probe.high:.1f}) → {percent(tuned.top1)} ({tuned.low:.1f} to "
-            f"{tuned.high:.1f}); kept is {kept}, the better one on training pictures that were not trained on"
+            f"{tuned.high:.1f}); kept is {kept}, by training pictures that were not trained on"
         )
         with contextlib.suppress(KeyError, TypeError):
             facts["the difference"] = Paired(**scored["paired"]).describe()
