@@ -7,26 +7,16 @@ import pytest
 import torch
 from processes import Launch, losses, metrics, state
 from safetensors.torch import load_file
-from test_finetuning import FULL, TINY, fill
+from test_finetuning import FULL, fill
+from test_finetuning import tiny as tiny
 
 import maehub
 from maehub.cli import command_line as cli
-from maehub.models.encoder import PRESETS
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return fill(tmp_path_factory.mktemp("pictures"), range(17))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def tiny():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "vit-tiny", TINY)
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(before)
 
 
 PLAIN = {"mixup": 0, "cutmix": 0, "erasing": 0, "drop_path": 0}

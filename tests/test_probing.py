@@ -13,10 +13,10 @@ from sklearn.preprocessing import StandardScaler
 
 import maehub
 from maehub.cli.parsing import parsed
+from maehub.data import inner_parts, splits
 from maehub.errors import DataError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train.evaluation.linear import sweep
-from maehub.train.finetuning import head_start, parts_of
 from maehub.train.probing import probing
 from maehub.train.probing.comparing import compare
 from maehub.train.probing.config import CompareConfig, KnnConfig, ProbeConfig
@@ -122,7 +122,7 @@ class TestProbe:
         assert "5-fold cross-validation of 48" in found.chosen.by
 
     def test_with_many_training_pictures_one_inner_split_decides(self, folder, model, monkeypatch):
-        monkeypatch.setattr(head_start, "_FEW", 40)
+        monkeypatch.setattr(splits, "_FEW", 40)
         found = probe(ProbeConfig(folder, model, pool="mean", **QUIET))
         assert found.chosen.by == "9 of 48 training pictures, which were not fitted to"
 
@@ -130,7 +130,7 @@ class TestProbe:
         config = ProbeConfig(folder, TINY, **QUIET)
         training = read_split(config, 0).training
         training = replace(training, groups=np.arange(48) % 8)
-        for fitted, held in parts_of(training, 0)[0]:
+        for fitted, held in inner_parts(training, 0)[0]:
             assert not set(training.groups[fitted]) & set(training.groups[held])
 
     def test_the_seed_is_that_of_the_split_that_is_made(self, folder):

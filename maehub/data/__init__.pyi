@@ -27,6 +27,7 @@ from .sources import groups as groups
 from .sources import select as select
 from .splits import LabelledSplit as LabelledSplit
 from .splits import folds as folds
+from .splits import inner_parts as inner_parts
 from .splits import inner_split as inner_split
 from .splits import measured_folder as measured_folder
 from .splits import measured_part as measured_part

@@ -24,6 +24,7 @@ from maehub.files import cache_folder
 from maehub.images import printable
 from maehub.rng import sample_seed
 
+_FEW, _FOLD_COUNT = 2000, 5  # training pictures below which is cross-validation, and its folds
 _SPLIT, _INNER, _FOLDS = 11, 12, 13  # streams of hashes: an inner split does not follow the outer one
 _ALONE = "every picture has a class that no other picture has, or no other group"
 _ROUNDS = 10  # over all groups; two or three settle it
@@ -195,6 +196,15 @@ def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
             text = "fold %d is fitted on no picture of the classes %s, since groups stay whole"
             log.warning(text, fold + 1, first_names(unseen, 3))
     return [Inner(np.flatnonzero(homes != fold), np.flatnonzero(homes == fold)) for fold in range(homes.max() + 1)]
+
+
+def inner_parts(training: Labelled, seed: int) -> tuple[list[Inner], str]:
+    """What to choose settings by, and in words: cross-validation of few training pictures, one inner split of many."""
+    if len(training) < _FEW:
+        parts = folds(training, _FOLD_COUNT, seed)
+        return parts, f"{len(parts)}-fold cross-validation of {len(training):,} training pictures"
+    inner = inner_split(training, seed=seed)
+    return [inner], f"{len(inner.held):,} of {len(training):,} training pictures, which were not fitted to"
 
 
 def _check_can_be_split(loaded: LoadedLabels, groups: SplitGroups) -> None:

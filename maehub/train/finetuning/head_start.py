@@ -7,14 +7,13 @@ the probe sends those that are left, and a run begins where the probe ends.
 import contextlib
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maehub.data import Labelled, LabelledSplit, folds, inner_split
+from maehub.data import Labelled, LabelledSplit, inner_parts
 from maehub.errors import UsageError, log
 from maehub.models import Encoder
 from maehub.train.engine import Group
@@ -23,8 +22,6 @@ from maehub.train.finetuning.config import HeadPool
 from maehub.train.finetuning.measuring import Outcome, outputs_of
 from maehub.train.finetuning.network import Classifier
 
-_FEW = 2000  # training pictures below which settings are chosen by cross-validation instead of one inner split
-_FOLDS = 5
 _CONSTANT = 1e-6  # deviation below which a feature is constant, relative to its size
 
 
@@ -40,12 +37,12 @@ class HeadStart(NamedTuple):
     whole: LinearFit
     """To all training pictures: what is kept where training does not help."""
     held: np.ndarray
-    """(k, classes) float32: the logits of ``fitted`` for the pictures to choose by; k may be 0."""
+    """(k, classes) float32: the logits of ``fitted`` for the pictures to choose by."""
     testing: np.ndarray
     """(n, classes) float32: the logits of ``whole`` for the held-out pictures."""
 
     def against(
-        self, scores: Scores, logits: np.ndarray, held: np.ndarray | None, truth: np.ndarray, testing: Labelled
+        self, scores: Scores, logits: np.ndarray, held: np.ndarray, truth: np.ndarray, testing: Labelled
     ) -> Outcome:
         """Which is kept, the probe or the network.
 
@@ -55,20 +52,17 @@ class HeadStart(NamedTuple):
         """
         before = score(self.testing, testing.labels, testing.classes, testing.groups)
         compared: dict[str, Any] = {"finetuned": scores.to_dict(), "probe": before.to_dict()}
+        right = [accuracy(torch.from_numpy(one), truth) for one in (self.held, held)]
+        better = right[1] > right[0]
         if not testing.multi_label:
             hits = [one.argmax(axis=1) == testing.labels for one in (self.testing, logits)]
             compared["paired"] = paired(*hits)._asdict()
-        better, both = False, (self.held, held)
-        if held is not None:
-            right = [accuracy(torch.from_numpy(one), truth) for one in both if one is not None]
-            compared["chosen_by"] = {"probe": right[0], "finetuned": right[1], "n": len(truth)}
-            better = right[1] > right[0]
-            if truth.ndim == 1:
-                found = paired(*[one.argmax(axis=1) == truth for one in both if one is not None])
-                better = found.gained - found.lost > math.sqrt(found.gained + found.lost)
-            what = "on %d training pictures that were held out of training the probe has %.1f %%, the network %.1f %%"
-            log.info(what + ": the %s is kept", len(truth), *right, "network" if better else "probe")
+            found = paired(*[one.argmax(axis=1) == truth for one in (self.held, held)])
+            better = found.gained - found.lost > math.sqrt(found.gained + found.lost)
+        compared["chosen_by"] = {"probe": right[0], "finetuned": right[1], "n": len(truth)}
         kept: Literal["finetuned", "probe"] = "finetuned" if better else "probe"
+        what = "on %d pictures that were not trained on the probe has %.1f %%, the network %.1f %%: the %s is kept"
+        log.info(what, len(truth), *right, "network" if better else "probe")
         return Outcome(scores if better else before, before, kept, compared | {"kept": kept})
 
 
@@ -119,7 +113,7 @@ def solve_head(
         if sides[0] is not None and sides[1] is not None:
             features, unseen = map(torch.from_numpy, sides)
             classes, labels = len(training.classes), training.labels
-            parts, _ = parts_of(training, seed)
+            parts, _ = inner_parts(training, seed)
             ways = [best(sweep(features[:, place], labels, classes, parts)) for place in range(len(pools))]
             chosen = 0
             if both:
@@ -128,7 +122,7 @@ def solve_head(
             strength, known = ways[chosen].strength, features[:, chosen]
             whole = fit_at(known, labels, classes, strength)
             trained, held = inner
-            fitted = fit_at(known[trained], labels[trained], classes, strength) if len(held) else whole
+            fitted = fit_at(known[trained], labels[trained], classes, strength)
             deviation, mean = torch.std_mean(known.double(), dim=0)
             constant = deviation <= _CONSTANT * known.abs().amax(dim=0)
             spread = torch.stack([mean.masked_fill(constant, 0), deviation.masked_fill(constant, 1)]).float()
@@ -137,15 +131,6 @@ def solve_head(
     found = group.first(found, "the probe")
     assert found is not None
     return found
-
-
-def parts_of(training: Labelled, seed: int) -> tuple[Sequence[tuple[np.ndarray, np.ndarray]], str]:
-    """What to choose by, and in words: cross-validation of few training pictures, one inner split of many."""
-    if len(training) < _FEW:
-        parts = folds(training, _FOLDS, seed)
-        return parts, f"{len(parts)}-fold cross-validation of {len(training):,} training pictures"
-    inner = inner_split(training, seed=seed)
-    return [inner], f"{len(inner[1]):,} of {len(training):,} training pictures, which were not fitted to"
 
 
 def head_of(network: nn.Module) -> nn.Linear:

@@ -75,7 +75,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
                 engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
             job = _Job(config, group)
         logged = RunLog(config.out, job.settings.batch_size, is_main=group.is_main)
-        stop = parted.enter_context(engine.stop_requests(deadline))  # torchrun ends all when one has ended
+        # until the group has parted: torchrun sends a signal to all when the first has ended
+        stop = parted.enter_context(engine.stop_requests(deadline))
         with logged as run:
             return _train(config, group, job, run, stop)
 
@@ -152,12 +153,8 @@ class _Job:
     def _solve_head(self, config: FinetuneConfig, backbone: Backbone, group: Group) -> HeadStart:
         """Solve the probe, and hold out what chooses; the settings of the run become those of what is left."""
         whole = self.split.training
-        inner: tuple[np.ndarray, np.ndarray] = np.arange(len(whole)), np.arange(0)
-        try:
-            inner = inner_split(whole, seed=config.seed)
-            self.training, self.held = map(whole.take, inner)
-        except DataError:
-            log.warning("no picture can be held out to choose by, so the probe is what will be kept")
+        inner = inner_split(whole, seed=config.seed)
+        self.training, self.held = map(whole.take, inner)
         self.facts, self.settings = _settled(config, backbone, self.training, group)
         classifier = self.build(backbone)
         classifier.network.to(group.device)
@@ -292,9 +289,8 @@ def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Out
         if network is None or measured is None:
             return Outcome()
         outcome = Outcome(measured[0])
-        if job.probe:
-            truth = held.labels if held is not None else np.empty(0, np.int64)
-            outcome = job.probe.against(*measured, chosen, truth, job.split.testing)
+        if job.probe and held is not None and chosen is not None:
+            outcome = job.probe.against(*measured, chosen, held.labels, job.split.testing)
             if outcome.kept == "probe":
                 network = job.build(job.open()).network
                 put_head(network, job.probe.whole)

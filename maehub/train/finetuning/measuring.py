@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -121,7 +120,7 @@ class Outcome(NamedTuple):
     scores: Scores | None = None
     probe: Scores | None = None
     kept: Literal["finetuned", "probe"] = "finetuned"
-    compared: Mapping[str, Any] = MappingProxyType({})
+    compared: dict[str, Any] | None = None
     """What ``scores.json`` says of both."""
 
 
@@ -141,7 +140,7 @@ def export(
         "training_pictures": len(split.training),
         "split": "made by seed" if split.made else "as given",
         "scores": scores.to_dict(),
-        **outcome.compared,
+        **(outcome.compared or {}),
     }
     text = json.dumps(facts, indent=1) + "\n"
     with atomic_write(run / "scores.json") as temporary:

@@ -69,7 +69,8 @@ def pretrain(config: PretrainConfig, *, tokenizer: TokenizerFunction | None = No
                 engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
             job = _Job(config, group, tokenizer)
         logged = RunLog(config.out, job.batch_size, is_main=group.is_main)
-        stop = parted.enter_context(engine.stop_requests(deadline))  # torchrun ends all when one has ended
+        # until the group has parted: torchrun sends a signal to all when the first has ended
+        stop = parted.enter_context(engine.stop_requests(deadline))
         with logged as run:
             return _train(config, group, job, run, stop)
 

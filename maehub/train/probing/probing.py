@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maehub.data import LabelledSplit, split_labelled
+from maehub.data import LabelledSplit, inner_parts, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
 from maehub.files import atomic_write, check_free, read_json, whole_folder, write_json
 from maehub.models import Encoder, usable_device
 from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
-from maehub.train.finetuning import FinetuneConfig, look_for_twins, parts_of, with_head
+from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
 from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
 from maehub.train.probing.results import Chosen, Combination, KnnResult, ProbeResult, Seconds, Sweep
@@ -161,7 +161,7 @@ def fast_probe(
     """
     start = time.monotonic()
     training, classes = split.training, len(split.training.classes)
-    inner, words = parts_of(training, seed)
+    inner, words = inner_parts(training, seed)
     trials = {
         (layer, pool): sweep(backbone.pooled(features.training[:, position], pool), training.labels, classes, inner)
         for position, layer in enumerate(features.layers)
