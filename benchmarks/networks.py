@@ -1,6 +1,7 @@
 """Speed, memory and counted FLOPs of the networks beside timm and transformers, in one run.
 
     python benchmarks/networks.py                      # CPU, float32
+    python benchmarks/networks.py --bf16               # CPU with tile units: ours in bf16, theirs in float32
     python benchmarks/networks.py --device cuda        # and bf16, compiled, memory
 
 Runs are interleaved (A B C A B C …) and medians are compared, since machines are shared and drift. FLOPs are counted by
@@ -15,12 +16,15 @@ from dataclasses import replace
 
 import timm
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from maehub import AutoencoderConfig, Encoder, MaskedAutoencoder
+from maehub.models.devices import multiplies_in_tiles
 from maehub.models.encoder import PRESETS
 from maehub.models.masking import kept_count, random_masks
+from maehub.train.finetuning.classifier import as_classifier
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -149,10 +153,63 @@ def mask_tokens(device: str, batch: int, rounds: int, autocast: bool) -> None:
     table(f"ViT-L pretraining step, batch {batch}, {kind}, {device}", times, batch, full, note)
 
 
+def tiles(rounds: int, features: int, training: int) -> None:
+    """What ``--precision auto`` gains in commands on a CPU with tile units: ours in bf16, ours and peers in float32."""
+    half = torch.autocast("cpu", torch.bfloat16)
+    ours = Encoder(PRESETS["vit-b"]).eval()
+    peer = timm.create_model("vit_base_patch16_224.mae", pretrained=False, num_classes=0).eval()
+    images = torch.randn(features, 3, 224, 224)
+    calls: dict[str, Callable[[], object]] = {
+        "maehub": lambda: within(half, lambda: ours.features(images)),
+        "maehub, float32": lambda: ours.features(images),
+        "timm, float32": lambda: peer(images),
+    }
+    with torch.inference_mode():
+        times = interleaved(calls, rounds, "cpu")
+    table(f"Features, ViT-B, batch {features}, bf16 on the CPU", times, features, {})
+
+    model = MaskedAutoencoder(AutoencoderConfig(PRESETS["vit-b"])).train()
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True, layer_norm_eps=1e-6)).train()
+    images, kept, seeds = torch.randn(training, 3, 224, 224), kept_count(196, 0.75), torch.arange(training)
+
+    def loss() -> torch.Tensor:
+        return model.loss(images, random_masks(seeds, 196, kept), kept=kept)
+
+    calls = {
+        "maehub": lambda: differentiated(within(half, loss), model),
+        "maehub, float32": lambda: differentiated(loss(), model),
+        "transformers, float32": lambda: differentiated(theirs(images).loss, theirs),
+    }
+    times = interleaved(calls, rounds, "cpu")
+    table(f"Pretraining step (forward, backward), ViT-B, batch {training}, bf16 on the CPU", times, training, {})
+
+    tuned = as_classifier(Encoder(PRESETS["vit-b"]), [str(number) for number in range(100)], pool="mean").train()
+    peer = timm.create_model("vit_base_patch16_224", num_classes=100, global_pool="avg").train()
+    labels = torch.arange(training)
+    calls = {
+        "maehub": lambda: differentiated(cross_entropy(within(half, lambda: tuned(images)).float(), labels), tuned),
+        "maehub, float32": lambda: differentiated(cross_entropy(tuned(images), labels), tuned),
+        "timm, float32": lambda: differentiated(cross_entropy(peer(images), labels), peer),
+    }
+    times = interleaved(calls, rounds, "cpu")
+    table(f"Fine-tuning step (forward, backward), ViT-B, batch {training}, bf16 on the CPU", times, training, {})
+
+
+def within(context: torch.autocast, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with context:
+        return call()
+
+
+def differentiated(loss: torch.Tensor, model: torch.nn.Module) -> None:
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bf16", action="store_true", help="ours in bf16 on the CPU beside peers in float32")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     if options.threads:
@@ -160,15 +217,17 @@ def main() -> None:
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, timm {timm.__version__}, {where}, {options.rounds} interleaved rounds")
+    if options.bf16:
+        print(f"tile units: {multiplies_in_tiles()}")
+        return tiles(options.rounds, 16, 8)
     if options.device == "cpu":
         encoder_forward("cpu", torch.float32, 16, options.rounds, compiled=False)
         pretraining_step("cpu", 8, options.rounds, autocast=False, compiled=False)
-        mask_tokens("cpu", 2, options.rounds + 2, autocast=False)
-        return
+        return mask_tokens("cpu", 2, options.rounds + 2, autocast=False)
     for compiled in (False, True):
         encoder_forward("cuda", torch.bfloat16, 256, options.rounds * 3, compiled)
         pretraining_step("cuda", 256, options.rounds * 3, autocast=True, compiled=compiled)
-    mask_tokens("cuda", 128, options.rounds * 3, autocast=True)
+    return mask_tokens("cuda", 128, options.rounds * 3, autocast=True)
 
 
 if __name__ == "__main__":

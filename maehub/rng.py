@@ -1,7 +1,10 @@
 """Randomness by counting: numbers that follow from a seed alone, in any process, on any device and in any order."""
 
+import contextlib
 import hashlib
+import random
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -49,3 +52,16 @@ def random_uniform(seed: int, count: int) -> np.ndarray:
     """(count,) float64 in [0, 1), a pure function of the seed: for crops, flips and rectangles."""
     bits = random_bits(torch.tensor([seed], dtype=torch.int64), count)[0].numpy()
     return (bits >> 10) * 2.0**-53
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python and numpy for a while: what timm's transforms draw from."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)

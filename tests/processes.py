@@ -20,7 +20,10 @@ IMPORTED = (
     *("maehub.train.pretraining.loop", "maehub.train.finetuning.loop"),
 )
 PR_SET_CHILD_SUBREAPER = 36
-TINY = "--model vit-tiny --decoder-width 32 --decoder-depth 1 --decoder-heads 2 --target pixels --device cpu --quiet"
+TINY = (
+    "--model vit-tiny --decoder-width 32 --decoder-depth 1 --decoder-heads 2 --target pixels --device cpu --quiet "
+    "--precision fp32"
+)
 
 
 def words(data, out, **changes):

@@ -127,6 +127,7 @@ COMMANDS = {
     "train.networks": LABELLED,
     "train.networks.presets": ("pretrain", "plan"),
     "train.evaluation.class_matching": ("evaluate",),
+    "train.evaluation.corruptions": ("evaluate",),
     "train.evaluation.evaluating": ("evaluate",),
     "train.evaluation.predicting": ("predict",),
     "train.pretraining": ("pretrain",),
@@ -622,7 +623,7 @@ ROWS = [
     ),
     (
         "features.extraction._checked_job",
-        "is not one of",
+        "pool={pool} is not one of",
         "maehub.extract_features(maehub.load('enc'), 'photos', pool='clas')",
         "maehub.extract_features(maehub.load('enc'), 'photos', pool='cls')",
     ),
@@ -878,25 +879,50 @@ ROWS = [
         "? maehub finetune flowers -o run --steps 1\n? maehub finetune flowers -o run --epochs 1",
     ),
     (
-        "train.finetuning.loop._settled",
+        "train.evaluation.corruptions.corruption_names",
+        "of one size",
+        "maehub evaluate flowers -m clf --image-size 16 --corruptions",
+        "maehub evaluate flowers -m clf --image-size 32 --corruptions --workers 0",
+    ),
+    (
+        "train.evaluation.corruptions.against",
+        "write one by",
+        """maehub evaluate flowers -m clf -o plain --workers 0
+        maehub evaluate flowers -m clf --corruptions --baseline plain --workers 0""",
+        "maehub evaluate flowers -m clf --corruptions -o spoilt --workers 0",
+    ),
+    (
+        "train.finetuning.config.FinetuneConfig",
+        "leave out --steps",
+        "maehub finetune flowers -o run --steps 1 --minutes 1",
+        "? maehub finetune flowers -o run --minutes 1",
+    ),
+    (
+        "train.finetuning.fitting.Clock",
+        "for the features of",
+        "maehub finetune flowers -m enc -o run --workers 0 --device cpu --skip-twins --minutes 0.0001",
+        "maehub finetune flowers -m enc -o run --workers 0 --device cpu --skip-twins --minutes 1",
+    ),
+    (
+        "train.finetuning.recipes.settled",
         "--fsdp",
         f"maehub finetune flowers -m enc -o run {TRAIN} --fsdp --recipe linear",
         f"maehub finetune flowers -m enc -o run {TRAIN} --skip-twins --recipe linear",
     ),
     (
-        "train.finetuning.loop._settled",
+        "train.finetuning.recipes.settled",
         "--batch-size",
         f"maehub finetune flowers -m enc -o run {TRAIN} --mixup 0.8 --batch-size 3",
         f"maehub finetune flowers -m enc -o run {TRAIN} --skip-twins --mixup 0.8 --batch-size 4",
     ),
     (
-        "train.finetuning.loop._micro_batch",
+        "train.finetuning.fitting.micro_batch_of",
         "an odd number",
         f"maehub finetune flowers -m enc -o run {TRAIN} --mixup 0.8 --micro-batch 3",
         f"maehub finetune flowers -m enc -o run {TRAIN} --skip-twins --mixup 0.8 --micro-batch 2",
     ),
     (
-        "train.finetuning.loop._micro_batch",
+        "train.finetuning.fitting.micro_batch_of",
         "batch normalisation",
         f"maehub finetune flowers -m enc -o run {TRAIN} --recipe linear --micro-batch 1",
         f"maehub finetune flowers -m enc -o run {TRAIN} --skip-twins --recipe linear --micro-batch 2",
@@ -1531,7 +1557,12 @@ def test_what_is_advised_helps(place, fragment, wrong, right, names, capsys, cap
 
 # Texts that no row follows, and why: a place, or a place and words of the text.
 NOT_FOLLOWED = {
+    "words of a run that begins or has begun: test_fitting.py has runs that say them": [
+        ("train.finetuning.fitting.Clock", "--minutes says how long"),
+        ("train.finetuning.head_start.look_early", ""),
+    ],
     "a statement of what may be: any value that it names will do": [
+        ("features.extraction._checked_job", "precision={precision} is not one of"),
         ("models.autoencoder.AutoencoderConfig", "is not divisible by"),
         ("models.autoencoder.AutoencoderConfig", "is not one of"),
         ("models.autoencoder.AutoencoderConfig", "outputs={outputs} does not fit"),
@@ -1553,6 +1584,7 @@ NOT_FOLLOWED = {
         ("weights.library_settings.transformers_transform", "resample="),
     ],
     "no advice: a card, a table, a label, a hash": [
+        ("train.evaluation.corruptions.corruption_names", "of colour pictures"),
         ("features.extraction._provenance", ""),
         ("hub.urls._stream", ""),
         ("publishing.pushing.push", "maehub push: {kind}"),
@@ -1582,6 +1614,7 @@ NOT_FOLLOWED = {
         ("data.storage._connected", ""),
         ("data.tables._datasets", ""),
         ("features.table.check_ending", "pyarrow"),
+        ("train.evaluation.corruptions.corruption_names", "need a package"),
         ("images.decoding.decoder_of", ""),
         ("interop.transformers_models.to_transformers", ""),
         ("train.engine.run_log.RunLog", "--tensorboard"),

@@ -192,7 +192,8 @@ def test_convert(run, tmp_path):
 
 @pytest.mark.parametrize("ending", [".safetensors", ".npz", ".parquet", ".csv"])
 def test_features_and_again(run, photos, tmp_path, ending, monkeypatch):
-    code, out, _ = run("features", photos, "-o", f"f{ending}", "--workers", 0, "--image-size", 64, "--json")
+    line = ("features", photos, "-o", f"f{ending}", "--workers", 0, "--image-size", 64, "--precision", "fp32")
+    code, out, _ = run(*line, "--json")
     assert code == 0
     assert json.loads(out[-1]) == {"out": f"f{ending}", "images": 6, "skipped": 0, "shape": [6, 192], "passed_over": {}}
     table = maehub.FeatureTable.load(tmp_path / f"f{ending}")
@@ -202,7 +203,7 @@ def test_features_and_again(run, photos, tmp_path, ending, monkeypatch):
     torch.testing.assert_close(table.features, expected, atol=1e-5, rtol=0)
     monkeypatch.setattr(maehub.Encoder, "features", lambda *_, **__: pytest.fail("computed"))
     before = (tmp_path / f"f{ending}").read_bytes()
-    again = run("features", photos, "-o", f"f{ending}", "--workers", 0, "--image-size", 64)
+    again = run(*line)
     assert again[0] == 0
     assert "6 images" in again[1][-1]
     assert (tmp_path / f"f{ending}").read_bytes() == before

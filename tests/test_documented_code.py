@@ -55,8 +55,7 @@ IN_COMMANDS = [
     (r"--image-size 224 448", "--image-size 96 192"),
     (r"--image-size 448", "--image-size 96"),
     # once for each of several flags of a line; a plan keeps them
-    *[(r"(maehub (?:pretrain|finetune) .*?) --(?:epochs|steps|batch-size|checkpoint-every|validate-every) \S+", r"\1")]
-    * 5,
+    *[(r"(maehub (?:pretrain|finetune) .*?) --(?:epochs|steps|batch-size|\S+-every|minutes) \S+", r"\1")] * 5,
     (r"--seeds 0 1 2", "--seeds 0 1"),
     (r"--workers 16", ""),
     (r"(?<=maehub )(pretrain .*)", rf"\1 {TRAIN.removesuffix(' --skip-twins')}"),

@@ -7,8 +7,7 @@ import pytest
 from maehub.errors import UsageError
 from maehub.train import FinetuneConfig
 from maehub.train.engine.optim import peak_rate
-from maehub.train.finetuning.loop import asked_of
-from maehub.train.finetuning.recipes import Facts, describe, settle
+from maehub.train.finetuning.recipes import Facts, asked_of, describe, settle
 
 B, L, H = (768, 12), (1024, 24), (1280, 32)
 IMAGENET = 1_281_167
@@ -16,7 +15,7 @@ IMAGENET = 1_281_167
 
 def settled(network=B, images=IMAGENET, classes=1000, trained=True, size=224, multi_label=False, **changes):
     config = FinetuneConfig("DATA", Path("RUN"), **changes)
-    facts = Facts(*network, trained, size, images, classes, multi_label)
+    facts = Facts(*network, trained, size, images, classes, multi_label, config.class_weights != "balanced")
     return settle(config.recipe, facts, asked_of(config), config.model)
 
 
@@ -79,27 +78,27 @@ def test_large_pictures_take_the_recipe_for_448():
 
 
 def test_little_data():
-    found = settled(images=2000, classes=10)
+    found = settled(images=2000, classes=10, recipe="official")
     assert found.batch_size == 128
     assert found.warmup == 0.05
     assert found.steps == -(-100 * 2000 // 128)
-    assert settled(images=100, classes=2).steps == 1250
-    assert settled((192, 5), images=100, classes=2, epochs=3).steps == -(-300 // 8)
-    assert settled(images=100, classes=2, steps=7).steps == 7
-    assert settled(L, images=30, classes=2).steps == 1000
+    assert settled(images=100, classes=2, recipe="official").steps == 1250
+    assert settled((192, 5), images=100, classes=2, recipe="official", epochs=3).steps == -(-300 // 8)
+    assert settled(images=100, classes=2, recipe="official", steps=7).steps == 7
+    assert settled(L, images=30, classes=2, recipe="official").steps == 1000
 
 
 def test_the_first_blocks_factor_is_that_of_vit_b_on_little_data():
     for network in ((192, 5), B, L, H):
-        found = settled(network, images=2000, classes=10)
+        found = settled(network, images=2000, classes=10, recipe="official")
         assert found.layer_decay ** network[1] == pytest.approx(0.65**12)
 
 
 @pytest.mark.parametrize(("images", "classes", "mixes"), [(199, 10, False), (200, 10, True), (9999, 1000, False)])
 def test_few_pictures_a_class_are_not_mixed(images, classes, mixes):
-    found = settled(images=images, classes=classes)
+    found = settled(images=images, classes=classes, recipe="official")
     assert (found.mixup > 0, found.cutmix > 0) == (mixes, mixes)
-    assert settled(images=199, classes=10, mixup=0.5).mixup == 0.5
+    assert settled(images=199, classes=10, recipe="official", mixup=0.5).mixup == 0.5
 
 
 def test_what_is_asked_for_wins():
@@ -153,6 +152,6 @@ def test_the_run_says_rate_factors_and_true_batch():
 def test_the_run_says_why_there_is_no_mixup():
     few, enough = (Facts(*B, True, 224, images, 10) for images in (199, 200))
     assert "no mixup, no cutmix (fewer than 20 pictures a class)" in describe(
-        settle("auto", few, {}, "vit-b"), few, "8"
+        settle("official", few, {}, "vit-b"), few, "8"
     )
-    assert "mixup 0.8, cutmix 1" in describe(settle("auto", enough, {}, "vit-b"), enough, "16")
+    assert "mixup 0.8, cutmix 1" in describe(settle("official", enough, {}, "vit-b"), enough, "16")

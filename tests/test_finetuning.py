@@ -348,7 +348,8 @@ def test_a_finished_run_is_not_done_again(trained, pictures, caplog):
 
 def test_weights_are_fine_tuned_with_layer_decay(weights, pictures, tmp_path):
     """The stem moves least."""
-    finetune(settings_of(pictures, tmp_path / "run", model=str(weights), steps=3, layer_decay=0.1))
+    settings = {"model": str(weights), "recipe": "official", "steps": 3, "layer_decay": 0.1}
+    finetune(settings_of(pictures, tmp_path / "run", **settings))
     before, after = (
         load_file(weights / "model.safetensors"),
         load_file(tmp_path / "run" / "model" / "model.safetensors"),
@@ -363,7 +364,8 @@ def test_weights_are_fine_tuned_with_layer_decay(weights, pictures, tmp_path):
     [(0, set()), (0.5, {"blocks.1.mlp.fc1.weight"}), (1, {"blocks.1.mlp.fc1.weight", "blocks.1.attn.qkv.weight"})],
 )
 def test_partial_fine_tuning_leaves_the_rest_as_it_was(weights, pictures, tmp_path, blocks, moving):
-    finetune(settings_of(pictures, tmp_path / "run", model=str(weights), steps=2, blocks=blocks, base_lr=0.05))
+    settings = {"model": str(weights), "recipe": "official", "steps": 2, "blocks": blocks, "base_lr": 0.05}
+    finetune(settings_of(pictures, tmp_path / "run", **settings))
     before, after = (
         load_file(weights / "model.safetensors"),
         load_file(tmp_path / "run" / "model" / "model.safetensors"),
@@ -478,7 +480,7 @@ def test_every_policy_of_timm_runs(pictures, words):
 
     policy = policy_of(words, Preprocess.evaluation(32, 3, 8))
     for seed in range(60):
-        from maehub.train.finetuning.views import seeded
+        from maehub.rng import seeded
 
         with seeded(seed):
             assert policy(picture("lines", seed)).size == (40, 40)

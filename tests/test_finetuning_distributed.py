@@ -24,7 +24,7 @@ PLAIN = {"mixup": 0, "cutmix": 0, "erasing": 0, "drop_path": 0}
 
 def words(data, out, **changes):
     usual = {"model": "untrained/vit-tiny", "steps": 8, "batch-size": 8, "workers": 0, "base-lr": 0.01, "timeout": 20}
-    line = ["finetune", str(data), "-o", str(out), "--device", "cpu", "--quiet", "--skip-twins"]
+    line = ["finetune", str(data), "-o", str(out), "--device", "cpu", "--quiet", "--skip-twins", "--precision", "fp32"]
     for name, value in (usual | {"checkpoint-every": 3} | changes).items():
         line += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return line

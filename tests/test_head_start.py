@@ -47,7 +47,7 @@ def logits_of(network, preprocess, labelled):
 
 
 def job_of(data, **changes):
-    return loop._Job(settings_of(data, "nowhere", head_start="probe", **changes), Group())
+    return loop._Job(settings_of(data, "nowhere", head_start="probe", **changes), Group(), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ STARTS = {
 def test_the_network_starts_as_its_probe(weights, pictures, changes):
     job = job_of(pictures, **{"model": weights} | changes)
     network, preprocess = job.measured, job.classifier.preprocess
-    held = logits_of(network, preprocess, job.held)
+    held = logits_of(network, preprocess, job.split.training.take(job.inner[1]))
     np.testing.assert_allclose(held, job.probe.held, atol=1e-5 * np.abs(held).max())
     again = job.build(job.open()).network
     put_head(again, job.probe.whole)
@@ -83,7 +83,7 @@ def test_the_network_starts_as_its_probe(weights, pictures, changes):
 
 def test_what_the_head_sees_is_standardised(usual):
     seen = []
-    head_of(usual.measured).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    head_of(usual.measured).linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     logits_of(usual.measured, usual.classifier.preprocess, usual.split.training)
     torch.testing.assert_close(seen[0].mean(dim=0), torch.zeros(32), atol=1e-3, rtol=0)
     torch.testing.assert_close(seen[0].std(dim=0), torch.ones(32), atol=1e-3, rtol=0)
@@ -104,7 +104,8 @@ def test_it_is_the_probe_of_the_command(weights, pictures, tmp_path):
 
 def test_what_chooses_is_not_trained_on(usual):
     names = [
-        {labelled.samples.where(place) for place in range(len(labelled))} for labelled in (usual.training, usual.held)
+        {labelled.samples.where(place) for place in range(len(labelled))}
+        for labelled in (usual.training, usual.split.training.take(usual.inner[1]))
     ]
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == len(usual.split.training)
@@ -129,9 +130,9 @@ def test_several_labels(tmp_path):
 
 @pytest.fixture(scope="module")
 def kept_probe(weights, pictures, tmp_path_factory):
-    """A run of a step at next to no rate, which cannot be better by more than chance."""
+    """A run that tears the network down."""
     run = tmp_path_factory.mktemp("kept") / "run"
-    return finetune(settings_of(pictures, run, model=weights, head_start="probe", steps=1, base_lr=1e-7))
+    return finetune(settings_of(pictures, run, model=weights, head_start="probe", steps=20, base_lr=5.0, blocks=2))
 
 
 def test_a_run_that_gains_nothing_exports_the_probe(kept_probe, weights, pictures):
@@ -159,7 +160,7 @@ def test_a_run_that_gains_exports_the_network(pictures, tmp_path, caplog):
     assert result.kept == told["kept"] == "finetuned", caplog.text
     assert result.scores.top1 > result.probe.top1
     assert told["scores"] == told["finetuned"]
-    assert set(told["chosen_by"]) == {"probe", "finetuned", "n"}
+    assert set(told["chosen_by"]) == {"probe", "finetuned", "n", "gained", "lost"}
     model, testing = maehub.load(result.run), split_labelled(data, seed=0).testing
     logits = logits_of(model, model.preprocess, testing)
     assert 100 * (logits.argmax(axis=1) == testing.labels).mean() == pytest.approx(result.scores.top1)
@@ -179,13 +180,15 @@ def logits_for(labels, wrong, classes=3):
     ("probe_wrong", "network_wrong", "kept"),
     [
         (range(9), range(0), "finetuned"),
-        (range(2), range(1), "probe"),  # one picture, and its error is one
-        (range(4), range(4, 8), "probe"),
+        (range(2), range(1), "finetuned"),
+        (range(4), range(4, 8), "probe"),  # as many, and as sure of them
+        (range(0), range(1), "finetuned"),  # one picture, and its error is one
+        (range(0), range(2), "probe"),
         (range(0), range(9), "probe"),
-        (range(0), range(0), "probe"),
+        (range(0), range(0), "probe"),  # the same logits
     ],
 )
-def test_the_network_is_kept_where_it_is_better_by_more_than_chance(pictures, probe_wrong, network_wrong, kept):
+def test_the_network_is_kept_unless_the_probe_is_better_by_more_than_chance(pictures, probe_wrong, network_wrong, kept):
     testing = split_labelled(pictures, seed=0).testing
     right = logits_for(testing.labels, [])
     truth = np.arange(30) % 3
@@ -215,7 +218,7 @@ def test_the_command_tells_both(weights, pictures, tmp_path, capsys):
     assert facts["probe_top1"] == pytest.approx(json.loads((tmp_path / "run/scores.json").read_text())["probe"]["top1"])
 
 
-def test_where_nothing_can_be_held_out_nothing_is_trained(weights, tmp_path):
+def test_where_nothing_can_be_held_out_no_probe_begins_it(weights, tmp_path, caplog):
     for side, numbers in (("train", range(2)), ("val", range(5, 9))):
         for kind in CLASSES:
             (tmp_path / side / kind).mkdir(parents=True)
@@ -224,10 +227,14 @@ def test_where_nothing_can_be_held_out_nothing_is_trained(weights, tmp_path):
     rows = [f"train/{kind}/{n}.png,{kind},{kind},train" for kind in CLASSES for n in range(2)]
     rows += [f"val/{kind}/{n}.png,{kind},{kind}v,val" for kind in CLASSES for n in range(5, 9)]
     (tmp_path / "t.csv").write_text("path,label,patient,split\n" + "\n".join(rows) + "\n")
-    config = settings_of(tmp_path / "t.csv", tmp_path / "run", model=weights, head_start="probe", group="patient")
+    config = {"model": weights, "group": "patient", "steps": 1}
     with pytest.raises(DataError, match="cannot be split once more"):  # one group a class
-        finetune(config)
+        finetune(settings_of(tmp_path / "t.csv", tmp_path / "run", head_start="probe", **config))
     assert not (tmp_path / "run").exists()
+    result = finetune(settings_of(tmp_path / "t.csv", tmp_path / "run", **config))
+    assert result.probe is None
+    assert "cannot be split once more" in caplog.text
+    assert json.loads((result.run / "config.json").read_text())["settings"]["recipe"] == "official"
 
 
 # -- runs stay exact ---------------------------------------------------------------------------------------------------

@@ -496,7 +496,8 @@ def test_settings_of_the_recipe_and_of_the_run_are_marked_where_they_were_given(
     assert "<th>mixup</th><td>0.3</td>" in recipe
     rates = read_metrics(finished.run / "metrics.jsonl")["lr"].values
     assert f"<th>peak-lr</th><td>{rates.max():g}</td>" in recipe
-    given = ["data", "out", "model", "hflip", "skip-twins", "validate-every", "device", "workers", "quiet"]
+    given = ["data", "out", "model", "hflip", "skip-twins", "validate-every", "precision"]
+    given += ["device", "workers", "quiet"]
     assert marked(settings) == given
     assert "<th>val-share</th><td>0.2</td>" in settings
     assert "mixup" not in settings

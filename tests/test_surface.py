@@ -49,6 +49,7 @@ FUNCTIONS = {
             "preprocess": None,
             "batch_size": None,
             "workers": None,
+            "precision": "fp32",
             "out": None,
             "skip_bad": False,
         },
@@ -201,7 +202,14 @@ def test_exported_names():
         assert getattr(maehub.train, name).__module__.startswith("maehub.train.")
     for name in ("finetune", "evaluate", "probe", "knn", "compare"):
         assert signature(getattr(maehub.train, name)) == (["config"], {})
-    predicting = {"top": 5, "batch_size": None, "workers": None, "skip_bad": False, "progress": True}
+    predicting = {
+        "top": 5,
+        "batch_size": None,
+        "workers": None,
+        "precision": "fp32",
+        "skip_bad": False,
+        "progress": True,
+    }
     assert signature(maehub.train.predict) == (["encoder", "source"], predicting)
     assert signature(maehub.train.pretrain) == (["config"], {"tokenizer": None})
     assert signature(maehub.train.plan) == (["config"], {})

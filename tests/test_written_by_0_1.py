@@ -96,7 +96,7 @@ def test_a_table_that_is_there_is_done_or_left_alone(name, capsys):
     before, known = Path(name).read_bytes(), maehub.FeatureTable.load(name).provenance
     differing = ["decode"] * (known["decode"]["pillow"] != PIL.__version__)
     differing += ["maehub"] * (maehub.__version__ != "0.1.0")
-    code = cli.main(["features", "drawings", "-m", "pretrained", "-o", name, *HERE])
+    code = cli.main(["features", "drawings", "-m", "pretrained", "-o", name, "--precision", "fp32", *HERE])
     err = capsys.readouterr().err
     assert code == (2 if differing else 0), err
     assert not differing or f"was made with another {', '.join(differing)}; name another file, or overwrite" in err

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from maehub.errors import UsageError
-from maehub.train.engine import BatchSize, Device, Flag, Model, Section, Sides, Workers, default
+from maehub.train.engine import BatchSize, Device, Flag, Model, Section, Sides, Workers, default, settings
 
 Out = Annotated[Path, Section.OUTPUT, arg(aliases=["-o"])]
 Loadable = Annotated[Model, arg(help="A catalog name, a Hub id, a folder or a .safetensors file.")]
@@ -109,6 +109,7 @@ class Features:
     batch_size: BatchSize = None
     workers: Workers = None
     device: Device = "auto"
+    precision: settings.Precision = "auto"
     exact_decode: Annotated[Flag, Section.DATA] = False
     """Decode JPEGs at full size instead of a smaller one that is large enough."""
     skip_bad: Annotated[Flag, Section.OUTPUT] = False

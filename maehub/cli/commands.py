@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maehub import hub
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
-from maehub.files import check_place, read_words
+from maehub.files import check_place, read_json, read_words
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
@@ -148,6 +148,7 @@ def run_features(config: "arguments.Features", shared: Shared) -> int:
     table = extract_features(
         encoder,
         config.source,
+        precision=natively(config).precision,
         pool=config.pool,
         layers=list(config.layers) or None,
         batch_size=config.batch_size,
@@ -196,7 +197,7 @@ def run_finetune(config: Any, shared: Shared) -> int:
 def _trained(function: str, config: Any, shared: Shared) -> int:
     from maehub import train
 
-    result = getattr(train, function)(replace(config, quiet=shared.quiet))
+    result = getattr(train, function)(natively(replace(config, quiet=shared.quiet)))
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
     text = f"{result.run}: {result.step} steps done"
     if result.exit_code:
@@ -210,13 +211,30 @@ def _trained(function: str, config: Any, shared: Shared) -> int:
     return int(result.exit_code)
 
 
+def natively(config: Any) -> Any:
+    """With what ``--precision auto`` means in a command: what this machine multiplies fastest in.
+
+    A run that is resumed keeps its own.
+    """
+    if config.precision != "auto":
+        return config
+    from maehub.models import multiplies_in_tiles, settled_precision, usable_device
+
+    if getattr(config, "resume", False) and (config.out / "config.json").is_file():
+        return replace(config, precision=read_json(config.out / "config.json").get("precision", "auto"))
+    device = usable_device(config.device)
+    precision = settled_precision("auto", device)
+    tiles = device.type == "cpu" and multiplies_in_tiles()
+    return replace(config, precision="bf16" if tiles else precision)
+
+
 def measuring(function: str) -> Callable[[Any, Shared], int]:
     """What a command does that calls a function of `maehub.train` and shows what it found."""
 
     def run(config: Any, shared: Shared) -> int:
         from maehub import train
 
-        found = getattr(train, function)(replace(config, quiet=shared.quiet))
+        found = getattr(train, function)(natively(replace(config, quiet=shared.quiet)))
         return report(shared, shared.searched(found.to_dict()), str(found))
 
     return run
@@ -241,6 +259,7 @@ def run_predict(config: Any, shared: Shared) -> int:
     found = predict(
         encoder,
         list(paths),
+        precision=natively(config).precision,
         top=config.top,
         batch_size=config.batch_size,
         workers=config.workers,

@@ -25,7 +25,7 @@ from maehub.features.inference import Input, batch_size_for, batches_of_one_size
 from maehub.features.store import FeatureStore
 from maehub.files import check_place, free_space_guard
 from maehub.images import Preprocess, TransformName, grid_size
-from maehub.models import Encoder, FeaturePool
+from maehub.models import Encoder, FeaturePool, Precision, autocast, settled_precision
 from maehub.version import __version__
 
 _CHUNK_BATCHES = 8  # batches between two commits
@@ -42,6 +42,7 @@ def extract_features(
     preprocess: Preprocess | TransformName | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    precision: Precision = "fp32",
     out: str | Path | None = None,
     skip_bad: bool = False,
     exact_decode: bool = False,
@@ -59,6 +60,8 @@ def extract_features(
         preprocess: None is the model's own; or the name of another library's.
         batch_size: pictures computed at once; None chooses.
         workers: processes that read files; None takes as many as there are cores and work, 0 reads in this one.
+        precision: what matrices are multiplied in; "bf16" is autocast, within a cosine of 0.999 of fp32 and faster on
+            GPUs and on CPUs with tile units; "auto" takes it on a GPU that has it. It stands in the provenance.
         out: a file to write, .safetensors, .npz, .parquet or .csv. Memory then does not grow with the source. What
             is finished lies in ``OUT.partial/`` meanwhile, and the same call goes on there after an interruption,
             to the same bytes. A file with the same provenance and source is not computed again.
@@ -76,7 +79,7 @@ def extract_features(
         DataError: no pictures, one that cannot be read, or a reading process died.
         CheckpointError: ``out`` cannot be written.
     """
-    job = _checked_job(encoder, pool, layers, preprocess, batch_size)
+    job = _checked_job(encoder, pool, layers, preprocess, batch_size, precision)
     target = None if out is None else Path(out)
     if target is not None:
         table.check_ending(target, job.pool)
@@ -115,6 +118,7 @@ class _Job:
     layers: tuple[int, ...] | None
     preprocess: Preprocess
     batch_size: int
+    precision: Precision
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -139,7 +143,8 @@ class _Job:
             images = self.preprocess.normalise(images)
         images = images.to(self.encoder.cls_token.dtype)
         try:
-            return self.encoder.features(images, pool=self.pool, layers=self.layers)
+            with autocast(self.precision, device):
+                return self.encoder.features(images, pool=self.pool, layers=self.layers)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 batch = f"a batch of {len(images)} pictures of {images.shape[2]}×{images.shape[3]}"
@@ -154,6 +159,7 @@ def _checked_job(
     layers: Sequence[int] | None,
     preprocess: Preprocess | TransformName | None,
     batch_size: int | None,
+    precision: Precision,
 ) -> _Job:
     """Whatever can be refused before a file is opened."""
     if not isinstance(encoder, Encoder):
@@ -179,7 +185,10 @@ def _checked_job(
         batch_size = batch_size_for(tokens, encoder.cls_token.device, _GPU_TOKENS)
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, not {batch_size}")
-    return _Job(encoder, chosen, None if layers is None else tuple(layers), preprocess, batch_size)
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision={precision!r} is not one of {', '.join(get_args(Precision))}")
+    precise = settled_precision(precision, encoder.cls_token.device)
+    return _Job(encoder, chosen, None if layers is None else tuple(layers), preprocess, batch_size, precise)
 
 
 @dataclass
@@ -315,4 +324,5 @@ def _provenance(job: _Job, exact_decode: bool) -> table.Provenance:
         "layers": None if job.layers is None else list(job.layers),
         "transform": job.preprocess.to_dict(),
         "decode": {"jpeg": "exact" if exact_decode else "scaled", **libraries},
+        **({} if job.precision == "fp32" else {"precision": job.precision}),
     }

@@ -86,6 +86,7 @@ def outputs(
     preprocess: Preprocess,
     device: torch.device,
     *,
+    read: Callable[[Any], np.ndarray] | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -94,7 +95,8 @@ def outputs(
     """What ``compute`` gives for each picture, in their order: (n, …) float32 on the CPU.
 
     It takes (B, C, H, W) float32 on ``device``, preprocessed, to (B, …). The transform is not of ``native`` size, since
-    pictures are put into one tensor. They are read by ``workers`` processes, with 0 in this one. None chooses, for that
+    pictures are put into one tensor. ``read``: what gives (H, W, C) uint8 of a picture, in place of
+    the transform. They are read by ``workers`` processes, with 0 in this one. None chooses, for that
     and for ``batch_size``. The bar on stderr, if that is a terminal, counts ``what``.
     """
     if batch_size is None:
@@ -104,7 +106,7 @@ def outputs(
     if workers is None and count * math.prod(preprocess.size) < _PIXELS_PER_WORKER:
         workers = 0
     keys = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
-    dataset = Whole(samples, partial(read_pixels, preprocess=preprocess), _joined)
+    dataset = Whole(samples, read or partial(read_pixels, preprocess=preprocess), _joined)
     reading = batches_of(dataset, keys, workers=worker_count(workers), pin=device.type == "cuda")
     bar = tqdm(total=count, unit=f" {what}", disable=None if progress else True, file=sys.stderr, leave=False)
 

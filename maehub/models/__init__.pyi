@@ -5,6 +5,11 @@ from .autoencoder import squared_error as squared_error
 from .colours import COLOURS as COLOURS
 from .colours import mean_colour_of as mean_colour_of
 from .colours import mean_colours as mean_colours
+from .devices import Precision as Precision
+from .devices import autocast as autocast
+from .devices import computed_in as computed_in
+from .devices import multiplies_in_tiles as multiplies_in_tiles
+from .devices import settled_precision as settled_precision
 from .devices import usable_device as usable_device
 from .encoder import LAYER_NORM_EPS as LAYER_NORM_EPS
 from .encoder import PRESETS as PRESETS

@@ -15,8 +15,6 @@ from .optim import peak_rate as peak_rate
 from .optim import set_rates as set_rates
 from .optim import update as update
 from .parallel import accumulating as accumulating
-from .parallel import autocast as autocast
-from .parallel import computes_bf16 as computes_bf16
 from .parallel import deterministic as deterministic
 from .parallel import shard as shard
 from .parallel import single_network as single_network
@@ -33,7 +31,6 @@ from .settings import Device as Device
 from .settings import Flag as Flag
 from .settings import LossOn as LossOn
 from .settings import Model as Model
-from .settings import Precision as Precision
 from .settings import RunConfig as RunConfig
 from .settings import Section as Section
 from .settings import Sides as Sides

@@ -57,6 +57,10 @@ class Group:
     store: Store | None = None
     _shared: list[BaseException] = field(default_factory=list, init=False)  # errors that every process has
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Group":
+        """Itself: a copy of a network runs in the same processes."""
+        return self
+
     @property
     def is_main(self) -> bool:
         """Rank 0: the one that writes."""

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from maehub.errors import CheckpointError, log
+from maehub.models import Precision, autocast
 from maehub.train.engine.distributed import Group
 from maehub.train.engine.environment import available_bytes
-from maehub.train.engine.parallel import autocast
-from maehub.train.engine.settings import Precision
 
 _ADAM = 2  # tensors of the size of the weights that the optimizer will add
 _MEMORY_SHARE = 0.5  # of the memory that is free on a CPU, where what does not fit is killed instead of refused

@@ -6,31 +6,17 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from maehub.models import Block
+from maehub.models import Block, Precision
 from maehub.train.engine.distributed import Group
-from maehub.train.engine.settings import Precision
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 where it is asked for, or the device computes it natively."""
-    if computes_bf16(precision, device):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def computes_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether matrix products are done in bf16."""
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16" or (precision == "auto" and capable)
 
 
 def wrapped(
@@ -76,9 +62,10 @@ def shard(module: nn.Module, group: Group, precision: Precision) -> None:
 
     assert group.step_group is not None
     mesh = DeviceMesh.from_group(group.step_group, group.device.type)
-    bf16 = computes_bf16(precision, group.device)
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     for part in (*[block for block in module.modules() if isinstance(block, Block)], module):
         fully_shard(part, mesh=mesh, mp_policy=policy)

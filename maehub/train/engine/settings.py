@@ -16,7 +16,6 @@ from tyro.conf import Positional, Suppress, arg
 
 from maehub.errors import UsageError
 
-Precision = Literal["auto", "fp32", "bf16"]
 LossOn = Literal["hidden", "all"]
 
 # -- what an annotation says
@@ -168,6 +167,14 @@ Workers = Annotated[
 Device = Annotated[
     str, Section.MACHINE, arg(metavar="DEVICE", help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.")
 ]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    Section.MACHINE,
+    arg(
+        help="What matrices are multiplied in. auto is bf16 where the device computes it natively, else fp32; of CPUs "
+        "those with tile units for it do (AMX), and there from the command line alone. Sums and losses are fp32."
+    ),
+]
 
 # -- a training run
 
@@ -194,7 +201,6 @@ class RunConfig:
     micro_batch: Annotated[Count | None, Section.MACHINE, default("as many as fit")] = None
     """Crops that a process computes at once; gradients are accumulated over them."""
     precision: Precision = "auto"
-    """bf16 where the device computes it natively, else fp32; losses are always fp32."""
     compile: Flag = False
     """Compile the model with torch.compile."""
     checkpoint_activations: Flag = False

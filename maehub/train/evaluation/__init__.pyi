@@ -25,6 +25,7 @@ from .scores import ClassScore as ClassScore
 from .scores import Interval as Interval
 from .scores import Paired as Paired
 from .scores import Scores as Scores
+from .scores import losses as losses
 from .scores import paired as paired
 from .scores import score as score
 from .text_tables import duration_text as duration_text

@@ -33,17 +33,24 @@ class EvaluateConfig:
     classes_from: Annotated[Path | None, default("by name", "FILE")] = None
     """Which class is which output, where names do not tell: a text file whose line i is the folder name of output i, or
     a .csv of folder,class (class: a name or number of the model) for some of them; only those are scored."""
+    corruptions: Flag = False
+    """Also measure under the 15 common corruptions at 5 severities (ImageNet-C): 75 passes over the pictures."""
+    baseline: Annotated[Path | None, default("none", "FOLDER")] = None
+    """Folder of another model's evaluation by --corruptions, which it implies: what the errors are divided by."""
     group: Annotated[str | None, default("none", "COLUMN|LEVEL")] = None
     """Column of a table, or folder level, of what belongs together, such as a patient: the interval is over groups."""
     batch_size: settings.BatchSize = None
     workers: settings.Workers = None
     device: settings.Device = "auto"
+    precision: settings.Precision = "auto"
     seed: int = 0
     """Accepted everywhere; an evaluation has nothing random about it."""
     quiet: settings.Quiet = False
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.baseline is not None:
+            object.__setattr__(self, "corruptions", True)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class PredictConfig:
     batch_size: settings.BatchSize = None
     workers: settings.Workers = None
     device: settings.Device = "auto"
+    precision: settings.Precision = "auto"
     skip_bad: Annotated[Flag, Section.OUTPUT] = False
     """Leave out pictures that cannot be read, list them (with a .csv in bad_files.csv beside it), and exit with 9."""
     overwrite: Flag = False

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
 from maehub.errors import UsageError, log
@@ -19,15 +20,16 @@ from maehub.features import outputs
 from maehub.files import check_free, read_json, sheet_cells, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
-from maehub.models import Encoder, usable_device
+from maehub.models import Encoder, autocast, computed_in, usable_device
 from maehub.train.evaluation.class_matching import match_classes
 from maehub.train.evaluation.config import EvaluateConfig
+from maehub.train.evaluation.corruptions import Robustness, against, corruption_names, measure, robustness_picture
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
 from maehub.train.evaluation.text_tables import printable
 from maehub.train.networks import pair
 
-MEMBERS = ("evaluation.json", "confusion.png", "mistakes.png", "predictions.csv")
+MEMBERS = ("evaluation.json", "confusion.png", "mistakes.png", "corruptions.png", "predictions.csv")
 """What an evaluation's folder is made of."""
 
 _MOST_MISTAKES = 16
@@ -47,6 +49,12 @@ class Evaluation:
     """What was written."""
     classes_used: tuple[str, ...] = ()
     """The classes that were scored, as the data call them."""
+    precision: str = "fp32"
+    """What the network computed in."""
+    robustness: Robustness | None = None
+    """Under corruptions, where that was asked for."""
+    spoilt: Image.Image | None = field(default=None, repr=False, compare=False)
+    """A picture under each of them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
@@ -54,14 +62,19 @@ class Evaluation:
             "model": self.model,
             "data": self.data,
             "classes_used": list(self.classes_used),
+            "precision": self.precision,
+            "corruptions": None if self.robustness is None else self.robustness.to_dict(),
             **self.scores.to_dict(),
             "files": [str(path) for path in self.files],
         }
 
     def __str__(self) -> str:
-        parts = [f"{self.model} on {printable(self.data, 200)}\n\n{self.scores}"]
+        how = "" if self.precision == "fp32" else f", computed in {self.precision}"
+        parts = [f"{self.model} on {printable(self.data, 200)}{how}\n\n{self.scores}"]
         if self.scores.bins:
             parts.append(f"how sure it is, and how often it is right then\n\n{self.scores.reliability()}")
+        if self.robustness:
+            parts.append(str(self.robustness))
         if self.files:
             parts.append("\n".join(map(str, self.files)))
         return "\n\n".join(parts)
@@ -79,7 +92,7 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measure a classifier on labelled pictures, each through the model's own transform, in fp32.
+    """Measure a classifier on labelled pictures, each through the model's own transform.
 
     Returns:
         `Evaluation`; with ``config.out`` also as a folder with ``evaluation.json``, ``predictions.csv``, and where
@@ -100,9 +113,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             "and evaluate RUN; `maehub probe DATA -m MODEL` measures its features as they are"
         )
     labelled, measured_on, used = _read(config, encoder)
+    names = corruption_names(labelled, encoder.preprocess) if config.corruptions else ()
     native = encoder.preprocess.resize == "native"  # every picture has its own size, so they are computed one by one
+
+    def compute(images: Tensor) -> Tensor:
+        with autocast(config.precision, device):
+            return encoder(images)
+
     logits = outputs(
-        encoder,
+        compute,
         labelled.samples,
         encoder.preprocess,
         device,
@@ -116,7 +135,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     wrong = worst_mistakes(logits, labelled.labels)
     title = f"the {len(wrong)} worst mistakes of {config.model}" if len(wrong) > 1 else f"a mistake of {config.model}"
     sheet = labelled_sheet(labelled, logits, wrong, encoder.config.channels, title) if len(wrong) else None
-    evaluation = Evaluation(config.model, measured_on, scores, sheet, classes_used=labelled.classes)
+    evaluation = Evaluation(
+        config.model, measured_on, scores, sheet, classes_used=labelled.classes, precision=computed_in(config.precision)
+    )
+    if names:
+        common: Any = {"batch_size": config.batch_size, "workers": config.workers, "progress": not config.quiet}
+        errors = measure(names, compute, labelled, used, encoder.preprocess, device, **common)
+        found = against(100 - scores.top1, errors, config.baseline, len(labelled))
+        picture = robustness_picture(found, labelled.samples, encoder.preprocess)
+        evaluation = replace(evaluation, robustness=found, spoilt=picture)
     return evaluation if config.out is None else _write(evaluation, config.out, config.overwrite, labelled, logits)
 
 
@@ -198,7 +225,7 @@ def _held_out_by(config: EvaluateConfig) -> Labelled | None:
 
 def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:
     drawn = {"confusion.png": None if evaluation.scores.multi_label else confusion_picture(evaluation.scores)}
-    drawn["mistakes.png"] = evaluation.mistakes
+    drawn |= {"mistakes.png": evaluation.mistakes, "corruptions.png": evaluation.spoilt}
     pictures = {name: picture for name, picture in drawn.items() if picture is not None}
     evaluation = replace(
         evaluation, files=tuple(out / name for name in MEMBERS if name in pictures or name not in drawn)

@@ -13,7 +13,7 @@ from maehub.data import PictureSource
 from maehub.errors import UsageError
 from maehub.features import Skipped, check_bad_files, extract_features, write_bad_files
 from maehub.files import atomic_write, sheet_cells
-from maehub.models import Encoder
+from maehub.models import Encoder, Precision
 from maehub.train.evaluation.config import check_target
 from maehub.train.evaluation.scores import probabilities
 from maehub.train.evaluation.text_tables import html_table, printable, text_table
@@ -132,6 +132,7 @@ def predict(
     top: int = 5,
     batch_size: int | None = None,
     workers: int | None = None,
+    precision: Precision = "fp32",
     skip_bad: bool = False,
     progress: bool = True,
 ) -> Predictions:
@@ -144,7 +145,7 @@ def predict(
         encoder: with a head, on the device where it shall compute.
         source: as `maehub.extract_features` takes it: a folder, a file, a list of paths, pictures in memory.
         top: how many classes are named for each picture where the predictions are printed and written.
-        batch_size, workers, skip_bad, progress: as in `maehub.extract_features`.
+        batch_size, workers, precision, skip_bad, progress: as in `maehub.extract_features`.
 
     Raises:
         UsageError: the model has no head, or an argument that cannot be.
@@ -158,7 +159,13 @@ def predict(
     if top < 1:
         raise UsageError(f"top must be 1 or more, not {top}")
     table = extract_features(
-        encoder, source, batch_size=batch_size, workers=workers, skip_bad=skip_bad, progress=progress
+        encoder,
+        source,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        skip_bad=skip_bad,
+        progress=progress,
     )
     weight = encoder.head.weight
     with torch.inference_mode():

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,11 +104,13 @@ def drop_paths(blocks: Sequence[nn.Module], rate: float, names: Sequence[str] = 
 def freeze(encoder: Encoder, blocks: float) -> None:
     """Leave the last so many blocks, the final norm and the head to be trained (He et al. 2021, figure 9).
 
-    Half a block is the MLP of the last one with its norm, as in the paper.
+    Half a block is the MLP of the last one with its norm, as in the paper; all of them are the whole network.
     """
     depth = encoder.config.depth
     if blocks > depth:
         raise UsageError(f"--blocks {blocks:g} is more than the {depth} blocks of the network")
+    if blocks == depth:
+        return
     encoder.requires_grad_(False)
     trained: list[nn.Module] = [encoder.final_norm, encoder.head]
     if blocks == 0.5 and depth:
@@ -125,8 +126,7 @@ def freeze(encoder: Encoder, blocks: float) -> None:
 class GlobalBatchNorm(nn.BatchNorm1d):
     """Batch normalisation without affine parameters, over the batch of all processes.
 
-    It is for features that no gradient flows into, so the sums are exchanged without one. torch's own SyncBatchNorm
-    does not run on a CPU.
+    torch's own SyncBatchNorm does not run on a CPU.
     """
 
     running_mean: Tensor
@@ -141,18 +141,52 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         """(B, D) to (B, D)."""
         if not self.training or self.group.size == 1:
             return super().forward(features)
+        from torch.distributed.nn.functional import all_reduce  # which a gradient flows through
+
+        x = features.double()
+        sums = all_reduce(torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])]), group=self.group.step_group)
+        count = sums[-1].detach()
+        mean, square = (sums[:-1] / count).view(2, -1)
+        variance = (square - mean * mean).clamp(min=0)
         with torch.no_grad():
-            x = features.double()
-            sums = torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])])
-            dist.all_reduce(sums, group=self.group.step_group)
-            count = sums[-1]
-            mean, square = (sums[:-1] / count).view(2, -1)
-            variance = (square - mean * mean).clamp_(min=0)
             momentum = self.momentum or 0.1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), momentum)
             self.num_batches_tracked += 1
-            return ((x - mean) / torch.sqrt(variance + self.eps)).to(features.dtype)
+        return ((x - mean) / torch.sqrt(variance + self.eps)).to(features.dtype)
+
+    def folded_into(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weights (C, D) and biases (C,), float64 on the CPU, of one layer that does what both do in eval mode."""
+        scale = (self.running_var.double().cpu() + self.eps).rsqrt()
+        weight = linear.weight.detach().double().cpu() * scale
+        return weight, linear.bias.detach().double().cpu() - weight @ self.running_mean.double().cpu()
+
+
+class StandardisedHead(nn.Module):
+    """A linear layer on batch-normalised features: what a head is while it is trained that began as a probe.
+
+    A probe leans on directions in which features hardly differ. When the network moves, the mean of all features moves
+    with it, by more than they differ there, and every picture becomes one class. Normalised by the batch, a head does
+    not see a common move, and no gradient makes one.
+    """
+
+    def __init__(self, linear: nn.Linear, group: Group) -> None:
+        super().__init__()
+        self.norm = GlobalBatchNorm(linear.in_features, group)
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) to logits (B, classes)."""
+        return self.linear(self.norm(features.float()))
+
+    def folded(self) -> nn.Linear:
+        """One linear layer that computes the same in eval mode."""
+        weight, bias = self.norm.folded_into(self.linear)
+        layer = nn.Linear(weight.shape[1], len(weight))
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+        return layer
 
 
 class _Probe(nn.Module):
@@ -197,9 +231,7 @@ class LinearProbe(_Probe):
         encoder = self.trunk
         if not isinstance(encoder, Encoder) or self.pool != encoder.config.pool:
             return None
-        scale = (self.norm.running_var.double().cpu() + self.norm.eps).rsqrt()
-        weight = self.head.weight.detach().double().cpu() * scale
-        bias = self.head.bias.detach().double().cpu() - weight @ self.norm.running_mean.double().cpu()
+        weight, bias = self.norm.folded_into(self.head)
         return with_head(encoder, classes, weight, bias, multi_label=multi_label)
 
 

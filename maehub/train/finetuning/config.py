@@ -22,19 +22,20 @@ class FinetuneConfig(RunConfig):
     """Weights to start from: a catalog name, a Hub id, a folder or a file; timm/NAME for a backbone of timm;
     untrained/NAME for fresh weights."""
     recipe: Annotated[Recipe, Section.TRAINING, COMMON] = "auto"
-    """official: of the published code, for weights trained on normalised pixels; paper: of table 9; 448: for large
-    pictures; scratch: supervised training from fresh weights, table 11; linear: linear probing, table 10; attentive: a
-    probe that pools by attention. auto chooses one of the first four."""
+    """auto: for fewer than 10,000 pictures, found by measurement; else one of the next ones, by the network. official:
+    of the published code, for weights trained on normalised pixels; paper: of table 9; 448: for large pictures;
+    scratch: supervised training from fresh weights, table 11; linear: linear probing, table 10; attentive: a probe that
+    pools by attention."""
     blocks: Annotated[
         float | None,
         settings.number(lambda value: value == 0.5 or (value >= 0 and value == int(value)), "of whole blocks, or 0.5"),
         COMMON,
-        default("all"),
+        default("the recipe's: all, or by auto two fifths"),
     ] = None
     """Partial fine-tuning (figure 9): train the last so many blocks and the head; 0.5 is the MLP of the last one."""
     pool: Annotated[HeadPool | None, Section.MODEL, default("the recipe's")] = None
     """What the head sees: the class token, or the mean of the patches."""
-    head_start: Annotated[HeadStart | None, default("zero")] = None
+    head_start: Annotated[HeadStart | None, default("the recipe's")] = None
     """probe: the head begins as the linear probe of what it sees, solved before the first step, and of the probe and
     the network the better one is kept, by training pictures that are not trained on. zero: a fresh head."""
     image_size: Annotated[settings.ImageSize, Section.DATA, COMMON] = ()
@@ -43,7 +44,9 @@ class FinetuneConfig(RunConfig):
     steps: Annotated[settings.Count | None, Section.TRAINING, default("as --epochs says")] = None
     """Optimizer steps."""
     epochs: Annotated[settings.Positive | None, COMMON, default("the recipe's")] = None
-    """Passes over the training pictures; with fewer than 10,000 of them the default is at least 1,000 steps."""
+    """Passes over the training pictures; by published recipes at least 1,000 steps if there are fewer than 10,000."""
+    minutes: Annotated[settings.Positive | None, COMMON, default("10 on a CPU by auto, else not limited")] = None
+    """Fit the length of the run to the clock, before it starts; a recipe that needs less takes less."""
     batch_size: Annotated[settings.Count | None, COMMON, default("the recipe's, less for small data")] = None
     """Pictures a step, over all processes."""
     base_lr: Annotated[settings.Positive | None, COMMON, default("the recipe's")] = None
@@ -59,7 +62,7 @@ class FinetuneConfig(RunConfig):
     clip_grad: Annotated[settings.Positive | None, default("not limited")] = None
     """Largest norm of the gradient of all parameters."""
 
-    crop_scale: Annotated[settings.CropScale, Section.AUGMENTATION] = (0.08, 1.0)
+    crop_scale: Annotated[settings.CropScale | None, Section.AUGMENTATION, default("the recipe's")] = None
     """Share of the picture's area that a random crop covers."""
     hflip: bool = True
     """Mirror half of the crops left to right; --no-hflip leaves them."""
@@ -99,6 +102,8 @@ class FinetuneConfig(RunConfig):
         super().__post_init__()
         if self.steps is not None and self.epochs is not None:
             raise UsageError("give the length of the run as --steps or as --epochs, not both")
+        if self.minutes is not None and (self.steps is not None or self.epochs is not None):
+            raise UsageError("--minutes fits the length of the run to the clock: leave out --steps and --epochs")
         if self.rot90 and len(self.image_size) == 2 and self.image_size[0] != self.image_size[1]:
             raise UsageError(f"--rot90 needs square crops, not --image-size {self.image_size[0]} {self.image_size[1]}")
         if self.head_start == "probe" and (self.recipe == "linear" or self.class_weights == "balanced"):

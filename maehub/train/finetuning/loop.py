@@ -14,19 +14,28 @@ import torch
 from torch import Tensor, nn
 
 import maehub.train.engine as engine
-from maehub.data import Labelled, StepKeys, batches_of, inner_split, split_labelled, worker_count
-from maehub.errors import EXIT_DONE, DataError, UsageError, log
+from maehub.data import StepKeys, batches_of, inner_split, split_labelled, worker_count
+from maehub.errors import EXIT_DONE, log
 from maehub.images import Augmentation
-from maehub.models import Encoder
+from maehub.models import Encoder, autocast, settled_precision
 from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.evaluation import Scores, score
 from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.config import FinetuneConfig
-from maehub.train.finetuning.head_start import HeadStart, put_head, solve_head
+from maehub.train.finetuning.fitting import MINUTES, Clock, micro_batch_of, seconds_a_step
+from maehub.train.finetuning.head_start import HeadStart, look_early, put_head, solve_again, solve_head
 from maehub.train.finetuning.measuring import Outcome, export, logits_of, look_for_twins, show
 from maehub.train.finetuning.mixing import Mixing, seeded_torch, step_seed
-from maehub.train.finetuning.network import Classifier, build_classifier, find_weights, open_network, optimizer_of
-from maehub.train.finetuning.recipes import Facts, Settings, describe, lasting, settle
+from maehub.train.finetuning.network import build_classifier, find_weights, open_network, optimizer_of
+from maehub.train.finetuning.recipes import (
+    Settings,
+    can_begin_as_probe,
+    describe,
+    has_classes,
+    lasting,
+    settled,
+    stored_settings,
+)
 from maehub.train.finetuning.views import LabelledBatch, LabelledCrops, TrainTransform, policy_of
 from maehub.train.networks import Backbone
 from maehub.train.reports import update_report
@@ -67,13 +76,15 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         DistributedError: a process failed, hangs or disagrees.
         KeyboardInterrupt: a second stop signal came before the step was done.
     """
-    deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
+    begun = time.monotonic()
+    deadline = begun + 60 * config.time_limit if config.time_limit else None
     parted, joined = contextlib.ExitStack(), engine.joined(config.device, config.timeout)
     with parted, joined as group, engine.deterministic(config.deterministic):
+        config = replace(config, precision=settled_precision(config.precision, group.device))
         with group.together("setting up"):
             if group.is_main:
                 engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
-            job = _Job(config, group)
+            job = _Job(config, group, begun)
         logged = RunLog(config.out, job.settings.batch_size, is_main=group.is_main)
         # until the group has parted: torchrun sends a signal to all when the first has ended
         stop = parted.enter_context(engine.stop_requests(deadline))
@@ -84,7 +95,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 class _Job:
     """What a run is made of: everything before the first step. Nothing is written."""
 
-    def __init__(self, config: FinetuneConfig, group: Group) -> None:
+    def __init__(self, config: FinetuneConfig, group: Group, begun: float) -> None:
         files = group.host_first(lambda: find_weights(config.model), "downloading the weights")
         split = group.host_first(
             lambda: split_labelled(
@@ -94,28 +105,36 @@ class _Job:
         )
         self.split = split
         self.training = split.training  # what is trained on
-        self.held: Labelled | None = None  # what says whether the network or its probe is kept
+        # places in the training pictures to train on, and of those that say whether the network or its probe is kept
+        self.inner = np.arange(len(split.training)), np.arange(0)
         classes, many = len(split.training.classes), split.training.multi_label
         size: Any = {"image_size": config.image_size, "channels": config.channels}
         self.open = partial(open_network, config.model, files, **size, seed=config.seed)
-        asked: Any = {"blocks": config.blocks, "pool": config.pool, "seed": config.seed}
+        asked: Any = {"pool": config.pool, "seed": config.seed}
         self.build = lambda backbone: build_classifier(backbone, self.settings, split.training, group, **asked)
         backbone = self.open()
         self.settings: Settings
-        self.facts, self.settings = _settled(config, backbone, split.training, group)
+        recipe = config.recipe
+        stored = group.first(stored_settings(config) if group.is_main else {}, "the settings of the run")
+        config = replace(config, recipe=stored.get("recipe", config.recipe)) if config.recipe == "auto" else config
+        self.facts, self.settings = settled(
+            config, backbone, split.training, group, probed=can_begin_as_probe(config, split.training, group)
+        )
+        limited = self.settings.recipe == "auto" and group.device.type == "cpu" and not (config.steps or config.epochs)
+        self.clock = Clock(config.minutes or (MINUTES if limited else None), group, begun)
         self.probe = self._solve_head(config, backbone, group) if self.settings.head_start == "probe" else None
         if self.probe and self.probe.pool:
             self.settings = replace(self.settings, pool=self.probe.pool)
         settings, classifier = self.settings, self.build(backbone)
         self.classifier = classifier
         if self.probe:
-            put_head(classifier.network, self.probe.fitted, self.probe.spread)
-        derived = {"classes": classes, "epochs": config.epochs} | lasting(settings)
+            put_head(classifier.network, self.probe.fitted, self.probe.spread, group)
+        derived = {"classes": classes, "epochs": config.epochs, "crop_scale": settings.crop_scale} | lasting(settings)
         pictures = hashlib.sha256()
         for side in (split.training, split.testing):
             pictures.update(side.samples.digest().encode() + np.ascontiguousarray(side.labels).tobytes())
         pictures.update("\0".join(split.training.classes).encode())
-        start = engine.agreed_start(group, asdict(config), derived, pictures.hexdigest())
+        start = engine.agreed_start(group, asdict(config) | {"recipe": recipe}, derived, pictures.hexdigest())
         classifier.network.to(group.device).train()
         spreads = config.fsdp and group.size > 1
         # the network without weights, where they are spread over processes that then gather them
@@ -132,8 +151,23 @@ class _Job:
         weights = class_weights(self.training.labels, classes) if config.class_weights == "balanced" else None
         objective = Objective(classifier.network, weights if many else None, multi_label=many).to(group.device)
         self.mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
-        micro = _micro_batch(config, objective, classifier, settings, classes, group)
+        micro = micro_batch_of(
+            config.micro_batch,
+            objective,
+            classifier.preprocess,
+            settings,
+            classes,
+            group,
+            config.precision,
+            shard=config.fsdp,
+        )
         self.start = replace(start, micro_batch=micro)
+        augmentation = Augmentation("random-crop", settings.crop_scale, config.hflip, config.vflip, config.rot90)
+        policy = policy_of(settings.randaugment, classifier.preprocess)
+        self.transform = TrainTransform(classifier.preprocess, augmentation, policy)
+        if self.clock.minutes is not None:
+            length = {name: stored[name] for name in ("steps", "epochs")} if stored else {}
+            self.settings = replace(settings, **length) if stored else self._fitted(config, objective, micro, group)
         self.module = engine.wrapped(  # what is called and differentiated
             objective,
             group,
@@ -144,37 +178,46 @@ class _Job:
         )
         if self.average is not None and spreads:
             engine.shard(self.measured, group, config.precision)
-        augmentation = Augmentation("random-crop", config.crop_scale, config.hflip, config.vflip, config.rot90)
-        policy = policy_of(settings.randaugment, classifier.preprocess)
-        self.transform = TrainTransform(classifier.preprocess, augmentation, policy)
         self.optimizer = optimizer_of(classifier, settings)
-        self.precision = engine.autocast(config.precision, group.device)
+        self.precision = autocast(config.precision, group.device)
+
+    def _fitted(self, config: FinetuneConfig, objective: Objective, micro: int, group: Group) -> Settings:
+        """With as many steps as there is time for."""
+        settings, training, shape = self.settings, self.training, self.classifier.preprocess
+        seconds = 0.0
+        if group.is_main:
+            crops = LabelledCrops(training, self.transform, cache=False)
+            batch = settings.batch_size
+            keys = StepKeys(training.samples, batch, config.seed, 0, 1, 1, group.rank, group.size)
+            seconds = seconds_a_step(
+                objective, shape, batch, crops, next(iter(keys)), micro, group, config.precision, config.workers
+            )
+        picture = self.clock.picture or seconds / settings.batch_size / 3
+        beside = picture * (2 * len(self.split.training) + (_VALIDATIONS + 1) * len(self.split.testing))
+        return group.first(self.clock.fitted(settings, len(training), seconds, beside), "the length of the run")
 
     def _solve_head(self, config: FinetuneConfig, backbone: Backbone, group: Group) -> HeadStart:
         """Solve the probe, and hold out what chooses; the settings of the run become those of what is left."""
         whole = self.split.training
-        inner = inner_split(whole, seed=config.seed)
-        self.training, self.held = map(whole.take, inner)
-        self.facts, self.settings = _settled(config, backbone, self.training, group)
+        self.inner = inner_split(whole, seed=config.seed)
+        self.training = whole.take(self.inner[0])
+        self.facts, self.settings = settled(config, backbone, self.training, group, probed=True)
         classifier = self.build(backbone)
         classifier.network.to(group.device)
         ours = isinstance(backbone.module, Encoder) and backbone.parts == ("cls", "mean")
+        own = self.settings.head == "linear" and has_classes(backbone, whole)
         return solve_head(
             classifier,
             self.split,
-            inner,
+            self.inner,
             group,
-            engine.autocast(config.precision, group.device),
-            both=ours and self.settings.head == "linear" and config.pool is None,
+            autocast(config.precision, group.device),
+            both=ours and self.settings.head == "linear" and config.pool is None and not own,
+            own=own,
+            clock=self.clock,
             workers=config.workers,
             seed=config.seed,
         )
-
-
-def asked_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What of a recipe the user decides."""
-    given = {name: getattr(config, name, None) for name in Settings.__dataclass_fields__ if name != "recipe"}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: Stop) -> FinetuneResult:
@@ -235,7 +278,10 @@ def _train(config: FinetuneConfig, group: Group, job: _Job, run: RunLog, stop: S
             run.log(done, torch.stack([loss, norm, nonfinite]), rate)
             if done % validate_every == 0 and done < steps:
                 with run.paused():
-                    _validate(config, group, job, run, done)
+                    single = engine.single_network(job.measured, job.empty, group)
+                    _validate(config, group, job, run, done, single)
+                    if job.probe and done - validate_every < steps / 10 <= done:
+                        _look_early(config, group, job, single)
             if stop_signal := checkpoints.after_step(done, stop_signal):
                 break
 
@@ -259,14 +305,24 @@ def _forward_backward(job: _Job, batch: LabelledBatch, micro: int, seed: int, de
     return loss
 
 
+def _look_early(config: FinetuneConfig, group: Group, job: _Job, single: nn.Module | None) -> None:
+    whole, alone = job.split.training, job.empty is not None
+    assert job.probe is not None
+    common = (job.classifier.preprocess, group, job.precision, config.workers)
+    logits, _ = solve_again(job.probe, single, whole, job.inner, *common, alone=alone)
+    if logits is not None:
+        look_early(job.probe, logits, whole.labels[job.inner[1]], whole.classes, job.settings.base_lr)
+
+
 def _validate(
-    config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: int
+    config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: int, single: nn.Module | None
 ) -> tuple[Scores, np.ndarray] | None:
     """Measure on the held-out pictures, and draw some of them: scores and logits, in rank 0."""
     with group.together("measuring"):
         testing = job.split.testing
         preprocess, last = job.classifier.preprocess, step == job.settings.steps
-        logits = logits_of(job.measured, job.empty, testing.samples, preprocess, group, job.precision, config.workers)
+        alone = job.empty is not None
+        logits = logits_of(single, testing.samples, preprocess, group, job.precision, config.workers, alone=alone)
         if logits is None:
             return None
         scores = score(logits, testing.labels, testing.classes, testing.groups)
@@ -280,17 +336,20 @@ def _validate(
 
 def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Outcome:
     """Measure for the last time, keep the better of the network and its probe, and write the scores and the model."""
-    measured = _validate(config, group, job, run, job.settings.steps)
-    preprocess, held, chosen = job.classifier.preprocess, job.held, None
-    if held is not None:
-        chosen = logits_of(job.measured, job.empty, held.samples, preprocess, group, job.precision, config.workers)
+    network = engine.single_network(job.measured, job.empty, group)
+    preprocess, whole, chosen = job.classifier.preprocess, job.split.training, None
+    if job.probe:
+        common = (preprocess, group, job.precision, config.workers)
+        chosen, fit = solve_again(job.probe, network, whole, job.inner, *common, alone=job.empty is not None)
+        if network is not None:
+            put_head(network, fit)
+    measured = _validate(config, group, job, run, job.settings.steps, network)
     with group.together("exporting the model"):
-        network = engine.single_network(job.measured, job.empty, group)
         if network is None or measured is None:
             return Outcome()
         outcome = Outcome(measured[0])
-        if job.probe and held is not None and chosen is not None:
-            outcome = job.probe.against(*measured, chosen, held.labels, job.split.testing)
+        if job.probe and chosen is not None:
+            outcome = job.probe.against(*measured, chosen, whole.labels[job.inner[1]], job.split.testing)
             if outcome.kept == "probe":
                 network = job.build(job.open()).network
                 put_head(network, job.probe.whole)
@@ -301,70 +360,13 @@ def _export(config: FinetuneConfig, group: Group, job: _Job, run: RunLog) -> Out
     return outcome
 
 
-def _settled(config: FinetuneConfig, backbone: Backbone, training: Labelled, group: Group) -> tuple[Facts, Settings]:
-    """The recipe, and what it was fitted to."""
-    asked = asked_of(config)
-    facts = Facts(
-        width=backbone.width,
-        depth=backbone.depth,
-        trained=not config.model.startswith("untrained/"),
-        size=max(backbone.preprocess.size),
-        images=len(training),
-        classes=len(training.classes),
-        multi_label=training.multi_label,
-    )
-    settings = settle(config.recipe, facts, asked, config.model)
-    if config.fsdp and settings.head != "linear":
-        raise UsageError(f"--fsdp is for training a network, which --recipe {settings.recipe} freezes")
-    size, even = settings.batch_size, settings.mixed_at_once
-    if size % (group.size * even):
-        if config.batch_size is not None:
-            raise UsageError(
-                f"--batch-size {size} must be a multiple of {group.size * even}: {group.size} processes"
-                + (", each with an even number of pictures to mix" if even == 2 else "")
-            )
-        asked["batch_size"] = -(-size // (group.size * even)) * group.size * even
-        settings = settle(config.recipe, facts, asked, config.model)
-    if settings.optimizer == "lars" and len(training) < 2 * group.size:
-        raise DataError(f"batch normalisation needs at least two pictures, and {config.data} has {len(training)}")
-    return facts, settings
-
-
-def _micro_batch(
-    config: FinetuneConfig, objective: Objective, classifier: Classifier, settings: Settings, classes: int, group: Group
-) -> int:
-    channels, (height, width) = classifier.preprocess.channels, classifier.preprocess.size
-
-    def blank(count: int) -> tuple[Tensor, Tensor]:
-        images = torch.zeros(count, channels, height, width, device=group.device)
-        return images, torch.zeros(count, classes, device=group.device)
-
-    part, size = settings.batch_size // group.size, f"{height}×{width}"
-    micro, multiple = min(config.micro_batch or part, part), settings.mixed_at_once
-    sizes = {micro, part % micro or micro}  # of the parts of a step
-    if any(count % multiple for count in sizes):
-        raise UsageError(
-            f"--micro-batch {micro} of {part} leaves an odd number of pictures, and they are mixed in pairs"
-        )
-    if settings.head == "normed":
-        multiple = 2
-        if 1 in sizes:
-            raise UsageError(
-                f"batch normalisation needs two pictures at once, and with --batch-size {settings.batch_size} and "
-                f"--micro-batch {micro} a part of a step has one"
-            )
-    with seeded_torch(0, group.device):
-        fits = engine.pictures_fit(objective, blank, group, config.precision, shard=config.fsdp)
-        return engine.find_micro_batch(part, group, fits, size, asked=config.micro_batch, multiple=multiple)
-
-
 def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> None:
     training, testing = job.training, job.split.testing
     how = "split by --seed" if job.split.made else "as given"
     if job.split.groups:
         how += ", {} and {} groups".format(*job.split.groups)
     log.info(
-        "%d pictures of %d classes to train on, %d to measure on (%s); %s, %d of %d parameters trained, on %s",
+        "%d pictures of %d classes to train on, %d to measure on (%s); %s, %d of %d parameters trained, on %s in %s",
         len(training),
         len(training.classes),
         len(testing),
@@ -373,5 +375,6 @@ def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> No
         sum(p.numel() for p in job.classifier.network.parameters() if p.requires_grad),
         sum(p.numel() for p in job.classifier.network.parameters()),
         group.device,
+        config.precision,
     )
     log.info("%s", describe(job.settings, job.facts, engine.batch_words(job.settings.batch_size, micro, group)))

@@ -17,7 +17,7 @@ from maehub.figures import save_figure
 from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import Encoder
-from maehub.train.engine import Group, single_network
+from maehub.train.engine import Group
 from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, worst_mistakes
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
@@ -38,20 +38,19 @@ def look_for_twins(split: LabelledSplit, file: Path | None, workers: int | None,
 
 
 def logits_of(
-    network: nn.Module,
-    empty: nn.Module | None,
+    single: nn.Module | None,
     samples: Source,
     preprocess: Preprocess,
     group: Group,
     precision: contextlib.AbstractContextManager[Any],
     workers: int | None,
+    *,
+    alone: bool,
 ) -> np.ndarray | None:
     """Logits of every picture, (n, classes) float32 in rank 0, None elsewhere; each process computes a part.
 
-    Weights that are spread over all processes are gathered in rank 0, which then computes alone, with ``empty``, the
-    network without weights.
+    ``single`` is what `maehub.train.engine.single_network` gives; ``alone``: it is there in rank 0 only.
     """
-    single = single_network(network, empty, group)
     if single is None:
         return outputs_of(None, samples, preprocess, group, workers, "measuring")
     training = single.training
@@ -62,7 +61,7 @@ def logits_of(
             return single(images)
 
     try:
-        return outputs_of(compute, samples, preprocess, group, workers, "measuring", alone=empty is not None)
+        return outputs_of(compute, samples, preprocess, group, workers, "measuring", alone=alone)
     finally:
         single.train(training)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from maehub.images import Preprocess
-from maehub.rng import sample_seed
+from maehub.rng import sample_seed, seeded
 from maehub.train.finetuning.recipes import Settings
-from maehub.train.finetuning.views import LabelledBatch, seeded
+from maehub.train.finetuning.views import LabelledBatch
 
 _MIXING, _STEP, _ERASING = 6, 7, 8  # views of `sample_seed`
 

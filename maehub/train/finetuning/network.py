@@ -61,14 +61,10 @@ def build_classifier(
     training: Labelled,
     group: Group,
     *,
-    blocks: float | None,
     pool: HeadPool | None,
     seed: int,
 ) -> Classifier:
-    """What is trained, on the CPU: the network with a fresh head, by the settled recipe.
-
-    ``blocks`` and ``pool`` are what the user wants, as in `FinetuneConfig`.
-    """
+    """What is trained, on the CPU: the network with a fresh head, by the recipe. ``pool`` is the user's wish."""
     classes, encoder = training.classes, backbone.module
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -78,27 +74,25 @@ def build_classifier(
             probe = AttentiveProbe(backbone, count) if attentive else LinearProbe(backbone, own, count, group)
             return Classifier(probe, backbone.preprocess, lambda weight_decay, _: matrix_groups(probe, weight_decay))
         if not isinstance(encoder, Encoder):
-            return _timms(backbone, settings, len(classes), blocks, pool)
+            return _timms(backbone, settings, len(classes), pool)
         several, fresh_norm = training.multi_label, settings.head_start == "zero"
         network = as_classifier(
             encoder, classes, pool=settings.pool, multi_label=several, seed=seed, fresh_norm=fresh_norm
         )
     depth = network.config.depth
-    if blocks is not None:
-        freeze(network, blocks)
+    if settings.blocks is not None:
+        freeze(network, settings.blocks)
     drop_paths(list(network.blocks), settings.drop_path)
     return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
 
-def _timms(
-    backbone: Backbone, settings: Settings, classes: int, trained: float | None, pool: HeadPool | None
-) -> Classifier:
+def _timms(backbone: Backbone, settings: Settings, classes: int, pool: HeadPool | None) -> Classifier:
     """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
     optim: Any = import_module("timm.optim")
     if not hasattr(optim, "param_groups_layer_decay"):  # timm before 1.0.12
         optim = import_module("timm.optim.optim_factory")
     grouped = optim.param_groups_layer_decay
-    if trained is not None:
+    if settings.blocks is not None:
         raise UsageError(f"--blocks is for networks of maehub, and {backbone.name} is timm's")
     network: Any = backbone.module.requires_grad_(True)
     pools = {None: {}, "cls": {"global_pool": "token"}, "mean": {"global_pool": "avg"}}

@@ -4,10 +4,8 @@ What is random about a crop is a pure function of (seed, epoch, sample id), as i
 draw from the global generators, run while those are seeded for the sample.
 """
 
-import contextlib
 import itertools
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +18,7 @@ from torch.utils.data import Dataset
 from maehub.data import Key, Labelled, naming
 from maehub.errors import DataError, UsageError
 from maehub.images import Augmentation, Preprocess, crop
-from maehub.rng import sample_seed
+from maehub.rng import sample_seed, seeded
 from maehub.train.evaluation import targets_of
 from maehub.train.pretraining import opened
 
@@ -124,16 +122,3 @@ def _posterized(picture: Image.Image, bits: int, **_: object) -> Image.Image:
     if bits <= 0:
         return Image.new(picture.mode, picture.size)
     return picture if bits >= 8 else ImageOps.posterize(picture, bits)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python and numpy for a while: what timm's transforms draw from."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from maehub.models import AutoencoderConfig, MaskedAutoencoder
-from maehub.train.engine import LossOn, Precision
+from maehub.models import AutoencoderConfig, MaskedAutoencoder, Precision
+from maehub.train.engine import LossOn
 
 BACKWARD = 2
 """FLOPs of a backward pass for one of the forward pass: a product for the input's gradient, one for the weight's."""

@@ -17,7 +17,7 @@ from maehub.data import StepKeys, batches_of, check_shared_memory, worker_count
 from maehub.errors import EXIT_DONE, UsageError, log
 from maehub.hub import Located
 from maehub.images import Augmentation, jitter
-from maehub.models import AutoencoderConfig, MaskedAutoencoder
+from maehub.models import AutoencoderConfig, MaskedAutoencoder, autocast, settled_precision
 from maehub.train.engine import Group, RunLog, Stop
 from maehub.train.pretraining.config import PretrainConfig, batch_size_of
 from maehub.train.pretraining.holdout import split_data
@@ -64,6 +64,7 @@ def pretrain(config: PretrainConfig, *, tokenizer: TokenizerFunction | None = No
     deadline = time.monotonic() + 60 * config.time_limit if config.time_limit else None
     parted, joined = contextlib.ExitStack(), engine.joined(config.device, config.timeout)
     with parted, joined as group, engine.deterministic(config.deterministic):
+        config = replace(config, precision=settled_precision(config.precision, group.device))
         with group.together("setting up"):
             if group.is_main:
                 engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
@@ -131,7 +132,7 @@ class _Job:
             checkpoint_activations=config.checkpoint_activations,
         )
         self.optimizer = engine.adamw(model, config.weight_decay)
-        self.precision = engine.autocast(config.precision, group.device)
+        self.precision = autocast(config.precision, group.device)
 
 
 def autoencoder_of(config: PretrainConfig, files: Located | None, vocabulary: int = 0) -> MaskedAutoencoder:
@@ -267,11 +268,12 @@ def _validate(config: PretrainConfig, group: Group, job: _Job, run: RunLog, step
 def _announce(config: PretrainConfig, group: Group, job: _Job, peak: float, micro: int) -> None:
     held = f", {len(job.split.heldout)} held out" if job.split.heldout is not None else ""
     log.info(
-        "%d pictures%s, %d steps of %s, lr %.3g, on %s",
+        "%d pictures%s, %d steps of %s, lr %.3g, on %s in %s",
         len(job.split.training),
         held,
         job.steps,
         engine.batch_words(job.batch_size, micro, group),
         peak,
         group.device,
+        config.precision,
     )

@@ -12,8 +12,8 @@ from maehub.data import Key
 from maehub.errors import IntegrityError, UsageError, log
 from maehub.hub import Located, is_model, load, load_autoencoder, locate, model_info
 from maehub.images import Preprocess
-from maehub.models import COLOURS, AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder
-from maehub.train.engine import Group, Precision, computes_bf16, pictures_fit
+from maehub.models import COLOURS, AutoencoderConfig, Encoder, EncoderConfig, MaskedAutoencoder, Precision
+from maehub.train.engine import Group, pictures_fit
 from maehub.train.networks import costs, pair, preset
 from maehub.train.pretraining.objective import Objective
 from maehub.train.pretraining.views import Batch, View
@@ -120,12 +120,11 @@ def views_fit(
     network = objective.model.config
 
     def estimate() -> tuple[float, float]:
-        precise: Precision = "bf16" if computes_bf16(precision, group.device) else "fp32"
         kept, corrupts, share = objective.kept, objective.corrupts, objective.predict_share
         work = costs.work_of(network, kept, share=share, loss_on=objective.loss_on, corrupts=corrupts)
         parameters, shards = costs.count_parameters(network), group.size if shard else 1
-        fixed = costs.fixed_bytes(parameters, precise, shards=shards, largest_block=costs.block_parameters(network))
-        return fixed, costs.activation_bytes(network, work, precise, checkpoint=checkpoint)
+        fixed = costs.fixed_bytes(parameters, precision, shards=shards, largest_block=costs.block_parameters(network))
+        return fixed, costs.activation_bytes(network, work, precision, checkpoint=checkpoint)
 
     blank = partial(_blank, view, device=group.device)
     return pictures_fit(objective, blank, group, precision, shard=shard, estimate=estimate)

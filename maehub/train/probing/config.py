@@ -32,6 +32,7 @@ class FrozenConfig:
     batch_size: settings.BatchSize = None
     workers: settings.Workers = None
     device: settings.Device = "auto"
+    precision: settings.Precision = "auto"
     overwrite: Annotated[Flag, Section.OUTPUT] = False
     """Replace what --out names."""
     quiet: settings.Quiet = False

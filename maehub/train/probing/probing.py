@@ -19,7 +19,7 @@ from maehub.data import LabelledSplit, inner_parts, split_labelled
 from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
 from maehub.files import atomic_write, check_free, read_json, whole_folder, write_json
-from maehub.models import Encoder, usable_device
+from maehub.models import Encoder, autocast, computed_in, usable_device
 from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
 from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
 from maehub.train.networks import Backbone, open_backbone, pair
@@ -40,6 +40,7 @@ class Features(NamedTuple):
     testing: Tensor
     layers: tuple[int, ...]
     seconds: float
+    precision: str = "fp32"
 
 
 def probe(config: ProbeConfig) -> ProbeResult:
@@ -135,13 +136,18 @@ def extract(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, laye
     """Every part of some layers for all pictures, in one pass."""
     numbers = backbone.layers(layers)
     native = backbone.preprocess.resize == "native"  # every picture has its own size
-    start = time.monotonic()
+    start, device = time.monotonic(), usable_device(config.device)
+
+    def compute(images: Tensor) -> Tensor:
+        with autocast(config.precision, device):
+            return backbone.compute(images, numbers)
+
     training, testing = (
         outputs(
-            lambda images: backbone.compute(images, numbers),
+            compute,
             labelled.samples,
             backbone.preprocess,
-            usable_device(config.device),
+            device,
             batch_size=1 if native else config.batch_size,
             workers=config.workers,
             progress=not config.quiet,
@@ -149,7 +155,7 @@ def extract(config: FrozenConfig, backbone: Backbone, split: LabelledSplit, laye
         )
         for labelled, what in ((split.training, "training pictures"), (split.testing, "test pictures"))
     )
-    return Features(training, testing, tuple(numbers), time.monotonic() - start)
+    return Features(training, testing, tuple(numbers), time.monotonic() - start, computed_in(config.precision))
 
 
 def fast_probe(
@@ -185,6 +191,7 @@ def fast_probe(
         chosen=Chosen(rows, words),
         inner=chosen,
         seconds=Seconds(features.seconds, time.monotonic() - start),
+        precision=features.precision,
     )
     return result, fit
 
@@ -218,12 +225,13 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
         chosen=Chosen(rows, f"leaving {left_out} out of {len(training):,} training pictures"),
         inner=trials[pool],
         seconds=Seconds(features.seconds, time.monotonic() - start),
+        precision=features.precision,
     )
 
 
 def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> FinetuneConfig:
     """A run of fine-tuning on the same pictures and the same split."""
-    names = ("image_size", "val_share", "group", "label", "device", "workers", "overwrite", "quiet")
+    names = ("image_size", "val_share", "group", "label", "device", "precision", "workers", "overwrite", "quiet")
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     return FinetuneConfig(config.data, out, model=model, seed=seed, **shared)
 
@@ -298,6 +306,7 @@ def _trained(config: ProbeConfig) -> ProbeResult:
         strength=None,
         scores=result.scores,
         out=result.run,
+        precision=read_json(result.run / "config.json")["precision"],
     )
 
 

@@ -57,6 +57,8 @@ class ProbeResult:
     out: Path | None = None
     note: str = ""
     """Why no model folder was written."""
+    precision: str = "fp32"
+    """What the network computed in."""
 
     @property
     def inner_accuracy(self) -> float | None:
@@ -140,6 +142,8 @@ class KnnResult:
     """Of the chosen pool, from few neighbours to many."""
     seconds: Seconds | None = None
     out: Path | None = field(default=None, compare=False)
+    precision: str = "fp32"
+    """What the network computed in."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain lists, numbers and strings, for JSON."""
@@ -175,6 +179,7 @@ def _facts(result: ProbeResult | KnnResult) -> dict[str, Any]:
         "data": result.data,
         "pool": result.pool,
         "layer": result.layer,
+        "precision": result.precision,
         "n_train": result.n_train,
         "combinations": [row._asdict() for row in result.chosen.combinations],
         "chosen_by": result.chosen.by,
@@ -190,7 +195,8 @@ def _text(result: ProbeResult | KnnResult, kind: str, setting: str, note: str = 
         parts.append(f"* chosen by {result.chosen.by}\n\n{table}")
     words = [] if result.n_train is None else [f"{result.n_train:,} training pictures"]
     if result.seconds is not None:
-        words += [f"features {result.seconds.features:.1f} s", f"probe {result.seconds.probe:.1f} s"]
+        features, probe = result.seconds
+        words += [f"features {features:.1f} s in {result.precision}", f"probe {probe:.1f} s"]
     return "\n\n".join(part for part in (*parts, ", ".join(words), str(result.out or ""), note) if part)
 
 

@@ -54,7 +54,11 @@ def sentence(config: Mapping[str, Any], done: int) -> str:
 
 
 def _trained(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    model, blocks, head = str(config.get("model")), _number(config.get("blocks")), str(recipe.get("head"))
+    model, blocks, head = (
+        str(config.get("model")),
+        _number(config.get("blocks") if recipe.get("blocks") is None else recipe["blocks"]),
+        str(recipe.get("head")),
+    )
     fresh = model.startswith("untrained/")
     start = f"{model.removeprefix('untrained/')} from fresh weights" if fresh else model
     if head in _HEADS:

@@ -1,0 +1,160 @@
+"""How a run is fitted to the machine before it starts: what is computed at once, and its length to the clock."""
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import maehub.train.engine as engine
+from maehub.data import Key, worker_count
+from maehub.errors import UsageError, log
+from maehub.images import Preprocess
+from maehub.models import Precision, autocast
+from maehub.train.engine import Group
+from maehub.train.finetuning.mixing import seeded_torch
+from maehub.train.finetuning.recipes import Settings
+from maehub.train.finetuning.views import LabelledCrops
+
+MINUTES = 10.0
+"""That ``auto`` may take on a CPU, where nothing else is said."""
+
+_MARGIN = 1.15  # of what is estimated: a machine is seldom left alone
+
+
+def micro_batch_of(
+    asked: int | None,
+    objective: nn.Module,
+    preprocess: Preprocess,
+    settings: Settings,
+    classes: int,
+    group: Group,
+    precision: Precision,
+    *,
+    shard: bool,
+) -> int:
+    """Pictures that a process computes at once, so that they fit into memory; ``asked`` if that is a number."""
+    part, (height, width) = settings.batch_size // group.size, preprocess.size
+    micro, multiple = min(asked or part, part), settings.mixed_at_once
+    sizes = {micro, part % micro or micro}  # of the parts of a step
+    if any(count % multiple for count in sizes):
+        raise UsageError(
+            f"--micro-batch {micro} of {part} leaves an odd number of pictures, and they are mixed in pairs"
+        )
+    if settings.head == "normed" or settings.head_start == "probe":
+        multiple = 2
+        if 1 in sizes:
+            raise UsageError(
+                f"batch normalisation needs two pictures at once, and with --batch-size {settings.batch_size} and "
+                f"--micro-batch {micro} a part of a step has one"
+            )
+
+    def made(count: int) -> tuple[Tensor, Tensor]:
+        return blank(count, preprocess, classes, group.device)
+
+    objective.eval()  # blank pictures would change the running statistics of a normalised head
+    with seeded_torch(0, group.device):
+        fits = engine.pictures_fit(objective, made, group, precision, shard=shard)
+        found = engine.find_micro_batch(part, group, fits, f"{height}×{width}", asked=asked, multiple=multiple)
+    objective.train()
+    return found
+
+
+def blank(count: int, preprocess: Preprocess, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (count, C, H, W) and targets (count, classes), zeros."""
+    images = torch.zeros(count, preprocess.channels, *preprocess.size, device=device)
+    return images, torch.zeros(count, classes, device=device)
+
+
+class Clock:
+    """What is left of the time that a run has. Rank 0 measures; others take its word."""
+
+    def __init__(self, minutes: float | None, group: Group, begun: float) -> None:
+        self.minutes = minutes
+        self.group = group
+        self.begun = begun
+        self.picture = 0.0
+        """Seconds in which a picture is read and its features are computed, in all processes together."""
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return math.inf if self.minutes is None else 60 * self.minutes - (time.monotonic() - self.begun)
+
+    def has_time_for(self, pictures: int) -> None:
+        """Refuse what has not even the time for the features of its pictures."""
+        if self.picture * pictures > self.left:
+            least = (pictures * self.picture + time.monotonic() - self.begun) / 60
+            raise UsageError(
+                f"--minutes {self.minutes:g} is too short for the features of {pictures:,} pictures, which take about "
+                f"{_words(pictures * self.picture)} here: give --minutes {2 * least:.2g} or more. Nothing was written."
+            )
+
+    def fitted(self, settings: Settings, training: int, step: float, beside: float) -> Settings:
+        """The settings with as many steps as there is time for, of ``step`` seconds; it says how long that takes.
+
+        ``training`` is the number of pictures of an epoch, ``beside`` the seconds that measuring takes.
+        """
+        steps = settings.steps
+        if self.minutes is not None:
+            steps = min(steps, max(0, int((self.left / _MARGIN - beside) / step)))
+        if steps * settings.batch_size < training and steps < settings.steps:
+            steps = 0
+        if self.group.is_main:
+            self._tell(settings, steps, steps * step + beside, training)
+        return replace(settings, steps=steps, epochs=steps * settings.batch_size / training)
+
+    def _tell(self, settings: Settings, steps: int, seconds: float, training: int) -> None:
+        if not steps:
+            log.warning(
+                "%g minutes are too short for one pass over %d pictures, so nothing is trained: the probe is exported. "
+                "--minutes says how long a run may take",
+                self.minutes,
+                training,
+            )
+        elif steps < settings.steps:
+            log.info(
+                "%g minutes are enough for %d of %d steps, about %s from now; --minutes says how long a run may take",
+                self.minutes,
+                steps,
+                settings.steps,
+                _words(seconds),
+            )
+        else:
+            log.info("it will take about %s", _words(seconds))
+
+
+def seconds_a_step(
+    objective: nn.Module,
+    preprocess: Preprocess,
+    batch: int,
+    crops: LabelledCrops,
+    keys: list[Key],
+    micro: int,
+    group: Group,
+    precision: Precision,
+    workers: int | None,
+) -> float:
+    """How long a step of ``batch`` pictures takes: reading those of ``keys``, forward and backward of ``micro``."""
+    classes = len(crops.labelled.classes)
+    start = time.monotonic()
+    crops.__getitems__(keys)
+    reading = (time.monotonic() - start) / max(1, worker_count(workers, group.local_size))
+    objective.eval()
+    spent = []
+    for _ in range(2):  # the first also sets up
+        start = time.monotonic()
+        with autocast(precision, group.device):
+            loss = objective(*blank(micro, preprocess, classes, group.device))
+        loss.backward()
+        loss.item()
+        spent.append(time.monotonic() - start)
+    objective.zero_grad()
+    objective.train()
+    computing = min(spent) * batch / group.size / micro
+    return computing + reading if group.device.type == "cpu" else max(computing, reading)
+
+
+def _words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
