@@ -227,7 +227,7 @@ def test_batch_normalisation_of_one_process_is_torchs():
         (0, {"fc_norm", "head"}),
         (0.5, {"blocks.2.norm2", "blocks.2.mlp", "fc_norm", "head"}),
         (1, {"blocks.2", "fc_norm", "head"}),
-        (3, {"blocks.0", "blocks.1", "blocks.2", "fc_norm", "head"}),
+        (2, {"blocks.1", "blocks.2", "fc_norm", "head"}),
     ],
 )
 def test_partial_fine_tuning_trains_the_last_blocks(blocks, expected):
@@ -237,6 +237,12 @@ def test_partial_fine_tuning_trains_the_last_blocks(blocks, expected):
     assert trained == {
         name for name, _ in model.named_parameters() if name.startswith(tuple(f"{e}." for e in expected))
     }
+
+
+def test_all_blocks_are_the_whole_network():
+    model = ours()
+    freeze(model, 3)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_positions_are_trained_and_fc_norm_is_fresh():
