@@ -885,7 +885,7 @@ ROWS = [
         "maehub evaluate flowers -m clf --image-size 32 --corruptions --workers 0",
     ),
     (
-        "train.evaluation.corruptions.against",
+        "train.evaluation.corruptions.read_baseline",
         "write one by",
         """maehub evaluate flowers -m clf -o plain --workers 0
         maehub evaluate flowers -m clf --corruptions --baseline plain --workers 0""",
@@ -1559,6 +1559,7 @@ def test_what_is_advised_helps(place, fragment, wrong, right, names, capsys, cap
 NOT_FOLLOWED = {
     "words of a run that begins or has begun: test_fitting.py has runs that say them": [
         ("train.finetuning.fitting.Clock", "--minutes says how long"),
+        ("train.finetuning.fitting.Clock", "leaves no probe to export"),
         ("train.finetuning.head_start.look_early", ""),
     ],
     "a statement of what may be: any value that it names will do": [

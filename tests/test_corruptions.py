@@ -18,7 +18,7 @@ import maehub
 from maehub.cli.command_line import main
 from maehub.errors import IntegrityError, UsageError
 from maehub.images import Preprocess, read_pixels
-from maehub.train.evaluation.corruptions import SEVERITIES, against, spoilt_pixels
+from maehub.train.evaluation.corruptions import SEVERITIES, read_baseline, spoilt_pixels
 
 library = pytest.importorskip("imagecorruptions")
 NAMES = library.get_corruption_names()
@@ -84,22 +84,22 @@ def test_the_mean_corruption_error_is_relative_to_a_named_baseline(found, photos
     other.mkdir()
     (other / "evaluation.json").write_text(json.dumps(told))
     errors = dict.fromkeys(NAMES, (1.0, 2.0, 3.0, 4.0, 5.0)) | {"fog": (0.0, 0.0, 0.0, 0.0, 30.0)}
-    compared = against(10.0, errors, other, 18)
+    compared = read_baseline(other, NAMES, 18).compare(10.0, errors)
     assert compared.relative["snow"] == pytest.approx(50)
     assert compared.relative["fog"] == pytest.approx(100)
     assert compared.mean_corruption_error == pytest.approx((14 * 50 + 100) / 15)
     assert "mean corruption error 53.3 % of twice-as-bad's" in str(compared)
     assert "OF THE BASELINE'S" in str(compared)
     with pytest.raises(UsageError, match="18 pictures and this on 17"):
-        against(10.0, errors, other, 17)
+        read_baseline(other, NAMES, 17)
     told["corruptions"] = None
     (other / "evaluation.json").write_text(json.dumps(told))
     with pytest.raises(IntegrityError, match="no evaluation with --corruptions"):
-        against(10.0, errors, other, 18)
+        read_baseline(other, NAMES, 18)
     told["corruptions"] = {"errors": dict.fromkeys(NAMES, [0.0] * 5)}
     (other / "evaluation.json").write_text(json.dumps(told))
     with pytest.raises(UsageError, match="no errors"):
-        against(10.0, errors, other, 18)
+        read_baseline(other, NAMES, 18)
 
 
 def test_what_cannot_be_spoilt_is_refused_before_any_work(photos, model, tmp_path, capsys, monkeypatch):
@@ -110,6 +110,8 @@ def test_what_cannot_be_spoilt_is_refused_before_any_work(photos, model, tmp_pat
     maehub.save(grey, tmp_path / "grey")
     assert main([*line[:3], str(tmp_path / "grey"), "--corruptions"]) == 2
     assert "these have 1 channels" in capsys.readouterr().err
+    monkeypatch.setattr(maehub.Encoder, "forward", lambda *_: pytest.fail("computed"))
+    assert main([*line, "--baseline", str(tmp_path)]) == 4  # which is no evaluation
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     assert main([*line, "--corruptions"]) == 2
     assert "maehub[corruptions]" in capsys.readouterr().err

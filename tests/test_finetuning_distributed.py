@@ -111,6 +111,17 @@ def test_two_processes_resume_bit_for_bit(pictures, whole, tmp_path, more):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_two_processes_fit_to_one_clock(pictures, tmp_path):
+    run = tmp_path / "run"
+    line = words(pictures, run, **PLAIN, **{"model": "vit-nano", "image-size": 32, "minutes": 30})  # more than it needs
+    place = line.index("--steps")
+    launch = Launch(tmp_path / "launch", [{"words": line[:place] + line[place + 2 :]}])
+    assert launch.wait() == 0, launch.output()
+    planned = json.loads((run / "config.json").read_text())["settings"]["steps"]
+    assert state(run)["state"] == "completed"
+    assert len(losses(run)) == planned > 0
+
+
 @pytest.mark.slow
 def test_row_55_one_process_goes_on_with_the_samples_of_two(pictures, whole, tmp_path):
     run = tmp_path / "run"

@@ -115,6 +115,14 @@ def test_what_is_too_short_for_one_pass_exports_the_probe(pictures, weights, tmp
     assert (result.run / "report.html").is_file()
 
 
+def test_without_a_probe_to_export_one_pass_is_the_least(pictures, weights, tmp_path, slow):
+    slow(1000.0)
+    config = auto(pictures, tmp_path / "run", weights, minutes=1, recipe="official", batch_size=8)
+    with pytest.raises(UsageError, match="too short for one pass over 48 pictures"):
+        finetune(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_too_short_for_the_features_is_refused(pictures, weights, tmp_path, capsys):
     line = ["finetune", str(pictures), "-o", str(tmp_path / "run"), "-m", weights, "--workers", "0"]
     assert cli.main([*line, "--minutes", "0.0001"]) == 2

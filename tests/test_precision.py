@@ -120,7 +120,7 @@ def test_a_run_says_it_and_resumes_in_the_same_alone(tell, pictures, tiles, comm
     assert "precision" in err
 
 
-def test_in_python_a_run_is_precise_on_a_cpu_and_one_of_0_1_goes_on(pictures, tmp_path, monkeypatch):
+def test_in_python_a_run_is_precise_on_a_cpu(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(maehub.models, "multiplies_in_tiles", lambda: pytest.fail("asked"))
     settings = settings_of(pictures, tmp_path / "run", steps=2)
     assert finetune(settings).exit_code == 0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -138,27 +138,36 @@ def measure(
     return errors
 
 
-def against(clean: float, errors: dict[str, tuple[float, ...]], baseline: Path | None, pictures: int) -> Robustness:
-    """The errors, beside those in a folder that another evaluation by ``--corruptions`` wrote."""
-    if baseline is None:
-        return Robustness(clean, errors)
-    told = read_json(baseline / "evaluation.json")
+class Baseline(NamedTuple):
+    """The errors of a model that others are compared with: summed over severities, of each corruption."""
+
+    model: str
+    sums: dict[str, float]
+
+    def compare(self, clean: float, errors: dict[str, tuple[float, ...]]) -> Robustness:
+        """Errors beside these."""
+        relative = {name: 100 * sum(row) / self.sums[name] for name, row in errors.items()}
+        return Robustness(clean, errors, self.model, relative)
+
+
+def read_baseline(folder: Path, names: Sequence[str], pictures: int) -> Baseline:
+    """What another evaluation by ``--corruptions`` wrote, of these corruptions and so many pictures."""
+    told = read_json(folder / "evaluation.json")
     try:
-        theirs = {name: sum(map(float, row)) for name, row in told["corruptions"]["errors"].items()}
+        sums = {name: sum(map(float, row)) for name, row in told["corruptions"]["errors"].items()}
         model, count = str(told["model"]), told["n"]
     except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{baseline} is no evaluation with --corruptions: write one by -o FOLDER") from error
-    if count != pictures or theirs.keys() != errors.keys():
-        raise UsageError(f"{baseline} was measured on {count} pictures and this on {pictures}: they do not compare")
-    if not all(theirs.values()):
+        raise IntegrityError(f"{folder} is no evaluation with --corruptions: write one by -o FOLDER") from error
+    if count != pictures or sums.keys() != set(names):
+        raise UsageError(f"{folder} was measured on {count} pictures and this on {pictures}: they do not compare")
+    if not all(sums.values()):
         raise UsageError(f"{model} makes no errors under some corruptions, so nothing can be divided by them")
-    return Robustness(clean, errors, model, {name: 100 * sum(row) / theirs[name] for name, row in errors.items()})
+    return Baseline(model, sums)
 
 
 def robustness_picture(found: Robustness, samples: Source, preprocess: Preprocess) -> Image.Image:
     """The first picture under each corruption, with the mean error of the model there."""
-    source: Any = samples.source(0)
-    pictures = [Image.fromarray(read_pixels(source, preprocess))]
+    pictures = [Image.fromarray(read_pixels(samples.source(0), preprocess))]
     captions = [f"clean: {found.clean:.1f} % error"]
     for name, row in found.errors.items():
         pixels = spoilt_pixels(samples.source(0), preprocess, name=name, severity=_SHOWN)

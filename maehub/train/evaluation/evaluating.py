@@ -23,7 +23,13 @@ from maehub.images import open_image
 from maehub.models import Encoder, autocast, computed_in, usable_device
 from maehub.train.evaluation.class_matching import match_classes
 from maehub.train.evaluation.config import EvaluateConfig
-from maehub.train.evaluation.corruptions import Robustness, against, corruption_names, measure, robustness_picture
+from maehub.train.evaluation.corruptions import (
+    Robustness,
+    corruption_names,
+    measure,
+    read_baseline,
+    robustness_picture,
+)
 from maehub.train.evaluation.plots import confusion_picture, contact_sheet
 from maehub.train.evaluation.scores import Scores, losses, probabilities, score
 from maehub.train.evaluation.text_tables import printable
@@ -96,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Returns:
         `Evaluation`; with ``config.out`` also as a folder with ``evaluation.json``, ``predictions.csv``, and where
-        there is something to draw ``confusion.png`` and ``mistakes.png``.
+        there is something to draw ``confusion.png``, ``mistakes.png`` and, by ``corruptions``, ``corruptions.png``.
 
     Raises:
         UsageError: the model has no head, its head does not fit the labels, or the folder is in use.
@@ -114,6 +120,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         )
     labelled, measured_on, used = _read(config, encoder)
     names = corruption_names(labelled, encoder.preprocess) if config.corruptions else ()
+    baseline = read_baseline(config.baseline, names, len(labelled)) if config.baseline else None
     native = encoder.preprocess.resize == "native"  # every picture has its own size, so they are computed one by one
 
     def compute(images: Tensor) -> Tensor:
@@ -141,7 +148,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if names:
         common: Any = {"batch_size": config.batch_size, "workers": config.workers, "progress": not config.quiet}
         errors = measure(names, compute, labelled, used, encoder.preprocess, device, **common)
-        found = against(100 - scores.top1, errors, config.baseline, len(labelled))
+        clean = 100 - scores.top1
+        found = baseline.compare(clean, errors) if baseline else Robustness(clean, errors)
         picture = robustness_picture(found, labelled.samples, encoder.preprocess)
         evaluation = replace(evaluation, robustness=found, spoilt=picture)
     return evaluation if config.out is None else _write(evaluation, config.out, config.overwrite, labelled, logits)

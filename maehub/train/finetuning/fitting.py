@@ -68,11 +68,10 @@ def blank(count: int, preprocess: Preprocess, classes: int, device: torch.device
 
 
 class Clock:
-    """What is left of the time that a run has. Rank 0 measures; others take its word."""
+    """What is left of the time that a run has, which began at ``begun`` by `time.monotonic`."""
 
-    def __init__(self, minutes: float | None, group: Group, begun: float) -> None:
+    def __init__(self, minutes: float | None, begun: float) -> None:
         self.minutes = minutes
-        self.group = group
         self.begun = begun
         self.picture = 0.0
         """Seconds in which a picture is read and its features are computed, in all processes together."""
@@ -96,13 +95,15 @@ class Clock:
 
         ``training`` is the number of pictures of an epoch, ``beside`` the seconds that measuring takes.
         """
-        steps = settings.steps
-        if self.minutes is not None:
-            steps = min(steps, max(0, int((self.left / _MARGIN - beside) / step)))
+        steps = min(settings.steps, max(0, int((self.left / _MARGIN - beside) / step)))
         if steps * settings.batch_size < training and steps < settings.steps:
             steps = 0
-        if self.group.is_main:
-            self._tell(settings, steps, steps * step + beside, training)
+        if not steps and settings.head_start == "zero":
+            raise UsageError(
+                f"--minutes {self.minutes:g} is too short for one pass over {training:,} pictures, and a head that "
+                "starts fresh leaves no probe to export: give it more. Nothing was written."
+            )
+        self._tell(settings, steps, steps * step + beside, training)
         return replace(settings, steps=steps, epochs=steps * settings.batch_size / training)
 
     def _tell(self, settings: Settings, steps: int, seconds: float, training: int) -> None:

@@ -121,7 +121,7 @@ class _Job:
             config, backbone, split.training, group, probed=can_begin_as_probe(config, split.training, group)
         )
         limited = self.settings.recipe == "auto" and group.device.type == "cpu" and not (config.steps or config.epochs)
-        self.clock = Clock(config.minutes or (MINUTES if limited else None), group, begun)
+        self.clock = Clock(config.minutes or (MINUTES if limited else None), begun)
         self.probe = self._solve_head(config, backbone, group) if self.settings.head_start == "probe" else None
         if self.probe and self.probe.pool:
             self.settings = replace(self.settings, pool=self.probe.pool)
@@ -166,8 +166,8 @@ class _Job:
         policy = policy_of(settings.randaugment, classifier.preprocess)
         self.transform = TrainTransform(classifier.preprocess, augmentation, policy)
         if self.clock.minutes is not None:
-            length = {name: stored[name] for name in ("steps", "epochs")} if stored else {}
-            self.settings = replace(settings, **length) if stored else self._fitted(config, objective, micro, group)
+            planned = replace(settings, steps=stored["steps"], epochs=stored["epochs"]) if stored else None
+            self.settings = planned or self._fitted(config, objective, micro, group)
         self.module = engine.wrapped(  # what is called and differentiated
             objective,
             group,
@@ -184,17 +184,18 @@ class _Job:
     def _fitted(self, config: FinetuneConfig, objective: Objective, micro: int, group: Group) -> Settings:
         """With as many steps as there is time for."""
         settings, training, shape = self.settings, self.training, self.classifier.preprocess
-        seconds = 0.0
-        if group.is_main:
-            crops = LabelledCrops(training, self.transform, cache=False)
-            batch = settings.batch_size
-            keys = StepKeys(training.samples, batch, config.seed, 0, 1, 1, group.rank, group.size)
-            seconds = seconds_a_step(
-                objective, shape, batch, crops, next(iter(keys)), micro, group, config.precision, config.workers
-            )
-        picture = self.clock.picture or seconds / settings.batch_size / 3
-        beside = picture * (2 * len(self.split.training) + (_VALIDATIONS + 1) * len(self.split.testing))
-        return group.first(self.clock.fitted(settings, len(training), seconds, beside), "the length of the run")
+        with group.together("measuring the speed"):
+            if group.is_main:
+                crops = LabelledCrops(training, self.transform, cache=False)
+                batch = settings.batch_size
+                keys = StepKeys(training.samples, batch, config.seed, 0, 1, 1, group.rank, group.size)
+                seconds = seconds_a_step(
+                    objective, shape, batch, crops, next(iter(keys)), micro, group, config.precision, config.workers
+                )
+                picture = self.clock.picture or seconds / batch / 3
+                beside = picture * (2 * len(self.split.training) + (_VALIDATIONS + 1) * len(self.split.testing))
+                settings = self.clock.fitted(settings, len(training), seconds, beside)
+        return group.first(settings, "the length of the run")
 
     def _solve_head(self, config: FinetuneConfig, backbone: Backbone, group: Group) -> HeadStart:
         """Solve the probe, and hold out what chooses; the settings of the run become those of what is left."""
