@@ -369,6 +369,8 @@ def prepared(tmp_path_factory):
     Image.new("L", (48, 40), 255).save(home / "mask.png")
     rows = [f"{path},{path.parent.name}" for path in sorted((home / "flowers").rglob("*.jpg"))]
     (home / "scans.csv").write_text("\n".join(["path,diagnosis", *rows]))
+    numbers = [f"{row.split(',')[0]},{place},{place % 5}" for place, row in enumerate(rows)]
+    (home / "numbers.csv").write_text("\n".join(["path,a,b", *numbers]))
     (home / "several.csv").write_text("\n".join(["path,label", *(row.replace(",rose", ",rose|tulip") for row in rows)]))
     (home / "Rosa.txt").write_text("Rosa\ntulip\n")
     torch.manual_seed(0)
@@ -463,6 +465,25 @@ rows.to_parquet("table.parquet")"""
 TRAIN = "--steps 1 --workers 0 --device cpu --batch-size 4"
 # Where a text comes from, some words of it, lines that bring it up, and lines that do what it says.
 ROWS = [
+    (
+        "train.evaluation.evaluating._read",
+        "and no classes",
+        """follow("maehub probe numbers.csv -m enc --task regression --label a,b --pool cls -o probed", {})
+        maehub evaluate numbers.csv -m probed --label a""",
+        "maehub evaluate numbers.csv -m probed --label a,b",
+    ),
+    (
+        "train.finetuning.config.FinetuneConfig",
+        "is for classes",
+        "maehub finetune numbers.csv -o run --task regression --mixup 0.2",
+        "? maehub finetune numbers.csv -o run --task regression\n? maehub finetune flowers -o run --mixup 0.2",
+    ),
+    (
+        "train.probing.config.ProbeConfig",
+        "--method lars is",
+        "maehub probe numbers.csv -m enc --task regression --method lars -o lars",
+        "? maehub probe numbers.csv -m enc --task regression\n? maehub probe flowers -m enc --method lars -o lars",
+    ),
     ("cli.arguments.Data", "--out is for", "maehub data stats photos --out a.csv", "maehub data stats photos --json"),
     (
         "cli.arguments.Data",
@@ -569,6 +590,12 @@ ROWS = [
         "--label",
         "maehub knn scans.csv -m enc",
         "maehub knn scans.csv -m enc --label diagnosis",
+    ),
+    (
+        "data.label_sources._numbers",
+        "names a column twice",
+        "maehub knn numbers.csv -m enc --task regression --label a,a",
+        "maehub knn numbers.csv -m enc --task regression --label a,b",
     ),
     (
         "data.label_sources._folder_groups",
@@ -1595,7 +1622,7 @@ NOT_FOLLOWED = {
         ("train.finetuning.measuring._card", ""),
         ("train.planning.planning", "docs/performance.md"),
         ("train.planning.planning._utilisation", "docs/scaling.md"),
-        ("train.reports.classifier.result", ""),
+        ("train.reports.classifier._how_measured", ""),
     ],
     "a Hub: test_hub.py, test_fetching.py, test_cache.py and test_publishing.py have one on loopback": [
         ("cli.commands.run_push", ""),

@@ -542,7 +542,7 @@ READERS = {
     "manifest.json": lambda path: _verified(path.parent, 1),
     "run.json": refused_where_nothing_is(lambda path: run_state(path.parent) or last_good_step(path.parent)),
     "metrics.jsonl": run_with,
-    "labels.csv": lambda path: read_csv(str(path), None, None),
+    "labels.csv": lambda path: read_csv(str(path), ["label"], None),
     "classes.txt": lambda path: _read_file(path, ["a", "b"], 2),
     "classes.csv": lambda path: _read_file(path, ["a", "b"], 2),
     "mask.png": open_mask,

@@ -227,7 +227,9 @@ def prepared(tmp_path_factory):
     mask.save(home / "mask.png")
     files = sorted((home / "images").iterdir())
     rows = [f"images/{file.name},{file.stem[:-1]},{file.stem[:-1]},p{file.stem[-1]}" for file in files]
-    (home / "scans.csv").write_text("\n".join(["path,label,diagnosis,patient", *rows]))
+    rows = [f"{row},{30 + number},{number % 5}" for number, row in enumerate(rows)]
+    (home / "scans.csv").write_text("\n".join(["path,label,diagnosis,patient,age,area", *rows]))
+    (home / "leaves.csv").write_text("\n".join(["path,label,diagnosis,patient,length,area", *rows]))
     (home / "scenes.csv").write_text(
         "\n".join(["path,label", *(f"images/{file.name},beach|people" for file in files[:6])])
     )

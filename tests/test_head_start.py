@@ -203,11 +203,12 @@ def test_the_paired_test_is_the_exact_one():
     generator = np.random.default_rng(0)
     for n in (1, 5, 40, 3000):
         first, second = generator.random((2, n)) < [[0.5], [0.7]]
-        found = paired(first, second)
+        truth = np.zeros(n, np.int64)
+        found = paired(*(np.stack([right, ~right], axis=1).astype(float) for right in (first, second)), truth)
         assert (found.gained, found.lost) == (sum(second & ~first), sum(first & ~second))
         if found.gained + found.lost:
             assert math.isclose(found.p, binomtest(found.gained, found.gained + found.lost).pvalue, rel_tol=1e-9)
-    assert paired(np.ones(3, bool), np.ones(3, bool)).p == 1
+    assert paired(np.eye(3), np.eye(3), np.arange(3)).p == 1
 
 
 def test_the_command_tells_both(weights, pictures, tmp_path, capsys):

@@ -204,7 +204,9 @@ def _trained(function: str, config: Any, shared: Shared) -> int:
         text = f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
     if scores := getattr(result, "scores", None):  # of a classifier
         facts |= scores.summary() | {"kept": result.kept}
-        facts |= {"probe_top1": result.probe.top1} if result.probe else {}
+        if result.probe:
+            key = "probe_r2" if config.task == "regression" else "probe_top1"
+            facts[key] = result.probe.summary()[key.removeprefix("probe_")]
         text = f"{scores}\n\n{text}. {result.run}/report.html shows it"
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
         report(shared, shared.searched(facts), text)

@@ -5,7 +5,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from maehub.files import check_regular
 from maehub.images import printable
 
 _LAYOUT = "A labelled folder holds one folder a class, with its pictures at any depth: DIR/CLASS/….jpg"
+_BETWEEN = "\x1f"  # the cells of several columns of labels
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
 TRAINING, TESTING = ("train", "training"), ("val", "validation", "valid", "dev", "eval", "test", "testing")
@@ -44,18 +45,21 @@ class NamedLabels(NamedTuple):
     """Pictures and what is said of each."""
 
     samples: Source
-    labels: list[str] | list[list[str]]  # n names of classes; or n lists of them, where a picture may have several
-    order: list[str] | None  # of the classes, where the data give one
+    # n names of classes; or n lists of them, where a picture may have several; or (n, columns) float64
+    labels: list[str] | list[list[str]] | np.ndarray
+    order: list[str] | None  # of the classes, where the data give one; of numbers the columns
     groups: list[str] | None  # n names of what must stay on one side of a split, if it was asked for
     sides: list[str] | None = None  # n cells of the column split of a CSV, where there is one
 
 
 def read_label_source(
-    data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool
+    data: str, group: str | None, label: str | None, index_dir: Path | None, *, known: bool, numeric: bool
 ) -> NamedLabels:
     """Labels and groups, see `find_labelled`; of classes that are ``known`` those without a picture are warned of."""
     if data.lower().endswith(".csv") and not os.path.isdir(data):
-        return _csv(data, group, label)
+        return _numbers(data, group, label) if numeric else _csv(data, group, label)
+    if numeric:
+        raise UsageError(f"numbers are read from a .csv of path,label, and {printable(data)} is none")
     samples = find_samples(data, index_dir=index_dir)
     if isinstance(samples, Table):
         return _table(samples, group, label)
@@ -81,7 +85,7 @@ def split_word(folder: str) -> str | None:
 
 
 def _csv(path: str, group: str | None, label: str | None) -> NamedLabels:
-    rows = read_csv(path, label, group)
+    rows = read_csv(path, [label or "label"], group)
     samples = Samples(os.fsencode(os.path.dirname(path)), Names.of(os.fsencode(row.path) for row in rows))
     labels: list[str] | list[list[str]] = [label_name(row.label) for row in rows]
     several = [row for row in rows if "|" in row.label]
@@ -92,6 +96,31 @@ def _csv(path: str, group: str | None, label: str | None) -> NamedLabels:
         labels = [[name for part in row.label.split("|") if (name := label_name(part))] for row in rows]
     groups = [row.group for row in rows] if group is not None else None
     return NamedLabels(samples, labels, None, groups, [row.split for row in rows] if rows[0].split else None)
+
+
+def _numbers(path: str, group: str | None, label: str | None) -> NamedLabels:
+    """Pictures with the numbers of one column or of several, ``label`` with commas between."""
+    columns = [name.strip() for name in (label or "label").split(",")]
+    if len(set(columns)) < len(columns):
+        raise UsageError(f"--label {label} names a column twice")
+    rows = read_csv(path, columns, group)
+    values, wrong = np.empty((len(rows), len(columns))), []
+    for place, row in enumerate(rows):
+        for number, cell in enumerate(row.label.split(_BETWEEN)):
+            try:
+                values[place, number] = float(cell)
+            except ValueError:
+                values[place, number] = np.nan
+            if not np.isfinite(values[place, number]):
+                wrong.append(f"line {row.line}, {columns[number]}: {printable(cell) or 'empty'}")
+    if wrong:
+        raise DataError(
+            f"{printable(path)}: {len(wrong)} cells hold no finite number: {first_names(wrong, 3)}. Numbers are like "
+            "-1.5 or 2e3; fill them in, or leave those pictures out"
+        )
+    samples = Samples(os.fsencode(os.path.dirname(path)), Names.of(os.fsencode(row.path) for row in rows))
+    groups, sides = [row.group for row in rows], [row.split for row in rows]
+    return NamedLabels(samples, values, columns, groups if group else None, sides if sides[0] else None)
 
 
 def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> NamedLabels:
@@ -221,38 +250,39 @@ def _folder_groups(samples: Source, paths: list[list[bytes]], group: str, what: 
     return [printable(parts[level - 1]) for parts in paths]
 
 
-def read_csv(path: str, label: str | None, group: str | None) -> list[Row]:
+def read_csv(path: str, labels: Sequence[str], group: str | None) -> list[Row]:
     """The pictures of a CSV in the order of its lines: commas between columns, a first line that names them, UTF-8.
 
     The file of a picture stands in the column ``path``: absolute, or relative to the folder of the CSV. A picture that
-    stands there twice with the same cells is taken once. A column ``split`` is read where there is one; the label is
-    in the column ``label``, unless another is named.
+    stands there twice with the same cells is taken once. A column ``split`` is read where there is one. Of several
+    columns of ``labels`` the cells are joined by `_BETWEEN`.
     """
     try:
         check_regular(path, DataError)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return _rows(path, csv.reader(file, strict=True), label, group)
+            return _rows(path, csv.reader(file, strict=True), labels, group)
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{printable(path)} is not UTF-8 text ({error.reason}): save it as CSV in UTF-8") from error
 
 
-def _rows(path: str, reader: Any, label: str | None, group: str | None) -> list[Row]:
+def _rows(path: str, reader: Any, labels: Sequence[str], group: str | None) -> list[Row]:
     root, rows, again = os.path.dirname(path), dict[str, Row](), 0
     lines = _lines(path, reader)
     _, header = next(lines, (0, list[str]()))
-    columns = _columns(path, header, label, group) if header else {}  # fields of a row to columns
+    columns = _columns(path, header, labels, group) if header else {}  # fields of a row to columns
     for number, cells in lines:
         where = f"{printable(path)}, line {number}"
         if len(cells) != len(header):
             has = f"it has {len(cells)} cells and the first line {len(header)}"
             raise DataError(f"{where}: {has}; a cell that holds a comma stands between double quotes")
         by_column = dict(zip(header, cells, strict=True))
-        row = Row(**{field: by_column[column] if column else "" for field, column in columns.items()}, line=number)
+        joined = {field: _BETWEEN.join(by_column[name] for name in names) for field, names in columns.items()}
+        row = Row(**joined, line=number)
         for field in ("path", "group", "split"):
             if columns[field] and not getattr(row, field):
-                raise DataError(f"{where}: its column {columns[field]!r} is empty")
+                raise DataError(f"{where}: its column {columns[field][0]!r} is empty")
         if columns["split"]:
             row = row._replace(split=row.split.casefold())
             if row.split not in TRAINING + TESTING:
@@ -280,29 +310,30 @@ def _lines(path: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{printable(path)}, line {reader.line_num}: {error}") from error
 
 
-def _columns(path: str, header: list[str], label: str | None, group: str | None) -> dict[str, str | None]:
+def _columns(path: str, header: list[str], labels: Sequence[str], group: str | None) -> dict[str, Sequence[str]]:
     name, times = Counter(header).most_common(1)[0]
     if times > 1:
         raise DataError(f"{printable(path)}, line 1: the column {name!r} stands there twice")
-    split = "split" if "split" in header else None
-    columns = {"path": "path", "label": label or "label", "group": group, "split": split}
-    missing = next((column for column in columns.values() if column and column not in header), None)
+    split = ["split"] if "split" in header else []
+    columns = {"path": ["path"], "label": labels, "group": [group] if group else [], "split": split}
+    missing = next((name for names in columns.values() for name in names if name not in header), None)
     if missing is None:
         return columns
     names = first_names(list(map(repr, header)), 20)
     text = f"{printable(path)} has no column {missing!r}; its first line names {names}"
-    if missing in (label, group):
+    if missing == group or (missing in labels and missing != "label"):
         raise UsageError(text)
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
         raise DataError(f"{text}: put commas between columns")
     raise DataError(f"{text}. It must be like path,label" + ("; --label names another column" * (missing == "label")))
 
 
-def _check_same(where: str, before: Row, row: Row, columns: dict[str, str | None]) -> None:
+def _check_same(where: str, before: Row, row: Row, columns: dict[str, Sequence[str]]) -> None:
     """See that a picture's second line says what its first one said."""
     for field in ("label", "group", "split"):
         was, now = getattr(before, field), getattr(row, field)
         if was != now:
-            other = f"{printable(row.path)} stands in line {before.line} too, with the {columns[field]} {was!r} there"
+            of = f"{', '.join(columns[field])} {was!r}"
+            other = f"{printable(row.path)} stands in line {before.line} too, with the {of} there"
             hint = "Several labels of a picture go into one cell, with | between them"
             raise DataError(f"{where}: {other} and {now!r} here. {hint}")

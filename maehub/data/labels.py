@@ -21,11 +21,12 @@ _LARGEST, _SPARSEST = 2**29, 1000  # cells of a table of pictures and classes; a
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures with their classes.
+    """Pictures with their classes, or with numbers.
 
-    ``labels``: (n,) int64, places in ``classes``; where a picture may have several, (n, classes) bool. ``groups``:
-    (n,) int64, equal for pictures that must stay on one side of a split; None where nobody said. What `find_labelled`
-    gives is a hash of a group's name, so a group has the same number wherever it is read.
+    ``labels``: (n,) int64, places in ``classes``; where a picture may have several, (n, classes) bool; or (n, classes)
+    float64, the numbers in the columns that ``classes`` names. ``groups``: (n,) int64, equal for pictures that must
+    stay on one side of a split; None where nobody said. What `find_labelled` gives is a hash of a group's name, so a
+    group has the same number wherever it is read.
     """
 
     samples: Source
@@ -39,11 +40,23 @@ class Labelled:
     @property
     def multi_label(self) -> bool:
         """Whether a picture may have several classes, or none."""
-        return self.labels.ndim == 2
+        return self.labels.dtype == bool
+
+    @property
+    def numeric(self) -> bool:
+        """Whether labels are numbers to be predicted, and no classes."""
+        return self.labels.dtype.kind == "f"
+
+    @property
+    def strata(self) -> "Labelled":
+        """The same pictures with the classes whose shares a split keeps: a single one where labels are numbers."""
+        return replace(self, labels=np.zeros(len(self), np.int64), classes=("",)) if self.numeric else self
 
     @property
     def counts(self) -> np.ndarray:
         """(classes,) int64, how many pictures each class has."""
+        if self.numeric:
+            return np.full(len(self.classes), len(self), np.int64)
         if self.multi_label:
             return self.labels.sum(axis=0, dtype=np.int64)
         return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
@@ -55,6 +68,8 @@ class Labelled:
 
     def without_empty_classes(self) -> "Labelled":
         """The same pictures, with the classes alone that one of them has."""
+        if self.numeric:
+            return self
         has = self.counts > 0
         classes = tuple(name for name, some in zip(self.classes, has, strict=True) if some)
         labels = self.labels[:, has] if self.multi_label else (np.cumsum(has) - 1)[self.labels]
@@ -83,6 +98,7 @@ def find_labelled(
     label: str | None = None,
     classes: Sequence[str] | None = None,
     index_dir: Path | None = None,
+    numeric: bool = False,
 ) -> LoadedLabels:
     """Labelled pictures: a folder of class folders, a CSV, tar shards, Parquet files or a saved dataset.
 
@@ -96,18 +112,23 @@ def find_labelled(
     shards ``"shard"``, or the level of a folder in the names of members, from ``"1"``. ``label`` is the label's column,
     in a CSV or table. ``classes`` are those that labels are places in, such as those of a model; None takes those that
     have a picture, sorted by name, or in the order that the data give them, two at least; ``()`` takes even one.
+    With ``numeric`` labels are numbers, in one column of a CSV or in several with commas between.
     """
     text = os.fsdecode(data)
-    if sides := given_folders(text):
+    if not numeric and (sides := given_folders(text)):
         raise UsageError(f"{printable(text)} holds the two sides of a split: name one, such as {sides.testing}")
-    named = read_label_source(text, group, label, index_dir, known=classes is not None)
+    named = read_label_source(text, group, label, index_dir, known=classes is not None, numeric=numeric)
     numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(named.groups or ())}
     labelled = _numbered(named, numbers)
     if classes:
         labelled = mapped(labelled, tuple(classes), text)
-    elif classes is None and len(labelled.classes) < 2 and not (labelled.multi_label and not labelled.labels.all()):
+    elif classes is None and not numeric and _is_one_class(labelled):
         raise one_class(text, labelled.classes[0])
     return LoadedLabels(labelled, {number: name for name, number in numbers.items()}, named.sides)
+
+
+def _is_one_class(labelled: Labelled) -> bool:
+    return len(labelled.classes) < 2 and not (labelled.multi_label and not labelled.labels.all())
 
 
 def given_folders(data: str) -> Sides | None:
@@ -147,6 +168,9 @@ def _holds_classes(folder: str) -> bool:
 
 def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:
     """Names to places in the row of the classes that have a picture."""
+    groups = None if named.groups is None else np.array([numbers[name] for name in named.groups], np.int64)
+    if isinstance(named.labels, np.ndarray):
+        return Labelled(named.samples, named.labels, tuple(named.order or ()), groups)
     several = isinstance(named.labels[0], list)
     cells = cast(list[list[str]], named.labels if several else [[name] for name in named.labels])
     seen = {name for cell in cells for name in cell}
@@ -163,7 +187,6 @@ def _numbered(named: NamedLabels, numbers: dict[str, int]) -> Labelled:
             row[[places[name] for name in cell]] = True
     else:
         labels = np.array([places[cell[0]] for cell in cells], np.int64)
-    groups = None if named.groups is None else np.array([numbers[name] for name in named.groups], np.int64)
     return Labelled(named.samples, labels, classes, groups)
 
 
@@ -180,9 +203,9 @@ def mapped(labelled: Labelled, classes: tuple[str, ...], data: str) -> Labelled:
         raise DataError(f"{times[name]} of the known classes are called {name}; which is meant is not known")
     order = {name: place for place, name in enumerate(classes)}
     places = np.array([order[name] for name in labelled.classes], np.int64)
-    if not labelled.multi_label:
+    if labelled.labels.ndim == 1:
         return replace(labelled, labels=places[labelled.labels], classes=classes)
-    labels = np.zeros((len(labelled), len(classes)), bool)
+    labels = np.zeros((len(labelled), len(classes)), labelled.labels.dtype)
     labels[:, places] = labelled.labels
     return replace(labelled, labels=labels, classes=classes)
 

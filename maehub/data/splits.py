@@ -55,6 +55,7 @@ class SplitGroups(NamedTuple):
             numbers, members = np.unique(labelled.groups, return_inverse=True)
             names = numbers.tolist()
         hashes = np.array([sample_seed(seed, 0, name, stream) for name in names], np.int64)
+        labelled = labelled.strata
         if labelled.multi_label:
             table = np.column_stack([labelled.labels, ~labelled.labels.any(axis=1)])
             pictures, numbers = np.nonzero(table)
@@ -102,29 +103,35 @@ class Inner(NamedTuple):
 
 
 def split_labelled(
-    data: str | Path, *, seed: int = 0, share: float = 0.2, group: str | None = None, label: str | None = None
+    data: str | Path,
+    *,
+    seed: int = 0,
+    share: float = 0.2,
+    group: str | None = None,
+    label: str | None = None,
+    numeric: bool = False,
 ) -> LabelledSplit:
     """Training and testing pictures.
 
     DIR/train and DIR/val, or the column ``split`` of a CSV, are used as they are. Otherwise ``share`` of each class is
     for testing, at least one picture and not all, and whole groups stay together, whose sizes decide how near to
     ``share`` that comes. Where a picture may have several labels, a class with one picture is trained on alone. The
-    seed is that of a split that is made; for ``group`` and ``label`` see `find_labelled`.
+    seed is that of a split that is made; for the others see `find_labelled`.
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to measure on must be above 0 and below 1, not {share:g}")
     text, index_dir = os.fsdecode(data), cache_folder() / "shards"
-    if sides := given_folders(text):
+    if (sides := given_folders(text)) and not numeric:
         return _tested(text, _of_folders(text, sides, group, label, index_dir))
     words = split_folders(text)
     if len(words) == 1 and set(words.values()) <= set(TRAINING):
         text = os.path.join(text, *words)  # that folder alone: a split is made of it
-    loaded = find_labelled(text, group=group, label=label, index_dir=index_dir)
+    loaded = find_labelled(text, group=group, label=label, index_dir=index_dir, numeric=numeric)
     if loaded.sides:
         return _tested(text, _of_column(text, loaded.labelled, loaded.sides, loaded.group_names))
     labelled = loaded.labelled
     groups = SplitGroups.of(labelled, seed, _SPLIT)
-    if not labelled.multi_label:
+    if labelled.labels.ndim == 1:
         _check_can_be_split(loaded, groups)
     places = _held_out(groups, share, f"{printable(text)} cannot be split")
     return _tested(text, LabelledSplit(labelled.take(places.train), labelled.take(places.held), True))
@@ -139,13 +146,18 @@ def measured_folder(data: str) -> str:
 
 
 def measured_part(
-    data: str | Path, *, group: str | None = None, label: str | None = None, classes: tuple[str, ...] | None = None
+    data: str | Path,
+    *,
+    group: str | None = None,
+    label: str | None = None,
+    classes: tuple[str, ...] | None = None,
+    numeric: bool = False,
 ) -> Labelled:
     """What a finished classifier is measured on: DIR/val, or the testing rows of a CSV with a column ``split``, where
     there are such; else all pictures. Parameters are those of `find_labelled`.
     """
     place, index_dir = measured_folder(os.fsdecode(data)), cache_folder() / "shards"
-    loaded = find_labelled(place, group=group, label=label, classes=classes, index_dir=index_dir)
+    loaded = find_labelled(place, group=group, label=label, classes=classes, index_dir=index_dir, numeric=numeric)
     return loaded.labelled.take(_rows_of(os.fsdecode(place), loaded.sides)[1]) if loaded.sides else loaded.labelled
 
 
@@ -167,7 +179,7 @@ def folds(labelled: Labelled, count: int, seed: int) -> list[Inner]:
     """
     if count < 2:
         raise UsageError(f"cross-validation needs 2 folds or more, not {count}")
-    groups = SplitGroups.of(labelled, seed, _FOLDS)
+    groups, labelled = SplitGroups.of(labelled, seed, _FOLDS), labelled.strata
     large_first = sorted(groups.order, key=groups.sizes.__getitem__, reverse=True)
     free = [group for group in large_first if all(groups.spread[number] > 1 for number, _ in groups.parts(group))]
     if len(free) < 2:
@@ -241,7 +253,7 @@ def _of_folders(data: str, sides: Sides, group: str | None, label: str | None, i
 def _of_column(data: str, labelled: Labelled, sides: list[str], group_names: dict[int, str]) -> LabelledSplit:
     rows = _rows_of(data, sides)
     training = labelled.take(rows[0]).without_empty_classes()
-    if len(training.classes) < 2 and not training.multi_label:
+    if len(training.classes) < 2 and training.labels.ndim == 1:
         raise one_class(f"{data}, for training", training.classes[0])
     testing = mapped(labelled.take(rows[1]).without_empty_classes(), training.classes, data)
     split = LabelledSplit(training, testing, False)
@@ -280,7 +292,11 @@ def _check_groups(data: str, split: LabelledSplit, names: dict[int, str]) -> Non
 
 
 def _tested(data: str, split: LabelledSplit) -> LabelledSplit:
-    """The split itself; classes without a picture to measure on are warned of."""
+    """The split itself; classes without a picture to measure on are warned of, numbers that never differ refused."""
+    for side, what in ((split.training, "train"), (split.testing, "measure")) if split.training.numeric else ():
+        if (same := np.ptp(side.labels, axis=0) == 0).any():
+            name = side.classes[int(same.argmax())]
+            raise DataError(f"{printable(data)}: {name} is the same for all {len(side)} pictures to {what} on")
     if untested := [split.testing.classes[number] for number in np.flatnonzero(split.testing.counts == 0)]:
         log.warning("%s: no picture to measure on of the classes %s", printable(data), first_names(untested, 3))
     return split

@@ -318,7 +318,7 @@ def _provenance(job: _Job, exact_decode: bool) -> table.Provenance:
     return {
         "maehub": __version__,
         "model": asdict(origin) if origin else None,
-        "network": asdict(job.encoder.config),
+        "network": {name: value for name, value in asdict(job.encoder.config).items() if name != "numeric"},
         "weights": hasher.hexdigest()[:16],
         "pool": job.pool,
         "layers": None if job.layers is None else list(job.layers),

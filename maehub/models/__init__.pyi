@@ -5,6 +5,7 @@ from .autoencoder import squared_error as squared_error
 from .colours import COLOURS as COLOURS
 from .colours import mean_colour_of as mean_colour_of
 from .colours import mean_colours as mean_colours
+from .devices import FullPrecision as FullPrecision
 from .devices import Precision as Precision
 from .devices import autocast as autocast
 from .devices import computed_in as computed_in

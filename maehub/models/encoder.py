@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from maehub.errors import UsageError
 from maehub.images import LARGEST_PATCH, Preprocess, Size, as_size, grid_size
+from maehub.models.devices import FullPrecision
 from maehub.models.patches import patchify
 from maehub.models.positions import ResizeRule, resize_table, sincos_table, with_cls_row
 
@@ -64,7 +65,7 @@ class EncoderConfig:
     ``image_size`` (height, width; one int means a square) is the native size that the position table is stored for,
     in pixels. ``classes`` = 0 means no head. ``positions`` says how the table is resized for other sizes.
     ``class_names`` are those of the classes, if they are known; with ``multi_label`` a picture may have several, so
-    logits are for a sigmoid each instead of one softmax.
+    logits are for a sigmoid each instead of one softmax; with ``numeric`` outputs are numbers, which they name.
     """
 
     image_size: int | Size = 224
@@ -79,6 +80,7 @@ class EncoderConfig:
     positions: ResizeRule = "bicubic"
     class_names: tuple[str, ...] = ()
     multi_label: bool = False
+    numeric: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", as_size(self.image_size, "image_size"))
@@ -100,8 +102,9 @@ class EncoderConfig:
             len(self.class_names) != self.classes or not all(isinstance(name, str) for name in self.class_names)
         ):
             raise UsageError(f"class_names must be {self.classes} strings, one a class, not {len(self.class_names)}")
-        if not isinstance(self.multi_label, bool):
-            raise UsageError(f"multi_label must be a bool, not {self.multi_label!r}")
+        kinds = self.multi_label, self.numeric
+        if not all(isinstance(kind, bool) for kind in kinds) or all(kinds):
+            raise UsageError("multi_label and numeric must be bools, one true at most, not {!r}, {!r}".format(*kinds))
 
     @property
     def size(self) -> Size:
@@ -244,7 +247,7 @@ class Encoder(nn.Module):
         else:
             self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         if config.classes:
-            self.head = nn.Linear(config.width, config.classes)
+            self.head = (FullPrecision if config.numeric else nn.Linear)(config.width, config.classes)
         initialise(self, self.cls_token)
 
     def forward(self, images: Tensor) -> Tensor:

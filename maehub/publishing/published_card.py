@@ -15,6 +15,10 @@ from maehub.train.evaluation import duration_text
 from maehub.weights import details, summary
 
 _MOST_CLASSES = 30  # rows of the table of classes
+_NUMBERS = {  # keys of scores of numbers: type and name of a metric
+    **{"r2": ("r_squared", "R²"), "mae": ("mae", "MAE"), "rmse": ("rmse", "RMSE")},
+    **{"spearman": ("spearmanr", "Spearman"), "quadratic_kappa": ("quadratic_kappa", "quadratic kappa")},
+}
 
 
 def published_card(
@@ -54,6 +58,10 @@ def published_card(
         "name": name,
         "summary": summary(config),
         "is_classifier": is_classifier,
+        "numbers": {
+            words: told.scores[key] for key, (_, words) in _NUMBERS.items() if told.scores.get(key) is not None
+        },
+        "predicts": model.config.class_names if isinstance(model, Encoder) and model.config.numeric else (),
         "has_picture": isinstance(model, MaskedAutoencoder) and model.config.has_picture,
         "licence": licence,
         "origin": origin,
@@ -77,6 +85,7 @@ def _evaluations(scores: Mapping[str, float], dataset: str, task: str) -> list[E
     """``model-index``: what was measured on pictures that were held out."""
     named = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy")}
     named |= {"mean_average_precision": ("mAP", "mean average precision"), "macro_f1": ("f1", "macro F1")}
+    named |= {name: (kind, words) for name, (kind, words) in _NUMBERS.items() if "r2" in scores}
     return [
         EvalResult(
             task_type=task,
@@ -85,7 +94,7 @@ def _evaluations(scores: Mapping[str, float], dataset: str, task: str) -> list[E
             dataset_split="validation",
             metric_type=kind,
             metric_name=words,
-            metric_value=round(float(scores[key]) / 100, 4),
+            metric_value=round(float(scores[key]) / (1 if key in _NUMBERS else 100), 4),
             metric_args={"n": scores["n"]},
         )
         for key, (kind, words) in named.items()

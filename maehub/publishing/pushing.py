@@ -172,6 +172,7 @@ def push(
     kind = "a masked autoencoder"
     if isinstance(model, Encoder):
         kind = f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
+        kind = f"an encoder that predicts {model.config.classes} numbers" if model.config.numeric else kind
     needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
     with own_folder(Path(tempfile.gettempdir(), "maehub-push"), 0o700) as staging:
         free_space_guard(staging, needed)

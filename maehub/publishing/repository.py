@@ -92,8 +92,11 @@ def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenanc
     for number, (key, words) in enumerate({"mean_fill": "mean colour", "interpolation": "interpolation"}.items()):
         loss.append(Series(words, *_numbers(curve, key), 2 + number))
     loss.append(Series("validation", *_numbers(curve, "val_loss"), 1, "points"))
-    accuracy = Series("top-1, % of the held-out pictures", *_numbers(curve, "val_top1"), 1, "points")
-    drawn |= {"curve": curves_picture("Loss", loss), "accuracy": curves_picture("Accuracy", [accuracy])}
+    right = [
+        Series(f"{words}, % of the held-out pictures", *_numbers(curve, key), 1, "points")
+        for key, words in (("val_top1", "top-1"), ("val_r2", "R²"))
+    ]
+    drawn |= {"curve": curves_picture("Loss", loss), "accuracy": curves_picture("Accuracy", right)}
     figures = {}
     for role, picture in drawn.items():
         if picture:

@@ -197,7 +197,7 @@ def _changed(config: EncoderConfig, options: LoadOptions) -> EncoderConfig:
     """The configuration after the departures that were asked for."""
     asked = {name: getattr(options, name) for name in ("image_size", "channels", "classes", "positions")}
     if options.classes not in (None, config.classes):
-        asked |= {"class_names": (), "multi_label": False}
+        asked |= {"class_names": (), "multi_label": False, "numeric": False}
     return replace(config, **{name: value for name, value in asked.items() if value is not None})
 
 

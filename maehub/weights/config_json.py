@@ -80,13 +80,22 @@ def our_block(
         "format": FORMAT,
         "version": __version__,
         "kind": "encoder" if isinstance(config, EncoderConfig) else "autoencoder",
-        "network": asdict(config),
+        "network": _network(config),
         "preprocess": preprocess.to_dict(),
         "origin": asdict(origin) if origin else None,
         "dtype": str(dtype).removeprefix("torch."),
         "verified": verified,
         "sha256": dict(sha256),
     }
+
+
+def _network(config: Config) -> dict[str, Any]:
+    """As JSON; what earlier versions do not know is left out where it says nothing."""
+    values = asdict(config)
+    encoder = values.get("encoder", values)
+    if not encoder["numeric"]:
+        del encoder["numeric"]
+    return values
 
 
 def read_block(block: Any, where: str) -> Block:
@@ -194,7 +203,12 @@ def transformers_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
             raise UsageError("transformers' ViT pools the class token, and this encoder the mean; say to='timm'")
         words = config.class_names or [f"LABEL_{number}" for number in range(config.classes)]
         labels = {str(number): word for number, word in enumerate(words)}
-        head = {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
+        head: dict[str, Any] = {
+            "id2label": labels,
+            "label2id": {label: int(number) for number, label in labels.items()},
+        }
+        if config.multi_label or config.numeric:
+            head["problem_type"] = "regression" if config.numeric else "multi_label_classification"
         names = ["ViTForImageClassification"] if config.classes else ["ViTModel"]
         return {"architectures": names, "model_type": "vit"} | common | (head if config.classes else {})
     if reason := why_not_transformers(config):

@@ -36,7 +36,7 @@ _PRETRAINED = {
 
 
 def with_class_names(config: EncoderConfig, values: Mapping[str, Any], where: str) -> EncoderConfig:
-    """The network with the names of its classes, and whether a picture may have several, where the folder tells.
+    """The network with the names of its classes or numbers, and what they are, where the folder tells.
 
     transformers' ``id2label`` or ``label2id``; timm's ``label_names``, or else its ``label_descriptions``.
     """
@@ -57,8 +57,9 @@ def with_class_names(config: EncoderConfig, values: Mapping[str, Any], where: st
     if not right or len(names) != config.classes:
         log.warning("%s names %d classes and the head has %d: they are not read", where, len(names), config.classes)
         return config
-    several = values.get("problem_type") == "multi_label_classification"
-    return replace(config, class_names=tuple(names), multi_label=several)
+    kind = values.get("problem_type")
+    several, numeric = kind == "multi_label_classification", kind == "regression"
+    return replace(config, class_names=tuple(names), multi_label=several, numeric=numeric)
 
 
 def timm_transform(settings: Mapping[str, Any], config: EncoderConfig, where: str) -> Preprocess:

@@ -157,6 +157,10 @@ SplitGroup = Annotated[
     ),
 ]
 Label = Annotated[str | None, default("label", "COLUMN", "The column of labels in a CSV or table.")]
+Task = Annotated[
+    Literal["classification", "regression"],
+    arg(help="regression: the labels are numbers, in the column --label of a CSV, or in several with commas between."),
+]
 Model = Annotated[str, Section.MODEL, arg(aliases=["-m"], metavar="MODEL")]
 BatchSize = Annotated[Count | None, Section.MACHINE, default("as fits the model", help="Pictures computed at once.")]
 Workers = Annotated[

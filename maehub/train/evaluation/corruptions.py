@@ -80,10 +80,10 @@ class Robustness:
 
 def corruption_names(labelled: Labelled, preprocess: Preprocess) -> tuple[str, ...]:
     """The 15 of them, if these pictures can be spoilt."""
-    if preprocess.channels != 3 or labelled.multi_label:
+    if preprocess.channels != 3 or labelled.labels.ndim == 2:
         raise UsageError(
             f"--corruptions are of colour pictures of one class each; these have {preprocess.channels} channels"
-            + (" and several labels" if labelled.multi_label else "")
+            + (" and several labels" * labelled.multi_label + " and numbers" * labelled.numeric)
         )
     if preprocess.resize == "native" or min(preprocess.size) < _SMALLEST:
         raise UsageError(f"--corruptions need pictures of one size, of {_SMALLEST} pixels or more: give --image-size")

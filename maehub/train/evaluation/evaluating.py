@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
-from maehub.errors import UsageError, log
+from maehub.errors import UsageError, first_names, log
 from maehub.features import outputs
 from maehub.files import check_free, read_json, sheet_cells, whole_folder, write_text
 from maehub.hub import load
@@ -30,12 +30,12 @@ from maehub.train.evaluation.corruptions import (
     read_baseline,
     robustness_picture,
 )
-from maehub.train.evaluation.plots import confusion_picture, contact_sheet
-from maehub.train.evaluation.scores import Scores, losses, probabilities, score
+from maehub.train.evaluation.plots import contact_sheet, overview
+from maehub.train.evaluation.scores import AnyScores, Scores, losses, probabilities, score_of
 from maehub.train.evaluation.text_tables import printable
 from maehub.train.networks import pair
 
-MEMBERS = ("evaluation.json", "confusion.png", "mistakes.png", "corruptions.png", "predictions.csv")
+MEMBERS = ("evaluation.json", "confusion.png", "scatter.png", "mistakes.png", "corruptions.png", "predictions.csv")
 """What an evaluation's folder is made of."""
 
 _MOST_MISTAKES = 16
@@ -48,7 +48,7 @@ class Evaluation:
     model: str
     data: str
     """What was measured on: the folder or file with the pictures."""
-    scores: Scores
+    scores: AnyScores
     mistakes: Image.Image | None = field(default=None, repr=False, compare=False)
     """The worst of them as a sheet; None if there are none."""
     files: tuple[Path, ...] = ()
@@ -77,7 +77,7 @@ class Evaluation:
     def __str__(self) -> str:
         how = "" if self.precision == "fp32" else f", computed in {self.precision}"
         parts = [f"{self.model} on {printable(self.data, 200)}{how}\n\n{self.scores}"]
-        if self.scores.bins:
+        if isinstance(self.scores, Scores) and self.scores.bins:
             parts.append(f"how sure it is, and how often it is right then\n\n{self.scores.reliability()}")
         if self.robustness:
             parts.append(str(self.robustness))
@@ -86,8 +86,7 @@ class Evaluation:
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
-        pictures = [] if self.scores.confusion is None else [confusion_picture(self.scores)]
-        pictures += [] if self.mistakes is None else [self.mistakes]
+        pictures = [*overview(self.scores).values(), *([] if self.mistakes is None else [self.mistakes])]
         page = self.scores._repr_html_()
         for picture in pictures:
             buffer = io.BytesIO()
@@ -138,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     ).numpy()
     if used != list(range(logits.shape[1])):
         logits = logits[:, used]
-    scores = score(logits, labelled.labels, labelled.classes, labelled.groups)
+    scores = score_of(logits, labelled.labels, labelled.classes, labelled.groups)
     wrong = worst_mistakes(logits, labelled.labels)
     title = f"the {len(wrong)} worst mistakes of {config.model}" if len(wrong) > 1 else f"a mistake of {config.model}"
     sheet = labelled_sheet(labelled, logits, wrong, encoder.config.channels, title) if len(wrong) else None
@@ -148,7 +147,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if names:
         common: Any = {"batch_size": config.batch_size, "workers": config.workers, "progress": not config.quiet}
         errors = measure(names, compute, labelled, used, encoder.preprocess, device, **common)
-        clean = 100 - scores.top1
+        clean = 100 - scores.headline[1].value
         found = baseline.compare(clean, errors) if baseline else Robustness(clean, errors)
         picture = robustness_picture(found, labelled.samples, encoder.preprocess)
         evaluation = replace(evaluation, robustness=found, spoilt=picture)
@@ -159,8 +158,11 @@ def worst_mistakes(logits: np.ndarray, labels: np.ndarray, most: int = _MOST_MIS
     """Places of the pictures that a model is wrong about, (up to ``most``,) int64, those with the greatest loss first.
 
     With one class a picture that is the least probability of the true one. Where it may have several, a picture is
-    wrong if a label is missing or too many at a probability of one half. Logits and labels are as `score` takes them.
+    wrong if a label is missing or too many at a probability of one half; numbers are never quite right. Logits and
+    labels are as `score_of` takes them.
     """
+    if labels.dtype.kind == "f":
+        return np.argsort(-losses(logits, labels), kind="stable")[:most]
     wrong = ((logits >= 0) != labels).any(axis=1) if labels.ndim == 2 else logits.argmax(axis=1) != labels
     indices = np.flatnonzero(wrong)
     return indices[np.argsort(-losses(logits, labels)[indices], kind="stable")][:most]
@@ -171,30 +173,46 @@ def labelled_sheet(
 ) -> Image.Image:
     """Some pictures, in the order of ``places``, with what they show and what they are taken for.
 
-    The logits (n, classes) are those of all pictures; the model has 1 or 3 ``channels``.
+    The logits (n, classes) are those of all pictures; the model has 1 or 3 ``channels``. Of numbers the frame says
+    whether the error is below the mean.
     """
-    shares = probabilities(logits[places], multi_label=labelled.multi_label)
+    numeric, squares = labelled.numeric, losses(logits, labelled.labels) if labelled.numeric else None
+    shares = logits[places] if numeric else probabilities(logits[places], multi_label=labelled.multi_label)
     pictures, captions, right = [], [], []
     for index, row in zip(map(int, places), shares, strict=True):
         with naming(labelled.samples, index):
             pictures.append(open_image(labelled.samples.source(index), channels=channels))
-        told, said = _told_and_said(labelled, index, row)
-        guesses = [f"{labelled.classes[place]} ({100 * row[place]:.0f} %)" for place in said]
         name = os.path.basename(os.fsdecode(labelled.samples.name(index)))
-        shown = ", ".join(labelled.classes[place] for place in told)
-        captions.append("\n".join([f"true: {shown or 'none'}", f"predicted: {', '.join(guesses) or 'none'}", name]))
-        right.append(told == said)
+        if squares is not None:
+            true, guessed = (", ".join(f"{value:.4g}" for value in values) for values in (labelled.labels[index], row))
+            right.append(bool(squares[index] <= squares.mean()))
+        else:
+            told, said = _told_and_said(labelled, index, row)
+            guessed = ", ".join(f"{labelled.classes[place]} ({100 * row[place]:.0f} %)" for place in said)
+            true = ", ".join(labelled.classes[place] for place in told)
+            right.append(told == said)
+        captions.append("\n".join([f"true: {true or 'none'}", f"predicted: {guessed or 'none'}", name]))
     return contact_sheet(pictures, captions, right, title=title)
 
 
 def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str, list[int]]:
     """The labelled pictures, where they are, and which outputs of the head their classes are."""
-    if (own := _held_out_by(config)) is not None:
-        return own, config.data, list(range(encoder.config.classes))
-    folder = measured_folder(config.data)
-    labelled = measured_part(folder, group=config.group, label=config.label, classes=())
+    numeric, names = encoder.config.numeric, encoder.config.class_names
+    outputs_in_order = list(range(encoder.config.classes))
+    if (own := _held_out_by(config, numeric)) is not None:
+        return own, config.data, outputs_in_order
+    folder = config.data if numeric else measured_folder(config.data)
+    label = ",".join(names) if numeric and config.label is None else config.label
+    labelled = measured_part(folder, group=config.group, label=label, classes=(), numeric=numeric)
     if folder != config.data or folder.endswith(".csv"):
         log.info("measured on %s, %d pictures", folder, len(labelled))
+    if numeric:
+        if len(labelled.classes) != len(outputs_in_order) or config.classes_from:
+            raise UsageError(
+                f"{config.model} predicts {encoder.config.classes} numbers ({first_names(names, 3)}) "
+                "and no classes: name as many columns by --label, and leave out --classes-from"
+            )
+        return labelled, folder, outputs_in_order
     labelled, used = match_classes(
         labelled, encoder.config.class_names, encoder.config.classes, config.classes_from, config.model, folder
     )
@@ -209,14 +227,19 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str, list
     return labelled, folder, used
 
 
-def _held_out_by(config: EvaluateConfig) -> Labelled | None:
+def _held_out_by(config: EvaluateConfig, numeric: bool) -> Labelled | None:
     """Of the data that a run split by its seed the part that it held out; None of any other run and data."""
     try:
         run = read_json(Path(config.model) / "config.json")
         if run["kind"] != "finetune" or not os.path.samefile(run["data"], config.data):
             return None
         split = split_labelled(
-            config.data, seed=run["seed"], share=run["val_share"], group=run["group"], label=run["label"]
+            config.data,
+            seed=run["seed"],
+            share=run["val_share"],
+            group=run["group"],
+            label=run["label"],
+            numeric=numeric,
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -232,11 +255,10 @@ def _held_out_by(config: EvaluateConfig) -> Labelled | None:
 
 
 def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:
-    drawn = {"confusion.png": None if evaluation.scores.multi_label else confusion_picture(evaluation.scores)}
-    drawn |= {"mistakes.png": evaluation.mistakes, "corruptions.png": evaluation.spoilt}
+    drawn = {"mistakes.png": evaluation.mistakes, "corruptions.png": evaluation.spoilt} | overview(evaluation.scores)
     pictures = {name: picture for name, picture in drawn.items() if picture is not None}
     evaluation = replace(
-        evaluation, files=tuple(out / name for name in MEMBERS if name in pictures or name not in drawn)
+        evaluation, files=tuple(out / name for name in MEMBERS if name in pictures or not name.endswith(".png"))
     )
     with whole_folder(out, overwrite=overwrite, members=MEMBERS) as folder:
         lines = (
@@ -248,6 +270,14 @@ def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelle
         path = folder / "predictions.csv"
         with open(path, "x", encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = csv.writer(file)
+            if labelled.numeric:
+                rows.writerow(
+                    ("name", *(f"{side} {name}" for name in labelled.classes for side in ("true", "predicted")))
+                )
+                for index, pair_of in enumerate(np.stack([labelled.labels, logits], axis=2).reshape(len(logits), -1)):
+                    cells = (f"{value:.7g}" for value in pair_of)
+                    rows.writerow(sheet_cells((os.fsdecode(labelled.samples.name(index)), *cells)))
+                return evaluation
             rows.writerow(("name", "true", "predicted", "probability"))
             for index, row in enumerate(probabilities(logits, multi_label=labelled.multi_label)):
                 told, said = _told_and_said(labelled, index, row)

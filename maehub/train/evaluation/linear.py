@@ -1,5 +1,7 @@
 """The fast linear probe: multinomial logistic regression on cached features, over a sweep of regularisation.
 
+Of numbers it is ridge regression, which has a closed form.
+
 The features are standardised by the mean and deviation of the training pictures, which is what the published probe's
 BatchNorm without affine parameters does (He et al. 2021, appendix A.1). The loss is convex, so there is one answer and
 nothing to tune but the strength of the penalty, and that is chosen on pictures held out of the training ones.
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maehub.errors import DataError, DivergedError, UsageError
+from maehub.train.evaluation.numbers import explained
 from maehub.train.evaluation.scores import average_precision
 
 STRENGTHS = tuple(10.0 ** (half / 2) for half in range(4, -11, -1))
@@ -36,14 +39,15 @@ class Trial(NamedTuple):
     """One strength, and how well it did on pictures that it was not fitted to."""
 
     strength: float
-    accuracy: float  # percent; where a picture may have several classes, mean average precision
-    loss: float  # mean negative log-likelihood, nats; with several classes a picture summed over them
+    accuracy: float  # percent; where a picture may have several classes, mean average precision; of numbers R²
+    loss: float  # mean negative log-likelihood, nats, summed over several classes; of numbers the mean squared error
 
 
 class LinearFit(NamedTuple):
-    """A linear classifier of features as they come: the standardisation is part of its weights.
+    """A linear classifier of features as they come, or linear regression: standardisation is part of its weights.
 
-    ``strength`` is λ in *mean loss + λ/2 · |weights of standardised features|²*; scikit-learn's C is 1 / (n · λ).
+    ``strength`` is λ in *mean loss + λ/2 · |weights of standardised features|²*; scikit-learn's C is 1 / (n · λ). Of
+    numbers the loss is half the squared error; scikit-learn's alpha is n · λ.
     """
 
     weight: Tensor  # (C, D) float32
@@ -65,8 +69,8 @@ def sweep(
     """How well each strength does, from strong to weak, on what is held out of the inner splits.
 
     Deterministic. Features are (n, D) floating; constant, repeated and linearly dependent columns are fine, and so is
-    n < D. Labels are (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class. ``inner`` are
-    indices to fit to and indices to choose by, once or more.
+    n < D. Labels are (n,) integers below ``classes``; or (n, classes) bool, for one classifier a class; or (n, classes)
+    floating, numbers. ``inner`` are indices to fit to and indices to choose by, once or more.
     """
     _check(features, labels, classes)
     ordered = sorted(strengths, reverse=True)
@@ -102,7 +106,8 @@ def fit_at(features: Tensor, labels: np.ndarray, classes: int, strength: float) 
 
 
 def accuracy(logits: Tensor, labels: np.ndarray) -> float:
-    """Top-1 in percent of (n, C) and (n,); of (n, C) bool the mean average precision of the classes that occur.
+    """Top-1 in percent of (n, C) and (n,); of (n, C) bool the mean average precision of the classes that occur, and of
+    (n, C) floating R², the mean of the columns.
 
     In place of logits it also takes (n,), which class is the highest.
     """
@@ -110,6 +115,8 @@ def accuracy(logits: Tensor, labels: np.ndarray) -> float:
         highest = logits.argmax(dim=1) if logits.ndim == 2 else logits
         return 100 * float((highest.cpu().numpy() == labels).mean())
     values = logits.float().cpu().numpy()
+    if labels.dtype.kind == "f":
+        return explained(values, labels)
     scores = [average_precision(values[:, column], labels[:, column]) for column in np.flatnonzero(labels.any(axis=0))]
     return 100 * float(np.mean(scores)) if scores else 0.0
 
@@ -124,7 +131,15 @@ def _path(
     directions = standardised @ vectors  # (n, R), uncorrelated
     truth = _truth(labels, features)
     flat = torch.zeros(classes, len(values) + 1, dtype=precision, device=features.device)
+    if labels.dtype.kind == "f":
+        middle = truth.mean(dim=0)
+        together = directions.T @ (truth - middle).to(precision) / len(truth)  # (R, columns)
     for strength in strengths:
+        if labels.dtype.kind == "f":
+            rotated = (together / (values[:, None] + strength)).T.double()
+            weight = rotated @ vectors.T.double() / deviation
+            yield LinearFit(weight.float(), (middle - weight @ mean).float(), strength)
+            continue
         # The curvature along each direction, at most; that of the bias last.
         scale = torch.cat([values / 2 + strength, values.new_tensor([0.5])]).rsqrt()
         flat = _minimise(directions, truth, strength, scale, flat)
@@ -213,8 +228,9 @@ def _check(features: Tensor, labels: np.ndarray, classes: int) -> None:
         raise UsageError(
             f"features must be (n, D) and labels (n,) or (n, {classes}), not {tuple(features.shape)} and {labels.shape}"
         )
-    if (labels.ndim == 2) != (labels.dtype == bool):
-        raise UsageError(f"labels must be (n,) integers or (n, {classes}) bool, not {labels.shape} {labels.dtype}")
+    if (labels.ndim == 2) != (labels.dtype.kind in "bf"):
+        what = f"(n,) integers or (n, {classes}) bool or floating"
+        raise UsageError(f"labels must be {what}, not {labels.shape} {labels.dtype}")
     if labels.ndim == 1 and not (labels.min() >= 0 and labels.max() < classes):
         raise UsageError(f"labels must be below {classes}, not {labels.min()} to {labels.max()}")
     if classes < 2 and labels.ndim == 1:

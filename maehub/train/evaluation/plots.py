@@ -1,4 +1,4 @@
-"""Pictures of how a classifier does: the confusion matrix, and pictures that it gets wrong."""
+"""Pictures of how a network does: confusion, numbers against true ones, and the pictures that it gets wrong."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from maehub.errors import UsageError
 from maehub.figures import heat
-from maehub.train.evaluation.scores import Scores
+from maehub.train.evaluation.numbers import NumberScores
+from maehub.train.evaluation.scores import AnyScores, Scores
 from maehub.train.evaluation.text_tables import printable
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -28,6 +29,7 @@ _TICKS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # shares that the legend names
 _LEGEND = 240
 _WORDS = 640  # pixels of what stands above
 _THUMBNAIL, _FRAME = 200, 4
+_PANELS = 4  # columns of numbers that are drawn
 
 
 def confusion_picture(scores: Scores) -> Image.Image:
@@ -70,6 +72,40 @@ def confusion_picture(scores: Scores) -> Image.Image:
     draw.text((24, 46), explained + grouped, _GREY, ImageFont.load_default(14))
     _write_legend(picture, (left + across + 32, top))
     return picture
+
+
+def overview(scores: AnyScores) -> dict[str, Image.Image]:
+    """What shows a whole measurement, by the name of its file: confusion, or predicted against true numbers."""
+    if isinstance(scores, NumberScores):
+        return {"scatter.png": scatter_picture(scores)}
+    return {} if scores.confusion is None else {"confusion.png": confusion_picture(scores)}
+
+
+def scatter_picture(scores: NumberScores) -> Image.Image:
+    """Predicted against true numbers, a panel for each of at most four columns; the line is where they are equal."""
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    assert scores.points is not None
+    shown = scores.columns[:_PANELS]
+    with matplotlib.style.context(["default", {"font.size": 11, "text.parse_math": False}]):
+        figure = Figure(figsize=(5 * len(shown), 5), dpi=100, layout="constrained")
+        canvas, panels = FigureCanvasAgg(figure), figure.subplots(1, len(shown), squeeze=False)[0]
+        for place, (column, axes) in enumerate(zip(shown, panels, strict=True)):
+            true, said = scores.points[:, :, place]
+            ends = [min(true.min(), said.min()), max(true.max(), said.max())]
+            axes.plot(ends, ends, color="#6b7280", linewidth=1, linestyle="dashed")
+            axes.plot(true, said, "o", color="#1f6fb4", markersize=4, alpha=0.5, markeredgewidth=0)
+            axes.set_aspect("equal", adjustable="datalim")
+            axes.set_title(
+                f"{printable(column.name, 30)}: R² {column.r2.value:.3f}, MAE {column.mae.value:.3g}", loc="left"
+            )
+            axes.set_xlabel("true")
+            axes.set_ylabel("predicted")
+            axes.spines[["top", "right"]].set_visible(False)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def contact_sheet(

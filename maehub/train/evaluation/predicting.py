@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +36,9 @@ class Predictions:
 
     ``paths``: one a row, as `os.fsdecode` gives them; a picture that came without a file is called by its place in the
     source. ``classes``: C names. ``probabilities``: (n, C) float32; rows sum to 1, unless with ``multi_label`` every
-    class has a probability of its own. ``skipped``: pictures that could not be read. ``shown``: how many classes are
-    named for each picture where nothing else is asked for.
+    class has a probability of its own; with ``numeric`` they are the numbers that ``classes`` names. ``skipped``:
+    pictures that could not be read. ``shown``: how many classes are named for each picture where nothing else is asked
+    for.
     """
 
     paths: list[str]
@@ -46,13 +47,19 @@ class Predictions:
     multi_label: bool
     skipped: list[Skipped]
     shown: int = 5
+    numeric: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def top(self, k: int | None = None) -> list[list[Guess]]:
-        """The ``k`` most probable classes of each picture, the first first; of equal ones in the order of classes."""
+        """The ``k`` most probable classes of each picture, the first first; of equal ones in the order of classes.
+
+        Numbers are all there, in their order.
+        """
         rows = self.probabilities
+        if self.numeric:
+            return [list(map(Guess, self.classes, row)) for row in rows.tolist()]
         order = np.argsort(-rows, axis=1, kind="stable")[:, : self.shown if k is None else k]
         values = np.take_along_axis(rows, order, axis=1)
         return [
@@ -80,12 +87,12 @@ class Predictions:
             if path.suffix == ".json":
                 file.write(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
             else:
-                count = min(self.shown, len(self.classes))
                 rows = csv.writer(file)
-                columns = (f"{what}{n}" for n in range(1, count + 1) for what in ("class", "probability"))
-                rows.writerow(["path", *columns])
+                places = range(1, min(self.shown, len(self.classes)) + 1)
+                columns = [f"{what}{place}" for place in places for what in ("class", "probability")]
+                rows.writerow(sheet_cells(["path", *(self.classes if self.numeric else columns)]))
                 for name, guesses in zip(self.paths, self.top(), strict=True):
-                    cells = ((guess.name, f"{guess.probability:.6g}") for guess in guesses)
+                    cells = [[f"{value:.7g}"] if self.numeric else [word, f"{value:.6g}"] for word, value in guesses]
                     rows.writerow(sheet_cells([name, *(cell for pair in cells for cell in pair)]))
         if self.skipped and path.suffix == ".csv":
             write_bad_files(path, self.skipped)
@@ -93,11 +100,17 @@ class Predictions:
     def to_dict(self) -> dict[str, object]:
         """Plain lists, numbers and strings, for JSON: of each picture the ``shown`` most probable classes."""
         rows = zip(self.paths, self.top(), strict=True)
+        listed: list[dict[str, object]] = [
+            {"path": path}
+            | ({"numbers": dict(guesses)} if self.numeric else {"top": [guess._asdict() for guess in guesses]})
+            for path, guesses in rows
+        ]
         return {
             "images": len(self),
             "classes": len(self.classes),
             "multi_label": self.multi_label,
-            "predictions": [{"path": path, "top": [guess._asdict() for guess in guesses]} for path, guesses in rows],
+            "numeric": self.numeric,
+            "predictions": listed,
             "skipped": [picture._asdict() for picture in self.skipped],
         }
 
@@ -111,11 +124,15 @@ class Predictions:
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         count = min(self.shown, len(self.classes), _COLUMNS)
-        header = ["PICTURE", *(f"{'TOP' if place == 1 else ''} {place}".strip() for place in range(1, count + 1))]
-        first = Predictions(self.paths[:_PRINTED], self.classes, self.probabilities[:_PRINTED], self.multi_label, [])
+        titles = [f"{'TOP' if place == 1 else ''} {place}".strip() for place in range(1, count + 1)]
+        header = ["PICTURE", *([printable(name, 24) for name in self.classes] if self.numeric else titles)]
+        first = replace(self, paths=self.paths[:_PRINTED], probabilities=self.probabilities[:_PRINTED])
         rows = [
             [name if len(name) <= 40 else f"…{name[-39:]}"]  # the end of a path tells files apart
-            + [f"{100 * share:5.1f} % {printable(word, 24)}" for word, share in guesses]
+            + [
+                f"{value:.6g}" if self.numeric else f"{100 * value:5.1f} % {printable(word, 24)}"
+                for word, value in guesses
+            ]
             for name, guesses in zip((printable(path, 10_000) for path in first.paths), first.top(count), strict=True)
         ]
         return header, rows
@@ -172,5 +189,6 @@ def predict(
         parts = [encoder.head(part.to(weight)).float().cpu() for part in table.features.split(_ROWS)]
     config = encoder.config
     names = config.class_names or tuple(map(str, range(config.classes)))
-    shares = probabilities(torch.cat(parts).numpy(), multi_label=config.multi_label)
-    return Predictions(table.paths, names, shares, config.multi_label, table.skipped, top)
+    found = torch.cat(parts).numpy()
+    shares = found if config.numeric else probabilities(found, multi_label=config.multi_label)
+    return Predictions(table.paths, names, shares, config.multi_label, table.skipped, top, config.numeric)

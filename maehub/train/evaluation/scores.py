@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maehub.errors import DataError, DivergedError, UsageError
+from maehub.train.evaluation.numbers import Measure, NumberScores, kappa_of_classes, score_numbers
 from maehub.train.evaluation.text_tables import html_table, percent, printable, text_table
 
 _Z = 1.959963984540054  # 95 % of a standard normal lie within this
 _RESAMPLES, _SEED = 1000, 0
 _FEWEST_GROUPS = 10  # that are resampled; with fewer each group counts as one trial
 _BINS = 15
-_SIGNIFICANT = 0.05
 _ROWS = 4096  # whose probabilities are computed at once
 _WORST, _BEST = 10, 3  # classes that are shown where there are more than _SHOWN
 _SHOWN = 20
@@ -25,21 +25,6 @@ class Interval(NamedTuple):
 
     low: float
     high: float
-
-
-class Paired(NamedTuple):
-    """Two classifiers on the same pictures."""
-
-    gained: int  # pictures that the second alone is right about
-    lost: int  # that the first alone is right about
-    p: float  # of a difference as large if both were right equally often
-
-    def describe(self) -> str:
-        """Whether the difference is more than chance."""
-        what = "more than chance" if self.p < _SIGNIFICANT else "no more than chance gives"
-        return (
-            f"right about {self.gained:,} more and {self.lost:,} fewer: {what} (McNemar's exact test, p = {self.p:.2g})"
-        )
 
 
 class Bin(NamedTuple):
@@ -98,6 +83,20 @@ class Scores:
     """Of the classes that have pictures; as ``macro_f1`` only where a picture may have several classes."""
     macro_f1: float | None = None
     """Mean F1 of the classes that have pictures, a class being predicted from a probability of one half on."""
+    quadratic_kappa: float | None = None
+    """Agreement beyond chance, up to 1, of classes called by whole numbers, if these are grades (Cohen 1968)."""
+
+    @property
+    def headline(self) -> tuple[str, Measure]:
+        """What stands for the whole, in percent."""
+        return "top-1", Measure(self.top1, self.low, self.high)
+
+    @property
+    def in_words(self) -> str:
+        """The headline, as a card says it."""
+        mean = self.mean_average_precision
+        first = "" if mean is None else f"Mean average precision {mean:.1f} %. "
+        return f"{first}Top-1 {self.top1:.1f} % (95 % interval {self.low:.1f} to {self.high:.1f})"
 
     @property
     def multi_label(self) -> bool:
@@ -107,7 +106,7 @@ class Scores:
     def summary(self) -> dict[str, Any]:
         """The numbers that stand for the whole, for JSON; those that do not apply are None."""
         names = ("n", "top1", "low", "high", "interval", "top5", "balanced_accuracy", "calibration_error", "loss")
-        return {name: getattr(self, name) for name in (*names, "mean_average_precision", "macro_f1")}
+        return {name: getattr(self, name) for name in (*names, "mean_average_precision", "macro_f1", "quadratic_kappa")}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain lists, numbers and strings, for JSON."""
@@ -146,6 +145,10 @@ class Scores:
             ("calibration error", self.calibration_error, f"over {len(self.bins)} bins of confidence"),
         ]
         shown = [(name, percent(value), note) for name, value, note in rows if value is not None]
+        if self.quadratic_kappa is not None:
+            shown.append(
+                ("quadratic kappa", f"{self.quadratic_kappa:.3f}  ", "if the numbers of the classes are grades")
+            )
         return [*shown, ("loss", f"{self.loss:.4f}  ", "nats")]
 
     def _class_header(self) -> tuple[str, ...]:
@@ -177,6 +180,9 @@ class Scores:
         ]
 
 
+AnyScores = Scores | NumberScores
+
+
 def wilson(right: float, n: int) -> Interval:
     """The 95 % interval of the share of ``n`` independent trials that is right (Wilson 1927).
 
@@ -188,6 +194,14 @@ def wilson(right: float, n: int) -> Interval:
     middle = (share + squared / 2) / (1 + squared)
     half = _Z * math.sqrt(share * (1 - share) / n + squared / (4 * n)) / (1 + squared)
     return Interval(100 * max(0.0, min(share, middle - half)), 100 * min(1.0, max(share, middle + half)))  # rounding
+
+
+def score_of(
+    outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups: np.ndarray | None = None
+) -> "AnyScores":
+    """`score`, or of labels (n, columns) floating `score_numbers`."""
+    _check_finite(outputs)
+    return (score_numbers if labels.dtype.kind == "f" else score)(outputs, labels, classes, groups)
 
 
 def score(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups: np.ndarray | None = None) -> Scores:
@@ -217,14 +231,6 @@ def score(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups
     return (_one_label if labels.ndim == 1 else _several_labels)(scores, logits, labels, classes)
 
 
-def paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """Whether two classifiers are right equally often, from (n,) bool of each: the exact test of McNemar 1947."""
-    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
-    differ, few = gained + lost, min(gained, lost)
-    tail = sum(math.comb(differ, count) for count in range(few + 1))
-    return Paired(gained, lost, min(1.0, 2 * tail / 2**differ))
-
-
 def probabilities(logits: np.ndarray, *, multi_label: bool = False) -> np.ndarray:
     """(n, C) float32 in [0, 1]: softmax over the classes, or with ``multi_label`` a sigmoid each."""
     values = np.empty(logits.shape, np.float32)
@@ -235,7 +241,13 @@ def probabilities(logits: np.ndarray, *, multi_label: bool = False) -> np.ndarra
 
 
 def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each picture's label, or of its labels the mean over classes: (n,) float64, nats."""
+    """Negative log-likelihood of each picture's label, or of its labels the mean over classes: (n,) float64, nats.
+
+    Of numbers, labels (n, columns) floating, the squared error over the variance, the mean of the columns.
+    """
+    if labels.dtype.kind == "f":
+        spread = labels.var(axis=0)
+        return (np.square(logits - labels) / np.where(spread > 0, spread, 1)).mean(axis=1)
     values = np.empty(len(logits))
     for start in range(0, len(logits), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -272,6 +284,10 @@ def _check(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], group
         raise UsageError(f"labels must be places in the {len(classes)} classes, not {labels.min()} to {labels.max()}")
     if groups is not None and groups.shape != logits.shape[:1]:
         raise UsageError(f"groups must be {len(logits)} integers, one a picture, not {groups.shape}")
+    _check_finite(logits)
+
+
+def _check_finite(logits: np.ndarray) -> None:
     if not (finite := np.isfinite(logits).all(axis=1)).all():
         number = int((~finite).sum())
         raise DivergedError(
@@ -305,6 +321,7 @@ def _one_label(scores: Scores, logits: np.ndarray, labels: np.ndarray, classes: 
         calibration_error=sum(row.n * row.gap for row in bins) / len(logits),
         bins=bins,
         confusion=confusion,
+        quadratic_kappa=kappa_of_classes(classes, predicted, labels),
     )
 
 

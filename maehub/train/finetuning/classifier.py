@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maehub.data import Labelled
 from maehub.errors import UsageError
 from maehub.models import Block, Encoder, Pool
 from maehub.train.engine import Group
@@ -22,18 +23,27 @@ _HEAD_WIDTH = 64  # of the attention that pools
 
 
 class Objective(nn.Module):
-    """A classifier and its loss: soft-target cross-entropy, or binary cross-entropy of each label."""
+    """A network and its loss: soft-target cross-entropy, binary cross-entropy of each label, or Huber's of numbers.
 
-    def __init__(self, network: nn.Module, positive: Tensor | None, *, multi_label: bool) -> None:
+    ``unit``, (columns,) float32, is the deviation of numbers, what their loss is measured in.
+    """
+
+    def __init__(
+        self, network: nn.Module, positive: Tensor | None, *, multi_label: bool, unit: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.multi_label = multi_label
+        self.unit: Tensor | None
+        self.register_buffer("unit", unit, persistent=False)
         self.positive: Tensor | None
         self.register_buffer("positive", positive, persistent=False)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Images (B, C, H, W) and targets (B, classes) to the mean loss, () float32."""
         logits = self.network(images).float()
+        if self.unit is not None:
+            return F.huber_loss(logits / self.unit, targets / self.unit)
         if self.multi_label:
             return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive)
         return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1).mean()
@@ -54,6 +64,7 @@ def as_classifier(
     *,
     pool: Pool,
     multi_label: bool = False,
+    numeric: bool = False,
     seed: int = 0,
     fresh_norm: bool = True,
 ) -> Encoder:
@@ -65,13 +76,14 @@ def as_classifier(
     """
     old = encoder.config
     names = tuple(classes)
-    config = replace(old, classes=len(names), class_names=names, pool=pool, multi_label=multi_label)
+    kind: Any = {"multi_label": multi_label, "numeric": numeric}
+    config = replace(old, classes=len(names), class_names=names, pool=pool, **kind)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = Encoder(config, encoder.preprocess)
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
     fresh, brought = model.state_dict(), encoder.state_dict()
-    keeps = old.pool == pool and old.class_names == names and old.multi_label == multi_label
+    keeps = config == old
     wanted = {name for name in fresh if name in brought and (keeps or not name.startswith("head."))}
     if not fresh_norm and pool == "mean" and old.pool != "mean":
         brought |= {name.replace("norm", "fc_norm", 1): brought[name] for name in ("norm.weight", "norm.bias")}
@@ -82,9 +94,10 @@ def as_classifier(
     return model
 
 
-def with_head(encoder: Encoder, classes: Sequence[str], weight: Tensor, bias: Tensor, *, multi_label: bool) -> Encoder:
+def with_head(encoder: Encoder, training: Labelled, weight: Tensor, bias: Tensor) -> Encoder:
     """The encoder as it is, on the CPU and in eval mode, with a head of these weights (C, D) and biases (C,)."""
-    model = as_classifier(encoder.cpu(), classes, pool=encoder.config.pool, multi_label=multi_label)
+    kind: Any = {"multi_label": training.multi_label, "numeric": training.numeric}
+    model = as_classifier(encoder.cpu(), training.classes, pool=encoder.config.pool, **kind)
     with torch.no_grad():
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)
@@ -170,18 +183,24 @@ class StandardisedHead(nn.Module):
     not see a common move, and no gradient makes one.
     """
 
-    def __init__(self, linear: nn.Linear, group: Group) -> None:
+    def __init__(self, linear: nn.Linear, group: Group, unit: Tensor | None = None) -> None:
         super().__init__()
         self.norm = GlobalBatchNorm(linear.in_features, group)
         self.linear = linear
+        self.unit: Tensor | None
+        self.register_buffer("unit", unit)  # (2, columns), of numbers: their mean and deviation
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) to logits (B, classes)."""
-        return self.linear(self.norm(features.float()))
+        outputs = self.linear(self.norm(features.float()))
+        return outputs if self.unit is None else self.unit[0] + outputs * self.unit[1]
 
     def folded(self) -> nn.Linear:
         """One linear layer that computes the same in eval mode."""
         weight, bias = self.norm.folded_into(self.linear)
+        if self.unit is not None:
+            middle, unit = self.unit.double().cpu()
+            weight, bias = weight * unit[:, None], bias * unit + middle
         layer = nn.Linear(weight.shape[1], len(weight))
         with torch.no_grad():
             layer.weight.copy_(weight)
@@ -222,7 +241,7 @@ class LinearProbe(_Probe):
             normed = self.norm(self.backbone.features(images, self.pool).float())
         return self.head(normed)
 
-    def folded(self, classes: Sequence[str], *, multi_label: bool = False) -> Encoder | None:
+    def folded(self, training: Labelled) -> Encoder | None:
         """A classifier that computes the same in eval mode, the normalisation folded into the head.
 
         None of a network of timm, and where the pooling is not the one that the encoder was trained with, whose norm is
@@ -232,7 +251,7 @@ class LinearProbe(_Probe):
         if not isinstance(encoder, Encoder) or self.pool != encoder.config.pool:
             return None
         weight, bias = self.norm.folded_into(self.head)
-        return with_head(encoder, classes, weight, bias, multi_label=multi_label)
+        return with_head(encoder, training, weight, bias)
 
 
 class AttentiveProbe(_Probe):

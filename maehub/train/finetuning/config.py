@@ -93,6 +93,7 @@ class FinetuneConfig(RunConfig):
     val_share: Annotated[settings.ValShare, Section.DATA] = 0.2
     group: Annotated[settings.SplitGroup, COMMON] = None
     label: settings.Label = None
+    task: settings.Task = "classification"
     skip_twins: Flag = False
     """Do not look for pictures that are on both sides of the split, as is done with up to 20,000 pictures."""
     validate_every: Annotated[settings.Count | None, Section.VALIDATION, default("a tenth of the run")] = None
@@ -111,6 +112,15 @@ class FinetuneConfig(RunConfig):
                 "--head-start probe goes with neither --recipe linear nor --class-weights balanced: it begins from a "
                 "linear probe without weights of classes"
             )
+        if self.task == "regression":
+            unfit = {name: getattr(self, name) for name in ("mixup", "cutmix", "smoothing") if getattr(self, name)}
+            unfit |= {"recipe": "linear"} if self.recipe == "linear" else {}
+            unfit |= {"head_start": "zero"} if self.head_start == "zero" else {}
+            unfit |= {"class_weights": "balanced"} if self.class_weights == "balanced" else {}
+            for name, value in unfit.items():
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value} is for classes, and --task regression has numbers"
+                )
         if self.recipe in ("linear", "attentive"):
             for name in ("blocks", "drop_path", "layer_decay"):
                 if getattr(self, name):

@@ -20,7 +20,18 @@ from maehub.errors import UsageError, log
 from maehub.images import Preprocess, printable
 from maehub.models import Encoder
 from maehub.train.engine import Group
-from maehub.train.evaluation import LinearFit, Scores, accuracy, best, fit_at, losses, paired, score, sweep
+from maehub.train.evaluation import (
+    AnyScores,
+    LinearFit,
+    accuracy,
+    best,
+    fit_at,
+    losses,
+    paired,
+    score_of,
+    surely_better,
+    sweep,
+)
 from maehub.train.finetuning.classifier import StandardisedHead
 from maehub.train.finetuning.config import HeadPool
 from maehub.train.finetuning.fitting import Clock
@@ -50,7 +61,7 @@ class HeadStart(NamedTuple):
     """Whether both are the head that the network came with, of the same classes, and no probe."""
 
     def against(
-        self, scores: Scores, logits: np.ndarray, held: np.ndarray, truth: np.ndarray, testing: Labelled
+        self, scores: AnyScores, logits: np.ndarray, held: np.ndarray, truth: np.ndarray, testing: Labelled
     ) -> Outcome:
         """Which is kept, the probe or the network.
 
@@ -59,33 +70,22 @@ class HeadStart(NamedTuple):
         standard error of the difference: few pictures do not tell, and on the sets of benchmarks/small_data.py the
         network mostly gained. Where both are right about the same pictures the one with less loss is kept.
         """
-        before = score(self.testing, testing.labels, testing.classes, testing.groups)
+        before = score_of(self.testing, testing.labels, testing.classes, testing.groups)
         compared: dict[str, Any] = {"finetuned": scores.to_dict(), "probe": before.to_dict()}
         right = [accuracy(torch.from_numpy(one), truth) for one in (self.held, held)]
         surer = losses(held, truth).sum() < losses(self.held, truth).sum()
-        better = not _surely_better(self.held, held, truth) and (right[0] != right[1] or surer)
+        better = not surely_better(self.held, held, truth) and (right[0] != right[1] or surer)
         if not testing.multi_label:
-            hits = [one.argmax(axis=1) == testing.labels for one in (self.testing, logits)]
-            compared["paired"] = paired(*hits)._asdict()
-            found = paired(*[one.argmax(axis=1) == truth for one in (self.held, held)])
+            compared["paired"] = paired(self.testing, logits, testing.labels)._asdict()
+            found = paired(self.held, held, truth)
             compared["chosen_by"] = {"gained": found.gained, "lost": found.lost}
         compared.setdefault("chosen_by", {}).update(probe=right[0], finetuned=right[1], n=len(truth))
         kept: Literal["finetuned", "probe"] = "finetuned" if better else "probe"
         name = "classifier as it was" if self.own else "probe"
-        what = "on %d pictures that were not trained on the %s has %.1f %%, the network %.1f %%: the %s is kept"
-        log.info(what, len(truth), name, *right, "network" if better else name)
+        what = "on %d pictures that were not trained on the %s has %.1f %%%s, the network %.1f %%: the %s is kept"
+        of = " of the variance explained" * testing.numeric
+        log.info(what, len(truth), name, right[0], of, right[1], "network" if better else name)
         return Outcome(scores if better else before, before, kept, compared | {"kept": kept})
-
-
-def _surely_better(one: np.ndarray, other: np.ndarray, truth: np.ndarray) -> bool:
-    """Whether logits are right more often than others, by more than the standard error of the difference.
-
-    With several labels a picture that is not known, and any difference counts.
-    """
-    if truth.ndim == 2:
-        return accuracy(torch.from_numpy(one), truth) > accuracy(torch.from_numpy(other), truth)
-    found = paired(*[logits.argmax(axis=1) == truth for logits in (other, one)])
-    return found.gained - found.lost > math.sqrt(found.gained + found.lost)
 
 
 def solve_head(
@@ -142,7 +142,8 @@ def solve_head(
                 ways.append(best(sweep(features[:, place], labels, classes, parts)))
             chosen = 0
             if len(ways) == 2:
-                error = math.sqrt(ways[1].accuracy * (100 - ways[1].accuracy) / len(training))
+                level = min(100.0, max(0.0, ways[1].accuracy))  # R² can be below 0
+                error = math.sqrt(level * (100 - level) / len(training))
                 chosen = int(ways[1].accuracy > ways[0].accuracy + error)
             known, (trained, held) = features[:, chosen], inner
             if own:
@@ -199,7 +200,7 @@ def solve_again(
             if not start.own:
                 apart = fit_at(features[trained], labels[trained], classes, start.whole.strength)
                 solved = apart.logits(features[held]).numpy()
-                if not _surely_better(logits, solved, labels[held]):
+                if not surely_better(logits, solved, labels[held]):
                     logits, fit = solved, fit_at(features, labels, classes, start.whole.strength)
     if single is not None:
         single.train(trains)
@@ -256,24 +257,33 @@ def _fit_of(head: nn.Linear | StandardisedHead) -> LinearFit:
     return LinearFit(layer.weight.detach().cpu(), layer.bias.detach().cpu(), 0.0)
 
 
-def put_head(network: nn.Module, fit: LinearFit, spread: Tensor | None = None, group: Group | None = None) -> None:
+def put_head(
+    network: nn.Module,
+    fit: LinearFit,
+    spread: Tensor | None = None,
+    group: Group | None = None,
+    unit: Tensor | None = None,
+) -> None:
     """Give the head of a network the weights of a probe.
 
     With the mean and deviation ``spread`` (2, D) of what it sees it becomes one that is trained, in the processes of
     ``group``: its weights are those of standardised features, all of one size, as one learning rate wants them. The
-    logits in eval mode are the same.
+    logits in eval mode are the same. ``unit``, (2, columns) float32: mean and deviation of numbers.
     """
     head, weight, bias = head_of(network), fit.weight.double(), fit.bias.double()
     if isinstance(head, StandardisedHead):
         network.set_submodule(_name_of_head(network), head := head.linear)
     with torch.no_grad():
         if spread is not None:
-            trained = StandardisedHead(head, group or Group())
+            trained = StandardisedHead(head, group or Group(), unit)
             mean, deviation = spread.double()
             trained.norm.running_mean.copy_(mean)
             trained.norm.running_var.copy_(deviation**2)
             scale = (trained.norm.running_var.double() + trained.norm.eps).sqrt()
             weight, bias = weight * scale, bias + weight @ trained.norm.running_mean.double()
+            if unit is not None:
+                middle, size = unit.double()
+                weight, bias = weight / size[:, None], (bias - middle) / size
             network.set_submodule(_name_of_head(network), trained)
         head.weight.copy_(weight)
         head.bias.copy_(bias)

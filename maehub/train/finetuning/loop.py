@@ -19,7 +19,7 @@ from maehub.errors import EXIT_DONE, log
 from maehub.images import Augmentation
 from maehub.models import Encoder, autocast, settled_precision
 from maehub.train.engine import Group, RunLog, Stop
-from maehub.train.evaluation import Scores, score
+from maehub.train.evaluation import AnyScores, score_of
 from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.fitting import MINUTES, Clock, micro_batch_of, seconds_a_step
@@ -49,8 +49,8 @@ class FinetuneResult(NamedTuple):
     run: Path
     step: int
     exit_code: int
-    scores: Scores | None
-    probe: Scores | None = None
+    scores: AnyScores | None
+    probe: AnyScores | None = None
     """Of the probe that the head started as, fitted to all training pictures; None without one."""
     kept: Literal["finetuned", "probe"] = "finetuned"
     """Which of the two was exported: the better one on training pictures that were not trained on."""
@@ -99,7 +99,12 @@ class _Job:
         files = group.host_first(lambda: find_weights(config.model), "downloading the weights")
         split = group.host_first(
             lambda: split_labelled(
-                config.data, seed=config.seed, share=config.val_share, group=config.group, label=config.label
+                config.data,
+                seed=config.seed,
+                share=config.val_share,
+                group=config.group,
+                label=config.label,
+                numeric=config.task == "regression",
             ),
             "looking for pictures",
         )
@@ -126,15 +131,20 @@ class _Job:
         if self.probe and self.probe.pool:
             self.settings = replace(self.settings, pool=self.probe.pool)
         settings, classifier = self.settings, self.build(backbone)
+        labels, unit = split.training.labels, None
+        if split.training.numeric:
+            unit = torch.from_numpy(np.stack([labels.mean(axis=0), labels.std(axis=0)])).float()
         self.classifier = classifier
         if self.probe:
-            put_head(classifier.network, self.probe.fitted, self.probe.spread, group)
+            put_head(classifier.network, self.probe.fitted, self.probe.spread, group, unit)
         derived = {"classes": classes, "epochs": config.epochs, "crop_scale": settings.crop_scale} | lasting(settings)
         pictures = hashlib.sha256()
         for side in (split.training, split.testing):
             pictures.update(side.samples.digest().encode() + np.ascontiguousarray(side.labels).tobytes())
         pictures.update("\0".join(split.training.classes).encode())
-        start = engine.agreed_start(group, asdict(config) | {"recipe": recipe}, derived, pictures.hexdigest())
+        task = config.task if split.training.numeric else None  # as runs of 0.1 have it
+        told = asdict(config) | {"recipe": recipe, "task": task}
+        start = engine.agreed_start(group, told, derived, pictures.hexdigest())
         classifier.network.to(group.device).train()
         spreads = config.fsdp and group.size > 1
         # the network without weights, where they are spread over processes that then gather them
@@ -149,7 +159,10 @@ class _Job:
             self.measured = self.average.module.requires_grad_(False)
             self.kept = nn.ModuleDict({"network": classifier.network, "average": self.measured})
         weights = class_weights(self.training.labels, classes) if config.class_weights == "balanced" else None
-        objective = Objective(classifier.network, weights if many else None, multi_label=many).to(group.device)
+        objective = Objective(
+            classifier.network, weights if many else None, multi_label=many, unit=None if unit is None else unit[1]
+        )
+        objective.to(group.device)
         self.mixing = Mixing(settings, classifier.preprocess, group.device, None if many else weights)
         micro = micro_batch_of(
             config.micro_batch,
@@ -317,7 +330,7 @@ def _look_early(config: FinetuneConfig, group: Group, job: _Job, single: nn.Modu
 
 def _validate(
     config: FinetuneConfig, group: Group, job: _Job, run: RunLog, step: int, single: nn.Module | None
-) -> tuple[Scores, np.ndarray] | None:
+) -> tuple[AnyScores, np.ndarray] | None:
     """Measure on the held-out pictures, and draw some of them: scores and logits, in rank 0."""
     with group.together("measuring"):
         testing = job.split.testing
@@ -326,11 +339,13 @@ def _validate(
         logits = logits_of(single, testing.samples, preprocess, group, job.precision, config.workers, alone=alone)
         if logits is None:
             return None
-        scores = score(logits, testing.labels, testing.classes, testing.groups)
-        numbers = {"val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5}
-        numbers |= {"val_mean_average_precision": scores.mean_average_precision}
-        run.note(step, **{name: value for name, value in numbers.items() if value is not None})
-        log.info("step %d: top-1 %.1f %% on the held-out pictures", step, scores.top1)
+        scores = score_of(logits, testing.labels, testing.classes, testing.groups)
+        names = ("loss", "top1", "top5", "mean_average_precision")
+        told = {f"val_{name}": getattr(scores, name, None) for name in names}
+        word, headline = scores.headline
+        told |= {"val_r2": headline.value if testing.numeric else None}
+        run.note(step, **{name: value for name, value in told.items() if value is not None})
+        log.info("step %d: %s %.1f %% on the held-out pictures", step, word, headline.value)
         show(logits, scores, testing, preprocess.channels, run.folder / "pictures", step, last=last)
         return scores, logits
 
@@ -367,9 +382,10 @@ def _announce(config: FinetuneConfig, group: Group, job: _Job, micro: int) -> No
     if job.split.groups:
         how += ", {} and {} groups".format(*job.split.groups)
     log.info(
-        "%d pictures of %d classes to train on, %d to measure on (%s); %s, %d of %d parameters trained, on %s in %s",
+        "%d pictures of %d %s to train on, %d to measure on (%s); %s, %d of %d parameters trained, on %s in %s",
         len(training),
         len(training.classes),
+        "numbers" if training.numeric else "classes",
         len(testing),
         how,
         config.model,

@@ -18,7 +18,7 @@ from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import Encoder
 from maehub.train.engine import Group
-from maehub.train.evaluation import Scores, confusion_picture, labelled_sheet, worst_mistakes
+from maehub.train.evaluation import AnyScores, labelled_sheet, overview, worst_mistakes
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
 from maehub.weights import save
@@ -95,17 +95,17 @@ def outputs_of(
 
 
 def show(
-    logits: np.ndarray, scores: Scores, labelled: Labelled, channels: int, folder: Path, step: int, *, last: bool
+    logits: np.ndarray, scores: AnyScores, labelled: Labelled, channels: int, folder: Path, step: int, *, last: bool
 ) -> None:
     """Write a sheet of some pictures, always the same, with what is said of them: ``step-N.png``.
 
-    At the end also what goes wrong: ``confusion.png`` and ``mistakes.png``.
+    At the end also what goes wrong: ``confusion.png``, or of numbers ``scatter.png``, and ``mistakes.png``.
     """
     folder.mkdir(exist_ok=True)
     order = sorted(range(len(labelled)), key=labelled.samples.sample_id)[:_SHOWN]
     pictures = {f"step-{step}.png": labelled_sheet(labelled, logits, order, channels)}
-    if last and not labelled.multi_label:
-        pictures["confusion.png"] = confusion_picture(scores)
+    if last:
+        pictures |= overview(scores)
     wrong = worst_mistakes(logits, labelled.labels)
     if last and len(wrong):
         pictures["mistakes.png"] = labelled_sheet(labelled, logits, wrong, channels)
@@ -116,8 +116,8 @@ def show(
 class Outcome(NamedTuple):
     """What a run ended with; see `maehub.train.FinetuneResult`."""
 
-    scores: Scores | None = None
-    probe: Scores | None = None
+    scores: AnyScores | None = None
+    probe: AnyScores | None = None
     kept: Literal["finetuned", "probe"] = "finetuned"
     compared: dict[str, Any] | None = None
     """What ``scores.json`` says of both."""
@@ -146,7 +146,7 @@ def export(
         temporary.write_text(text)
     classifier = network
     if isinstance(network, LinearProbe):
-        classifier = network.folded(split.training.classes, multi_label=split.training.multi_label) or network
+        classifier = network.folded(split.training) or network
     if isinstance(classifier, Encoder):
         save(classifier.eval(), run / "model", card=_card(model, settings, outcome, split), overwrite=True)
     elif isinstance(network, LinearProbe | AttentiveProbe):
@@ -172,11 +172,8 @@ def _card(model: str, settings: Settings, outcome: Outcome, split: LabelledSplit
     how = f"{settings.steps:,} steps of {settings.batch_size}"
     if outcome.kept == "probe":
         done, how = "A linear probe on the frozen features of", f"after {how} fine-tuning was no better"
-    precision = scores.mean_average_precision
-    mean = "" if precision is None else f"Mean average precision {precision:.1f} %. "
+    what = "" if split.training.numeric else f" of {len(split.training.classes)} classes"
     return (
-        f"{done} {model} by the recipe `{settings.recipe}` on {len(split.training):,} pictures of "
-        f"{len(split.training.classes)} classes: {how}.\n\n"
-        f"{mean}Top-1 {scores.top1:.1f} % (95 % interval {scores.low:.1f} to {scores.high:.1f}) on "
-        f"{scores.n:,} held-out pictures, {made}, measured at the last step."
+        f"{done} {model} by the recipe `{settings.recipe}` on {len(split.training):,} pictures{what}: "
+        f"{how}.\n\n{scores.in_words} on {scores.n:,} held-out pictures, {made}, measured at the last step."
     )

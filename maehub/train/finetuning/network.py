@@ -12,7 +12,7 @@ from maehub.data import Labelled
 from maehub.errors import UsageError
 from maehub.hub import Located, load, locate
 from maehub.images import Preprocess
-from maehub.models import Encoder
+from maehub.models import Encoder, FullPrecision
 from maehub.train.engine import Group, decayed_groups, matrix_groups
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe, as_classifier, drop_paths, freeze
 from maehub.train.finetuning.config import HeadPool
@@ -74,11 +74,10 @@ def build_classifier(
             probe = AttentiveProbe(backbone, count) if attentive else LinearProbe(backbone, own, count, group)
             return Classifier(probe, backbone.preprocess, lambda weight_decay, _: matrix_groups(probe, weight_decay))
         if not isinstance(encoder, Encoder):
-            return _timms(backbone, settings, len(classes), pool)
-        several, fresh_norm = training.multi_label, settings.head_start == "zero"
-        network = as_classifier(
-            encoder, classes, pool=settings.pool, multi_label=several, seed=seed, fresh_norm=fresh_norm
-        )
+            return _timms(backbone, settings, len(classes), pool, numeric=training.numeric)
+        kind: Any = {"multi_label": training.multi_label, "numeric": training.numeric}
+        fresh_norm = settings.head_start == "zero"
+        network = as_classifier(encoder, classes, pool=settings.pool, seed=seed, fresh_norm=fresh_norm, **kind)
     depth = network.config.depth
     if settings.blocks is not None:
         freeze(network, settings.blocks)
@@ -86,7 +85,7 @@ def build_classifier(
     return Classifier(network, network.preprocess, lambda wd, ld: decayed_groups(network, depth, wd, ld))
 
 
-def _timms(backbone: Backbone, settings: Settings, classes: int, pool: HeadPool | None) -> Classifier:
+def _timms(backbone: Backbone, settings: Settings, classes: int, pool: HeadPool | None, *, numeric: bool) -> Classifier:
     """A network of timm with a fresh head, pooled as timm pools it unless ``pool`` says otherwise."""
     optim: Any = import_module("timm.optim")
     if not hasattr(optim, "param_groups_layer_decay"):  # timm before 1.0.12
@@ -97,6 +96,8 @@ def _timms(backbone: Backbone, settings: Settings, classes: int, pool: HeadPool 
     network: Any = backbone.module.requires_grad_(True)
     pools = {None: {}, "cls": {"global_pool": "token"}, "mean": {"global_pool": "avg"}}
     network.reset_classifier(classes, **pools[pool])
+    if numeric and isinstance(head := network.get_classifier(), nn.Linear):
+        head.__class__ = FullPrecision
     blocks = [block for block in getattr(network, "blocks", []) if hasattr(block, "drop_path1")]
     drop_paths(blocks, settings.drop_path, ("drop_path1", "drop_path2"))
     undecayed: set[str] = getattr(network, "no_weight_decay", set)()

@@ -26,6 +26,7 @@ _AVERAGED = 10  # with little data an average of weights covers at most one in s
 _FEW_RATE, _FEW_WIDTH = 3e-3, 192  # of ``auto``, measured with that width
 _PASSES = 60  # of a recipe for few pictures over one of each class; over more by the root of how many
 _FEW_BLOCKS = 0.4  # of all
+_NUMBERS_AS, _NUMBERS_SHOWN = 10, 0.8  # classes that numbers count as; share of a picture that a crop of it shows
 _RANDAUGMENT = "rand-m9-mstd0.5-inc1"
 
 
@@ -84,6 +85,8 @@ class Facts:
     """Whether a probe can begin it: classes are not weighted, and of the pictures some can be held out to choose by."""
     partial: bool = True
     """Whether single blocks of the network can be trained."""
+    numeric: bool = False
+    """Whether labels are numbers, which ``classes`` counts the columns of."""
 
 
 def settle(recipe: Recipe, facts: Facts, asked: Mapping[str, Any], model: str) -> Settings:
@@ -93,7 +96,8 @@ def settle(recipe: Recipe, facts: Facts, asked: Mapping[str, Any], model: str) -
     those, with fewer than `SMALL` pictures: batches of at most an eighth of them, at least 1,000 steps, a warm-up of a
     twentieth, no mixup and cutmix with fewer than 20 pictures a class, a layer decay that gives the first block the
     factor of ViT-B's, 0.65 to the twelfth, and of LARS the published peak rate. Multi-label targets are neither mixed
-    nor smoothed, unless it is asked for. ``asked`` are fields of `Settings`.
+    nor smoothed, unless it is asked for; numbers never, and their head begins as a probe. ``asked`` are fields of
+    `Settings`.
     """
     name = recipe
     small = facts.images < SMALL
@@ -111,8 +115,10 @@ def settle(recipe: Recipe, facts: Facts, asked: Mapping[str, Any], model: str) -
             found = replace(found, mixup=0.0, cutmix=0.0)
         if found.layer_decay < 1:
             found = replace(found, layer_decay=_FIRST_BLOCK ** (1 / facts.depth))
-    if facts.multi_label:
+    if facts.multi_label or facts.numeric:
         found = replace(found, mixup=0.0, cutmix=0.0, smoothing=0.0)
+    if facts.numeric:
+        found = replace(found, head_start="probe")
     found = replace(found, **asked)
     if small and found.optimizer == "lars" and "base_lr" not in asked:
         # Its steps are a share of the weights' own size at any batch: scaled down with it they would lead nowhere.
@@ -235,7 +241,7 @@ def _published(name: Recipe, facts: Facts) -> Settings:
 
 def _for_few(facts: Facts) -> Settings:
     """Ours: what did best of the recipes that benchmarks/small_data.py tries. Wider networks take smaller steps."""
-    each = max(1.0, facts.images / facts.classes)
+    each = max(1.0, facts.images / (_NUMBERS_AS if facts.numeric else facts.classes))
     return Settings(
         "auto",
         epochs=_PASSES / math.sqrt(each),
@@ -245,7 +251,7 @@ def _for_few(facts: Facts) -> Settings:
         warmup=0.1,
         weight_decay=0.05,
         layer_decay=0.75,
-        crop_scale=(0.5, 1.0),
+        crop_scale=(_NUMBERS_SHOWN if facts.numeric else 0.5, 1.0),
         randaugment="none",
         mixup=0.0,
         cutmix=0.0,
@@ -280,6 +286,7 @@ def settled(
         images=len(training),
         classes=len(training.classes),
         multi_label=training.multi_label,
+        numeric=training.numeric,
         probed=probed,
         partial=isinstance(backbone.module, Encoder),
     )
@@ -304,7 +311,7 @@ def can_begin_as_probe(config: FinetuneConfig, training: Labelled, group: Group)
     """Whether a recipe may take a probe by itself; where no pictures can be held out to choose by, that is said."""
     if config.class_weights == "balanced":
         return False
-    if config.head_start or config.recipe not in ("auto", "attentive") or len(training) >= SMALL:
+    if config.head_start or config.recipe not in ("auto", "attentive") or training.numeric or len(training) >= SMALL:
         return True
     try:
         inner_split(training, seed=config.seed)
@@ -321,7 +328,7 @@ def has_classes(backbone: Backbone, training: Labelled) -> bool:
     return (
         isinstance(known, EncoderConfig)
         and known.class_names == tuple(training.classes)
-        and known.multi_label == training.multi_label
+        and (known.multi_label, known.numeric) == (training.multi_label, training.numeric)
     )
 
 

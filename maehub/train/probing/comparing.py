@@ -10,7 +10,7 @@ import numpy as np
 from maehub.data import LabelledSplit
 from maehub.errors import CheckpointError
 from maehub.files import atomic_write, check_free, write_error
-from maehub.train.evaluation import Interval, Scores, html_table, printable, text_table
+from maehub.train.evaluation import AnyScores, Interval, Measure, html_table, mean_measure, printable, text_table
 from maehub.train.probing.config import CompareConfig, KnnConfig
 from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split, run_config
 
@@ -25,7 +25,7 @@ class Run(NamedTuple):
     """One network under one protocol with one seed, and what was chosen for it without the test pictures."""
 
     seed: int
-    scores: Scores
+    scores: AnyScores
     settings: dict[str, Any]
 
 
@@ -43,24 +43,34 @@ class Cell:
         return self.runs[0].scores.n
 
     @property
+    def what(self) -> str:
+        """What is measured: top-1, or R² of numbers."""
+        return self.runs[0].scores.headline[0]
+
+    @property
+    def measure(self) -> Measure:
+        """Mean over the seeds and 95 % interval, of several seeds the means of both ends; percent."""
+        return mean_measure([run.scores.headline[1] for run in self.runs])
+
+    @property
     def top1(self) -> float:
-        """Mean over the seeds, percent."""
-        return float(np.mean([run.scores.top1 for run in self.runs]))
+        """The value of ``measure``, where classes were told apart."""
+        return self.measure.value
+
+    @property
+    def interval(self) -> Interval:
+        """The ends of ``measure``, where classes were told apart."""
+        return Interval(*self.measure[1:])  # type: ignore[arg-type]
 
     @property
     def deviation(self) -> float | None:
         """Standard deviation over the seeds, percentage points; None of one seed."""
-        return float(np.std([run.scores.top1 for run in self.runs], ddof=1)) if len(self.runs) > 1 else None
-
-    @property
-    def interval(self) -> Interval:
-        """95 % of ``top1``: that of the scores; of several seeds the means of both ends."""
-        low, high = np.mean([(run.scores.low, run.scores.high) for run in self.runs], axis=0)
-        return Interval(float(low), float(high))
+        values = [run.scores.headline[1].value for run in self.runs]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def __str__(self) -> str:
         spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
-        return f"{self.top1:.1f}{spread} ({self.interval.low:.1f} to {self.interval.high:.1f})"
+        return f"{self.measure.value:.1f}{spread} ({self.measure.ends})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -68,9 +78,10 @@ class Cell:
         return {
             "model": self.model,
             "protocol": self.protocol,
-            "top1": self.top1,
+            {"top-1": "top1", "R²": "r2"}[self.what]: self.measure.value,
             "n": self.n,
-            **self.interval._asdict(),
+            "low": self.measure.low,
+            "high": self.measure.high,
             "deviation": self.deviation,
             "runs": runs,
         }
@@ -123,7 +134,7 @@ class Comparison:
         how = by_seed if self.made else "the split that was given"
         spread = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
         return (
-            f"top-1 in percent and its 95 % interval, n = {first.n:,} test pictures{spread}; "
+            f"{first.what} in percent and its 95 % interval, n = {first.n:,} test pictures{spread}; "
             f"{self.n_train:,} training pictures, {how}. Nothing was chosen on the test pictures."
         )
 

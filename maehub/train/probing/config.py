@@ -27,6 +27,7 @@ class FrozenConfig:
     val_share: settings.ValShare = 0.2
     group: settings.SplitGroup = None
     label: settings.Label = None
+    task: Annotated[settings.Task, Section.DATA] = "classification"
     skip_twins: Flag = False
     """Do not look for test pictures that are in training too; beyond 20,000 pictures it is never done."""
     batch_size: settings.BatchSize = None
@@ -74,6 +75,8 @@ class ProbeConfig(FrozenConfig):
         if not self.sweep and len(self.layer) > 1:
             raise UsageError("several --layer need --sweep, which shows a row of each")
         if self.method != "fast":
+            if self.method == "lars" and self.task == "regression":
+                raise UsageError("--method lars is for classes; of numbers the fast probe is the linear one")
             if self.out is None:
                 raise UsageError(f"--method {self.method} trains in a run folder: name one by --out")
             if self.sweep or self.layer not in ((), (-1,)):

@@ -20,7 +20,7 @@ from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
 from maehub.files import atomic_write, check_free, read_json, whole_folder, write_json
 from maehub.models import Encoder, autocast, computed_in, usable_device
-from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score, sweep, vote
+from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score_of, sweep, vote
 from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
 from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
@@ -96,6 +96,8 @@ def probe_sweep(config: ProbeConfig) -> Sweep:
 def knn(config: KnnConfig) -> KnnResult:
     """Let the nearest training pictures vote for the class of each test picture (Wu et al. 2018).
 
+    Of numbers their mean is taken, weighted as votes are.
+
     How many vote, and on which pool, is chosen by leaving each training picture out of the others, and its group with
     it, unless they are named. With ``config.out`` the result is also written as JSON.
 
@@ -117,7 +119,9 @@ def knn(config: KnnConfig) -> KnnResult:
 
 def read_split(config: FrozenConfig, seed: int) -> LabelledSplit:
     """The pictures to train on and to test on; says how many of the latter are among the former."""
-    split = split_labelled(config.data, seed=seed, share=config.val_share, group=config.group, label=config.label)
+    numeric = config.task == "regression"
+    given: Any = {"group": config.group, "label": config.label}
+    split = split_labelled(config.data, seed=seed, share=config.val_share, numeric=numeric, **given)
     if not config.skip_twins:
         look_for_twins(split, None, config.workers, progress=not config.quiet)
     return split
@@ -186,7 +190,7 @@ def fast_probe(
         pool=pool,
         layer=layer,
         strength=fit.strength,
-        scores=score(logits, split.testing.labels, training.classes, split.testing.groups),
+        scores=score_of(logits, split.testing.labels, training.classes, split.testing.groups),
         n_train=len(training),
         chosen=Chosen(rows, words),
         inner=chosen,
@@ -209,8 +213,11 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
     neighbours = min(config.neighbours or _most(trials[pool]).neighbours, len(training))
     known, unseen = (backbone.pooled(side[:, 0], pool) for side in (features.training, features.testing))
     shares = vote(known, training.labels, unseen, neighbours, config.temperature, classes=len(training.classes))
-    shares = shares.clamp(_NO_VOTE, 1 - _NO_VOTE)
-    logits = torch.logit(shares) if training.multi_label else shares.log()
+    if training.numeric:
+        logits = shares
+    else:
+        shares = shares.clamp(_NO_VOTE, 1 - _NO_VOTE)
+        logits = torch.logit(shares) if training.multi_label else shares.log()
     left_out = "one picture" if training.groups is None else "one group"
     rows = tuple(Combination(name, features.layers[0], *_most(tried)) for name, tried in trials.items())
     return KnnResult(
@@ -220,7 +227,7 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
         layer=features.layers[0],
         neighbours=neighbours,
         temperature=config.temperature,
-        scores=score(logits.numpy(), testing.labels, training.classes, testing.groups),
+        scores=score_of(logits.numpy(), testing.labels, training.classes, testing.groups),
         n_train=len(training),
         chosen=Chosen(rows, f"leaving {left_out} out of {len(training):,} training pictures"),
         inner=trials[pool],
@@ -231,7 +238,18 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
 
 def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> FinetuneConfig:
     """A run of fine-tuning on the same pictures and the same split."""
-    names = ("image_size", "val_share", "group", "label", "device", "precision", "workers", "overwrite", "quiet")
+    names = (
+        "image_size",
+        "val_share",
+        "group",
+        "label",
+        "task",
+        "device",
+        "precision",
+        "workers",
+        "overwrite",
+        "quiet",
+    )
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     return FinetuneConfig(config.data, out, model=model, seed=seed, **shared)
 
@@ -259,16 +277,15 @@ def _write(
     result = replace(result, out=config.out, note=why_no_model(backbone, result.pool, result.layer))
     with whole_folder(config.out, overwrite=config.overwrite, members=(*MEMBERS, "model")) as staging:
         if not result.note:
-            scores = result.scores
+            training, scores = split.training, result.scores
+            kind = "ridge regression" if training.numeric else f"a linear classifier of {len(training.classes)} classes"
             card = (
-                f"The encoder {result.model} as it was, with a linear classifier of {len(split.training.classes)} "
-                f"classes fitted to its features of {len(split.training):,} pictures (L2 penalty "
-                f"{result.strength:.2g}, chosen on a part of them).\n\nTop-1 {scores.top1:.1f} % (95 % interval "
-                f"{scores.low:.1f} to {scores.high:.1f}) on {scores.n:,} other pictures."
+                f"The encoder {result.model} as it was, with {kind} fitted to its features of {len(training):,} "
+                f"pictures (L2 penalty {result.strength:.2g}, chosen on a part of them).\n\n{scores.in_words} on "
+                f"{scores.n:,} other pictures."
             )
             assert isinstance(backbone.module, Encoder)
-            several = split.training.multi_label
-            model = with_head(backbone.module, split.training.classes, fit.weight, fit.bias, multi_label=several)
+            model = with_head(backbone.module, training, fit.weight, fit.bias)
             save(model, staging / "model", card=card)
         write_json(staging / "probe.json", result.to_dict())
     return result

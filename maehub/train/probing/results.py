@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maehub.train.evaluation import NeighbourTrial, Scores, Trial, best, html_table, percent, printable, text_table
+from maehub.train.evaluation import AnyScores, NeighbourTrial, Trial, best, html_table, percent, printable, text_table
 
 _NAME = 60  # characters of a model's name in a table
 
@@ -22,7 +22,7 @@ class Combination(NamedTuple):
     pool: str
     layer: int
     setting: float  # strength of the penalty, or how many neighbours
-    accuracy: float  # percent; where a picture may have several classes, mean average precision
+    accuracy: float  # percent; where a picture may have several classes, mean average precision; of numbers R²
 
 
 class Chosen(NamedTuple):
@@ -48,7 +48,7 @@ class ProbeResult:
     """Counted from 0."""
     strength: float | None
     """Of the penalty (`maehub.train.evaluation.linear.LinearFit`); None where the probe was trained in a run folder."""
-    scores: Scores
+    scores: AnyScores
     n_train: int | None = None
     chosen: Chosen = NOTHING_CHOSEN
     inner: tuple[Trial, ...] = ()
@@ -99,7 +99,8 @@ class Sweep:
 
     def __str__(self) -> str:
         by = self.results[0].chosen.by
-        note = f"INNER is measured on {by}; * is chosen by it, and it alone is measured on the test pictures."
+        what = self.results[0].scores.headline[0]
+        note = f"{what}; INNER is measured on {by}; * is chosen by it, and it alone is measured on the test pictures."
         table = text_table(_SWEEP, self._rows(), left=(0, 1, 6, 7))
         return "\n\n".join(filter(None, (table, note, str(self.out or ""))))
 
@@ -109,16 +110,16 @@ class Sweep:
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
         for result in self.results:
-            best = result.scores
+            _, measure = result.scores.headline
             for row in result.chosen.combinations:
-                measured = (percent(best.top1), "*", f"{best.low:.1f} to {best.high:.1f}, n = {best.n:,}")
+                measured = (percent(measure.value), "*", f"{measure.ends}, n = {result.scores.n:,}")
                 test = measured if _is_chosen(result, row) else ("", "", "")
                 name = printable(result.model, _NAME)
                 rows.append((name, row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), *test))
         return rows
 
 
-_SWEEP = ("MODEL", "POOL", "LAYER", "STRENGTH", "INNER", "TEST TOP-1", "", "95 % INTERVAL")
+_SWEEP = ("MODEL", "POOL", "LAYER", "STRENGTH", "INNER", "TEST", "", "95 % INTERVAL")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class KnnResult:
     """Counted from 0."""
     neighbours: int
     temperature: float
-    scores: Scores
+    scores: AnyScores
     n_train: int
     chosen: Chosen = NOTHING_CHOSEN
     inner: tuple[NeighbourTrial, ...] = ()

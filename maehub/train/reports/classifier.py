@@ -10,7 +10,7 @@ import numpy as np
 
 from maehub.figures import Series
 from maehub.train.engine import peak_rate
-from maehub.train.evaluation import Bin, ClassScore, Paired, Scores, percent, printable
+from maehub.train.evaluation import AnyScores, Bin, ClassScore, NumberScores, Paired, Scores, percent, printable
 from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture
 
 _MOST_CLASSES = 30  # in the table
@@ -25,10 +25,12 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def scores_of(scored: Mapping[str, Any]) -> Scores | None:
+def scores_of(scored: Mapping[str, Any]) -> AnyScores | None:
     """The scores in ``scores.json``; None where there are none."""
     try:
         facts = dict(scored["scores"])
+        if "columns" in facts:
+            return NumberScores.from_dict(facts)
         lists = {
             "per_class": tuple(ClassScore(**row) for row in facts["per_class"]),
             "bins": tuple(Bin(**row) for row in facts["bins"]),
@@ -44,7 +46,8 @@ def sentence(config: Mapping[str, Any], done: int) -> str:
     recipe, names, size = settled(config), config.get("classes"), config.get("image_size")
     total, batch, epochs = (_number(recipe.get(name)) for name in ("steps", "batch_size", "epochs"))
     pictures = f"{round(total * batch / epochs):,} pictures" if total and batch and epochs else "pictures"  # an epoch's
-    classes = f" of {len(names):,} classes" if isinstance(names, list) else ""
+    what = "numbers" if config.get("task") == "regression" else "classes"
+    classes = f" of {len(names):,} {what}" if isinstance(names, list) else ""
     sides = f" at {'×'.join(map(str, [*size, *size][:2]))} pixels" if isinstance(size, list) and size else ""
     steps = f"{done:,} step{'s' * (done != 1)}"
     return (
@@ -68,8 +71,13 @@ def _trained(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return f"{part}{start}, {'trained' if fresh else 'fine-tuned'}"
 
 
-def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores) -> dict[str, str]:
+def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: AnyScores) -> dict[str, str]:
     """How often a finished run's classifier is right, and how that was measured, by ``scores.json``."""
+    if isinstance(scores, NumberScores):
+        (_, *titles), rows = scores.table()
+        found = {name: "; ".join(map(" ".join, zip(titles, cells, strict=True))) for name, *cells in rows}
+        found |= {"n": f"{scores.n:,}", "95 % intervals": scores.interval} | _against_probe(scored)
+        return found | {"for comparison": "R² is 0 for always the mean"} | _how_measured(config, scored)
     interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"
     facts = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
     for words, value, note in (
@@ -82,29 +90,37 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: Scores)
         if value is not None:
             facts[words] = percent(value) + note
     facts["loss"] = f"{scores.loss:.4g} nats"
-    if (probe := scores_of({"scores": scored.get("probe")})) and (
-        tuned := scores_of({"scores": scored.get("finetuned")})
-    ):
-        kept = "the fine-tuned network" if scored.get("kept") == "finetuned" else "the probe"
-        facts["probe → fine-tuned"] = (
-            f"{percent(probe.top1)} ({probe.low:.1f} to {probe.high:.1f}) → {percent(tuned.top1)} ({tuned.low:.1f} to "
-            f"{tuned.high:.1f}); kept is {kept}, by training pictures that were not trained on"
-        )
-        with contextlib.suppress(KeyError, TypeError):
-            facts["the difference"] = Paired(**scored["paired"]).describe()
+    facts |= _against_probe(scored)
     if not scores.multi_label:
         most = max((row.n for row in scores.per_class), default=0)
         facts["for comparison"] = f"{percent(100 * most / scores.n)} for always the most frequent class"
     else:
         facts["top-1 counts"] = "pictures with a label, where the surest class is one of theirs"
+    return facts | _how_measured(config, scored)
+
+
+def _against_probe(scored: Mapping[str, Any]) -> dict[str, str]:
+    """The probe that a run began as, beside what became of it."""
+    probe, tuned = (scores_of({"scores": scored.get(name)}) for name in ("probe", "finetuned"))
+    if not probe or not tuned:
+        return {}
+    kept = "the fine-tuned network" if scored.get("kept") == "finetuned" else "the probe"
+    both = [f"{percent(measure.value)} ({measure.ends})" for _, measure in (probe.headline, tuned.headline)]
+    facts = {"probe → fine-tuned": f"{' → '.join(both)}; kept is {kept}, by training pictures that were not trained on"}
+    with contextlib.suppress(KeyError, TypeError):
+        facts["the difference"] = Paired(**scored["paired"]).describe(numeric=isinstance(tuned, NumberScores))
+    return facts
+
+
+def _how_measured(config: Mapping[str, Any], scored: Mapping[str, Any]) -> dict[str, str]:
     made = "by --seed" if scored.get("split") == "made by seed" else "as the data say"
-    facts["measured on"] = f"pictures held out {made}, at the last step; nothing was chosen on them"
+    facts = {"measured on": f"pictures held out {made}, at the last step; nothing was chosen on them"}
     if config.get("skip_twins") is True:
         facts["pictures on both sides"] = "not looked for (--skip-twins)"
     return facts
 
 
-def warning(twins: Path, scores: Scores | None) -> str:
+def warning(twins: Path, scores: AnyScores | None) -> str:
     """That held-out pictures are in training too, if ``twins.csv`` says so."""
     try:
         with open(twins, encoding="utf-8", errors="replace", newline="") as file:
@@ -115,7 +131,7 @@ def warning(twins: Path, scores: Scores | None) -> str:
     total = sum(count for count, _ in counts)
     if not total:
         return ""
-    of = f" of {scores.n:,}" if scores and not scores.multi_label else ""
+    of = f" of {scores.n:,}" if isinstance(scores, Scores) and not scores.multi_label else ""
     plural, verb = ("" if total == 1 and not of else "s"), ("is" if total == 1 else "are")
     kinds_found = " and ".join(f"{count:,} {words}" for count, words in counts if count)
     return f"{total:,}{of} held-out picture{plural} {verb} in training too: {kinds_found}. The scores may be too high."
@@ -125,6 +141,7 @@ def pictures(folder: Path) -> list[Picture]:
     """What classes are taken for, and the worst mistakes, as far as the run has drawn them."""
     drawn = (
         ("confusion.png", "Confusion", "The confusion matrix"),
+        ("scatter.png", "Predicted and true", "Predicted against true numbers"),
         ("mistakes.png", "The worst mistakes", "Pictures, what they show, and what they are taken for"),
     )
     return [picture(folder / name, title, what, _WIDEST) for name, title, what in drawn if (folder / name).exists()]
@@ -151,8 +168,10 @@ def trained_on(config: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def reliability(scores: Scores) -> Chart | None:
+def reliability(scores: AnyScores) -> Chart | None:
     """How often it is right, against how sure it is."""
+    if isinstance(scores, NumberScores):
+        return None
     full = [row for row in scores.bins if row.confidence is not None and row.accuracy is not None]
     sure, right = (np.array([getattr(row, name) for row in full], float) for name in ("confidence", "accuracy"))
     ends = np.array([0.0, 100.0])
@@ -160,8 +179,10 @@ def reliability(scores: Scores) -> Chart | None:
     return chart("Calibration", "% right, against % sure", series, legend=True)[0] if full else None
 
 
-def class_table(scores: Scores) -> dict[str, Any]:
-    """Classes with what they are ordered by, and where they can be one, what they are taken for."""
+def class_table(scores: AnyScores) -> dict[str, Any] | None:
+    """Classes with what they are ordered by, and where they can be one, what they are taken for; None of numbers."""
+    if isinstance(scores, NumberScores):
+        return None
     several = scores.multi_label
     key = "average_precision" if several else "recall"
     rest = ("recall", "precision") if several else ("precision", "most often taken for")

@@ -208,7 +208,13 @@ def _validation(metrics: Mapping[str, Metrics]) -> dict[str, str]:
 def _so_far(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """What was measured of a classifier that is not finished."""
     facts: dict[str, str] = {}
-    for key, words, unit in (("val_top1", "top-1 so far", " %"), ("val_loss", "loss so far", " nats")):
+    numeric = "val_r2" in metrics
+    known = (
+        [("val_r2", "R² so far", " %")]
+        if numeric
+        else [("val_top1", "top-1 so far", " %"), ("val_loss", "loss so far", " nats")]
+    )
+    for key, words, unit in known:
         if key in metrics:
             steps, values = metrics[key]
             facts[words] = f"{values[-1]:.4g}{unit} at step {int(steps[-1]):,}"
@@ -246,10 +252,11 @@ def _charts(metrics: Mapping[str, Metrics]) -> list[Chart]:
         loss.append(Series("validation", *metrics["val_loss"], colour=1, style="points"))
     right = [
         Series(words, *metrics[key], colour=colour, style="points")
-        for key, words, colour in (("val_top5", "top-5", 2), ("val_top1", "top-1", 1))
+        for key, words, colour in (("val_top5", "top-5", 2), ("val_top1", "top-1", 1), ("val_r2", "R²", 1))
         if key in metrics
     ]
-    charts = chart("Loss", "", loss, legend=True) + chart("Right on held-out pictures", "%", right, legend=True)
+    title = "Variance explained on held-out pictures" if "val_r2" in metrics else "Right on held-out pictures"
+    charts = chart("Loss", "", loss, legend=True) + chart(title, "%", right, legend=True)
     for name, title, unit, scale in (
         ("lr", "Learning rate", "", 1),
         ("knn_top1", "Nearest neighbours", "%, of the labelled folder", 1),
