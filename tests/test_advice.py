@@ -369,7 +369,7 @@ def prepared(tmp_path_factory):
     Image.new("L", (48, 40), 255).save(home / "mask.png")
     rows = [f"{path},{path.parent.name}" for path in sorted((home / "flowers").rglob("*.jpg"))]
     (home / "scans.csv").write_text("\n".join(["path,diagnosis", *rows]))
-    numbers = [f"{row.split(',')[0]},{place},{place % 5}" for place, row in enumerate(rows)]
+    numbers = [f"{row.split(',')[0]},{place},{place * 7 % 11}" for place, row in enumerate(rows)]
     (home / "numbers.csv").write_text("\n".join(["path,a,b", *numbers]))
     (home / "several.csv").write_text("\n".join(["path,label", *(row.replace(",rose", ",rose|tulip") for row in rows)]))
     (home / "Rosa.txt").write_text("Rosa\ntulip\n")
@@ -468,7 +468,7 @@ ROWS = [
     (
         "train.evaluation.evaluating._read",
         "and no classes",
-        """follow("maehub probe numbers.csv -m enc --task regression --label a,b --pool cls -o probed", {})
+        """maehub probe numbers.csv -m enc --task regression --label a,b --pool cls -o probed
         maehub evaluate numbers.csv -m probed --label a""",
         "maehub evaluate numbers.csv -m probed --label a,b",
     ),

@@ -9,6 +9,7 @@ from processes import Launch, losses, metrics, state
 from safetensors.torch import load_file
 from test_finetuning import FULL, fill
 from test_finetuning import tiny as tiny
+from test_numbers import fill as fill_numbers
 
 import maehub
 from maehub.cli import command_line as cli
@@ -38,6 +39,8 @@ def whole(pictures, tmp_path_factory):
     assert cli.main(words(pictures, folder / "one", **PLAIN)) == 0
     assert cli.main(words(pictures, folder / "one-linear", **linear)) == 0
     assert cli.main(words(pictures, folder / "one-probe", **PLAIN, head_start="probe")) == 0
+    table, numbers = fill_numbers(folder / "numbers", 30), PLAIN | {"task": "regression", "label": "year,angle"}
+    assert cli.main(words(table, folder / "one-numbers", **numbers)) == 0
     variants = {
         "ddp": PLAIN,
         "fsdp": PLAIN | {"fsdp": True},
@@ -48,7 +51,9 @@ def whole(pictures, tmp_path_factory):
         "probe": PLAIN | {"head_start": "probe"},
         "probe-fsdp": PLAIN | {"head_start": "probe", "fsdp": True},
     }
-    launch = Launch(folder, [{"words": words(pictures, folder / name, **more)} for name, more in variants.items()])
+    lines = [words(pictures, folder / name, **more) for name, more in variants.items()]
+    lines += [words(table, folder / "numbers-fsdp", **numbers, fsdp=True)]
+    launch = Launch(folder, [{"words": line} for line in lines])
     assert launch.wait() == 0, launch.output()
     return folder
 
@@ -88,13 +93,14 @@ def test_scores_count_every_picture_once(whole):
         assert json.loads((whole / name / "scores.json").read_text())["scores"]["n"] == 9
 
 
-@pytest.mark.parametrize("name", ["probe", "probe-fsdp"])
+@pytest.mark.parametrize("name", ["probe", "probe-fsdp", "numbers-fsdp"])
 def test_two_processes_start_at_the_probe_of_one(whole, name):
-    one, two = losses(whole / "one-probe"), losses(whole / name)
+    alone, measure = ("one-numbers", "r2") if "numbers" in name else ("one-probe", "loss")
+    one, two = losses(whole / alone), losses(whole / name)
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
-    first, second = (json.loads((whole / run / "scores.json").read_text()) for run in ("one-probe", name))
+    first, second = (json.loads((whole / run / "scores.json").read_text()) for run in (alone, name))
     assert first["kept"] == second["kept"]
-    assert first["probe"]["loss"] == pytest.approx(second["probe"]["loss"], rel=1e-4)
+    assert first["probe"][measure] == pytest.approx(second["probe"][measure], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -132,6 +132,14 @@ def test_what_is_too_short_for_the_features_is_refused(pictures, weights, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_ten_minutes_that_nobody_asked_for_refuse_nothing(pictures, weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "MINUTES", 0.0001)
+    result = finetune(auto(pictures, tmp_path / "run", weights))
+    assert (result.step, result.kept, result.exit_code) == (0, "probe", 0)
+    assert "the features of 60 pictures take about" in caplog.text
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("length", [["--steps", "3"], ["--epochs", "1"]])
 def test_minutes_are_the_length(pictures, tmp_path, capsys, length):
     assert cli.main(["finetune", str(pictures), "-o", str(tmp_path / "run"), "--minutes", "1", *length]) == 2

@@ -86,8 +86,9 @@ class Evaluation:
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
-        pictures = [*overview(self.scores).values(), *([] if self.mistakes is None else [self.mistakes])]
-        page = self.scores._repr_html_()
+        drawn = [*overview(self.scores).values(), self.mistakes, self.spoilt]
+        pictures = [picture for picture in drawn if picture is not None]
+        page = self.scores._repr_html_() + (f"<pre>{self.robustness}</pre>" if self.robustness else "")
         for picture in pictures:
             buffer = io.BytesIO()
             picture.save(buffer, "png")

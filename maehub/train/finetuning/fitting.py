@@ -70,8 +70,9 @@ def blank(count: int, preprocess: Preprocess, classes: int, device: torch.device
 class Clock:
     """What is left of the time that a run has, which began at ``begun`` by `time.monotonic`."""
 
-    def __init__(self, minutes: float | None, begun: float) -> None:
+    def __init__(self, minutes: float | None, begun: float, *, asked: bool = True) -> None:
         self.minutes = minutes
+        self.asked = asked
         self.begun = begun
         self.picture = 0.0
         """Seconds in which a picture is read and its features are computed, in all processes together."""
@@ -82,8 +83,16 @@ class Clock:
         return math.inf if self.minutes is None else 60 * self.minutes - (time.monotonic() - self.begun)
 
     def has_time_for(self, pictures: int) -> None:
-        """Refuse what has not even the time for the features of its pictures."""
-        if self.picture * pictures > self.left:
+        """Refuse what has not even the time for the features of its pictures, where that time was asked for."""
+        if self.picture * pictures > self.left and not self.asked:
+            log.warning(
+                "the features of %d pictures take about %s here, and a run on a CPU aims at %g minutes: it will be the "
+                "probe alone; --minutes says how long a run may take",
+                pictures,
+                _words(pictures * self.picture),
+                self.minutes,
+            )
+        elif self.picture * pictures > self.left:
             least = (pictures * self.picture + time.monotonic() - self.begun) / 60
             raise UsageError(
                 f"--minutes {self.minutes:g} is too short for the features of {pictures:,} pictures, which take about "

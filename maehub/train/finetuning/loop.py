@@ -126,7 +126,7 @@ class _Job:
             config, backbone, split.training, group, probed=can_begin_as_probe(config, split.training, group)
         )
         limited = self.settings.recipe == "auto" and group.device.type == "cpu" and not (config.steps or config.epochs)
-        self.clock = Clock(config.minutes or (MINUTES if limited else None), begun)
+        self.clock = Clock(config.minutes or (MINUTES if limited else None), begun, asked=config.minutes is not None)
         self.probe = self._solve_head(config, backbone, group) if self.settings.head_start == "probe" else None
         if self.probe and self.probe.pool:
             self.settings = replace(self.settings, pool=self.probe.pool)
