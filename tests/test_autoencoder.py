@@ -249,6 +249,7 @@ def test_it_survives_copy_pickle_and_export():
     assert torch.equal(exported.masked, expected.masked)
 
 
+@pytest.mark.slow
 def test_both_paths_compile_without_graph_breaks():
     model = build()
     images = torch.randn(2, 3, 32, 32)

@@ -241,7 +241,7 @@ def test_where_nothing_can_be_held_out_no_probe_begins_it(weights, tmp_path, cap
 # -- runs stay exact ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_killed_run_is_resumed_bit_for_bit(weights, pictures, tmp_path, monkeypatch, step):
     settings = {"model": weights, "head_start": "probe", "steps": 8, "checkpoint_every": 3, "ema": 0.8}
     settings |= {"validate_every": 8}

@@ -214,3 +214,16 @@ def test_directions_of_features_where_the_fast_way_does_not_converge(monkeypatch
     monkeypatch.setattr(torch.linalg, "eigh", gives_up)
     others, _ = linear._spectrum(features)
     assert torch.allclose(values, others)
+
+
+def test_a_probe_that_does_not_converge_is_told(monkeypatch, caplog):
+    features, labels = torch.randn(60, 5, dtype=torch.float64), np.arange(60) % 3
+    assert not caplog.text
+    fit_at(features, labels, 3, 1e-3)
+    assert not caplog.text
+    monkeypatch.setitem(linear._STEPS, torch.float64, 2)
+    fit_at(features, labels, 3, 1e-3)
+    assert "the probe at a penalty of 0.001 has not converged within 2 steps" in caplog.text
+    monkeypatch.setattr(linear, "_loss", lambda logits, truth: logits.sum() * torch.nan)
+    with pytest.raises(DivergedError, match="does not converge"):
+        fit_at(features, labels, 3, 1e-3)

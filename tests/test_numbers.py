@@ -107,7 +107,7 @@ def test_columns_become_numbers(tmp_path):
     assert read(tmp_path, "path,label\na.png,3\nb.png,4\n").labels.tolist() == [[3], [4]]
 
 
-@pytest.mark.parametrize("cell", ["", "n/a", "NaN", "inf", '"1,5"', "0x10", "1|2"])
+@pytest.mark.parametrize("cell", ["", "n/a", "NaN", "inf", '"1,5"', "0x10", "1|2", "1_000"])
 def test_a_cell_without_a_number_is_named(tmp_path, cell):
     with pytest.raises(DataError, match=r"1 cells hold no finite number: line 3, age") as caught:
         read(tmp_path, f"path,age\na.png,1\nb.png,{cell}\nc.png,2\n", label="age")
@@ -348,7 +348,7 @@ def test_bf16_leaves_all_digits_of_a_number(trained):
     assert not torch.equal(years, years.bfloat16().float())
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_killed_run_is_resumed_bit_for_bit(table, weights, tmp_path, monkeypatch, step):
     changes = {"model": weights, "checkpoint_every": 3, "validate_every": 8}
     whole = finetune(regression(table, tmp_path / "whole", **changes))

@@ -105,7 +105,7 @@ def test_what_measures_says_it_and_python_stays_precise(tell, pictures, tiles):
     assert 0 < np.abs(np.subtract(*shares[:2])).max() < 0.05
 
 
-@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+@pytest.mark.parametrize("command", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_a_run_says_it_and_resumes_in_the_same_alone(tell, pictures, tiles, command, monkeypatch, caplog):
     start = ("--from", "vit-nano") if command == "pretrain" else ("--skip-twins", "--image-size", 32)
     line = (command, pictures, "-o", "run", *SHORT, *start)

@@ -219,8 +219,8 @@ def test_the_command_is_what_was_typed_without_the_users_words(tmp_path, hub, un
     ("model", "words"),
     [
         (lambda: tiny(encoder=maehub.EncoderConfig((16, 24), 4, width=32, depth=2, heads=4)), "square images"),
-        (lambda: tiny(mask_tokens="encoder"), "mask tokens"),
-        (lambda: tiny(target="pca", outputs=6), "predicts pixels"),
+        pytest.param(lambda: tiny(mask_tokens="encoder"), "mask tokens", marks=pytest.mark.slow),
+        pytest.param(lambda: tiny(target="pca", outputs=6), "predicts pixels", marks=pytest.mark.slow),
     ],
     ids=["not square", "mask tokens in the encoder", "pca"],
 )

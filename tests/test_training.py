@@ -1075,6 +1075,7 @@ def test_shuffling_place_by_place_is_a_permutation(count, seed):
     assert np.array_equal(loader.shuffled(some, count, seed), found[some])
 
 
+@pytest.mark.slow
 def test_shuffling_looks_random_and_needs_no_memory_for_a_billion():
     orders = np.stack([loader.shuffled(np.arange(100), 100, sample_seed(seed, 0, 0)) for seed in range(3000)])
     counts = np.zeros((100, 100))

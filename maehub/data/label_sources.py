@@ -108,7 +108,7 @@ def _numbers(path: str, group: str | None, label: str | None) -> NamedLabels:
     for place, row in enumerate(rows):
         for number, cell in enumerate(row.label.split(_BETWEEN)):
             try:
-                values[place, number] = float(cell)
+                values[place, number] = float(cell.replace("_", "?"))  # which Python passes over
             except ValueError:
                 values[place, number] = np.nan
             if not np.isfinite(values[place, number]):

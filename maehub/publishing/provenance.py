@@ -21,11 +21,8 @@ _NOT_TOLD = {field.name for field in fields(RunConfig)} - {"precision", "seed"} 
 _MOST_METRICS = 2**29  # bytes of metrics.jsonl: a few million steps
 _CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}
 _NAMES_DATA = ("group", "label")  # settings whose values are names in the user's data
-_NUMBERS = (
-    *("step", "loss", "lr", "grad_norm", "val_loss", "mean_fill", "interpolation", "top1", "n"),
-    "val_top1",
-    "val_r2",
-)
+_MEASURED = ("val_loss", "val_top1", "val_r2")
+_NUMBERS = ("step", "loss", "lr", "grad_norm", "mean_fill", "interpolation", "top1", "n", *_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -98,20 +95,8 @@ def read_run(folder: Path, origin: Origin | None) -> Provenance:
 
 def _of_probe(folder: Path) -> Provenance:
     results = read_json(folder / "probe.json")
-    scored = (
-        "n",
-        "top1",
-        "low",
-        "high",
-        "interval",
-        "top5",
-        "loss",
-        "r2",
-        "mae",
-        "rmse",
-        "spearman",
-        "quadratic_kappa",
-    )
+    numbers = ("r2", "mae", "rmse", "spearman", "quadratic_kappa")
+    scored = ("n", "top1", "low", "high", "interval", "top5", "loss", *numbers)
     scores: dict[str, Any] = {name: results[name] for name in scored if name in results}
     recipe = {name: results.get(name) for name in ("method", "pool", "layer", "strength")}
     command = f"maehub probe DATA -m MODEL --pool {results.get('pool')}"

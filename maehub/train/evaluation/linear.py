@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maehub.errors import DataError, DivergedError, UsageError
+from maehub.errors import DataError, DivergedError, UsageError, log
 from maehub.train.evaluation.numbers import explained
 from maehub.train.evaluation.scores import average_precision
 
@@ -175,7 +175,12 @@ def _minimise(directions: Tensor, truth: Tensor, strength: float, scale: Tensor,
             line_search_fn="strong_wolfe",
         )
         optimizer.step(closure)
-    return rounded.detach() * scale
+    found, exact = rounded.detach() * scale, directions.dtype == torch.float64
+    if not torch.isfinite(found).all():
+        raise DivergedError("the probe does not converge: its weights are no longer finite. The features may be broken")
+    if exact and optimizer.state[rounded]["n_iter"] >= _STEPS[directions.dtype]:
+        log.warning("the probe at a penalty of %.2g has not converged within %d steps", strength, _STEPS[torch.float64])
+    return found
 
 
 def _loss(logits: Tensor, truth: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class Clock:
                 _words(seconds),
             )
         else:
-            log.info("it will take about %s", _words(seconds))
+            log.info("it will take up to %s", _words(_MARGIN * seconds))
 
 
 def seconds_a_step(
@@ -167,4 +167,4 @@ def seconds_a_step(
 
 
 def _words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    return f"{math.ceil(seconds)} s" if seconds < 90 else f"{math.ceil(seconds / 60)} minutes"

@@ -50,9 +50,9 @@ class ProbeConfig(FrozenConfig):
     """A catalog name, a Hub id, a folder or a file; timm/NAME for a network of timm, timm/NAME@FILE with the weights of
     a file; untrained/NAME for fresh weights; baseline/pixels and baseline/colours. With --sweep as often as wanted."""
     method: Annotated[Method, Section.PROTOCOL] = "fast"
-    """fast: logistic regression on features computed once, the penalty chosen from a sweep. lars: linear probing as
-    published (table 10), with augmentation. attentive: a probe that pools by attention. The last two train in a run
-    folder, --out."""
+    """fast: logistic regression (of numbers ridge) on features computed once, the penalty chosen from a sweep. lars:
+    linear probing as published (table 10), with augmentation. attentive: a probe that pools by attention. The last two
+    train in a run folder, --out."""
     pool: Annotated[str | None, Section.MODEL, default("chosen on a part of the training pictures", "POOL")] = None
     """Which tokens make the feature: cls, mean, cls+mean; own for networks without tokens."""
     layer: Annotated[tuple[int, ...], default("the last; all with --sweep", "INT ...")] = ()

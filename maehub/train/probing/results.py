@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from maehub.train.evaluation import AnyScores, NeighbourTrial, Trial, best, html_table, percent, printable, text_table
 
@@ -37,28 +37,74 @@ NOTHING_CHOSEN = Chosen((), "")
 
 
 @dataclass(frozen=True)
-class ProbeResult:
-    """What `probe` found: ``scores`` are measured on the test pictures, on which nothing was chosen."""
+class FrozenResult:
+    """What was found of a frozen network: ``scores`` are measured on the test pictures, on which nothing was chosen."""
 
+    _SETTING: ClassVar = "STRENGTH"
     model: str
     data: str
-    method: str
     pool: str
     layer: int
     """Counted from 0."""
-    strength: float | None
-    """Of the penalty (`maehub.train.evaluation.linear.LinearFit`); None where the probe was trained in a run folder."""
     scores: AnyScores
     n_train: int | None = None
     chosen: Chosen = NOTHING_CHOSEN
-    inner: tuple[Trial, ...] = ()
-    """The sweep of the chosen pool and layer, from strong to weak."""
     seconds: Seconds | None = None
-    out: Path | None = None
-    note: str = ""
-    """Why no model folder was written."""
+    out: Path | None = field(default=None, compare=False)
     precision: str = "fp32"
     """What the network computed in."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain lists, numbers and strings, for JSON."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "pool": self.pool,
+            "layer": self.layer,
+            "precision": self.precision,
+            "n_train": self.n_train,
+            "combinations": [row._asdict() for row in self.chosen.combinations],
+            "chosen_by": self.chosen.by,
+            "seconds": None if self.seconds is None else self.seconds._asdict(),
+            "out": None if self.out is None else str(self.out),
+            **self.scores.to_dict(),
+        }
+
+    def _text(self, kind: str, note: str = "") -> str:
+        """Title, scores, what was chosen among, what it took, where it is."""
+        parts = [f"{self.model} on {printable(self.data, 200)}: {kind}", str(self.scores)]
+        if self.chosen.combinations:
+            table = text_table(*self._table(), left=(0, 4))
+            parts.append(f"* chosen by {self.chosen.by}\n\n{table}")
+        words = [] if self.n_train is None else [f"{self.n_train:,} training pictures"]
+        if self.seconds is not None:
+            features, probe = self.seconds
+            words += [f"features {features:.1f} s in {self.precision}", f"probe {probe:.1f} s"]
+        return "\n\n".join(part for part in (*parts, ", ".join(words), str(self.out or ""), note) if part)
+
+    def _repr_html_(self) -> str:
+        table = html_table(*self._table()) if self.chosen.combinations else ""
+        return html_table(("MODEL",), [(self.model,)]) + self.scores._repr_html_() + table
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows of what was chosen among."""
+        return ("POOL", "LAYER", self._SETTING, "INNER", ""), [
+            (row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), "*" * _is_chosen(self, row))
+            for row in self.chosen.combinations
+        ]
+
+
+@dataclass(frozen=True)
+class ProbeResult(FrozenResult):
+    """What `probe` found."""
+
+    method: str = "fast"
+    strength: float | None = None
+    """Of the penalty (`maehub.train.evaluation.linear.LinearFit`); None where the probe was trained in a run folder."""
+    inner: tuple[Trial, ...] = ()
+    """The sweep of the chosen pool and layer, from strong to weak."""
+    note: str = ""
+    """Why no model folder was written."""
 
     @property
     def inner_accuracy(self) -> float | None:
@@ -67,23 +113,38 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain lists, numbers and strings, for JSON."""
-        return {
-            **_facts(self),
+        inner = [trial._asdict() for trial in self.inner]
+        return super().to_dict() | {
             "method": self.method,
             "strength": self.strength,
-            "inner": [trial._asdict() for trial in self.inner],
-            "out": None if self.out is None else str(self.out),
+            "inner": inner,
             "note": self.note,
-            **self.scores.to_dict(),
         }
 
     def __str__(self) -> str:
         strength = f", strength {_two_digits(self.strength)}" if self.strength else ""
         kind = f"{self.method} linear probe, pool {self.pool}, layer {self.layer}{strength}"
-        return _text(self, "attentive probe" if self.method == "attentive" else kind, "STRENGTH", self.note)
+        return self._text("attentive probe" if self.method == "attentive" else kind, self.note)
 
-    def _repr_html_(self) -> str:
-        return _html(self, "STRENGTH")
+
+@dataclass(frozen=True)
+class KnnResult(FrozenResult):
+    """What `knn` found. The logits behind the scores are the logarithms of vote shares; of numbers their mean."""
+
+    _SETTING: ClassVar = "NEIGHBOURS"
+    neighbours: int = 1
+    temperature: float = 0.07
+    inner: tuple[NeighbourTrial, ...] = ()
+    """Of the chosen pool, from few neighbours to many."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain lists, numbers and strings, for JSON."""
+        inner = [trial._asdict() for trial in self.inner]
+        return super().to_dict() | {"neighbours": self.neighbours, "temperature": self.temperature, "inner": inner}
+
+    def __str__(self) -> str:
+        voters = "the nearest neighbour" if self.neighbours == 1 else f"{self.neighbours} nearest neighbours"
+        return self._text(f"{voters}, pool {self.pool}, layer {self.layer}")
 
 
 @dataclass(frozen=True)
@@ -122,93 +183,9 @@ class Sweep:
 _SWEEP = ("MODEL", "POOL", "LAYER", "STRENGTH", "INNER", "TEST", "", "95 % INTERVAL")
 
 
-@dataclass(frozen=True)
-class KnnResult:
-    """What `knn` found: ``scores`` are measured on the test pictures, on which nothing was chosen.
-
-    The logits behind them are the logarithms of vote shares.
-    """
-
-    model: str
-    data: str
-    pool: str
-    layer: int
-    """Counted from 0."""
-    neighbours: int
-    temperature: float
-    scores: AnyScores
-    n_train: int
-    chosen: Chosen = NOTHING_CHOSEN
-    inner: tuple[NeighbourTrial, ...] = ()
-    """Of the chosen pool, from few neighbours to many."""
-    seconds: Seconds | None = None
-    out: Path | None = field(default=None, compare=False)
-    precision: str = "fp32"
-    """What the network computed in."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain lists, numbers and strings, for JSON."""
-        return {
-            **_facts(self),
-            "neighbours": self.neighbours,
-            "temperature": self.temperature,
-            "inner": [trial._asdict() for trial in self.inner],
-            "out": None if self.out is None else str(self.out),
-            **self.scores.to_dict(),
-        }
-
-    def __str__(self) -> str:
-        voters = "the nearest neighbour" if self.neighbours == 1 else f"{self.neighbours} nearest neighbours"
-        return _text(self, f"{voters}, pool {self.pool}, layer {self.layer}", "NEIGHBOURS")
-
-    def _repr_html_(self) -> str:
-        return _html(self, "NEIGHBOURS")
-
-
 def _two_digits(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
-def _is_chosen(result: ProbeResult | KnnResult, row: Combination) -> bool:
+def _is_chosen(result: FrozenResult, row: Combination) -> bool:
     return (row.pool, row.layer) == (result.pool, result.layer)
-
-
-def _facts(result: ProbeResult | KnnResult) -> dict[str, Any]:
-    """What both kinds of results begin with."""
-    return {
-        "model": result.model,
-        "data": result.data,
-        "pool": result.pool,
-        "layer": result.layer,
-        "precision": result.precision,
-        "n_train": result.n_train,
-        "combinations": [row._asdict() for row in result.chosen.combinations],
-        "chosen_by": result.chosen.by,
-        "seconds": None if result.seconds is None else result.seconds._asdict(),
-    }
-
-
-def _text(result: ProbeResult | KnnResult, kind: str, setting: str, note: str = "") -> str:
-    """Title, scores, what was chosen among, what it took, where it is."""
-    parts = [f"{result.model} on {printable(result.data, 200)}: {kind}", str(result.scores)]
-    if result.chosen.combinations:
-        table = text_table(*_table(result, setting), left=(0, 4))
-        parts.append(f"* chosen by {result.chosen.by}\n\n{table}")
-    words = [] if result.n_train is None else [f"{result.n_train:,} training pictures"]
-    if result.seconds is not None:
-        features, probe = result.seconds
-        words += [f"features {features:.1f} s in {result.precision}", f"probe {probe:.1f} s"]
-    return "\n\n".join(part for part in (*parts, ", ".join(words), str(result.out or ""), note) if part)
-
-
-def _html(result: ProbeResult | KnnResult, setting: str) -> str:
-    table = html_table(*_table(result, setting)) if result.chosen.combinations else ""
-    return html_table(("MODEL",), [(result.model,)]) + result.scores._repr_html_() + table
-
-
-def _table(result: ProbeResult | KnnResult, setting: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of what was chosen among."""
-    return ("POOL", "LAYER", setting, "INNER", ""), [
-        (row.pool, str(row.layer), _two_digits(row.setting), percent(row.accuracy), "*" * _is_chosen(result, row))
-        for row in result.chosen.combinations
-    ]

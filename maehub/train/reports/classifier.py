@@ -75,7 +75,8 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: AnyScor
     """How often a finished run's classifier is right, and how that was measured, by ``scores.json``."""
     if isinstance(scores, NumberScores):
         (_, *titles), rows = scores.table()
-        found = {name: "; ".join(map(" ".join, zip(titles, cells, strict=True))) for name, *cells in rows}
+        cells_of = {name: map(" ".join, zip(titles, cells, strict=True)) for name, *cells in rows}
+        found = {f"number {name}": "; ".join(cells) for name, cells in cells_of.items()}
         found |= {"n": f"{scores.n:,}", "95 % intervals": scores.interval} | _against_probe(scored)
         return found | {"for comparison": "R² is 0 for always the mean"} | _how_measured(config, scored)
     interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"

@@ -208,12 +208,7 @@ def _validation(metrics: Mapping[str, Metrics]) -> dict[str, str]:
 def _so_far(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """What was measured of a classifier that is not finished."""
     facts: dict[str, str] = {}
-    numeric = "val_r2" in metrics
-    known = (
-        [("val_r2", "R² so far", " %")]
-        if numeric
-        else [("val_top1", "top-1 so far", " %"), ("val_loss", "loss so far", " nats")]
-    )
+    known = ("val_r2", "R² so far", " %"), ("val_top1", "top-1 so far", " %"), ("val_loss", "loss so far", " nats")
     for key, words, unit in known:
         if key in metrics:
             steps, values = metrics[key]
