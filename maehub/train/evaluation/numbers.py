@@ -32,7 +32,7 @@ class Measure(NamedTuple):
         return "–" if self.low is None or self.high is None else f"{self.low:.1f} to {self.high:.1f}"
 
     def __str__(self) -> str:
-        between = "" if self.low is None or self.high is None else f"   {self.low:.3g} to {self.high:.3g}"
+        between = "" if self.low is None or self.high is None else f" ({self.low:.3g} to {self.high:.3g})"
         return f"{self.value:.3g}{between}"
 
 

@@ -107,6 +107,7 @@ def _against_probe(scored: Mapping[str, Any]) -> dict[str, str]:
         return {}
     kept = "the fine-tuned network" if scored.get("kept") == "finetuned" else "the probe"
     both = [f"{percent(measure.value)} ({measure.ends})" for _, measure in (probe.headline, tuned.headline)]
+    both[0] = f"{tuned.headline[0]} {both[0]}"
     facts = {"probe → fine-tuned": f"{' → '.join(both)}; kept is {kept}, by training pictures that were not trained on"}
     with contextlib.suppress(KeyError, TypeError):
         facts["the difference"] = Paired(**scored["paired"]).describe(numeric=isinstance(tuned, NumberScores))
