@@ -105,7 +105,7 @@ OUTPUT = [  # blocks without a language: what a program prints, files, drawings
     ("docs/data.md", "path,label,split,patient"),
     ("docs/design.md", "image (B, C, H, W)"),
     ("docs/design.md", "version  errors"),
-    ("docs/finetuning.md", "it will take about 2 minutes"),
+    ("docs/finetuning.md", "it will take up to 4 minutes"),
     ("docs/finetuning.md", "on 332 pictures that were not trained"),
     ("docs/identifying.md", "checkpoint-799.pth\n  what"),
     ("docs/nano-data.md", "scripts/nano-data OUT"),
