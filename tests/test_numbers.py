@@ -14,7 +14,9 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn import linear_model, metrics
-from test_finetuning import TINY, Killed, at_step, kill, losses, settings_of
+from test_finetuning import Killed, at_step, kill, losses, settings_of
+from test_head_start import logits_of
+from test_head_start import weights as weights
 from test_publishing import REPO, held
 from test_publishing import hub as hub
 
@@ -23,7 +25,6 @@ from maehub.cli import command_line as cli
 from maehub.data.labels import find_labelled
 from maehub.data.splits import folds, inner_split, split_labelled
 from maehub.errors import DataError, UsageError
-from maehub.images import read_pixels
 from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.publishing.pushing import push
 from maehub.train import CompareConfig, EvaluateConfig, KnnConfig, ProbeConfig, compare, evaluate, finetune, knn, probe
@@ -64,19 +65,6 @@ def fill(folder, count):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return fill(tmp_path_factory.mktemp("numbers"), 60)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    return str(maehub.save(Encoder(TINY), tmp_path_factory.mktemp("weights") / "tiny"))
-
-
-def outputs_of(network, labelled, preprocess):
-    """Of all pictures at once, without the library's loops."""
-    pixels = [read_pixels(labelled.samples.source(place), preprocess) for place in range(len(labelled))]
-    with torch.no_grad():
-        return network.eval()(preprocess.normalise(torch.from_numpy(np.stack(pixels)))).numpy()
 
 
 def rows_of(path):
@@ -273,7 +261,7 @@ def test_probe_and_neighbours(table, weights, tmp_path):
     model = maehub.load(tmp_path / "probe")
     assert model.config.numeric
     assert model.config.class_names == ("year", "angle")
-    said = outputs_of(model, split.testing, model.preprocess)
+    said = logits_of(model, model.preprocess, split.testing)
     again = score_of(said, split.testing.labels, split.testing.classes)
     assert again.r2.value == pytest.approx(found.scores.r2.value, abs=1e-3)
     near = knn(KnnConfig(str(table), weights, neighbours=1, pool="cls", **common))
@@ -296,12 +284,12 @@ def test_the_network_starts_as_its_ridge(table, weights, changes):
     job = loop._Job(regression(table, "nowhere", **{"model": weights} | changes), Group(), 0.0)
     assert job.settings.head_start == "probe"
     held = job.split.training.take(job.inner[1])
-    said = outputs_of(job.measured, held, job.classifier.preprocess)
+    said = logits_of(job.measured, job.classifier.preprocess, held)
     spread = held.labels.std(axis=0)
     np.testing.assert_allclose(said / spread, job.probe.held / spread, atol=5e-3)
     again = job.build(job.open()).network
     put_head(again, job.probe.whole)
-    testing = outputs_of(again, job.split.testing, job.classifier.preprocess)
+    testing = logits_of(again, job.classifier.preprocess, job.split.testing)
     np.testing.assert_allclose(testing / spread, job.probe.testing / spread, atol=5e-3)
 
 
@@ -326,7 +314,7 @@ def test_a_run_predicts_better_than_its_ridge(trained, table):
     assert "Predicted and true" in page
     assert "classes" not in json.loads((trained.run / "run.json").read_text())
     model, split = maehub.load(trained.run), split_labelled(table, label="year,angle", numeric=True)
-    said = outputs_of(model, split.testing, model.preprocess)
+    said = logits_of(model, model.preprocess, split.testing)
     assert score_of(said, split.testing.labels, ("year", "angle")).r2.value == pytest.approx(trained.scores.r2.value)
 
 
@@ -413,7 +401,7 @@ def test_predictions_are_numbers(trained, table, tmp_path, capsys):
     assert list(rows[0]) == ["path", "year", "angle"]
     model = maehub.load(trained.run)
     split = find_labelled(table, label="year,angle", numeric=True).labelled
-    said = outputs_of(model, split.take(np.arange(3)), model.preprocess)
+    said = logits_of(model, model.preprocess, split.take(np.arange(3)))
     assert [float(row["year"]) for row in rows] == pytest.approx(said[:, 0], abs=0.1)  # features may be bf16
     capsys.readouterr()
     assert cli.main(["predict", pictures[0], "-m", str(trained.run), "--json"]) == 0

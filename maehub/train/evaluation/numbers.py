@@ -141,25 +141,26 @@ def score_numbers(
     count, what = int(units.max()) + 1, "pictures" if groups is None else "groups"
     generator, order = np.random.default_rng(_SEED), np.argsort(units, kind="stable")
     starts = np.searchsorted(units[order], np.arange(count + 1))
-    draws = []
-    for _ in range(_RESAMPLES if count >= _FEWEST else 0):
-        drawn = generator.integers(0, count, count)
-        draws.append(
-            order[drawn] if groups is None else np.concatenate([order[starts[one] : starts[one + 1]] for one in drawn])
+    pairs = [(predicted[:, place].astype(float), truth[:, place]) for place in range(len(names))]
+    resampled: list[list[dict[str, float]]] = [[] for _ in names]
+    for _ in range(_RESAMPLES if count >= _FEWEST else 0):  # one at a time: all draws together would fill the memory
+        drawn = (
+            order[generator.integers(0, count, count)]
+            if groups is None
+            else np.concatenate([order[starts[one] : starts[one + 1]] for one in generator.integers(0, count, count)])
         )
+        for (said, true), found in zip(pairs, resampled, strict=True):
+            found.append(_measured(said[drawn], true[drawn]))
     columns = []
-    for place, name in enumerate(names):
-        said, true = predicted[:, place].astype(float), truth[:, place]
-        found = _measured(said, true)
-        resampled = [_measured(said[drawn], true[drawn]) for drawn in draws]
+    for name, (said, true), drawn_ones in zip(names, pairs, resampled, strict=True):
         measures = {}
-        for key, value in found.items():
-            values = [one[key] for one in resampled if np.isfinite(one[key])]
+        for key, value in _measured(said, true).items():
+            values = [one[key] for one in drawn_ones if np.isfinite(one[key])]
             ends = map(float, np.percentile(values, (2.5, 97.5))) if values else ()
             measures[key] = Measure(float(value), *ends)
         columns.append(Column(name, **measures))
     few = f"none, since there are fewer than {_FEWEST} {what}"
-    how = f"bootstrap over {count:,} {what}" if draws else few
+    how = f"bootstrap over {count:,} {what}" if count >= _FEWEST else few
     shown = np.unique(np.linspace(0, len(truth) - 1, _POINTS).round().astype(int))
     return NumberScores(len(truth), tuple(columns), how, np.stack([truth[shown], predicted[shown]]).astype(float))
 

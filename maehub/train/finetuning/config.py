@@ -113,14 +113,12 @@ class FinetuneConfig(RunConfig):
                 "linear probe without weights of classes"
             )
         if self.task == "regression":
-            unfit = {name: getattr(self, name) for name in ("mixup", "cutmix", "smoothing") if getattr(self, name)}
-            unfit |= {"recipe": "linear"} if self.recipe == "linear" else {}
-            unfit |= {"head_start": "zero"} if self.head_start == "zero" else {}
-            unfit |= {"class_weights": "balanced"} if self.class_weights == "balanced" else {}
-            for name, value in unfit.items():
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {value} is for classes, and --task regression has numbers"
-                )
+            unfit = {"recipe": "linear", "head_start": "zero", "class_weights": "balanced"}
+            for name in ("mixup", "cutmix", "smoothing", *unfit):
+                value = getattr(self, name)
+                if value and value == unfit.get(name, value):
+                    flag = f"--{name.replace('_', '-')} {value}"
+                    raise UsageError(f"{flag} is for classes, and --task regression has numbers")
         if self.recipe in ("linear", "attentive"):
             for name in ("blocks", "drop_path", "layer_decay"):
                 if getattr(self, name):
