@@ -4,6 +4,10 @@ from .conversion import convert as convert
 from .conversion import identify as identify
 from .data import check_data as check_data
 from .data import data_statistics as data_statistics
+from .dense import Segmenter as Segmenter
+from .dense import SegmenterConfig as SegmenterConfig
+from .dense import load_segmenter as load_segmenter
+from .dense import save_segmenter as save_segmenter
 from .errors import MaehubError as MaehubError
 from .features import FeatureTable as FeatureTable
 from .features import extract_features as extract_features

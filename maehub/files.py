@@ -21,6 +21,8 @@ _OWN = re.compile(r"\..*\.([0-9a-f]{16})([0-7][0-9a-f]{7})[0-9a-f]{8}\.\w+")  # 
 _NO_RENAME = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a formula of a spreadsheet begins with."""
+SEGMENTER = "segmenter.json"
+"""The file in a model folder that says that it holds a segmenter."""
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#@]|:(?=//)|(?<=www)\.")
 _MOST_WORDS = 1_000_000  # bytes
 _MAX_JSON_BYTES = 10_000_000  # a configuration with labels for 20,000 classes has a tenth of it
@@ -351,3 +353,8 @@ def _put_back(old: Path, place: Path, members: Collection[str]) -> None:
         if entry.name not in members and not os.path.lexists(place / entry.name):
             os.replace(entry, place / entry.name)
     shutil.rmtree(old)
+
+
+def is_segmenter(source: str | Path) -> bool:
+    """Whether a folder holds a segmenter: a model folder, or a run folder with one."""
+    return (Path(source) / SEGMENTER).is_file() or (Path(source) / "model" / SEGMENTER).is_file()

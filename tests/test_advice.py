@@ -466,6 +466,18 @@ TRAIN = "--steps 1 --workers 0 --device cpu --batch-size 4"
 # Where a text comes from, some words of it, lines that bring it up, and lines that do what it says.
 ROWS = [
     (
+        "train.finetuning.config.FinetuneConfig",
+        "--recipe ade20k is for",
+        "maehub finetune flowers -o run --recipe ade20k",
+        "? maehub finetune flowers -o run\n? maehub finetune flowers -o run --recipe ade20k --task segment",
+    ),
+    (
+        "train.finetuning.config.FinetuneConfig",
+        "} is for --task segment",
+        "maehub finetune flowers -o run --decoder linear",
+        "? maehub finetune flowers -o run\n? maehub finetune flowers -o run --decoder linear --task segment",
+    ),
+    (
         "train.evaluation.evaluating._read",
         "and no classes",
         """maehub probe numbers.csv -m enc --task regression --label a,b --pool cls -o probed
@@ -598,13 +610,13 @@ ROWS = [
         "maehub knn numbers.csv -m enc --task regression --label a,b",
     ),
     (
-        "data.label_sources._folder_groups",
+        "data.label_sources.folder_groups",
         "is no level",
         "maehub knn grouped -m enc --group patient",
         "maehub knn grouped -m enc --group 2",
     ),
     (
-        "data.label_sources._folder_groups",
+        "data.label_sources.folder_groups",
         "a group is the name",
         "maehub knn flowers -m enc --group 2",
         "maehub knn grouped -m enc --group 2",
@@ -1618,7 +1630,7 @@ NOT_FOLLOWED = {
         ("publishing.pushing.push", "maehub push: {kind}"),
         ("publishing.provenance._of_probe", ""),
         ("train.evaluation.evaluating._write", ""),
-        ("train.finetuning.loop._announce", ""),
+        ("train.finetuning.job.tell_pictures", ""),
         ("train.finetuning.measuring._card", ""),
         ("train.planning.planning", "docs/performance.md"),
         ("train.planning.planning._utilisation", "docs/scaling.md"),
@@ -1661,6 +1673,15 @@ NOT_FOLLOWED = {
         ("train.pretraining.validation.tell_start", ""),
         ("train.probing.comparing._finetuned", ""),
         ("train.probing.probing._trained", "the probe was stopped"),
+    ],
+    "label maps: test_label_maps.py and test_segmentation.py have sets of them": [
+        ("cli.commands.run_predict_maps", ""),
+        ("data.maps.folders.find_label_maps", ""),
+        ("dense.folder.load_segmenter", ""),
+        ("train.finetuning.maps.job.MapJob", ""),
+        ("train.finetuning.maps.job._asked", ""),
+        ("train.finetuning.maps.network.build_segmenter", ""),
+        ("train.finetuning.maps.recipes.settle", ""),
     ],
     "another device": [
         ("train.planning.devices.device_row", "name a GPU like it"),

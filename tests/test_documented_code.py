@@ -93,6 +93,8 @@ PARSED = [
     ("docs/replication.md", "benchmarks/replication.py", "a GPU for hours"),
     ("docs/scaling.md", "#SBATCH", "a cluster"),
     ("docs/scaling.md", "torchrun", "a cluster"),
+    ("docs/segmentation.md", "--task segment", "a set with label maps; tests/test_segmentation.py has these lines"),
+    ("docs/segmentation.md", "load_segmenter", "a run; tests/test_segmentation.py has these lines"),
     ("docs/targets.md", "benchmarks/variants.py", "minutes"),
     ("docs/targets.md", "pretrain(config, tokenizer=tokens_of)", "a tokenizer of the reader's; tests/test_targets.py"),
     ("docs/vit-nano.md", "scripts/nano-data", "downloads"),
@@ -110,6 +112,7 @@ OUTPUT = [  # blocks without a language: what a program prints, files, drawings
     ("docs/identifying.md", "checkpoint-799.pth\n  what"),
     ("docs/nano-data.md", "scripts/nano-data OUT"),
     ("docs/probing.md", "MODEL               POOL"),
+    ("docs/segmentation.md", "pictures/images/a.jpg"),
 ]
 
 

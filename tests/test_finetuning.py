@@ -21,7 +21,7 @@ from maehub.errors import CheckpointError, DataError, DivergedError, UsageError
 from maehub.models.encoder import PRESETS, Encoder, EncoderConfig
 from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import resume as saving
-from maehub.train.finetuning import loop as finetuning
+from maehub.train.finetuning import job as finetuning
 from maehub.train.finetuning.classifier import Objective, class_weights
 from maehub.train.finetuning.views import TrainTransform, policy_of
 

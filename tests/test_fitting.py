@@ -20,7 +20,8 @@ from maehub.errors import UsageError
 from maehub.train import finetune
 from maehub.train.engine import Group
 from maehub.train.evaluation import LinearFit
-from maehub.train.finetuning import fitting, loop
+from maehub.train.finetuning import fitting
+from maehub.train.finetuning import job as jobs
 from maehub.train.finetuning.classifier import StandardisedHead
 from maehub.train.finetuning.head_start import HeadStart, head_of, look_early
 
@@ -30,7 +31,7 @@ def slow(monkeypatch):
     """Steps that are said to take so many seconds."""
 
     def take(seconds):
-        monkeypatch.setattr(loop, "seconds_a_step", lambda *_: seconds)
+        monkeypatch.setattr(jobs, "seconds_a_step", lambda *_: seconds)
 
     return take
 
@@ -98,9 +99,11 @@ def test_a_run_says_how_long_it_takes_and_takes_no_more_steps_than_there_is_time
 def test_on_a_cpu_ten_minutes_are_the_most(pictures, weights, tmp_path, slow):
     slow(60.0)
     config = auto(pictures, tmp_path / "run", weights)
-    assert 4 <= loop._Job(config, Group(), fitting.time.monotonic()).settings.steps <= 10
+    assert 4 <= jobs.ClassifierJob(config, Group(), fitting.time.monotonic()).settings.steps <= 10
     for changes in ({"steps": 50}, {"epochs": 40}, {"recipe": "official", "batch_size": 8}):
-        job = loop._Job(auto(pictures, tmp_path / "run", weights, **changes), Group(), fitting.time.monotonic())
+        job = jobs.ClassifierJob(
+            auto(pictures, tmp_path / "run", weights, **changes), Group(), fitting.time.monotonic()
+        )
         assert job.clock.minutes is None
         assert job.settings.steps >= 45
 
@@ -133,7 +136,7 @@ def test_what_is_too_short_for_the_features_is_refused(pictures, weights, tmp_pa
 
 
 def test_ten_minutes_that_nobody_asked_for_refuse_nothing(pictures, weights, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loop, "MINUTES", 0.0001)
+    monkeypatch.setattr(jobs, "MINUTES", 0.0001)
     result = finetune(auto(pictures, tmp_path / "run", weights))
     assert (result.step, result.kept, result.exit_code) == (0, "probe", 0)
     assert "the features of 60 pictures take about" in caplog.text
@@ -185,7 +188,7 @@ def test_a_classifier_goes_on_with_its_head(pictures, weights, tmp_path, caplog)
     first = finetune(auto(pictures, tmp_path / "first", weights, steps=8, head_start="probe"))
     known = maehub.load(first.run)
     again = auto(pictures, tmp_path / "again", str(first.run), steps=1, base_lr=1e-7)
-    job = loop._Job(again, Group(), 0.0)
+    job = jobs.ClassifierJob(again, Group(), 0.0)
     assert job.probe.own
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -224,7 +227,7 @@ def test_a_run_that_stands_worse_than_it_began_says_so(caplog):
 
 def test_it_is_said_a_tenth_of_the_way(pictures, weights, tmp_path, caplog, monkeypatch):
     looked = []
-    monkeypatch.setattr(loop, "look_early", lambda *given: looked.append(len(given[1])))
+    monkeypatch.setattr(jobs, "look_early", lambda *given: looked.append(len(given[1])))
     finetune(auto(pictures, tmp_path / "run", weights, steps=20))
     assert looked == [9]
 

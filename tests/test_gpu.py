@@ -16,7 +16,7 @@ from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.models.masking import kept_count, make_masks
 from maehub.train import FinetuneConfig, PretrainConfig, finetune, pretrain
 from maehub.train.engine.run_log import RunLog
-from maehub.train.finetuning import loop as finetuning
+from maehub.train.finetuning import job as finetuning
 from maehub.train.pretraining import loop as pretraining
 from maehub.train.pretraining.objective import Objective
 

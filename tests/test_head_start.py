@@ -21,7 +21,7 @@ from maehub.models.encoder import Encoder, EncoderConfig
 from maehub.train import ProbeConfig, finetune, probe
 from maehub.train.engine import Group
 from maehub.train.evaluation import LinearFit, paired, score
-from maehub.train.finetuning import loop
+from maehub.train.finetuning import job as jobs
 from maehub.train.finetuning.head_start import HeadStart, head_of, put_head
 
 TRAINED = {"steps": 60, "base_lr": 0.02, "batch_size": 16, "mixup": 0, "cutmix": 0, "randaugment": "none"}
@@ -47,7 +47,7 @@ def logits_of(network, preprocess, labelled):
 
 
 def job_of(data, **changes):
-    return loop._Job(settings_of(data, "nowhere", head_start="probe", **changes), Group(), 0.0)
+    return jobs.ClassifierJob(settings_of(data, "nowhere", head_start="probe", **changes), Group(), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_several_labels(tmp_path):
 def kept_probe(weights, pictures, tmp_path_factory):
     """A run that tears the network down."""
     run = tmp_path_factory.mktemp("kept") / "run"
-    return finetune(settings_of(pictures, run, model=weights, head_start="probe", steps=20, base_lr=5.0, blocks=2))
+    return finetune(settings_of(pictures, run, model=weights, head_start="probe", steps=20, base_lr=50.0, blocks=2))
 
 
 def test_a_run_that_gains_nothing_exports_the_probe(kept_probe, weights, pictures):

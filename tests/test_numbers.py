@@ -31,7 +31,7 @@ from maehub.train import CompareConfig, EvaluateConfig, KnnConfig, ProbeConfig, 
 from maehub.train.engine import Group
 from maehub.train.evaluation import fit_at, paired, score, score_of, surely_better, sweep
 from maehub.train.evaluation.numbers import score_numbers
-from maehub.train.finetuning import loop
+from maehub.train.finetuning import job as jobs
 from maehub.train.finetuning.head_start import put_head
 
 stats = pytest.importorskip("scipy.stats")
@@ -281,7 +281,7 @@ def test_probe_and_neighbours(table, weights, tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"model": "untrained/timm/vit_tiny_patch16_224", "image_size": (32,)},
                                      {"recipe": "attentive"}, {"recipe": "official"}])  # fmt: skip
 def test_the_network_starts_as_its_ridge(table, weights, changes):
-    job = loop._Job(regression(table, "nowhere", **{"model": weights} | changes), Group(), 0.0)
+    job = jobs.ClassifierJob(regression(table, "nowhere", **{"model": weights} | changes), Group(), 0.0)
     assert job.settings.head_start == "probe"
     held = job.split.training.take(job.inner[1])
     said = logits_of(job.measured, job.classifier.preprocess, held)

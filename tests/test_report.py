@@ -25,7 +25,7 @@ from maehub.figures.plots import Series, curves_picture, curves_svg, decimated, 
 from maehub.models.encoder import PRESETS, EncoderConfig
 from maehub.train import FinetuneConfig, PretrainConfig, finetune
 from maehub.train.evaluation.scores import score
-from maehub.train.finetuning import loop as finetuning
+from maehub.train.finetuning import job as finetuning
 from maehub.train.reports.report import read_metrics, write_report
 
 CONFIG = {

@@ -84,6 +84,8 @@ FUNCTIONS = {
     "download": (["name"], {"revision": None, "cache_dir": None}),
     "verify": (["source"], {"cache_dir": None}),
     "check_data": (["folder"], {}),
+    "load_segmenter": (["folder"], {"device": "cpu"}),
+    "save_segmenter": (["model", "folder"], {"card": None, "overwrite": False}),
     "identify": (["file"], {}),
     "data_statistics": (["folder"], {}),
 }
@@ -120,6 +122,8 @@ CLASSES = {
     "Panels",
     "FeatureTable",
     "MaehubError",
+    "Segmenter",
+    "SegmenterConfig",
 }
 FIELDS = {
     "EncoderConfig": {"image_size", "patch_size", "channels", "width", "depth", "heads", "classes", "pool"},
@@ -163,6 +167,7 @@ TRAINING = {
     *("PretrainConfig", "PlanConfig", "FinetuneConfig", "ProbeConfig", "KnnConfig", "CompareConfig", "EvaluateConfig"),
     *("pretrain", "plan", "finetune", "probe", "probe_sweep", "knn", "compare", "evaluate", "predict", "recipes"),
     *("Comparison", "Evaluation", "FinetuneResult", "KnnResult", "Predictions", "ProbeResult", "Scores", "Sweep"),
+    *("MapEvaluation", "MapPredictions", "MapScores", "predict_maps"),
 }
 EXIT_CODES = {
     "MaehubError": 1,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maehub import hub
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
-from maehub.files import check_place, read_json, read_words
+from maehub.files import check_place, is_segmenter, read_json, read_words
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
@@ -173,7 +173,7 @@ def run_features(config: "arguments.Features", shared: Shared) -> int:
 def run_data(config: "arguments.Data", shared: Shared) -> int:
     if config.out is not None:
         check_place(config.out, config.overwrite)
-    from maehub.data import SAMPLE, check_data, data_statistics, tell
+    from maehub.data import SAMPLE, check_data, check_label_maps, data_statistics, map_folders, tell
 
     if config.what == "stats":
         sample = SAMPLE if config.sample is None else config.sample
@@ -183,7 +183,11 @@ def run_data(config: "arguments.Data", shared: Shared) -> int:
     checked = check_data(config.data, workers=config.workers, progress=not shared.quiet, on_bad=told)
     if config.out is not None:
         checked.save(config.out)
-    return report(shared, checked.to_dict(), checked.describe(), DataError.exit_code if checked.bad else EXIT_DONE)
+    facts, text, bad = checked.to_dict(), checked.describe(), bool(checked.bad)
+    if not bad and map_folders(config.data):  # pictures beside label maps
+        maps = check_label_maps(config.data)
+        facts, text, bad = facts | {"label_maps": maps.to_dict()}, f"{text}\n\n{maps.describe()}", bool(maps.wrong)
+    return report(shared, facts, text, DataError.exit_code if bad else EXIT_DONE)
 
 
 def run_pretrain(config: Any, shared: Shared) -> int:
@@ -202,8 +206,8 @@ def _trained(function: str, config: Any, shared: Shared) -> int:
     text = f"{result.run}: {result.step} steps done"
     if result.exit_code:
         text = f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
-    if scores := getattr(result, "scores", None):  # of a classifier
-        facts |= scores.summary() | {"kept": result.kept}
+    if scores := getattr(result, "scores", None):  # of what was fine-tuned
+        facts |= scores.summary() | ({} if config.task == "segment" else {"kept": result.kept})
         if result.probe:
             key = "probe_r2" if config.task == "regression" else "probe_top1"
             facts[key] = result.probe.summary()[key.removeprefix("probe_")]
@@ -247,6 +251,12 @@ def run_probe(config: Any, shared: Shared) -> int:
 
 
 def run_predict(config: Any, shared: Shared) -> int:
+    if is_segmenter(config.model):
+        return run_predict_maps(config, shared)
+    if config.out is not None:
+        from maehub.train.evaluation import check_target
+
+        check_target(config.out, config.overwrite)
     size = wanted_size(config.image_size)
     located = hub.locate(config.model, "encoder")  # before torch is imported: a model that is not there fails at once
     from maehub.data import find_images
@@ -273,6 +283,30 @@ def run_predict(config: Any, shared: Shared) -> int:
         found.save(config.out, overwrite=config.overwrite)
         facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
         text = f"{config.out}: {len(found)} images" + (f", {len(found.skipped)} skipped" if found.skipped else "")
+    return report(shared, shared.searched(facts), text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
+
+
+def run_predict_maps(config: Any, shared: Shared) -> int:
+    from maehub.dense import load_segmenter
+    from maehub.train import predict_maps
+
+    if config.image_size or config.batch_size:
+        raise UsageError("leave out --image-size and --batch-size: a segmenter has windows of its own")
+    if config.out is not None and config.out.suffix:
+        raise UsageError(f"{config.out}: label maps are written into a folder, whose name has no ending")
+    found = predict_maps(
+        load_segmenter(config.model, device=config.device),
+        config.pictures,
+        config.out,
+        overwrite=config.overwrite,
+        precision=natively(config).precision,
+        skip_bad=config.skip_bad,
+        progress=not shared.quiet,
+    )
+    facts, text = found.to_dict(), str(found)
+    if config.out is not None:
+        facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
+        text = f"{text}\n\n{config.out}: masks, overlays, classes.json, predictions.json"
     return report(shared, shared.searched(facts), text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
 
 

@@ -16,6 +16,14 @@ from .loader import batches_of as batches_of
 from .loader import check_shared_memory as check_shared_memory
 from .loader import naming as naming
 from .loader import worker_count as worker_count
+from .maps.checking import check_label_maps as check_label_maps
+from .maps.folders import LAYOUT as LAYOUT
+from .maps.folders import FoundMaps as FoundMaps
+from .maps.folders import find_label_maps as find_label_maps
+from .maps.folders import map_folders as map_folders
+from .maps.label_maps import IGNORED as IGNORED
+from .maps.label_maps import LabelMaps as LabelMaps
+from .maps.label_maps import MapClasses as MapClasses
 from .sources import Pictures as Pictures
 from .sources import PictureSource as PictureSource
 from .sources import Samples as Samples
@@ -31,6 +39,7 @@ from .splits import inner_parts as inner_parts
 from .splits import inner_split as inner_split
 from .splits import measured_folder as measured_folder
 from .splits import measured_part as measured_part
+from .splits import split_label_maps as split_label_maps
 from .splits import split_labelled as split_labelled
 from .workers import Readers as Readers
 from .workers import reader_count as reader_count

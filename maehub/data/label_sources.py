@@ -146,7 +146,7 @@ def _folders(samples: Source, data: str, group: str | None, *, known: bool) -> N
     if group and group.lstrip("0") == "1":
         raise UsageError("--group 1: the folders of level 1 are the classes; groups are folders from level 2")
     what = f"of {printable(data)}: groups are folders below the class, from 2"
-    groups = None if group is None else _folder_groups(samples, paths, group, what)
+    groups = None if group is None else folder_groups(samples, paths, group, what)
     if odd := sorted(name for name in set(names) if split_word(name)):
         text = "%s: the folders %s are taken for classes, not for parts of a split"
         log.warning(text, printable(data), ", ".join(odd))
@@ -177,7 +177,7 @@ def _shards(samples: Shards, group: str | None) -> NamedLabels:
     elif group is not None:
         members = [samples.index.names[index].removeprefix(b"./").split(b"/") for index in range(count)]
         what = "of shards: a group is a shard, or a folder in the names of members, from 1"
-        groups = _folder_groups(samples, members, group, what)
+        groups = folder_groups(samples, members, group, what)
     return NamedLabels(samples, [called[number] for number in numbers], list(called.values()), groups)
 
 
@@ -238,7 +238,7 @@ def _is_label(item: Any, names: list[str] | None) -> bool:
     return type(item) is bool or (type(item) is int and item >= 0)  # a negative number stands for none
 
 
-def _folder_groups(samples: Source, paths: list[list[bytes]], group: str, what: str) -> list[str]:
+def folder_groups(samples: Source, paths: list[list[bytes]], group: str, what: str) -> list[str]:
     """Groups by the name of one folder: a patient under two classes is one patient. ``what`` says which levels are."""
     if not (group.isascii() and group.isdigit()) or int(group) < 1:
         raise UsageError(f"--group {group} is no level {what}")

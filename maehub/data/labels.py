@@ -11,6 +11,7 @@ import numpy as np
 
 from maehub.data.label_sources import TESTING, TRAINING, NamedLabels, read_label_source, split_word
 from maehub.data.listing import entries_in
+from maehub.data.maps.label_maps import LabelMaps
 from maehub.data.sources import Source, select
 from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
@@ -26,13 +27,15 @@ class Labelled:
     ``labels``: (n,) int64, places in ``classes``; where a picture may have several, (n, classes) bool; or (n, classes)
     float64, the numbers in the columns that ``classes`` names. ``groups``: (n,) int64, equal for pictures that must
     stay on one side of a split; None where nobody said. What `find_labelled` gives is a hash of a group's name, so a
-    group has the same number wherever it is read.
+    group has the same number wherever it is read. ``maps``: where every pixel has a class, which; ``labels`` are then
+    (n, classes) bool, the classes that occur.
     """
 
     samples: Source
     labels: np.ndarray
     classes: tuple[str, ...]
     groups: np.ndarray | None = None
+    maps: LabelMaps | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,7 +67,9 @@ class Labelled:
     def take(self, indices: np.ndarray) -> "Labelled":
         """Some of them, in the order of ``indices``."""
         groups = None if self.groups is None else self.groups[indices]
-        return replace(self, samples=select(self.samples, indices), labels=self.labels[indices], groups=groups)
+        maps = None if self.maps is None else self.maps.take(indices)
+        samples = select(self.samples, indices)
+        return replace(self, samples=samples, labels=self.labels[indices], groups=groups, maps=maps)
 
     def without_empty_classes(self) -> "Labelled":
         """The same pictures, with the classes alone that one of them has."""

@@ -18,6 +18,7 @@ from maehub.data.labels import (
     one_class,
     split_folders,
 )
+from maehub.data.maps.folders import find_label_maps
 from maehub.data.shards import Shards
 from maehub.errors import DataError, UsageError, first_names, log
 from maehub.files import cache_folder
@@ -135,6 +136,29 @@ def split_labelled(
         _check_can_be_split(loaded, groups)
     places = _held_out(groups, share, f"{printable(text)} cannot be split")
     return _tested(text, LabelledSplit(labelled.take(places.train), labelled.take(places.held), True))
+
+
+def split_label_maps(data: str | Path, *, seed: int = 0, share: float = 0.2, group: str | None = None) -> LabelledSplit:
+    """Training and testing pictures with label maps, as given or as `split_labelled` makes them.
+
+    Classes are those of classes.json or classes.txt, else the values that occur. Of a split that is made every class is
+    on both sides, where two pictures or groups have it.
+    """
+    text = os.fsdecode(data)
+    found = find_label_maps(text, group=group)
+    training, testing = found.training, found.testing
+    if testing is not None:
+        split = LabelledSplit(training, testing, False)
+        _check_groups(text, split, found.group_names)
+    else:
+        cannot = f"{printable(text)} cannot be split"
+        if len(training) < 2:
+            raise DataError(f"{cannot}: it has one picture with a label map, and one is needed to measure on")
+        places = _held_out(SplitGroups.of(training, seed, _SPLIT), share, cannot)
+        split = LabelledSplit(training.take(places.train), training.take(places.held), True)
+    if unseen := [split.training.classes[number] for number in np.flatnonzero(split.training.counts == 0)]:
+        log.warning("%s: no picture to train on of the classes %s", printable(text), first_names(unseen, 3))
+    return _tested(text, split)
 
 
 def measured_folder(data: str) -> str:

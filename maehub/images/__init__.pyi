@@ -2,6 +2,8 @@ from .augment import Augmentation as Augmentation
 from .augment import colour_factors as colour_factors
 from .augment import crop as crop
 from .augment import jitter as jitter
+from .augment import scaled as scaled
+from .decoding import Box as Box
 from .decoding import ImagePath as ImagePath
 from .decoding import decode as decode
 from .decoding import decoder_of as decoder_of
@@ -9,8 +11,13 @@ from .decoding import limit_time as limit_time
 from .decoding import looks_like_picture as looks_like_picture
 from .decoding import open_header as open_header
 from .decoding import open_image as open_image
+from .decoding import open_part as open_part
+from .decoding import part_of as part_of
 from .decoding import plain as plain
 from .decoding import printable as printable
+from .label_map import nearest as nearest
+from .label_map import read_label_map as read_label_map
+from .label_map import upright_size as upright_size
 from .preprocess import Preprocess as Preprocess
 from .preprocess import TransformName as TransformName
 from .preprocess import read_pixels as read_pixels

@@ -123,12 +123,12 @@ def decode(
     source: ImagePath | BinaryIO, scaled_to: Size | None = None, max_pixels: int = MAX_PIXELS, background: int = 255
 ) -> Decoded:
     """What `open_image` does, in the channels that the file has; what is transparent shows a grey of 0 to 255."""
-    with _file(source) as file:
+    with opened_file(source) as file:
         image, jpeg = open_header(file, max_pixels)
         if jpeg is None:
             return Decoded.whole(_whole(image, background))
         width, height = image.size
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         order = -1 if orientation >= 5 else 1
         rows, columns = (scaled_to or (height, width))[::order]
         scale = next((scale for scale in (8, 4, 2) if height >= scale * rows and width >= scale * columns), 1)
@@ -176,11 +176,11 @@ def open_part(
     and 1/4 instead of 1/4 and 1/8), and no further down than the part reaches. Everything else is as in `open_image`,
     in the channels that the file has.
     """
-    with _file(source) as file:
+    with opened_file(source) as file:
         image, jpeg = open_header(file, max_pixels)
         if jpeg is None:
             return part_of(_whole(image), choose, scaled_to)
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         turned = orientation >= 5
         upright = image.size if turned else image.size[::-1]
         box = _mirrored(choose(upright), upright, orientation)
@@ -215,7 +215,7 @@ def aligned(box: Box, scaled_to: Size, picture: Size) -> tuple[Box, int]:
 
 
 @contextmanager
-def _file(source: ImagePath | BinaryIO) -> Iterator[BinaryIO]:
+def opened_file(source: ImagePath | BinaryIO) -> Iterator[BinaryIO]:
     """An open file; whatever is raised while it is read becomes one error that names it."""
     try:
         if not isinstance(source, ImagePath):
@@ -310,7 +310,7 @@ def looks_like_picture(head: bytes) -> bool:
         return False
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """1 to 8; a broken EXIF block is no reason to refuse the picture."""
     with suppress(Exception):
         if (value := image.getexif().get(_ORIENTATION)) in _UPRIGHT:
@@ -326,13 +326,13 @@ def _whole(image: ImageFile.ImageFile, background: int = 255) -> Image.Image:
     del image.info["transparency"]
     pixels = np.array(_flat(image))
     pixels[hidden] = background
-    return _upright(Image.fromarray(pixels), _orientation(image))
+    return _upright(Image.fromarray(pixels), orientation_of(image))
 
 
 def plain(image: Image.Image, background: int = 255) -> Image.Image:
     """Any picture as L or RGB: upright, alpha over white or another grey, wide numbers scaled."""
     image.load()  # turns a TIFF itself, and takes its orientation away
-    return _upright(_flat(image, background), _orientation(image))
+    return _upright(_flat(image, background), orientation_of(image))
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:

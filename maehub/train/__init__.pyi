@@ -1,10 +1,14 @@
 from . import recipes as recipes
 from .evaluation import EvaluateConfig as EvaluateConfig
 from .evaluation import Evaluation as Evaluation
+from .evaluation import MapEvaluation as MapEvaluation
+from .evaluation import MapPredictions as MapPredictions
+from .evaluation import MapScores as MapScores
 from .evaluation import Predictions as Predictions
 from .evaluation import Scores as Scores
 from .evaluation import evaluate as evaluate
 from .evaluation import predict as predict
+from .evaluation import predict_maps as predict_maps
 from .finetuning import FinetuneConfig as FinetuneConfig
 from .finetuning import FinetuneResult as FinetuneResult
 from .finetuning import finetune as finetune

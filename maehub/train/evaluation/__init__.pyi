@@ -11,6 +11,13 @@ from .linear import accuracy as accuracy
 from .linear import best as best
 from .linear import fit_at as fit_at
 from .linear import sweep as sweep
+from .maps.evaluating import MapEvaluation as MapEvaluation
+from .maps.evaluating import measured_maps as measured_maps
+from .maps.evaluating import sheet_of as sheet_of
+from .maps.predicting import MapPredictions as MapPredictions
+from .maps.predicting import predict_maps as predict_maps
+from .maps.scores import MapScores as MapScores
+from .maps.scores import score_maps as score_maps
 from .neighbours import NeighbourTrial as NeighbourTrial
 from .neighbours import choose_neighbours as choose_neighbours
 from .neighbours import effective_rank as effective_rank

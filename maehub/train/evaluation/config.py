@@ -12,17 +12,21 @@ from maehub.train.engine import Flag, Section, default, settings, settle
 
 Classifier = Annotated[
     settings.Model,
-    arg(help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file."),
+    arg(
+        help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file; or a "
+        "segmenter: a run folder or a model folder."
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure how well a classifier tells labelled pictures."""
+    """Measure how well a classifier tells labelled pictures, or a segmenter their pixels."""
 
     data: Annotated[Positional[str], Section.DATA, arg(metavar="DATA")]
     """Labelled pictures: DIR/CLASS/…, or DIR/val/CLASS/… where there is DIR/val; a .csv with the columns
-    path and label, several labels with | between; tar shards with .cls members; a Parquet file or a saved dataset."""
+    path and label, several labels with | between; tar shards with .cls members; a Parquet file or a saved dataset. Of a
+    segmenter pictures and label maps: DIR/images and DIR/masks, or those in DIR/val."""
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FOLDER")] = None
     """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv."""
@@ -55,7 +59,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Say what pictures show, by a classifier."""
+    """Say what pictures show, by a classifier; or what every pixel is, by a segmenter."""
 
     pictures: Annotated[
         Positional[tuple[str, ...]], Section.DATA, arg(metavar="PICTURE ...", help_behavior_hint="(required)")
@@ -63,7 +67,8 @@ class PredictConfig:
     """Pictures, and folders searched at any depth."""
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FILE")] = None
-    """File to write, .csv or .json; without one a table is printed."""
+    """File to write, .csv or .json; of a segmenter a folder for label maps and overlays. Without one a table is
+    printed."""
     top: settings.Count = 5
     """Classes to name for each picture."""
     image_size: Annotated[settings.ImageSize, Section.DATA] = ()
@@ -83,7 +88,7 @@ class PredictConfig:
         settle(self)
         if not self.pictures:
             raise UsageError("name pictures or folders")
-        if self.out is not None:
+        if self.out is not None and self.out.suffix:
             check_target(self.out, self.overwrite)
 
 

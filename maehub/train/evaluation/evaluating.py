@@ -17,7 +17,7 @@ from torch import Tensor
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
 from maehub.errors import UsageError, first_names, log
 from maehub.features import outputs
-from maehub.files import check_free, read_json, sheet_cells, whole_folder, write_text
+from maehub.files import check_free, is_segmenter, read_json, sheet_cells, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
 from maehub.models import Encoder, autocast, computed_in, usable_device
@@ -30,6 +30,7 @@ from maehub.train.evaluation.corruptions import (
     read_baseline,
     robustness_picture,
 )
+from maehub.train.evaluation.maps.evaluating import MapEvaluation, evaluate_maps
 from maehub.train.evaluation.plots import contact_sheet, overview
 from maehub.train.evaluation.scores import AnyScores, Scores, losses, probabilities, score_of
 from maehub.train.evaluation.text_tables import printable
@@ -97,18 +98,21 @@ class Evaluation:
         return page
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measure a classifier on labelled pictures, each through the model's own transform.
+def evaluate(config: EvaluateConfig) -> Evaluation | MapEvaluation:
+    """Measure a classifier on labelled pictures, each through the model's own transform; or a segmenter on label maps.
 
     Returns:
         `Evaluation`; with ``config.out`` also as a folder with ``evaluation.json``, ``predictions.csv``, and where
-        there is something to draw ``confusion.png``, ``mistakes.png`` and, by ``corruptions``, ``corruptions.png``.
+        there is something to draw ``confusion.png``, ``mistakes.png`` and, by ``corruptions``, ``corruptions.png``. Of
+        a segmenter `MapEvaluation`, whose folder has ``evaluation.json`` and ``worst.png``.
 
     Raises:
         UsageError: the model has no head, its head does not fit the labels, or the folder is in use.
         DataError: the data have classes that the model does not know, or a picture cannot be read.
         HubError, IntegrityError, CheckpointError: as in `maehub.load` and `maehub.save`.
     """
+    if is_segmenter(config.model):
+        return evaluate_maps(config)
     if config.out is not None:
         check_free(config.out, config.overwrite, MEMBERS)
     device = usable_device(config.device)

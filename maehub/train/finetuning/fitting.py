@@ -2,7 +2,10 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,16 @@ from maehub.errors import UsageError, log
 from maehub.images import Preprocess
 from maehub.models import Precision, autocast
 from maehub.train.engine import Group
+from maehub.train.finetuning.maps.recipes import MapSettings
 from maehub.train.finetuning.mixing import seeded_torch
 from maehub.train.finetuning.recipes import Settings
-from maehub.train.finetuning.views import LabelledCrops
 
 MINUTES = 10.0
 """That ``auto`` may take on a CPU, where nothing else is said."""
+
+Recipe = TypeVar("Recipe", Settings, MapSettings)
+Made = Callable[[int], tuple[Tensor, Tensor]]
+"""Gives so many images and targets, of no meaning."""
 
 _MARGIN = 1.15  # of what is estimated: a machine is seldom left alone
 
@@ -50,13 +57,28 @@ def micro_batch_of(
                 f"--micro-batch {micro} a part of a step has one"
             )
 
-    def made(count: int) -> tuple[Tensor, Tensor]:
-        return blank(count, preprocess, classes, group.device)
+    made = partial(blank, preprocess=preprocess, classes=classes, device=group.device)
+    size = f"{height}×{width}"
+    return fitted_micro_batch(asked, objective, made, part, group, precision, size, shard=shard, multiple=multiple)
 
+
+def fitted_micro_batch(
+    asked: int | None,
+    objective: nn.Module,
+    made: Made,
+    part: int,
+    group: Group,
+    precision: Precision,
+    size: str,
+    *,
+    shard: bool,
+    multiple: int = 1,
+) -> int:
+    """Of a process's ``part`` of a batch what it computes at once; the rest is as in `engine.find_micro_batch`."""
     objective.eval()  # blank pictures would change the running statistics of a normalised head
     with seeded_torch(0, group.device):
         fits = engine.pictures_fit(objective, made, group, precision, shard=shard)
-        found = engine.find_micro_batch(part, group, fits, f"{height}×{width}", asked=asked, multiple=multiple)
+        found = engine.find_micro_batch(part, group, fits, size, asked=asked, multiple=multiple)
     objective.train()
     return found
 
@@ -99,7 +121,7 @@ class Clock:
                 f"{_words(pictures * self.picture)} here: give --minutes {2 * least:.2g} or more. Nothing was written."
             )
 
-    def fitted(self, settings: Settings, training: int, step: float, beside: float) -> Settings:
+    def fitted(self, settings: Recipe, training: int, step: float, beside: float) -> Recipe:
         """The settings with as many steps as there is time for, of ``step`` seconds; it says how long that takes.
 
         ``training`` is the number of pictures of an epoch, ``beside`` the seconds that measuring takes.
@@ -115,7 +137,7 @@ class Clock:
         self._tell(settings, steps, steps * step + beside, training)
         return replace(settings, steps=steps, epochs=steps * settings.batch_size / training)
 
-    def _tell(self, settings: Settings, steps: int, seconds: float, training: int) -> None:
+    def _tell(self, settings: Settings | MapSettings, steps: int, seconds: float, training: int) -> None:
         if not steps:
             log.warning(
                 "%g minutes are too short for one pass over %d pictures, so nothing is trained: the probe is exported. "
@@ -137,9 +159,9 @@ class Clock:
 
 def seconds_a_step(
     objective: nn.Module,
-    preprocess: Preprocess,
+    made: Made,
     batch: int,
-    crops: LabelledCrops,
+    crops: Any,
     keys: list[Key],
     micro: int,
     group: Group,
@@ -147,7 +169,6 @@ def seconds_a_step(
     workers: int | None,
 ) -> float:
     """How long a step of ``batch`` pictures takes: reading those of ``keys``, forward and backward of ``micro``."""
-    classes = len(crops.labelled.classes)
     start = time.monotonic()
     crops.__getitems__(keys)
     reading = (time.monotonic() - start) / max(1, worker_count(workers, group.local_size))
@@ -156,7 +177,7 @@ def seconds_a_step(
     for _ in range(2):  # the first also sets up
         start = time.monotonic()
         with autocast(precision, group.device):
-            loss = objective(*blank(micro, preprocess, classes, group.device))
+            loss = objective(*made(micro))
         loss.backward()
         loss.item()
         spent.append(time.monotonic() - start)

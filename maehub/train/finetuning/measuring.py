@@ -18,7 +18,7 @@ from maehub.files import atomic_write
 from maehub.images import Preprocess
 from maehub.models import Encoder
 from maehub.train.engine import Group
-from maehub.train.evaluation import AnyScores, labelled_sheet, overview, worst_mistakes
+from maehub.train.evaluation import AnyScores, MapScores, labelled_sheet, overview, worst_mistakes
 from maehub.train.finetuning.classifier import AttentiveProbe, LinearProbe
 from maehub.train.finetuning.recipes import Settings
 from maehub.weights import save
@@ -116,7 +116,7 @@ def show(
 class Outcome(NamedTuple):
     """What a run ended with; see `maehub.train.FinetuneResult`."""
 
-    scores: AnyScores | None = None
+    scores: AnyScores | MapScores | None = None
     probe: AnyScores | None = None
     kept: Literal["finetuned", "probe"] = "finetuned"
     compared: dict[str, Any] | None = None
@@ -132,7 +132,7 @@ def export(
     is on one device, and ``model`` is what its training started from.
     """
     scores = outcome.scores
-    assert scores is not None
+    assert not isinstance(scores, MapScores | None)
     facts = {
         "trained_from": model,
         "recipe": asdict(settings),

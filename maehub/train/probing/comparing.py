@@ -10,7 +10,16 @@ import numpy as np
 from maehub.data import LabelledSplit
 from maehub.errors import CheckpointError
 from maehub.files import atomic_write, check_free, write_error
-from maehub.train.evaluation import AnyScores, Interval, Measure, html_table, mean_measure, printable, text_table
+from maehub.train.evaluation import (
+    AnyScores,
+    Interval,
+    MapScores,
+    Measure,
+    html_table,
+    mean_measure,
+    printable,
+    text_table,
+)
 from maehub.train.probing.config import CompareConfig, KnnConfig
 from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split, run_config
 
@@ -208,6 +217,7 @@ def _finetuned(config: CompareConfig, name: str, seed: int) -> Run:
         )
         stopped.exit_code = result.exit_code
         raise stopped
+    assert not isinstance(result.scores, MapScores)
     return Run(seed, result.scores, {"run": folder.name})
 
 

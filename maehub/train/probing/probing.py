@@ -20,7 +20,17 @@ from maehub.errors import CheckpointError, UsageError
 from maehub.features import outputs
 from maehub.files import atomic_write, check_free, read_json, whole_folder, write_json
 from maehub.models import Encoder, autocast, computed_in, usable_device
-from maehub.train.evaluation import LinearFit, NeighbourTrial, best, choose_neighbours, fit_at, score_of, sweep, vote
+from maehub.train.evaluation import (
+    LinearFit,
+    MapScores,
+    NeighbourTrial,
+    best,
+    choose_neighbours,
+    fit_at,
+    score_of,
+    sweep,
+    vote,
+)
 from maehub.train.finetuning import FinetuneConfig, look_for_twins, with_head
 from maehub.train.networks import Backbone, open_backbone, pair
 from maehub.train.probing.config import FrozenConfig, KnnConfig, ProbeConfig
@@ -314,6 +324,7 @@ def _trained(config: ProbeConfig) -> ProbeResult:
         raise stopped
     settings = read_json(result.run / "config.json").get("settings", {})
     used = config.pool or settings.get("pool") or "patches"
+    assert not isinstance(result.scores, MapScores)
     return ProbeResult(
         model=config.model[0],
         data=config.data,

@@ -10,8 +10,10 @@ import numpy as np
 
 from maehub.figures import Series
 from maehub.train.engine import peak_rate
-from maehub.train.evaluation import AnyScores, Bin, ClassScore, NumberScores, Paired, Scores, percent, printable
+from maehub.train.evaluation import Bin, ClassScore, MapScores, NumberScores, Paired, Scores, percent, printable
 from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture
+
+AnyFound = Scores | NumberScores | MapScores
 
 _MOST_CLASSES = 30  # in the table
 _WIDEST = 1500  # pixels of a picture
@@ -25,10 +27,12 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def scores_of(scored: Mapping[str, Any]) -> AnyScores | None:
+def scores_of(scored: Mapping[str, Any]) -> AnyFound | None:
     """The scores in ``scores.json``; None where there are none."""
     try:
         facts = dict(scored["scores"])
+        if "miou" in facts:
+            return MapScores.from_dict(facts)
         if "columns" in facts:
             return NumberScores.from_dict(facts)
         lists = {
@@ -68,10 +72,14 @@ def _trained(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         return f"{_HEADS[head]} {start}, trained"
     few = {None: "", 0: "The head of ", 0.5: "Half of the last block of ", 1: "The last block of "}
     part = few.get(blocks, f"The last {blocks or 0:g} blocks of ")
+    if config.get("task") == "segment":
+        part = (
+            f"A {recipe.get('decoder')} decoder on {part.lower() if blocks else 'the frozen ' if blocks == 0 else ''}"
+        )
     return f"{part}{start}, {'trained' if fresh else 'fine-tuned'}"
 
 
-def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: AnyScores) -> dict[str, str]:
+def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: AnyFound) -> dict[str, str]:
     """How often a finished run's classifier is right, and how that was measured, by ``scores.json``."""
     if isinstance(scores, NumberScores):
         (_, *titles), rows = scores.table()
@@ -79,6 +87,15 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: AnyScor
         found = {f"number {name}": "; ".join(cells) for name, cells in cells_of.items()}
         found |= {"n": f"{scores.n:,}", "95 % intervals": scores.interval} | _against_probe(scored)
         return found | {"for comparison": "R² is 0 for always the mean"} | _how_measured(config, scored)
+    if isinstance(scores, MapScores):
+        between = (
+            scores.interval if scores.low is None else f"95 % interval {scores.headline[1].ends}, {scores.interval}"
+        )
+        found = {"mIoU": f"{percent(scores.miou)} ({between}; n = {scores.n:,})"}
+        found |= {"pixels right": percent(scores.pixel_accuracy), "mean accuracy": percent(scores.mean_accuracy)}
+        most = max(row.pixels for row in scores.per_class) / sum(row.pixels for row in scores.per_class)
+        found["for comparison"] = f"{percent(100 * most)} of the pixels are of the most frequent class"
+        return found | _how_measured(config, scored)
     interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"
     facts = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
     for words, value, note in (
@@ -122,7 +139,7 @@ def _how_measured(config: Mapping[str, Any], scored: Mapping[str, Any]) -> dict[
     return facts
 
 
-def warning(twins: Path, scores: AnyScores | None) -> str:
+def warning(twins: Path, scores: AnyFound | None) -> str:
     """That held-out pictures are in training too, if ``twins.csv`` says so."""
     try:
         with open(twins, encoding="utf-8", errors="replace", newline="") as file:
@@ -170,9 +187,9 @@ def trained_on(config: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def reliability(scores: AnyScores) -> Chart | None:
+def reliability(scores: AnyFound) -> Chart | None:
     """How often it is right, against how sure it is."""
-    if isinstance(scores, NumberScores):
+    if not isinstance(scores, Scores):
         return None
     full = [row for row in scores.bins if row.confidence is not None and row.accuracy is not None]
     sure, right = (np.array([getattr(row, name) for row in full], float) for name in ("confidence", "accuracy"))
@@ -181,10 +198,22 @@ def reliability(scores: AnyScores) -> Chart | None:
     return chart("Calibration", "% right, against % sure", series, legend=True)[0] if full else None
 
 
-def class_table(scores: AnyScores) -> dict[str, Any] | None:
+def class_table(scores: AnyFound) -> dict[str, Any] | None:
     """Classes with what they are ordered by, and where they can be one, what they are taken for; None of numbers."""
     if isinstance(scores, NumberScores):
         return None
+    if isinstance(scores, MapScores):
+        _, cells = scores.table()
+        shown = [
+            (name, n, iou.split()[0], iou, found, taken) for name, n, iou, found, _, taken in cells[:_MOST_CLASSES]
+        ]
+        left = f"{len(cells) - len(shown):,} better classes are left out." if len(cells) > len(shown) else ""
+        return {
+            "titles": ("class", "pictures", "IoU", "found", "most often taken for"),
+            "rows": shown,
+            "note": left,
+            "kind": "classes worded",
+        }
     several = scores.multi_label
     key = "average_precision" if several else "recall"
     rest = ("recall", "precision") if several else ("precision", "most often taken for")

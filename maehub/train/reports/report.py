@@ -208,7 +208,12 @@ def _validation(metrics: Mapping[str, Metrics]) -> dict[str, str]:
 def _so_far(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """What was measured of a classifier that is not finished."""
     facts: dict[str, str] = {}
-    known = ("val_r2", "R² so far", " %"), ("val_top1", "top-1 so far", " %"), ("val_loss", "loss so far", " nats")
+    known = (
+        ("val_miou", "mIoU so far", " %"),
+        ("val_r2", "R² so far", " %"),
+        ("val_top1", "top-1 so far", " %"),
+        ("val_loss", "loss so far", " nats"),
+    )
     for key, words, unit in known:
         if key in metrics:
             steps, values = metrics[key]
@@ -247,7 +252,10 @@ def _charts(metrics: Mapping[str, Metrics]) -> list[Chart]:
         loss.append(Series("validation", *metrics["val_loss"], colour=1, style="points"))
     right = [
         Series(words, *metrics[key], colour=colour, style="points")
-        for key, words, colour in (("val_top5", "top-5", 2), ("val_top1", "top-1", 1), ("val_r2", "R²", 1))
+        for key, words, colour in (
+            *(("val_pixel_accuracy", "pixels right", 2), ("val_miou", "mIoU", 1)),
+            *(("val_top5", "top-5", 2), ("val_top1", "top-1", 1), ("val_r2", "R²", 1)),
+        )
         if key in metrics
     ]
     title = "Variance explained on held-out pictures" if "val_r2" in metrics else "Right on held-out pictures"

@@ -1,0 +1,67 @@
+"""What a set with label maps holds, and what is wrong with it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maehub.data.labels import Labelled
+from maehub.data.maps.folders import find_label_maps
+from maehub.errors import visible
+
+_SHOWN = 20  # that are printed of what is wrong
+
+
+class ClassCount(NamedTuple):
+    """One class: pictures that show it, on each side of a split that was given."""
+
+    name: str
+    training: int
+    testing: int | None
+
+
+@dataclass(frozen=True)
+class MapCheck:
+    """What `check_label_maps` found. Prints as a table."""
+
+    pictures: int
+    """With a label map that can be used."""
+    classes: tuple[ClassCount, ...]
+    wrong: tuple[str, ...]
+    """Label maps that cannot be used, and why."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        rows = [row._asdict() for row in self.classes]
+        return {"pictures": self.pictures, "classes": rows, "wrong": list(self.wrong)}
+
+    def describe(self) -> str:
+        """The same in words."""
+        lines = [f"{self.pictures:,} pictures have label maps of {len(self.classes)} classes; pictures that show each:"]
+        for row in self.classes:
+            sides = (
+                f"{row.training:,}" if row.testing is None else f"{row.training:,} to train, {row.testing:,} to test"
+            )
+            absent = "" if row.training and row.testing != 0 else "   (a side has none)"
+            lines.append(f"  {visible(row.name):<24}{sides}{absent}")
+        lines += [f"{len(self.wrong):,} label maps cannot be used:"] * bool(self.wrong)
+        lines += [f"  {visible(one)}" for one in self.wrong[:_SHOWN]]
+        return "\n".join([*lines, *["  …"] * (len(self.wrong) > _SHOWN)])
+
+
+def check_label_maps(data: str | Path) -> MapCheck:
+    """Read every label map of a set; see `find_label_maps` for its layout.
+
+    Raises:
+        UsageError: it is no set with label maps.
+        DataError: none can be used, or what their values mean is not known.
+    """
+    found = find_label_maps(data, strict=False)
+    sides: list[Labelled] = [one for one in (found.training, found.testing) if one is not None]
+    counts = np.stack([side.counts for side in sides]).tolist()
+    rows = [
+        ClassCount(name, counts[0][place], counts[1][place] if len(sides) > 1 else None)
+        for place, name in enumerate(found.training.classes)
+    ]
+    return MapCheck(sum(map(len, sides)), tuple(rows), tuple(found.wrong))

@@ -1,0 +1,206 @@
+"""Folders of pictures beside folders of label maps: which map belongs to which picture, and the sides of a split."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from maehub.data.label_sources import TESTING, TRAINING, folder_groups
+from maehub.data.labels import Labelled, split_folders
+from maehub.data.listing import Names, entries_in
+from maehub.data.maps.label_maps import (
+    LabelMaps,
+    Looked,
+    MapClasses,
+    classes_of,
+    counts_of,
+    doubled,
+    found_classes,
+    look_at_maps,
+    stem,
+)
+from maehub.data.sources import Samples, find_images
+from maehub.errors import DataError, UsageError, first_names, log
+from maehub.images import printable
+from maehub.rng import sample_id
+
+_PICTURES = ("images", "image", "imgs", "img", "pictures", "jpegimages")
+_MAPS = ("masks", "mask", "labels", "labelmaps", "annotations", "segmentationclass")
+LAYOUT = (
+    "Pictures and label maps lie in DIR/images and DIR/masks, under the same names; or in DIR/train/images, "
+    "DIR/train/masks, DIR/val/images and DIR/val/masks"
+)
+
+
+class MapFolders(NamedTuple):
+    """A folder of pictures, and the one of their label maps."""
+
+    pictures: str
+    maps: str
+
+
+class FoundMaps(NamedTuple):
+    """Pictures with their label maps, by the side of a split that they were given for."""
+
+    training: Labelled
+    testing: Labelled | None
+    """None where no split was given."""
+    group_names: dict[int, str]
+    wrong: list[str]
+    """What is wrong with which files; those are not among the pictures."""
+
+
+def map_folders(data: str) -> tuple[MapFolders, MapFolders | None] | None:
+    """The folders of a set, or of its training side and its testing one; None where it is no set with label maps.
+
+    Raises:
+        DataError: every folder is called like a part of a split, but they are not one.
+    """
+    if not os.path.isdir(data):
+        return None
+    if both := _beside(data):
+        words = [split_folders(folder) for folder in both]
+        if len(words[0]) > 1 and words[0].keys() == words[1].keys():
+            names = _sides(data, words[0])
+            training, testing = (MapFolders(*(os.path.join(folder, name) for folder in both)) for name in names)
+            return training, testing
+        return both, None
+    words_of = split_folders(data)
+    found = {name: both for name in words_of if (both := _beside(os.path.join(data, name)))}
+    if not found:
+        return None
+    if len(found) == 1 and words_of[next(iter(found))] in TRAINING:
+        return next(iter(found.values())), None
+    training_name, testing_name = _sides(data, {name: words_of[name] for name in found})
+    return found[training_name], found[testing_name]
+
+
+def _beside(folder: str) -> MapFolders | None:
+    names = {entry.name.casefold(): entry.name for entry in entries_in(folder) if entry.is_dir()}
+    pictures = next((names[name] for name in _PICTURES if name in names), None)
+    maps = next((names[name] for name in _MAPS if name in names), None)
+    if pictures is None or maps is None:
+        return None
+    return MapFolders(os.path.join(folder, pictures), os.path.join(folder, maps))
+
+
+def _sides(data: str, words: dict[str, str]) -> tuple[str, str]:
+    """The names of the folders to train and to measure on."""
+    training = [name for name, word in words.items() if word in TRAINING]
+    testing = sorted(words.keys() - training, key=lambda name: (TESTING.index(words[name]), name))
+    if len(training) != 1 or not testing:
+        names = ", ".join(map(printable, sorted(words)))
+        raise DataError(
+            f"{printable(data)} holds {names}: which is for training and which for measuring is not clear. "
+            "Rename them to train and val"
+        )
+    if passed := testing[1:]:
+        log.warning("measured on %s; %s in %s is not read", testing[0], ", ".join(passed), printable(data))
+    return training[0], testing[0]
+
+
+def find_label_maps(
+    data: str | Path,
+    *,
+    group: str | None = None,
+    classes: MapClasses | None = None,
+    strict: bool = True,
+    side: str | None = None,
+) -> FoundMaps:
+    """Pictures with their label maps; every map is read once, to see whether it can be used and what it holds.
+
+    Pictures and maps belong together by their names below their folders, without the ending; a picture without a map
+    is left out, and said. So are pictures of whose map every pixel is ignored. ``labels`` of the result are (n, C)
+    bool, the classes that occur.
+
+    Args:
+        data: see `LAYOUT`; classes.json or classes.txt in it, or beside the two folders, names the classes.
+        group: the level of a folder below the one of pictures, from 1, whose name is what must stay on one side.
+        classes: what values mean where no file says so; None takes the values that occur.
+        strict: an unusable map is an error; else it is told.
+        side: ``"testing"`` takes that side alone, where a split was given.
+
+    Raises:
+        UsageError: ``data`` is no such folder, or a group is not in the names.
+        DataError: no pictures or no maps, two files of one name, maps that cannot be used.
+    """
+    text = os.fsdecode(data)
+    folders = map_folders(text)
+    if folders is None:
+        raise UsageError(f"{printable(text)} holds no folders of pictures and label maps. {LAYOUT}")
+    sides = [one for one in folders if one is not None]
+    if side == "testing":
+        sides = sides[-1:]
+    pairs = [_paired(*one) for one in sides]
+    looked = [look_at_maps(pictures, files) for pictures, files in pairs]
+    everything = [one for part in looked for one in part]
+    beside = [text, *dict.fromkeys(os.path.dirname(folder) for one in sides for folder in one)]
+    known = classes_of(beside) or classes or found_classes([one for one in everything if not one.reason], text)
+    wrong: list[str] = []
+    found = [_labelled(*pair, part, known, group, wrong) for pair, part in zip(pairs, looked, strict=True)]
+    if wrong and strict:
+        more = f", and {len(wrong) - 1} more label maps cannot be used; `maehub data check DATA` names all of them"
+        raise DataError(f"{wrong[0]}{more if len(wrong) > 1 else ''}")
+    names = {number: name for _, some in found for number, name in some.items()}
+    return FoundMaps(found[0][0], found[1][0] if len(found) > 1 else None, names, wrong)
+
+
+def _paired(pictures: str, maps: str) -> tuple[Samples, Samples]:
+    """Pictures and their maps, in the order of their names."""
+    found = [find_images(folder) for folder in (pictures, maps)]
+    stems = [[stem(samples.name(index)) for index in range(len(samples))] for samples in found]
+    for folder, names in zip((pictures, maps), stems, strict=True):
+        if (twice := doubled(names)) is not None:
+            raise DataError(
+                f"{printable(folder)} has several files called {printable(twice)} with different endings, and which "
+                "belongs to which is not known: leave one"
+            )
+    of = {name: place for place, name in enumerate(stems[1])}
+    both = [place for place, name in enumerate(stems[0]) if name in of]
+    if not both:
+        raise DataError(
+            f"no picture in {printable(pictures)} has a label map in {printable(maps)}: of {len(stems[0])} pictures "
+            f"and {len(stems[1])} maps none share a name, such as {printable(stems[0][0])} and {printable(stems[1][0])}"
+        )
+    if without := sorted(set(stems[0]) - of.keys()):
+        shown = first_names([printable(name) for name in without], 3)
+        log.warning("%s: %d pictures have no label map and are left out: %s", printable(maps), len(without), shown)
+    if without := sorted(of.keys() - set(stems[0])):
+        shown = first_names([printable(name) for name in without], 3)
+        log.warning("%s: %d label maps have no picture: %s", printable(pictures), len(without), shown)
+    chosen = Names.of(found[0].name(place) for place in both)
+    files = Names.of(found[1].name(of[stems[0][place]]) for place in both)
+    return Samples(found[0].root, chosen, found[0].passed_over), Samples(found[1].root, files)
+
+
+def _labelled(
+    pictures: Samples,
+    files: Samples,
+    looked: Sequence[Looked],
+    classes: MapClasses,
+    group: str | None,
+    wrong: list[str],
+) -> tuple[Labelled, dict[int, str]]:
+    """What can be used; the rest is added to ``wrong``."""
+    counts, unusable = counts_of(looked, classes, files.where)
+    wrong += [reason for _, reason in unusable]
+    empty = [index for index in np.flatnonzero(~counts.any(axis=1)).tolist() if index not in dict(unusable)]
+    if empty:
+        text = "%s: of %d pictures every pixel is ignored, and they are left out: %s"
+        names = first_names([printable(pictures.name(index)) for index in empty], 3)
+        log.warning(text, printable(pictures.root), len(empty), names)
+    usable = np.flatnonzero(counts.any(axis=1))
+    names_of: dict[int, str] = {}
+    groups = None
+    if group is not None:
+        paths = [pictures.name(index).split(b"/") for index in range(len(pictures))]
+        what = f"of {printable(pictures.root)}: groups are folders below it, from 1"
+        called = folder_groups(pictures, paths, group, what)
+        numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(called)}
+        groups, names_of = np.array([numbers[name] for name in called], np.int64), {n: s for s, n in numbers.items()}
+    if not len(usable):
+        raise DataError(wrong[0] if wrong else f"{printable(pictures.root)}: no label map holds a class")
+    whole = Labelled(pictures, counts > 0, classes.names, groups, LabelMaps(files, classes))
+    return whole.take(usable), names_of

@@ -1,0 +1,11 @@
+from .decoders import DECODERS as DECODERS
+from .decoders import Decoder as Decoder
+from .decoders import LinearDecoder as LinearDecoder
+from .decoders import UPerNet as UPerNet
+from .folder import load_segmenter as load_segmenter
+from .folder import save_segmenter as save_segmenter
+from .segmenter import Segmenter as Segmenter
+from .segmenter import SegmenterConfig as SegmenterConfig
+from .segmenter import colours_of as colours_of
+from .segmenter import pixels_of as pixels_of
+from .segmenter import scaled_size as scaled_size

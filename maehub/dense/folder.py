@@ -1,0 +1,93 @@
+"""Folders of segmenters: the folder of the encoder, as maehub and timm load it, and the decoder beside it.
+
+config.json, model.safetensors, README.md     the encoder's; see `maehub.weights.save`
+segmenter.json                                decoder, classes, palette, scale
+segmenter.safetensors                         the decoder's tensors
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maehub.data import MapClasses
+from maehub.dense.segmenter import Segmenter, SegmenterConfig
+from maehub.errors import IntegrityError, UsageError
+from maehub.files import SEGMENTER, check_free, read_json, whole_folder, write_json
+from maehub.hub import load
+from maehub.models import usable_device
+from maehub.version import __version__
+from maehub.weights import MEMBERS, check_finite, find_model_folder, read_tensors, write_members, write_tensors
+
+_CONFIG, _TENSORS = SEGMENTER, "segmenter.safetensors"
+_FORMAT = 1
+
+
+def save_segmenter(model: Segmenter, folder: str | Path, *, card: str | None = None, overwrite: bool = False) -> Path:
+    """Write a segmenter's folder, whole or not at all; arguments and errors as in `maehub.save`."""
+    if not isinstance(model, Segmenter):
+        raise UsageError(f"save_segmenter takes a Segmenter, not a {type(model).__name__}")
+    folder, members = Path(folder), (*MEMBERS, _CONFIG, _TENSORS)
+    check_free(folder, overwrite, members)
+    decoder = {name: value.contiguous() for name, value in model.decoder.state_dict().items()}
+    check_finite({name: value for name, value in decoder.items() if value.is_floating_point()}, "the weights to save")
+    with whole_folder(folder, overwrite=overwrite, members=members) as staging:
+        write_members(staging, folder.absolute().name, model.encoder, card=card)
+        sha256 = write_tensors(staging / _TENSORS, decoder, {"format": "pt", "maehub": __version__}, torch.float32)
+        said: dict[str, Any] = {"format": _FORMAT, "maehub": __version__, "task": "segment", "sha256": sha256}
+        write_json(staging / _CONFIG, said | asdict(model.config))
+    return folder
+
+
+def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") -> Segmenter:
+    """A segmenter by its folder, or that of its run, in eval mode; `maehub.load` gives its encoder alone.
+
+        segmenter = maehub.load_segmenter("runs/streets")
+        places = segmenter.predict("street.jpg")  # (H, W) int16, places in segmenter.config.classes.names
+
+    Raises:
+        UsageError: it is no such folder.
+        IntegrityError: a file is broken, or holds other tensors than it should.
+    """
+    folder = find_model_folder(folder)
+    if not (folder / _CONFIG).is_file():
+        raise UsageError(
+            f"{folder} is no segmenter: it has no {_CONFIG}. Train one by `maehub finetune DATA -o RUN --task segment`; "
+            "maehub.load(FOLDER) loads encoders and classifiers"
+        )
+    config = _config(folder / _CONFIG)
+    encoder = load(folder)
+    model = Segmenter(encoder, config)
+    path = folder / _TENSORS
+    if not path.is_file():
+        raise IntegrityError(f"{folder} has a {_CONFIG} and no {_TENSORS}")
+    tensors, expected = read_tensors(path).tensors, model.decoder.state_dict()
+    if tensors.keys() != expected.keys() or any(tensors[key].shape != expected[key].shape for key in expected):
+        missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise IntegrityError(
+            f"{path} does not hold the decoder that {_CONFIG} describes: it lacks {missing[:3]}, has {more[:3]} beside "
+            "it, or shapes differ"
+        )
+    check_finite({name: value for name, value in tensors.items() if value.is_floating_point()}, str(path))
+    model.decoder.load_state_dict(tensors)
+    return model.to(usable_device(device)).eval()
+
+
+def _config(path: Path) -> SegmenterConfig:
+    said = read_json(path)
+    known = set(SegmenterConfig.__dataclass_fields__)
+    if said.get("format") != _FORMAT or said.get("task") != "segment":
+        raise IntegrityError(f"{path} is of another format or task than this version of maehub reads")
+    if unknown := sorted(said.keys() - known - {"format", "maehub", "task", "sha256"}):
+        raise IntegrityError(f"{path} has unknown keys: {', '.join(unknown)[:200]}")
+    try:
+        classes = MapClasses(**{name: _frozen(value) for name, value in said["classes"].items()})
+        rest: Any = {name: _frozen(value) for name, value in said.items() if name in known - {"classes"}}
+        return SegmenterConfig(classes, **rest)
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
+        raise IntegrityError(f"{path} cannot be used: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

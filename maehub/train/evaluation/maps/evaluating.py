@@ -1,0 +1,132 @@
+"""Measuring a segmenter on pictures with label maps, and the folder with what was found."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from maehub.data import Labelled, find_label_maps, naming
+from maehub.dense import Segmenter, load_segmenter, pixels_of
+from maehub.errors import DataError, UsageError, first_names
+from maehub.files import check_free, whole_folder, write_text
+from maehub.models import autocast, computed_in, usable_device
+from maehub.train.evaluation.config import EvaluateConfig
+from maehub.train.evaluation.maps.plots import MapExample, map_sheet
+from maehub.train.evaluation.maps.scores import MapScores, confusion_of, score_maps
+from maehub.train.evaluation.text_tables import printable
+
+_MEMBERS = ("evaluation.json", "worst.png")
+_WORST = 8
+
+
+@dataclass(frozen=True)
+class MapEvaluation:
+    """What `evaluate` found of a segmenter. Prints as tables."""
+
+    model: str
+    data: str
+    scores: MapScores
+    worst: Image.Image | None = field(default=None, repr=False, compare=False)
+    """The pictures with the fewest right pixels, as a sheet."""
+    files: tuple[Path, ...] = ()
+    """What was written."""
+    precision: str = "fp32"
+    """What the network computed in."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        facts = {"model": self.model, "data": self.data, "task": "segment", "precision": self.precision}
+        return facts | self.scores.to_dict() | {"files": [str(path) for path in self.files]}
+
+    def __str__(self) -> str:
+        how = "" if self.precision == "fp32" else f", computed in {self.precision}"
+        parts = [f"{self.model} on {printable(self.data, 200)}{how}\n\n{self.scores}"]
+        return "\n\n".join([*parts, "\n".join(map(str, self.files))] if self.files else parts)
+
+
+def evaluate_maps(config: EvaluateConfig) -> MapEvaluation:
+    """Measure a segmenter; see `maehub.train.evaluate`, which calls it for one."""
+    for name in ("label", "classes_from", "corruptions", "baseline", "image_size", "batch_size"):
+        if getattr(config, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for classifiers, and {config.model} tells every pixel")
+    if config.out is not None:
+        check_free(config.out, config.overwrite, _MEMBERS)
+    device = usable_device(config.device)
+    model = load_segmenter(config.model, device=device)
+    known = model.config.classes
+    labelled = find_label_maps(config.data, group=config.group, classes=known, side="testing").training
+    labelled = in_classes(labelled, known.names, config.data)
+    examples, tables = [], []
+    for index, predicted, table in measured_maps(
+        model, labelled, range(len(labelled)), autocast(config.precision, device), progress=not config.quiet
+    ):
+        tables.append(table)
+        examples.append((100 * np.trace(table) / max(1, table.sum()), index, predicted))
+        examples = sorted(examples, key=lambda one: one[0])[:_WORST]
+    scores = score_maps(tables, known.names, labelled.groups)
+    sheet = sheet_of(model, labelled, [(index, predicted) for _, index, predicted in examples])
+    found = MapEvaluation(config.model, config.data, scores, sheet, precision=computed_in(config.precision))
+    if config.out is None:
+        return found
+    found = replace(found, files=tuple(config.out / name for name in _MEMBERS))
+    with whole_folder(config.out, overwrite=config.overwrite, members=_MEMBERS) as folder:
+        write_text(folder / "evaluation.json", json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n")
+        sheet.save(folder / "worst.png")
+    return found
+
+
+def in_classes(labelled: Labelled, names: Sequence[str], data: str) -> Labelled:
+    """The same pictures with the classes in another order, that of a model, which has all of them."""
+    assert labelled.maps is not None
+    if labelled.classes == tuple(names):
+        return labelled
+    if unknown := sorted(set(labelled.classes) - set(names)):
+        raise DataError(
+            f"{printable(data, 200)} has classes that the model does not know: {first_names(unknown, 3)}. "
+            f"Known are {first_names(names, 3)}; name classes alike in both classes.json, or null what is not to count"
+        )
+    place = [names.index(name) for name in labelled.classes]
+    classes = labelled.maps.classes
+    moved = tuple(at if at < 0 else place[at] for at in classes.places)
+    labels = np.zeros((len(labelled), len(names)), bool)
+    labels[:, place] = labelled.labels
+    maps = replace(labelled.maps, classes=replace(classes, names=tuple(names), places=moved))
+    return replace(labelled, labels=labels, classes=tuple(names), maps=maps)
+
+
+def measured_maps(
+    model: Segmenter,
+    labelled: Labelled,
+    places: Iterable[int],
+    precision: contextlib.AbstractContextManager[Any],
+    *,
+    progress: bool = False,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Of each of these pictures its place, the classes (H, W) that are said, and its confusion table (C, C) int64."""
+    assert labelled.maps is not None
+    chosen = list(places)
+    for index in tqdm(chosen, unit=" pictures", disable=None if progress else True, leave=False):
+        with naming(labelled.samples, index), precision, torch.inference_mode():
+            predicted = model.predict(labelled.samples.source(index))  # type: ignore[arg-type]
+        yield index, predicted, confusion_of(labelled.maps.read(index), predicted, len(labelled.classes))
+
+
+def sheet_of(model: Segmenter, labelled: Labelled, shown: Sequence[tuple[int, np.ndarray]]) -> Image.Image:
+    """Some pictures by their places, with what is said of them."""
+    assert labelled.maps is not None
+    examples = []
+    for index, predicted in shown:
+        truth = labelled.maps.read(index)
+        counted = truth >= 0
+        right = 100 * float((truth == predicted)[counted].mean()) if counted.any() else 0.0
+        pixels = pixels_of(labelled.samples.source(index), model.encoder.config.channels)  # type: ignore[arg-type]
+        name = labelled.samples.name(index).decode("utf-8", "replace")
+        examples.append(MapExample(name, pixels, truth, predicted, right))
+    return map_sheet(examples, labelled.classes, model.config.palette)

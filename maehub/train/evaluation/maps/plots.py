@@ -1,0 +1,82 @@
+"""Pictures beside their label maps: what is there, and what a segmenter says is there."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from maehub.data import IGNORED
+from maehub.images import nearest, scaled
+from maehub.train.evaluation.text_tables import printable
+
+_SHARE = 0.6  # of an overlay that is the colour of the class
+_SIDE = 300  # pixels of a panel, the longer side
+_GAP, _LINE = 8, 20
+_INK, _GREY, _PAPER, _WRONG = (20, 20, 20), (95, 95, 95), (255, 255, 255), (200, 30, 30)
+_SWATCHES = 24  # classes in the legend
+
+Palette = Sequence[tuple[int, int, int]]
+
+
+class MapExample(NamedTuple):
+    """A picture with its maps."""
+
+    name: str
+    pixels: np.ndarray  # (H, W, C) uint8
+    truth: np.ndarray  # (H, W) places of classes
+    predicted: np.ndarray
+    right: float  # percent of its pixels
+
+
+def overlay(pixels: np.ndarray, places: np.ndarray, palette: Palette) -> np.ndarray:
+    """A picture under the colours of its classes: (H, W, C) uint8 and (H, W) to (H, W, 3) uint8. What is ignored, and a
+    class whose colour is black, stay as they are."""
+    grey = pixels if pixels.shape[2] == 3 else pixels[:, :, :1].repeat(3, axis=2)
+    colours = np.array([*palette, (0, 0, 0)], np.float32)[places]  # −1 is the last
+    shown = _SHARE * colours + (1 - _SHARE) * grey
+    return np.where((colours > 0).any(axis=2, keepdims=True), shown, grey).round().astype(np.uint8)
+
+
+def map_sheet(examples: Sequence[MapExample], classes: Sequence[str], palette: Palette) -> Image.Image:
+    """One row a picture: itself, under its true classes, under those that are said, and where they differ (red)."""
+    font = ImageFont.load_default(13)
+    used = sorted({int(place) for one in examples for map_ in (one.truth, one.predicted) for place in np.unique(map_)})
+    named = [place for place in used if place != IGNORED][:_SWATCHES]
+    titles = ("picture", "true", "predicted", "wrong")
+    rows = [_panels(one, palette) for one in examples]
+    width = max([len(titles) * (_SIDE + _GAP) + _GAP, *(sum(p.width + _GAP for p in row) + _GAP for row in rows)])
+    columns = max(1, width // 180)
+    legend = -(-len(named) // columns) * _LINE + _GAP
+    height = legend + _LINE + sum(row[0].height + _LINE + _GAP for row in rows)
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, place in enumerate(named):
+        x, y = _GAP + number % columns * 180, _GAP // 2 + number // columns * _LINE
+        draw.rectangle((x, y + 2, x + 14, y + 16), palette[place], _GREY)
+        draw.text((x + 20, y + 2), printable(classes[place], 22), _INK, font)
+    y = legend
+    for number, title in enumerate(titles):
+        draw.text((_GAP + number * (_SIDE + _GAP), y), title, _GREY, font)
+    y += _LINE
+    for one, row in zip(examples, rows, strict=True):
+        for number, panel in enumerate(row):
+            sheet.paste(panel, (_GAP + number * (_SIDE + _GAP), y))
+        y += row[0].height
+        draw.text((_GAP, y + 2), f"{printable(one.name, 60)}: {one.right:.1f} % of the pixels right", _INK, font)
+        y += _LINE + _GAP
+    return sheet
+
+
+def _panels(one: MapExample, palette: Palette) -> list[Image.Image]:
+    factor = _SIDE / max(one.pixels.shape[:2])
+    size = max(1, round(one.pixels.shape[0] * factor)), max(1, round(one.pixels.shape[1] * factor))
+    pixels = scaled(one.pixels, size).numpy()
+    truth, predicted, wrong = (
+        nearest(values, size) for values in (one.truth, one.predicted, one.truth != one.predicted)
+    )
+    wrong &= truth != IGNORED
+    bare = overlay(pixels, np.full(size, IGNORED), palette)
+    differs = overlay(bare, np.where(wrong, 0, IGNORED), [_WRONG])
+    shown = (bare, overlay(pixels, truth, palette), overlay(pixels, predicted, palette), differs)
+    return [Image.fromarray(panel) for panel in shown]

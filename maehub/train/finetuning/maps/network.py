@@ -1,0 +1,157 @@
+"""The segmenter that is trained: its parameters by layers, its loss, and its start as the probe of single patches."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maehub.data import IGNORED, Labelled
+from maehub.dense import LinearDecoder, Segmenter, SegmenterConfig
+from maehub.errors import DataError, UsageError, log
+from maehub.models import Encoder
+from maehub.rng import sample_seed
+from maehub.train.engine import Group, decayed_groups
+from maehub.train.evaluation import best, fit_at, sweep
+from maehub.train.finetuning.classifier import drop_paths
+from maehub.train.finetuning.maps.recipes import MapSettings
+from maehub.train.finetuning.maps.views import MapTransform
+
+_PICTURES, _PATCHES = 400, 24_000  # that a probe is solved from, at most
+_PURE = 0.9  # share of a patch's pixels that are of one class
+_VIEW = 14  # of `sample_seed`
+
+
+class MapObjective(nn.Module):
+    """A segmenter and its loss: cross-entropy of every pixel, of the side head too.
+
+    It is the sum over the pixels that have a class, divided by all of them, so that every crop has the same weight
+    whatever is ignored in it, and a batch in parts the same gradient as a whole one.
+    """
+
+    def __init__(self, network: Segmenter, side_loss: float) -> None:
+        super().__init__()
+        self.network = network
+        self.side_loss = side_loss
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Images (B, C, H, W) and places of classes (B, H, W) int64 to the mean loss, () float32."""
+        scores, side = self.network.scores(images)
+        loss = _cross_entropy(scores, targets)
+        return loss if side is None else loss + self.side_loss * _cross_entropy(side, targets)
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    summed = F.cross_entropy(scores.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return summed / targets.numel()
+
+
+def build_segmenter(encoder: Encoder, config: SegmenterConfig, settings: MapSettings, seed: int) -> Segmenter:
+    """A segmenter on the CPU with a fresh decoder, its positions trained, as published."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = Segmenter(encoder, config)
+    depth, trained = encoder.config.depth, settings.blocks
+    first = 0 if trained is None else depth - int(trained)  # of the blocks that train
+    if first < 0 or trained == 0.5:
+        raise UsageError(f"--blocks {trained:g} must be whole blocks of the {depth} of the network")
+    encoder.requires_grad_(trained is None)
+    encoder.final_norm.requires_grad_(model.decoder.normed and trained != 0)
+    for number, block in enumerate(encoder.blocks):
+        block.requires_grad_(first <= number <= max(model.layers))
+    drop_paths(list(encoder.blocks), settings.drop_path)
+    for part in model.decoder.modules():
+        if isinstance(part, nn.Dropout2d):
+            part.p = settings.dropout
+    return model
+
+
+def parameter_groups(model: Segmenter, settings: MapSettings) -> list[dict[str, Any]]:
+    """Those of the encoder by layers, and those of the decoder, which has the whole rate and no decay on vectors."""
+    depth = model.encoder.config.depth
+    groups = decayed_groups(model.encoder, depth, settings.weight_decay, settings.layer_decay)
+    trained = [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
+    for decays in (True, False):
+        some = [parameter for parameter in trained if (parameter.ndim > 1) == decays]
+        groups.append({"params": some, "lr_scale": 1.0, "weight_decay": settings.weight_decay if decays else 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def solve_decoder(
+    model: Segmenter,
+    training: Labelled,
+    transform: MapTransform,
+    group: Group,
+    precision: contextlib.AbstractContextManager[Any],
+    seed: int,
+) -> None:
+    """Begin a linear decoder as the logistic regression of the encoder's patches, the same in every process.
+
+    Up to 24,000 patches of up to 400 pictures are taken, of those that are of one class: fewer than nine tenths of a
+    patch are left out. Its strength is chosen on a fifth of the pictures.
+    """
+    assert isinstance(model.decoder, LinearDecoder)
+    found = None
+    with group.together("solving the probe of patches"):
+        if group.is_main:
+            features, labels, pictures = _patches(model, training, transform, group, precision, seed)
+            classes = len(training.classes)
+            if len(np.unique(labels)) < 2:
+                log.warning("no two classes fill a patch, so the decoder begins fresh; a smaller patch sees more")
+            else:
+                held = pictures % 5 == 0
+                inner = [(np.flatnonzero(~held), np.flatnonzero(held))]
+                able = held.any() and len(np.unique(labels[~held])) > 1
+                strength = best(sweep(features, labels, classes, inner)).strength if able else 1e-3
+                found = fit_at(features, labels, classes, strength)
+                right = float((found.logits(features).argmax(dim=1).numpy() == labels).mean())
+                log.info("the probe of %d patches of one class tells %.1f %% of them", len(labels), 100 * right)
+    found = group.first(found, "the probe of patches")
+    if found is not None:
+        with torch.no_grad():
+            state = {"classify.weight": found.weight[:, :, None, None], "classify.bias": found.bias}
+            model.decoder.load_state_dict(state)
+
+
+def _patches(
+    model: Segmenter,
+    training: Labelled,
+    transform: MapTransform,
+    group: Group,
+    precision: contextlib.AbstractContextManager[Any],
+    seed: int,
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Features (n, D) float32 of patches, their classes (n,) and the numbers of their pictures (n,)."""
+    order = np.argsort([sample_seed(seed, 0, training.samples.sample_id(i), _VIEW) for i in range(len(training))])
+    patch, each = model.encoder.config.patch_size, -(-_PATCHES // min(len(training), _PICTURES))
+    generator = np.random.default_rng(seed % 2**63)
+    rows, labels, pictures = [], [], []
+    model.to(group.device).eval()
+    assert training.maps is not None
+    for number, index in enumerate(order[:_PICTURES].tolist()):
+        places = training.maps.read(index)
+        pixels, target = transform.crop(training.samples.source(index), places, sample_seed(seed, 0, index, _VIEW))
+        images = transform.preprocess.normalise(torch.from_numpy(pixels[None]).to(group.device))
+        with torch.inference_mode(), precision:
+            features = model.maps(images)[-1][0].float().flatten(1).T.cpu()  # (N, D)
+        classes, share = _main_class(target, patch, len(training.classes))
+        pure = np.flatnonzero(share >= _PURE)
+        some = generator.permutation(pure)[:each]
+        rows.append(features[some])
+        labels.append(classes[some])
+        pictures.append(np.full(len(some), number))
+    if not sum(map(len, labels)):
+        raise DataError("no patch of the training pictures is of one class")
+    return torch.cat(rows), np.concatenate(labels), np.concatenate(pictures)
+
+
+def _main_class(target: np.ndarray, patch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The class that most pixels of a patch have, (N,) int64 in spatial order, and their share of all its pixels."""
+    rows, columns = target.shape[0] // patch, target.shape[1] // patch
+    cut = target.reshape(rows, patch, columns, patch).swapaxes(1, 2).reshape(rows * columns, -1).astype(np.int64)
+    counts = np.zeros((len(cut), classes + 1), np.int64)
+    np.add.at(counts, (np.arange(len(cut))[:, None], cut + 1), 1)  # what is ignored comes first
+    main = counts[:, 1:].argmax(axis=1)
+    return main, counts[np.arange(len(cut)), main + 1] / cut.shape[1]
