@@ -332,3 +332,10 @@ def test_bands_of_several_channels_and_grey_pictures(tmp_path):
     assert cli.main(words(tmp_path, tmp_path / "run", steps=2, channels=1)) == 0
     assert maehub.load_segmenter(tmp_path / "run").encoder.config.channels == 1
     assert len(find_label_maps(tmp_path).training) == 10
+
+
+def test_what_a_segmenter_is_not_taken_for_is_said(run, tmp_path, capsys):
+    assert cli.main(["push", str(run), "me/pixels", "--dry-run"]) == UsageError.exit_code
+    assert "holds a segmenter" in capsys.readouterr().err
+    assert cli.main(["convert", str(run / "model"), "-o", str(tmp_path / "c")]) == 0
+    assert "its encoder alone" in capsys.readouterr().err

@@ -53,8 +53,8 @@ def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") ->
     folder = find_model_folder(folder)
     if not (folder / _CONFIG).is_file():
         raise UsageError(
-            f"{folder} is no segmenter: it has no {_CONFIG}. Train one by `maehub finetune DATA -o RUN --task segment`; "
-            "maehub.load(FOLDER) loads encoders and classifiers"
+            f"{folder} is no segmenter: it has no {_CONFIG}. Train one by `maehub finetune DATA -o RUN --task "
+            "segment`; maehub.load(FOLDER) loads encoders and classifiers"
         )
     config = _config(folder / _CONFIG)
     encoder = load(folder)

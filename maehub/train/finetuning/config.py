@@ -101,7 +101,7 @@ class FinetuneConfig(RunConfig):
     decoder: Annotated[Decoder | None, Section.MODEL, default("the recipe's")] = None
     """Of segmentation: one linear map of every patch, or UPerNet."""
     short_side: Annotated[
-        settings.CountFrom0 | None, Section.DATA, default("their own, of large pictures four windows", "PIXELS")
+        settings.CountFrom0 | None, Section.DATA, default("their own, or one window, or four", "PIXELS")
     ] = None
     """Of segmentation: what pictures are scaled to before crops and windows of --image-size; 0 for their own size."""
     skip_twins: Flag = False

@@ -26,7 +26,15 @@ from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.fitting import fitted_micro_batch, seconds_a_step
 from maehub.train.finetuning.job import VALIDATIONS, Job, tell_pictures
 from maehub.train.finetuning.maps.network import MapObjective, build_segmenter, parameter_groups, solve_decoder
-from maehub.train.finetuning.maps.recipes import MapFacts, MapSettings, describe, lasting, settle, window_of
+from maehub.train.finetuning.maps.recipes import (
+    MapFacts,
+    MapSettings,
+    describe,
+    lasting,
+    settle,
+    short_side_of,
+    window_of,
+)
 from maehub.train.finetuning.maps.views import MapBatch, MapCrops, MapTransform
 from maehub.train.finetuning.measuring import Outcome
 from maehub.train.finetuning.network import find_weights
@@ -34,10 +42,9 @@ from maehub.train.finetuning.recipes import stored_settings
 from maehub.train.networks import open_backbone, pair
 
 _SHOWN = 4  # pictures of a sheet
-_LOOKED_AT = 100  # held-out pictures that are measured before the end
+_LOOKED_AT = 32  # held-out pictures that are measured before the end
 _SIZES = 500  # pictures whose sizes say how they are looked at
 _TIMED = 4  # pictures
-_SCALED = 4  # windows that a picture's shorter side may be long before it is scaled down
 
 
 class MapJob(Job):
@@ -117,21 +124,19 @@ class MapJob(Job):
             raise UsageError(f"pictures have 1 or 3 channels, and {config.model} takes {encoder.config.channels}")
         patch = encoder.config.patch_size
         size = pair(config.image_size)
+        middle = int(np.median(sides))
         if size is None:
-            side = window_of(patch, sides, patch)
-            size = (side, side)
+            small = config.recipe == "auto" and self.group.device.type == "cpu"
+            size = (window_of(patch, middle, small=small),) * 2
         if config.rot90 and len({*np.atleast_1d(size)}) > 1:
             raise UsageError("--rot90 needs square windows")
         encoder = encoder.resized(size)
-        window, middle = min(encoder.config.size), int(np.median(sides))
         short = config.short_side
-        if short is None and middle > _SCALED * window:
-            short = _SCALED * window
+        if short is None and (short := short_side_of(min(encoder.config.size), middle)) and self.group.is_main:
             log.warning(
-                "pictures are scaled to a shorter side of %d pixels, four windows, since half of them have more than "
-                "%d: --short-side %d keeps details, and takes longer; 0 leaves every picture as it is",
+                "pictures are scaled to a shorter side of %d pixels, and half of them have more than %d: --short-side "
+                "0 keeps their details, and takes longer; so does a larger --image-size, what is seen at once",
                 short,
-                middle,
                 middle,
             )
         return encoder.requires_grad_(False), short or None

@@ -14,7 +14,8 @@ RECIPES = ("auto", "ade20k", "linear")
 _BATCH = 16
 _FEW_STEPS = 4000  # of ``auto`` where there is no clock; also its passes at most
 _FEW_PASSES = 60
-_SIDE = 32  # patches of a window's side, as 512 pixels of patches of 16
+_SIDE, _SIDE_ON_CPU = 32, 16  # patches of a window's side: 32 as published, 512 pixels of patches of 16
+_SCALED = 4  # windows that a picture's shorter side may be long before it is scaled down
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,17 @@ def describe(settings: MapSettings, batch: str) -> str:
     )
 
 
-def window_of(patch: int, short_sides: list[int], multiple: int) -> int:
+def window_of(patch: int, middle: int, *, small: bool) -> int:
     """Side of a window in pixels, where none is asked for: that of the middle picture's shorter side, in whole patches,
-    at most 32 of them."""
-    middle = sorted(short_sides)[len(short_sides) // 2]
-    return multiple * max(1, min(_SIDE * patch, middle) // multiple)
+    at most 32 of them, or 16 where it must be ``small``."""
+    return patch * max(1, min((_SIDE_ON_CPU if small else _SIDE) * patch, middle) // patch)
+
+
+def short_side_of(window: int, middle: int) -> int | None:
+    """What the shorter side of pictures is scaled to, where nothing is asked for; None for their own size.
+
+    One window where that is at least half of what the middle picture has, four where it has more.
+    """
+    if window < middle <= 2 * window:
+        return window
+    return _SCALED * window if middle > _SCALED * window else None

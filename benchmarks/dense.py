@@ -1,0 +1,172 @@
+"""Segmentation beside what else one could do with the same pictures, network and time.
+
+    scripts/dense-data DATA
+    python benchmarks/dense.py run DATA WORK [--set drawn] [--way auto] [--seed 0] [--minutes 20]
+    python benchmarks/dense.py report WORK
+
+Ways, with `vit-nano` at 224 pixels for the drawn objects and 128 for the nuclei:
+
+- auto: `maehub finetune DATA --task segment`, with so many minutes
+- upernet: the same with --decoder upernet
+- scratch: the network of auto with fresh weights, three times the steps that auto took
+- frozen: `--recipe linear`, the encoder as it is
+- torchvision: its smallest segmentation network (LRASPP on MobileNetV3-Large) from fresh weights, for as long as auto
+  trained, on the same crops, AdamW 1e-3 with a cosine
+- otsu: one threshold (Otsu 1979) a picture, of the nuclei alone
+
+Each cell is one line of WORK/dense.jsonl: a cell that is there is not run again. Quote machines and cores with numbers.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from maehub.data import StepKeys, split_label_maps
+from maehub.images import Preprocess, open_image
+from maehub.train import FinetuneConfig, finetune
+from maehub.train.engine import learning_rate
+from maehub.train.evaluation import score_maps
+from maehub.train.evaluation.maps.scores import confusion_of
+from maehub.train.finetuning.maps.views import MapCrops, MapTransform
+
+SETS = ("drawn", "nuclei")
+WAYS = ("auto", "upernet", "scratch", "frozen", "torchvision", "otsu")
+SEEDS = (0, 1, 2)
+
+
+def ours(way: str, data: Path, folder: Path, seed: int, minutes: float, steps: int | None) -> dict[str, object]:
+    """One of our own ways."""
+    more: dict[str, object] = {"minutes": minutes}
+    if way == "scratch":
+        more = {"model": "untrained/vit-nano", "steps": 3 * (steps or 0)}
+    if way == "frozen":
+        more["recipe"] = "linear"
+    if way == "upernet":
+        more["decoder"] = "upernet"
+    config = FinetuneConfig(str(data), folder, task="segment", seed=seed, overwrite=True, quiet=True, **more)
+    result = finetune(config)
+    assert result.scores is not None
+    return result.scores.summary() | {"steps": result.step}
+
+
+def torchvisions(data: Path, seed: int, seconds: float) -> dict[str, object]:
+    """torchvision's smallest segmentation network, for so long."""
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    split = split_label_maps(data)
+    training, testing = split.training, split.testing
+    assert training.maps is not None
+    assert testing.maps is not None
+    first = training.maps.read(0).shape
+    shape = Preprocess((first[0], first[1]), 16)
+    torch.manual_seed(seed)
+    model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(training.classes))
+    crops = MapCrops(training, MapTransform(shape, None, (0.5, 2.0)), cache=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.05)
+    keys = iter(StepKeys(training.samples, 16, seed, 0, 10**9))
+    begun, step, total = time.monotonic(), 0, 10**9
+    model.train()
+    while step < total:
+        batch = crops.__getitems__(next(keys))
+        assert not isinstance(batch, Exception)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, 1e-3, 0.05) if total < 10**9 else 1e-3 * (step + 1) / 20
+        loss = F.cross_entropy(model(shape.normalise(batch.pixels))["out"], batch.targets.long(), ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step == 10:  # the speed is known: so many steps are left
+            total = max(11, int(10 * seconds / (time.monotonic() - begun)))
+    model.eval()
+    tables = []
+    for index in range(len(testing)):
+        pixels = np.array(open_image(testing.samples.source(index)))
+        with torch.inference_mode():
+            scores = model(shape.normalise(torch.from_numpy(pixels[None])))["out"][0]
+        tables.append(confusion_of(testing.maps.read(index), scores.argmax(dim=0).numpy(), len(testing.classes)))
+    return score_maps(tables, testing.classes, testing.groups).summary() | {"steps": step}
+
+
+def otsus(data: Path) -> dict[str, object]:
+    """The threshold of each picture that leaves least variance within the two sides."""
+    testing = split_label_maps(data).testing
+    assert testing.maps is not None
+    tables = []
+    for index in range(len(testing)):
+        grey = np.asarray(open_image(testing.samples.source(index), channels=1))
+        counts = np.bincount(grey.reshape(-1), minlength=256).astype(float)
+        below, values = counts.cumsum(), (counts * np.arange(256)).cumsum()
+        above = below[-1] - below
+        with np.errstate(invalid="ignore", divide="ignore"):
+            between = below * above * (values / below - (values[-1] - values) / above) ** 2
+        said = (grey > np.nanargmax(between)).astype(np.int16)
+        tables.append(confusion_of(testing.maps.read(index), said, 2))
+    return score_maps(tables, testing.classes, testing.groups).summary() | {"steps": 0}
+
+
+def known(work: Path) -> list[dict[str, object]]:
+    """The cells that were run."""
+    path = work / "dense.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    """Run cells, or print what they gave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DATA WORK")
+    parser.add_argument("--set", choices=SETS)
+    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--seed", type=int, choices=SEEDS)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    given = parser.parse_args()
+    work = given.folders[-1]
+    if given.what == "report":
+        for name in SETS:
+            for way in WAYS:
+                cells = [cell for cell in known(work) if (cell["set"], cell["way"]) == (name, way)]
+                if cells:
+                    shown = ", ".join(
+                        f"{cell['miou']:.1f} ({cell['steps']} steps, {cell['seconds']:.0f} s)" for cell in cells
+                    )
+                    print(f"{name:<8}{way:<12}{np.mean([cell['miou'] for cell in cells]):6.1f}   {shown}")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    for seed in SEEDS if given.seed is None else (given.seed,):
+        for name in [given.set] if given.set else SETS:
+            for way in [given.way] if given.way else WAYS:
+                cell = {"set": name, "way": way, "seed": seed, "minutes": given.minutes}
+                done = [one for one in known(work) if cell.items() <= one.items()]
+                if done or (way == "otsu" and (name != "nuclei" or seed)):
+                    continue
+                auto = [one for one in known(work) if (cell | {"way": "auto"}).items() <= one.items()]
+                if way in ("scratch", "torchvision") and not auto:
+                    continue  # which says for how long
+                data, begun = given.folders[0] / name, time.monotonic()
+                if way == "otsu":
+                    found = otsus(data)
+                elif way == "torchvision":
+                    found = torchvisions(data, seed, auto[0]["seconds"])
+                else:
+                    found = ours(
+                        way,
+                        data,
+                        work / f"{name}-{way}-{seed}",
+                        seed,
+                        given.minutes,
+                        auto[0]["steps"] if auto else None,
+                    )
+                cell |= {"seconds": time.monotonic() - begun, "threads": torch.get_num_threads()} | found
+                with open(work / "dense.jsonl", "a") as file:
+                    file.write(json.dumps(cell) + "\n")
+                print(json.dumps(cell), flush=True)
+
+
+if __name__ == "__main__":
+    main()
