@@ -134,8 +134,8 @@ class MapJob(Job):
         short = config.short_side
         if short is None and (short := short_side_of(min(encoder.config.size), middle)) and self.group.is_main:
             log.warning(
-                "pictures are scaled to a shorter side of %d pixels, and half of them have more than %d: --short-side "
-                "0 keeps their details, and takes longer; so does a larger --image-size, what is seen at once",
+                "pictures are scaled to a shorter side of %d pixels, and the middle one of them has %d: --short-side 0 "
+                "keeps details, and takes longer; so does a larger --image-size, what is seen at once",
                 short,
                 middle,
             )

@@ -148,7 +148,7 @@ def _linear(facts: MapFacts) -> MapSettings:
 
 
 def _for_few(facts: MapFacts) -> MapSettings:
-    """Ours: what did best of what benchmarks/dense.py tries. Wider networks take smaller steps."""
+    """Ours, chosen by a few runs on drawn objects (docs/segmentation.md). Wider networks take smaller steps."""
     steps = min(_FEW_STEPS, math.ceil(_FEW_PASSES * facts.images / _BATCH))
     return MapSettings(
         "auto",
