@@ -94,6 +94,7 @@ PARSED = [
     ("docs/scaling.md", "#SBATCH", "a cluster"),
     ("docs/scaling.md", "torchrun", "a cluster"),
     ("docs/segmentation.md", "--task segment", "a set with label maps; tests/test_segmentation.py has these lines"),
+    ("docs/segmentation.md", "scripts/dense-data", "downloads"),
     ("docs/segmentation.md", "load_segmenter", "a run; tests/test_segmentation.py has these lines"),
     ("docs/targets.md", "benchmarks/variants.py", "minutes"),
     ("docs/targets.md", "pretrain(config, tokenizer=tokens_of)", "a tokenizer of the reader's; tests/test_targets.py"),

@@ -103,7 +103,7 @@ def _train(job: Job, run: RunLog, stop: Stop) -> FinetuneResult:
     with group.together("looking for twins"):
         if group.is_main and not config.resume and not config.skip_twins:
             look_for_twins(job.split, run.folder / "twins.csv", config.workers, progress=not config.quiet)
-    if job.tells_start and done == 0:
+    if job.tells_start and done == 0 and steps:
         job.validate(run, 0, job.single())
     samples = job.training.samples
     keys = StepKeys(samples, settings.batch_size, config.seed, done, steps, 1, group.rank, group.size)

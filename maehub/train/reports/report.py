@@ -133,9 +133,13 @@ def _json(path: Path) -> dict[str, Any]:
 def _classifier(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Metrics]) -> dict[str, Any]:
     scored = _json(run / "scores.json")
     scores = report_classifier.scores_of(scored)
+    result = report_classifier.result(config, scored, scores) if scores else _so_far(metrics)
+    if scores and (on_the_way := metrics.get("val_miou")) and on_the_way.steps[0] == 0:
+        first, last = on_the_way.values[[0, -1]]
+        result["mIoU from step 0"] = f"{first:.1f} % → {last:.1f} %, of the pictures that were measured on the way"
     return {
         "warning": report_classifier.warning(run / "twins.csv", scores),
-        "result": report_classifier.result(config, scored, scores) if scores else _so_far(metrics),
+        "result": result,
         "reliability": report_classifier.reliability(scores) if scores else None,
         "classes": report_classifier.class_table(scores) if scores else None,
         "pictures": report_classifier.pictures(run / "pictures") if scores else [],

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import maehub.train.engine as engine
-from maehub.data import StepKeys, split_label_maps
+from maehub.data import Labelled, StepKeys, split_label_maps
 from maehub.dense import Segmenter, SegmenterConfig, save_segmenter
 from maehub.errors import UsageError, log
 from maehub.figures import save_figure
@@ -195,9 +196,9 @@ class MapJob(Job):
             if not self.group.is_main or single is None:
                 return None
             tables = dict(row for part in parts for row in part[0])
-            groups = None if testing.groups is None else testing.groups[sorted(tables)]
-            scores = score_maps([tables[index] for index in sorted(tables)], testing.classes, groups)
-            run.note(step, val_miou=scores.miou, val_pixel_accuracy=scores.pixel_accuracy)
+            scores = _scores(testing, tables)
+            same = _scores(testing, {index: tables[index] for index in places[:_LOOKED_AT].tolist()})  # at every step
+            run.note(step, val_miou=same.miou, val_pixel_accuracy=same.pixel_accuracy)
             of = "the held-out pictures" if len(tables) == len(testing) else f"{len(tables)} of the held-out pictures"
             log.info("step %d: mIoU %.1f %%, %.1f %% of the pixels right, on %s", step, scores.miou,
                      scores.pixel_accuracy, of)  # fmt: skip
@@ -267,6 +268,13 @@ def _asked(config: FinetuneConfig) -> dict[str, Any]:
     names = [name for name in MapSettings.__dataclass_fields__ if name != "recipe"]
     given = {name: getattr(config, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _scores(testing: Labelled, tables: Mapping[int, np.ndarray]) -> MapScores:
+    """Of some pictures, by their places."""
+    some = sorted(tables)
+    groups = None if testing.groups is None else testing.groups[some]
+    return score_maps([tables[index] for index in some], testing.classes, groups)
 
 
 def _blank(encoder: Encoder, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
