@@ -202,6 +202,7 @@ def test_micro_batches_change_nothing_but_rounding(data, tmp_path):
         ({"class-weights": "balanced"}, "--class-weights"),
         ({"recipe": "official"}, "auto, ade20k, linear"),
         ({"recipe": "linear", "decoder": "upernet"}, "linear decoder"),
+        ({"head-start": "probe", "decoder": "upernet"}, "--decoder linear"),
         ({"blocks": 9}, "--blocks"),
         ({"model": "baseline/pixels"}, "no network"),
         ({"model": "timm/vit_tiny_patch16_224"}, "network of timm"),
@@ -334,8 +335,23 @@ def test_bands_of_several_channels_and_grey_pictures(tmp_path):
     assert len(find_label_maps(tmp_path).training) == 10
 
 
-def test_what_a_segmenter_is_not_taken_for_is_said(run, tmp_path, capsys):
+def test_what_a_segmenter_is_not_taken_for_is_said(run, tmp_path, capsys, caplog):
     assert cli.main(["push", str(run), "me/pixels", "--dry-run"]) == UsageError.exit_code
     assert "holds a segmenter" in capsys.readouterr().err
     assert cli.main(["convert", str(run / "model"), "-o", str(tmp_path / "c")]) == 0
-    assert "its encoder alone" in capsys.readouterr().err
+    assert "its encoder alone" in caplog.text
+
+
+def test_what_a_run_held_out_is_measured_again(tmp_path, told):
+    """Of a split that was made by the seed, not the pictures that it was trained on; and other maps are refused."""
+    lay_maps(name_classes(tmp_path / "d", NAMES), 20)
+    line = words(tmp_path / "d", tmp_path / "run", steps=2, seed=5)
+    assert cli.main(line) == 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
+    code, facts = told("evaluate", tmp_path / "d", "-m", tmp_path / "run")
+    assert code == 0
+    assert (facts["n"], facts["miou"]) == (scores["n"], pytest.approx(scores["miou"]))
+    assert facts["n"] == 4
+    path = tmp_path / "d" / "masks" / "003.png"
+    Image.open(path).save(path, compress_level=0)
+    assert cli.main([*line, "--resume"]) == DataError.exit_code

@@ -17,7 +17,7 @@ from torch import Tensor
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
 from maehub.errors import UsageError, first_names, log
 from maehub.features import outputs
-from maehub.files import check_free, is_segmenter, read_json, sheet_cells, whole_folder, write_text
+from maehub.files import check_free, is_segmenter, sheet_cells, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
 from maehub.models import Encoder, autocast, computed_in, usable_device
@@ -30,7 +30,7 @@ from maehub.train.evaluation.corruptions import (
     read_baseline,
     robustness_picture,
 )
-from maehub.train.evaluation.maps.evaluating import MapEvaluation, evaluate_maps
+from maehub.train.evaluation.maps.evaluating import MapEvaluation, evaluate_maps, held_out_by
 from maehub.train.evaluation.plots import contact_sheet, overview
 from maehub.train.evaluation.scores import AnyScores, Scores, losses, probabilities, score_of
 from maehub.train.evaluation.text_tables import printable
@@ -204,7 +204,18 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str, list
     """The labelled pictures, where they are, and which outputs of the head their classes are."""
     numeric, names = encoder.config.numeric, encoder.config.class_names
     outputs_in_order = list(range(encoder.config.classes))
-    if (own := _held_out_by(config, numeric)) is not None:
+    own = held_out_by(
+        config,
+        lambda run: split_labelled(
+            config.data,
+            seed=run["seed"],
+            share=run["val_share"],
+            group=run["group"],
+            label=run["label"],
+            numeric=numeric,
+        ),
+    )
+    if own is not None:
         return own, config.data, outputs_in_order
     folder = config.data if numeric else measured_folder(config.data)
     label = ",".join(names) if numeric and config.label is None else config.label
@@ -230,33 +241,6 @@ def _read(config: EvaluateConfig, encoder: Encoder) -> tuple[Labelled, str, list
     if several and not labelled.multi_label:  # one label each is a case of several
         labelled = replace(labelled, labels=np.eye(len(labelled.classes), dtype=bool)[labelled.labels])
     return labelled, folder, used
-
-
-def _held_out_by(config: EvaluateConfig, numeric: bool) -> Labelled | None:
-    """Of the data that a run split by its seed the part that it held out; None of any other run and data."""
-    try:
-        run = read_json(Path(config.model) / "config.json")
-        if run["kind"] != "finetune" or not os.path.samefile(run["data"], config.data):
-            return None
-        split = split_labelled(
-            config.data,
-            seed=run["seed"],
-            share=run["val_share"],
-            group=run["group"],
-            label=run["label"],
-            numeric=numeric,
-        )
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    if not split.made:
-        return None
-    log.info(
-        "%s was trained on a part of %s: measured on the %d pictures that it held out",
-        config.model,
-        config.data,
-        len(split.testing),
-    )
-    return split.testing
 
 
 def _write(evaluation: Evaluation, out: Path, overwrite: bool, labelled: Labelled, logits: np.ndarray) -> Evaluation:

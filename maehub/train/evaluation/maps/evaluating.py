@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from maehub.data import Labelled, find_label_maps, naming
+from maehub.data import Labelled, LabelledSplit, find_label_maps, naming, split_label_maps
 from maehub.dense import Segmenter, load_segmenter, pixels_of
-from maehub.errors import DataError, UsageError, first_names
-from maehub.files import check_free, whole_folder, write_text
+from maehub.errors import DataError, UsageError, first_names, log
+from maehub.files import check_free, read_json, whole_folder, write_text
 from maehub.models import autocast, computed_in, usable_device
 from maehub.train.evaluation.config import EvaluateConfig
 from maehub.train.evaluation.maps.plots import MapExample, map_sheet
@@ -61,7 +62,11 @@ def evaluate_maps(config: EvaluateConfig) -> MapEvaluation:
     device = usable_device(config.device)
     model = load_segmenter(config.model, device=device)
     known = model.config.classes
-    labelled = find_label_maps(config.data, group=config.group, classes=known, side="testing").training
+    labelled = held_out_by(
+        config,
+        lambda run: split_label_maps(config.data, seed=run["seed"], share=run["val_share"], group=run["group"]),
+    )
+    labelled = labelled or find_label_maps(config.data, group=config.group, classes=known, side="testing").training
     labelled = in_classes(labelled, known.names, config.data)
     examples, tables = [], []
     for index, predicted, table in measured_maps(
@@ -80,6 +85,29 @@ def evaluate_maps(config: EvaluateConfig) -> MapEvaluation:
         write_text(folder / "evaluation.json", json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n")
         sheet.save(folder / "worst.png")
     return found
+
+
+def held_out_by(config: EvaluateConfig, split: Callable[[Mapping[str, Any]], LabelledSplit]) -> Labelled | None:
+    """Of the data that a run split by its seed the part that it held out; None of any other run and data.
+
+    ``split`` makes the split again, by what the run was told.
+    """
+    try:
+        run = read_json(Path(config.model) / "config.json")
+        if run["kind"] != "finetune" or not os.path.samefile(run["data"], config.data):
+            return None
+        found = split(run)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if not found.made:
+        return None
+    log.info(
+        "%s was trained on a part of %s: measured on the %d pictures that it held out",
+        config.model,
+        config.data,
+        len(found.testing),
+    )
+    return found.testing
 
 
 def in_classes(labelled: Labelled, names: Sequence[str], data: str) -> Labelled:

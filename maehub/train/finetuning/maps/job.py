@@ -173,7 +173,7 @@ class MapJob(Job):
         return self.transform.preprocess.normalise(part.pixels), part.targets.long()
 
     def validate(self, run: RunLog, step: int, single: nn.Module | None) -> MapScores | None:
-        """Scores, in rank 0; before the end of up to a hundred pictures."""
+        """Scores, in rank 0; before the end of up to 32 pictures."""
         testing, last = self.split.testing, step == self.settings.steps
         places = np.argsort([testing.samples.sample_id(index) for index in range(len(testing))])
         if not last:

@@ -85,6 +85,8 @@ def settle(recipe: Recipe, facts: MapFacts, asked: Mapping[str, Any]) -> MapSett
     if decoder != found.decoder:
         found = replace(found, **(_upernet(facts) if decoder == "upernet" else _plain(facts)))
     found = replace(found, **asked)
+    if (found.decoder, found.head_start) == ("upernet", "probe"):
+        raise UsageError("--head-start probe is for --decoder linear: UPerNet is no linear map of patches")
     each = facts.images / found.batch_size
     steps = found.steps
     if "epochs" in asked:
