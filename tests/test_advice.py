@@ -1675,7 +1675,6 @@ NOT_FOLLOWED = {
         ("train.probing.probing._trained", "the probe was stopped"),
     ],
     "label maps: test_label_maps.py and test_segmentation.py have sets of them": [
-        ("cli.commands.run_predict_maps", ""),
         ("data.maps.folders.find_label_maps", ""),
         ("dense.folder.load_segmenter", ""),
         ("train.finetuning.maps.job.MapJob", ""),

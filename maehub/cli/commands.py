@@ -290,8 +290,9 @@ def run_predict_maps(config: Any, shared: Shared) -> int:
     from maehub.dense import load_segmenter
     from maehub.train import predict_maps
 
-    if config.image_size or config.batch_size:
-        raise UsageError("leave out --image-size and --batch-size: a segmenter has windows of its own")
+    for name in ("image_size", "batch_size"):
+        if getattr(config, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for classifiers: a segmenter has windows of its own")
     if config.out is not None and config.out.suffix:
         raise UsageError(f"{config.out}: label maps are written into a folder, whose name has no ending")
     found = predict_maps(
