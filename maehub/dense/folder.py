@@ -43,8 +43,7 @@ def save_segmenter(model: Segmenter, folder: str | Path, *, card: str | None = N
 def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") -> Segmenter:
     """A segmenter by its folder, or that of its run, in eval mode; `maehub.load` gives its encoder alone.
 
-        segmenter = maehub.load_segmenter("runs/streets")
-        places = segmenter.predict("street.jpg")  # (H, W) int16, places in segmenter.config.classes.names
+    ``load_segmenter("runs/streets").predict("street.jpg")`` is (H, W) int16, places in its ``config.classes.names``.
 
     Raises:
         UsageError: it is no such folder.
