@@ -3,6 +3,7 @@
     scripts/dense-data DATA
     python benchmarks/dense.py run DATA WORK [--set drawn] [--way auto] [--seed 0] [--minutes 20]
     python benchmarks/dense.py report WORK
+    python benchmarks/dense.py windows WORK
 
 Ways, with `vit-nano` at 224 pixels for the drawn objects and 128 for the nuclei:
 
@@ -14,11 +15,14 @@ Ways, with `vit-nano` at 224 pixels for the drawn objects and 128 for the nuclei
   trained, on the same crops, AdamW 1e-3 with a cosine
 - otsu: one threshold (Otsu 1979) a picture, of the nuclei alone
 
+``windows``: the memory of predicting 4,000×3,000 pixels of noise by `vit-nano` with 150 classes, windows of 256 pixels.
+
 Each cell is one line of WORK/dense.jsonl: a cell that is there is not run again. Quote machines and cores with numbers.
 """
 
 import argparse
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -26,7 +30,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from maehub.data import StepKeys, split_label_maps
+import maehub
+from maehub.data import MapClasses, StepKeys, split_label_maps
 from maehub.images import Preprocess, open_image
 from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import learning_rate
@@ -110,6 +115,18 @@ def otsus(data: Path) -> dict[str, object]:
     return score_maps(tables, testing.classes, testing.groups).summary() | {"steps": 0}
 
 
+def windows() -> None:
+    """Print the peak of resident memory and the seconds of one large picture."""
+    count, (height, width) = 150, (3000, 4000)
+    classes = MapClasses(tuple(map(str, range(count))), tuple(range(count)), tuple(range(count)))
+    model = maehub.Segmenter(maehub.load("vit-nano", image_size=256), maehub.SegmenterConfig(classes))
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    begun = time.monotonic()
+    model.predict(pixels)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{width}×{height}, {count} classes: {peak:.2f} GiB at most, {time.monotonic() - begun:.0f} s")
+
+
 def known(work: Path) -> list[dict[str, object]]:
     """The cells that were run."""
     path = work / "dense.jsonl"
@@ -119,7 +136,7 @@ def known(work: Path) -> list[dict[str, object]]:
 def main() -> None:
     """Run cells, or print what they gave."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("run", "report", "windows"))
     parser.add_argument("folders", nargs="+", type=Path, metavar="DATA WORK")
     parser.add_argument("--set", choices=SETS)
     parser.add_argument("--way", choices=WAYS)
@@ -127,6 +144,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     given = parser.parse_args()
     work = given.folders[-1]
+    if given.what == "windows":
+        windows()
+        return
     if given.what == "report":
         for name in SETS:
             for way in WAYS:
