@@ -207,6 +207,7 @@ def test_micro_batches_change_nothing_but_rounding(data, tmp_path):
         ({"model": "baseline/pixels"}, "no network"),
         ({"model": "timm/vit_tiny_patch16_224"}, "network of timm"),
         ({"image-size": 33}, "33"),
+        ({"model": "untrained/vit-nano", "channels": 1}, "--channels 1"),
         ({"rot90": True, "image-size": "32 40"}, "square"),
         ({"task": "classification", "decoder": "linear"}, "--decoder is for --task segment"),
         ({"task": "classification", "recipe": "ade20k"}, "--task segment"),

@@ -17,8 +17,6 @@ from .loader import check_shared_memory as check_shared_memory
 from .loader import naming as naming
 from .loader import worker_count as worker_count
 from .maps.checking import check_label_maps as check_label_maps
-from .maps.folders import LAYOUT as LAYOUT
-from .maps.folders import FoundMaps as FoundMaps
 from .maps.folders import find_label_maps as find_label_maps
 from .maps.folders import map_folders as map_folders
 from .maps.label_maps import IGNORED as IGNORED

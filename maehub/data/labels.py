@@ -146,17 +146,27 @@ def given_folders(data: str) -> Sides | None:
         DataError: every folder is called like a part of a split, but they are not one.
     """
     words = split_folders(data)
-    training = [folder for folder, word in words.items() if word in TRAINING]
-    testing = sorted(words.keys() - training, key=lambda name: (TESTING.index(words[name]), name))
     if len(words) < 2 or not all(_holds_classes(os.path.join(data, folder)) for folder in words):
         return None
+    training, testing = sides_of(data, words)
+    return Sides(os.path.join(data, training), os.path.join(data, testing[0]))
+
+
+def sides_of(data: str, words: dict[str, str]) -> tuple[str, list[str]]:
+    """Of folders with the words of a split that they are the one to train on, and those to measure on, the first meant.
+
+    Raises:
+        DataError: not one is for training, or none for measuring.
+    """
+    training = [folder for folder, word in words.items() if word in TRAINING]
+    testing = sorted(words.keys() - training, key=lambda name: (TESTING.index(words[name]), name))
     if len(training) != 1 or not testing:
         names = ", ".join(map(printable, sorted(words)))
         raise DataError(
             f"{printable(data)} holds {names}: all are called like parts of a split, and which is for training and "
             "which for measuring is not clear. Give one of them, or rename them"
         )
-    return Sides(os.path.join(data, training[0]), os.path.join(data, testing[0]))
+    return training[0], testing
 
 
 def split_folders(data: str) -> dict[str, str]:

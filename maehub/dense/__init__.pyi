@@ -1,4 +1,3 @@
-from .decoders import DECODERS as DECODERS
 from .decoders import Decoder as Decoder
 from .decoders import LinearDecoder as LinearDecoder
 from .decoders import UPerNet as UPerNet

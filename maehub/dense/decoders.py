@@ -18,14 +18,13 @@ convolution but the last has no bias and is followed by a norm and ReLU.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Decoder = Literal["linear", "upernet"]
-DECODERS: tuple[Decoder, ...] = ("linear", "upernet")
 Norm = Literal["layer", "batch"]
 """``layer`` normalises every place by its channels, ``batch`` every channel over the batch, as published."""
 
@@ -35,22 +34,10 @@ _DROPOUT = 0.1
 _AUXILIARY = 256  # channels of the side head
 
 
-class MapDecoder(Protocol):
-    """What a `Segmenter` needs of its decoder."""
-
-    normed: bool
-    """Whether maps go through the encoder's final norm."""
-
-    def __call__(self, maps: Sequence[Tensor]) -> Tensor: ...
-
-    def side(self, maps: Sequence[Tensor]) -> Tensor | None:
-        """Scores of an auxiliary head, which helps in training; None of a decoder without one."""
-
-
 class LinearDecoder(nn.Module):
     """One linear map of every patch of the last block. Parameters: ``classify``."""
 
-    normed = True
+    normed = True  # whether maps go through the encoder's final norm
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -62,7 +49,8 @@ class LinearDecoder(nn.Module):
         return self.classify(maps[-1])
 
     def side(self, maps: Sequence[Tensor]) -> None:
-        return None
+        """No scores of an auxiliary head, which `UPerNet` has."""
+        return
 
 
 class UPerNet(nn.Module):

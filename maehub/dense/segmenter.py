@@ -229,9 +229,7 @@ def colours_of(classes: MapClasses) -> tuple[tuple[int, int, int], ...]:
     black.
     """
     if classes.coloured:
-        of = {place: value for value, place in reversed(list(zip(classes.values, classes.places, strict=True)))}
-        values = [of[place] for place in range(len(classes.names))]
-        return tuple((value >> 16, value >> 8 & 255, value & 255) for value in values)
+        return tuple((value >> 16, value >> 8 & 255, value & 255) for value in classes.first_values)
     colours = []
     for place in range(len(classes.names)):
         red = green = blue = 0

@@ -1,14 +1,15 @@
 """Folders of pictures beside folders of label maps: which map belongs to which picture, and the sides of a split."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from maehub.data.label_sources import TESTING, TRAINING, folder_groups
-from maehub.data.labels import Labelled, split_folders
+from maehub.data.label_sources import TRAINING, folder_groups
+from maehub.data.labels import Labelled, sides_of, split_folders
 from maehub.data.listing import Names, entries_in
 from maehub.data.maps.label_maps import (
     LabelMaps,
@@ -16,10 +17,8 @@ from maehub.data.maps.label_maps import (
     MapClasses,
     classes_of,
     counts_of,
-    doubled,
     found_classes,
     look_at_maps,
-    stem,
 )
 from maehub.data.sources import Samples, find_images
 from maehub.errors import DataError, UsageError, first_names, log
@@ -88,17 +87,10 @@ def _beside(folder: str) -> MapFolders | None:
 
 def _sides(data: str, words: dict[str, str]) -> tuple[str, str]:
     """The names of the folders to train and to measure on."""
-    training = [name for name, word in words.items() if word in TRAINING]
-    testing = sorted(words.keys() - training, key=lambda name: (TESTING.index(words[name]), name))
-    if len(training) != 1 or not testing:
-        names = ", ".join(map(printable, sorted(words)))
-        raise DataError(
-            f"{printable(data)} holds {names}: which is for training and which for measuring is not clear. "
-            "Rename them to train and val"
-        )
-    if passed := testing[1:]:
-        log.warning("measured on %s; %s in %s is not read", testing[0], ", ".join(passed), printable(data))
-    return training[0], testing[0]
+    training, (testing, *passed) = sides_of(data, words)
+    if passed:
+        log.warning("measured on %s; %s in %s is not read", testing, ", ".join(passed), printable(data))
+    return training, testing
 
 
 def find_label_maps(
@@ -150,11 +142,12 @@ def find_label_maps(
 def _paired(pictures: str, maps: str) -> tuple[Samples, Samples]:
     """Pictures and their maps, in the order of their names."""
     found = [find_images(folder) for folder in (pictures, maps)]
-    stems = [[stem(samples.name(index)) for index in range(len(samples))] for samples in found]
+    stems = [[os.path.splitext(samples.name(index))[0] for index in range(len(samples))] for samples in found]
     for folder, names in zip((pictures, maps), stems, strict=True):
-        if (twice := doubled(names)) is not None:
+        (name, times), *_ = Counter(names).most_common(1)
+        if times > 1:
             raise DataError(
-                f"{printable(folder)} has several files called {printable(twice)} with different endings, and which "
+                f"{printable(folder)} has several files called {printable(name)} with different endings, and which "
                 "belongs to which is not known: leave one"
             )
     of = {name: place for place, name in enumerate(stems[1])}
@@ -185,8 +178,8 @@ def _labelled(
 ) -> tuple[Labelled, dict[int, str]]:
     """What can be used; the rest is added to ``wrong``."""
     counts, unusable = counts_of(looked, classes, files.where)
-    wrong += [reason for _, reason in unusable]
-    empty = [index for index in np.flatnonzero(~counts.any(axis=1)).tolist() if index not in dict(unusable)]
+    wrong += unusable.values()
+    empty = [index for index in np.flatnonzero(~counts.any(axis=1)).tolist() if index not in unusable]
     if empty:
         text = "%s: of %d pictures every pixel is ignored, and they are left out: %s"
         names = first_names([printable(pictures.name(index)) for index in empty], 3)

@@ -1,12 +1,10 @@
 """Label maps beside pictures: what their values mean, and how often each occurs."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,13 +74,23 @@ class MapClasses:
     def packed(self, values: np.ndarray) -> np.ndarray:
         """(H, W) int64 of values as a file has them: numbers, or colours in one number each."""
         if (values.ndim == 3) != self.coloured:
-            if not self.coloured:
-                raise DataError(
-                    "its pixels are colours, and classes are known by numbers. If the colours are classes, name them "
-                    'in classes.json beside the label maps: {"road": [128, 64, 128], …}; else write numbers'
-                )
-            raise DataError("its pixels are numbers, and classes.json knows classes by their colours")
+            raise DataError(self.other_kind())
         return pack(values)
+
+    def other_kind(self) -> str:
+        """What is wrong with a map of colours where classes have numbers, or of numbers where they have colours."""
+        if self.coloured:
+            return "its pixels are numbers, and classes.json knows classes by their colours"
+        return (
+            "its pixels are colours, and classes are known by numbers. If the colours are classes, name them in "
+            'classes.json beside the label maps: {"road": [128, 64, 128], …}; else write numbers'
+        )
+
+    @property
+    def first_values(self) -> tuple[int, ...]:
+        """The value that each class is written as: the first of its own."""
+        first = {place: value for value, place in reversed(list(zip(self.values, self.places, strict=True)))}
+        return tuple(first[place] for place in range(len(self.names)))
 
     def unknown(self, values: set[int]) -> str:
         """What is wrong with values that no class has."""
@@ -96,8 +104,7 @@ class MapClasses:
 
     def written(self, places: np.ndarray) -> np.ndarray:
         """The inverse of `decode`, for numbers: (H, W) uint8, or uint16 where a class has a value above 255."""
-        first = {place: value for value, place in reversed(list(zip(self.values, self.places, strict=True)))}
-        numbers = np.array([first[place] for place in range(len(self.names))])
+        numbers = np.array(self.first_values)
         return numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16)[places]
 
     def _named(self) -> Iterator[tuple[int, str]]:
@@ -277,36 +284,22 @@ def found_classes(looked: Sequence[Looked], where: str) -> MapClasses:
 
 def counts_of(
     looked: Sequence[Looked], classes: MapClasses, where: Callable[[int], str]
-) -> tuple[np.ndarray, list[tuple[int, str]]]:
+) -> tuple[np.ndarray, dict[int, str]]:
     """(n, C) int64 pixels of each class in each map, and what is wrong with which of them."""
     place = dict(zip(classes.values, classes.places, strict=True))
     if not classes.coloured:
         place.setdefault(_IGNORED_VALUE, IGNORED)
-    counts, wrong = np.zeros((len(looked), len(classes.names)), np.int64), []
+    counts, wrong = np.zeros((len(looked), len(classes.names)), np.int64), dict[int, str]()
     for index, one in enumerate(looked):
         reason = one.reason
         if not reason and one.coloured != classes.coloured:
-            try:
-                classes.packed(np.zeros((1, 1, 3) if one.coloured else (1, 1)))
-            except DataError as error:
-                reason = str(error)
+            reason = classes.other_kind()
         if not reason and (unknown := one.values.keys() - place.keys()):
             reason = classes.unknown(unknown)
         if reason:
-            wrong.append((index, reason if where(index) in reason else f"{where(index)}: {reason}"))
+            wrong[index] = reason if where(index) in reason else f"{where(index)}: {reason}"
             continue
         for value, count in one.values.items():
             if place[value] != IGNORED:
                 counts[index, place[value]] += count
     return counts, wrong
-
-
-def stem(name: bytes) -> bytes:
-    """The name of a file below its folder without its ending, by which pictures and label maps belong together."""
-    return os.path.splitext(name)[0]
-
-
-def doubled(stems: Sequence[bytes]) -> bytes | None:
-    """A stem that stands there twice."""
-    ordered = sorted(stems)
-    return next((one for one, other in pairwise(ordered) if one == other), None)

@@ -10,6 +10,7 @@ from .optim import adamw as adamw
 from .optim import decayed_groups as decayed_groups
 from .optim import gradient_norm as gradient_norm
 from .optim import learning_rate as learning_rate
+from .optim import linear_rate as linear_rate
 from .optim import matrix_groups as matrix_groups
 from .optim import peak_rate as peak_rate
 from .optim import set_rates as set_rates

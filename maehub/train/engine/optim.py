@@ -20,6 +20,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: floa
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
+def linear_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up to the ``peak``, then linearly down to 0 after the last step; arguments as in `learning_rate`.
+
+    A polynomial of power 1, by which segmentation is trained (docs/segmentation.md).
+    """
+    rise = warmup * steps
+    return peak * min((step + 1) / max(1.0, rise), (steps - step) / max(1.0, steps - rise))
+
+
 def peak_rate(base_lr: float, batch_size: int) -> float:
     """The highest rate of a global batch, from that of 256.
 

@@ -40,12 +40,21 @@ def find_weights(name: str) -> Located | None:
 
 
 def open_network(
-    name: str, files: Located | None, *, image_size: tuple[int, ...], channels: int | None, seed: int
+    name: str,
+    files: Located | None,
+    *,
+    image_size: tuple[int, ...],
+    channels: int | None,
+    seed: int,
+    classes: int | None = None,
 ) -> Backbone:
-    """The network to start from, on the CPU, from what `find_weights` gives; ``seed`` is that of fresh weights."""
+    """The network to start from, on the CPU, from what `find_weights` gives; ``seed`` is that of fresh weights.
+
+    With 0 ``classes`` a head that it has is left out.
+    """
     size = pair(image_size)
     if files is not None:
-        backbone = backbone_of(name, load(files, image_size=size, channels=channels))
+        backbone = backbone_of(name, load(files, image_size=size, channels=channels, classes=classes))
     elif channels not in (None, 3):
         raise UsageError(f"--channels {channels} is for weights of maehub; {name} takes 3")
     else:

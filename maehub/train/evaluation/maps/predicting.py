@@ -152,16 +152,14 @@ def label_map(places: np.ndarray, classes: MapClasses, palette: Iterable[tuple[i
     picture = Image.fromarray(values)
     if values.dtype == np.uint8:
         table = np.zeros((256, 3), np.uint8)
-        for value, place in reversed(list(zip(classes.values, classes.places, strict=True))):
-            if place >= 0 and value < 256:
-                table[value] = colours[place]
+        table[list(classes.first_values)] = colours
         picture.putpalette(table.tobytes())
     return picture
 
 
 def _said(classes: MapClasses) -> dict[str, Any]:
     """What classes.json says of them."""
-    values = {name: [] for name in classes.names}  # type: dict[str, list[Any]]
+    values: dict[str, list[Any]] = {name: [] for name in classes.names}
     for value, place in zip(classes.values, classes.places, strict=True):
         if place >= 0:
             values[classes.names[place]].append(

@@ -18,7 +18,7 @@ from maehub.dense import Segmenter, SegmenterConfig, save_segmenter
 from maehub.errors import UsageError, log
 from maehub.figures import save_figure
 from maehub.files import atomic_write
-from maehub.hub import Located, load
+from maehub.hub import Located
 from maehub.images import upright_size
 from maehub.models import Encoder
 from maehub.train.engine import Group, RunLog
@@ -38,9 +38,9 @@ from maehub.train.finetuning.maps.recipes import (
 )
 from maehub.train.finetuning.maps.views import MapBatch, MapCrops, MapTransform
 from maehub.train.finetuning.measuring import Outcome
-from maehub.train.finetuning.network import find_weights
+from maehub.train.finetuning.network import find_weights, open_network
 from maehub.train.finetuning.recipes import stored_settings
-from maehub.train.networks import open_backbone, pair
+from maehub.train.networks import pair
 
 _SHOWN = 4  # pictures of a sheet
 _LOOKED_AT = 32  # held-out pictures that are measured before the end
@@ -59,7 +59,9 @@ class MapJob(Job):
             raise UsageError(f"--task segment takes an encoder of maehub, and {config.model} is a network of timm")
         files = group.host_first(lambda: find_weights(config.model), "downloading the weights")
         find = partial(split_label_maps, config.data, seed=config.seed, share=config.val_share, group=config.group)
-        self.split = group.host_first(find, "looking for pictures")
+        split = group.first(find() if group.is_main else None, "looking for pictures")  # which reads every map
+        assert split is not None
+        self.split = split
         self.training = self.split.training
         stored = group.first(stored_settings(config) if group.is_main else {}, "the settings of the run")
         encoder, short_side = self._encoder(config, files)
@@ -89,7 +91,7 @@ class MapJob(Job):
         self.clock = self.clock_from(begun)
         if settings.head_start == "probe" and not stored:
             plain = views((1.0, 1.0), hflip=False, colours=False)
-            solve_decoder(network, self.training, plain, group, self.precision, config.seed)
+            solve_decoder(network, MapCrops(self.training, plain, cache=False), group, self.precision, config.seed)
         derived = {"classes": list(self.training.classes), "window": list(shape.size), "short_side": short_side}
         start = engine.agreed_start(group, asdict(config), derived | lasting(settings), self.digest())
         self.keep(network, settings.ema)
@@ -114,18 +116,10 @@ class MapJob(Job):
         samples, count = self.training.samples, len(self.training)
         some = np.linspace(0, count - 1, min(count, _SIZES)).round().astype(int).tolist()
         sides = [min(upright_size(samples.source(index))) for index in some]
-        if files is not None:
-            encoder = load(files, channels=config.channels, classes=0)
-        else:
-            size = pair(config.image_size)
-            module = open_backbone(config.model, image_size=size, seed=config.seed).module
-            assert isinstance(module, Encoder)
-            encoder = module
-        if encoder.config.channels not in (1, 3):
-            raise UsageError(f"pictures have 1 or 3 channels, and {config.model} takes {encoder.config.channels}")
-        patch = encoder.config.patch_size
-        size = pair(config.image_size)
-        middle = int(np.median(sides))
+        asked: Any = {"image_size": config.image_size, "channels": config.channels, "seed": config.seed}
+        encoder = open_network(config.model, files, **asked, classes=0).module
+        assert isinstance(encoder, Encoder)
+        patch, size, middle = encoder.config.patch_size, pair(config.image_size), int(np.median(sides))
         if size is None:
             small = config.recipe == "auto" and self.group.device.type == "cpu"
             size = (window_of(patch, middle, small=small),) * 2
@@ -163,8 +157,8 @@ class MapJob(Job):
         if self.settings.falls == "cosine":
             return super().rate(step)
         settings = self.settings
-        peak, rise = engine.peak_rate(settings.base_lr, settings.batch_size), settings.warmup * settings.steps
-        return peak * min((step + 1) / max(1.0, rise), (settings.steps - step) / max(1.0, settings.steps - rise))
+        peak = engine.peak_rate(settings.base_lr, settings.batch_size)
+        return engine.linear_rate(step, settings.steps, peak, settings.warmup)
 
     def crops(self) -> Dataset[MapBatch]:
         return MapCrops(self.training, self.transform, self.config.cache)  # type: ignore[return-value]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maehub.data import IGNORED, Labelled
+from maehub.data import IGNORED, Key
 from maehub.dense import LinearDecoder, Segmenter, SegmenterConfig
 from maehub.errors import DataError, UsageError, log
 from maehub.models import Encoder
@@ -17,7 +17,7 @@ from maehub.train.engine import Group, decayed_groups
 from maehub.train.evaluation import best, fit_at, sweep
 from maehub.train.finetuning.classifier import drop_paths
 from maehub.train.finetuning.maps.recipes import MapSettings
-from maehub.train.finetuning.maps.views import MapTransform
+from maehub.train.finetuning.maps.views import MapCrops
 
 _PICTURES, _PATCHES = 400, 24_000  # that a probe is solved from, at most
 _PURE = 0.9  # share of a patch's pixels that are of one class
@@ -80,12 +80,7 @@ def parameter_groups(model: Segmenter, settings: MapSettings) -> list[dict[str, 
 
 
 def solve_decoder(
-    model: Segmenter,
-    training: Labelled,
-    transform: MapTransform,
-    group: Group,
-    precision: contextlib.AbstractContextManager[Any],
-    seed: int,
+    model: Segmenter, crops: MapCrops, group: Group, precision: contextlib.AbstractContextManager[Any], seed: int
 ) -> None:
     """Begin a linear decoder as the logistic regression of the encoder's patches, the same in every process.
 
@@ -96,8 +91,8 @@ def solve_decoder(
     found = None
     with group.together("solving the probe of patches"):
         if group.is_main:
-            features, labels, pictures = _patches(model, training, transform, group, precision, seed)
-            classes = len(training.classes)
+            features, labels, pictures = _patches(model.to(group.device).eval(), crops, precision, seed)
+            classes = len(crops.labelled.classes)
             if len(np.unique(labels)) < 2:
                 log.warning("no two classes fill a patch, so the decoder begins fresh; a smaller patch sees more")
             else:
@@ -116,27 +111,22 @@ def solve_decoder(
 
 
 def _patches(
-    model: Segmenter,
-    training: Labelled,
-    transform: MapTransform,
-    group: Group,
-    precision: contextlib.AbstractContextManager[Any],
-    seed: int,
+    model: Segmenter, crops: MapCrops, precision: contextlib.AbstractContextManager[Any], seed: int
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Features (n, D) float32 of patches, their classes (n,) and the numbers of their pictures (n,)."""
-    order = np.argsort([sample_seed(seed, 0, training.samples.sample_id(i), _VIEW) for i in range(len(training))])
-    patch, each = model.encoder.config.patch_size, -(-_PATCHES // min(len(training), _PICTURES))
+    samples, device = crops.labelled.samples, model.encoder.cls_token.device
+    order = np.argsort([sample_seed(seed, 0, samples.sample_id(index), _VIEW) for index in range(len(samples))])
+    patch, each = model.encoder.config.patch_size, -(-_PATCHES // min(len(samples), _PICTURES))
     generator = np.random.default_rng(seed % 2**63)
     rows, labels, pictures = [], [], []
-    model.to(group.device).eval()
-    assert training.maps is not None
     for number, index in enumerate(order[:_PICTURES].tolist()):
-        places = training.maps.read(index)
-        pixels, target = transform.crop(training.samples.source(index), places, sample_seed(seed, 0, index, _VIEW))
-        images = transform.preprocess.normalise(torch.from_numpy(pixels[None]).to(group.device))
+        batch = crops.__getitems__([Key(index, sample_seed(seed, 0, index, _VIEW), 0)])
+        if isinstance(batch, DataError):
+            raise batch
+        images = crops.transform.preprocess.normalise(batch.pixels.to(device))
         with torch.inference_mode(), precision:
             features = model.maps(images)[-1][0].float().flatten(1).T.cpu()  # (N, D)
-        classes, share = _main_class(target, patch, len(training.classes))
+        classes, share = _main_class(batch.targets[0].numpy(), patch, len(crops.labelled.classes))
         pure = np.flatnonzero(share >= _PURE)
         some = generator.permutation(pure)[:each]
         rows.append(features[some])

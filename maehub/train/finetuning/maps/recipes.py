@@ -53,16 +53,6 @@ class MapSettings:
     blocks: float | None = None
     """How many of the last blocks train, None for the whole encoder, 0 for none of it."""
 
-    @property
-    def mixed_at_once(self) -> int:
-        """As of classifiers: pictures are not mixed."""
-        return 1
-
-    @property
-    def head(self) -> str:
-        """As of classifiers."""
-        return "maps"
-
 
 @dataclass(frozen=True)
 class MapFacts:
