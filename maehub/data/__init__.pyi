@@ -22,6 +22,13 @@ from .maps.folders import map_folders as map_folders
 from .maps.label_maps import IGNORED as IGNORED
 from .maps.label_maps import LabelMaps as LabelMaps
 from .maps.label_maps import MapClasses as MapClasses
+from .objects.objects import ObjectClasses as ObjectClasses
+from .objects.objects import ObjectLabels as ObjectLabels
+from .objects.objects import Objects as Objects
+from .objects.objects import Shape as Shape
+from .objects.objects import coco_masks as coco_masks
+from .objects.objects import code_of as code_of
+from .objects.objects import masks_of as masks_of
 from .sources import Pictures as Pictures
 from .sources import PictureSource as PictureSource
 from .sources import Samples as Samples

@@ -12,6 +12,7 @@ import numpy as np
 from maehub.data.label_sources import TESTING, TRAINING, NamedLabels, read_label_source, split_word
 from maehub.data.listing import entries_in
 from maehub.data.maps.label_maps import LabelMaps
+from maehub.data.objects.objects import ObjectLabels
 from maehub.data.sources import Source, select
 from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable
@@ -28,7 +29,7 @@ class Labelled:
     float64, the numbers in the columns that ``classes`` names. ``groups``: (n,) int64, equal for pictures that must
     stay on one side of a split; None where nobody said. What `find_labelled` gives is a hash of a group's name, so a
     group has the same number wherever it is read. ``maps``: where every pixel has a class, which; ``labels`` are then
-    (n, classes) bool, the classes that occur.
+    (n, classes) bool, the classes that occur; so are they with ``objects``, where a picture shows which.
     """
 
     samples: Source
@@ -36,6 +37,7 @@ class Labelled:
     classes: tuple[str, ...]
     groups: np.ndarray | None = None
     maps: LabelMaps | None = None
+    objects: ObjectLabels | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,8 +70,9 @@ class Labelled:
         """Some of them, in the order of ``indices``."""
         groups = None if self.groups is None else self.groups[indices]
         maps = None if self.maps is None else self.maps.take(indices)
-        samples = select(self.samples, indices)
-        return replace(self, samples=samples, labels=self.labels[indices], groups=groups, maps=maps)
+        objects = None if self.objects is None else self.objects.take(indices)
+        samples, labels = select(self.samples, indices), self.labels[indices]
+        return replace(self, samples=samples, labels=labels, groups=groups, maps=maps, objects=objects)
 
     def without_empty_classes(self) -> "Labelled":
         """The same pictures, with the classes alone that one of them has."""

@@ -1,6 +1,7 @@
 from .decoders import Decoder as Decoder
 from .decoders import LinearDecoder as LinearDecoder
 from .decoders import UPerNet as UPerNet
+from .detections import Detections as Detections
 from .folder import load_segmenter as load_segmenter
 from .folder import save_segmenter as save_segmenter
 from .segmenter import Segmenter as Segmenter
