@@ -1,11 +1,13 @@
 """What a detector finds in a picture."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 
-class Detections(NamedTuple):
+@dataclass(frozen=True)
+class Detections:
     """Objects of one picture, the surest first."""
 
     boxes: np.ndarray
