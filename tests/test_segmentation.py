@@ -68,7 +68,7 @@ def test_a_run_tells_pixels(run, data, told):
     measured = {line["step"]: line["val_miou"] for line in metrics(run) if "val_miou" in line}
     assert 0 in measured
     assert measured[20] == scores["miou"]
-    code, facts = told("evaluate", data, "-m", run)
+    code, facts = told("evaluate", data, "-m", run, "--precision", "fp32")
     assert code == 0
     assert facts["miou"] == pytest.approx(scores["miou"])
     assert facts["n"] == 11
@@ -287,7 +287,7 @@ def test_a_crop_is_drawn_again_where_one_class_fills_it():
     common = {"hflip": False, "colours": False}
     mixed = []
     for most in (1.0, 0.75):
-        transform = MapTransform(shape, None, (1.0, 1.0), most, **common)
+        transform = MapTransform(shape, None, (1.0, 1.0), most_of_one=most, **common)
         shares = [np.bincount(transform.crop(picture, places, seed)[1].reshape(-1), minlength=2) for seed in range(40)]
         mixed.append(np.mean([share.max() / share.sum() < 0.75 for share in shares]))
     assert mixed[1] > 2 * mixed[0]

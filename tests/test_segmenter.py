@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import maehub
 from maehub.data import MapClasses
 from maehub.dense import Segmenter, SegmenterConfig, UPerNet, colours_of
-from maehub.dense.segmenter import _starts, lines
+from maehub.dense.segmenter import lines
+from maehub.dense.windows import window_starts
 from maehub.errors import DataError, IntegrityError, UsageError
 from maehub.models import Encoder, EncoderConfig
 from maehub.train import MapScores, predict_maps
@@ -132,7 +133,7 @@ def test_settings_that_cannot_be_are_refused(wrong):
 
 @given(st.integers(1, 400), st.integers(1, 100))
 def test_windows_cover_a_side(side, window):
-    starts = _starts(side, window)
+    starts = window_starts(side, window)
     covered = np.zeros(max(side, window), int)
     for start in starts:
         covered[start : start + window] += 1
@@ -152,8 +153,8 @@ def test_rows_are_the_average_of_all_windows(size, decoder):
         images = torch.zeros(1, 3, *padded)
         images[:, :, : size[0], : size[1]] = model.encoder.preprocess.normalise(torch.from_numpy(pixels[None]))
         sums, times = torch.zeros(3, *padded), torch.zeros(*padded)
-        for top in _starts(size[0], 32):
-            for left in _starts(size[1], 32):
+        for top in window_starts(size[0], 32):
+            for left in window_starts(size[1], 32):
                 part = np.s_[top : top + 32, left : left + 32]
                 sums[:, part[0], part[1]] += model(images[:, :, part[0], part[1]])[0]
                 times[part] += 1

@@ -2,10 +2,15 @@ from .decoders import Decoder as Decoder
 from .decoders import LinearDecoder as LinearDecoder
 from .decoders import UPerNet as UPerNet
 from .detections import Detections as Detections
+from .detector import Detector as Detector
+from .detector import DetectorConfig as DetectorConfig
+from .folder import load_detector as load_detector
 from .folder import load_segmenter as load_segmenter
+from .folder import save_detector as save_detector
 from .folder import save_segmenter as save_segmenter
+from .regions import Target as Target
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig
 from .segmenter import colours_of as colours_of
-from .segmenter import pixels_of as pixels_of
-from .segmenter import scaled_size as scaled_size
+from .windows import pixels_of as pixels_of
+from .windows import scaled_size as scaled_size

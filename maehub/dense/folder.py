@@ -1,43 +1,40 @@
-"""Folders of segmenters: the folder of the encoder, as maehub and timm load it, and the decoder beside it.
+"""Folders of segmenters and detectors: the folder of the encoder, as maehub and timm load it, and the rest beside it.
 
 config.json, model.safetensors, README.md     the encoder's; see `maehub.weights.save`
-segmenter.json                                decoder, classes, palette, scale
-segmenter.safetensors                         the decoder's tensors
+segmenter.json, or detector.json              what it is on top: its classes, its parts, how pictures are scaled
+segmenter.safetensors, detector.safetensors   the tensors of that
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from maehub.data import MapClasses
+from maehub.data import MapClasses, ObjectClasses
+from maehub.dense.detector import Detector, DetectorConfig
 from maehub.dense.segmenter import Segmenter, SegmenterConfig
 from maehub.errors import IntegrityError, UsageError
-from maehub.files import SEGMENTER, check_free, read_json, whole_folder, write_json
+from maehub.files import DETECTOR, SEGMENTER, check_free, read_json, whole_folder, write_json
 from maehub.hub import load
-from maehub.models import usable_device
+from maehub.models import Encoder, usable_device
 from maehub.version import __version__
 from maehub.weights import MEMBERS, check_finite, find_model_folder, read_tensors, write_members, write_tensors
 
-_CONFIG, _TENSORS = SEGMENTER, "segmenter.safetensors"
 _FORMAT = 1
+_Dense = TypeVar("_Dense", Segmenter, Detector)
 
 
 def save_segmenter(model: Segmenter, folder: str | Path, *, card: str | None = None, overwrite: bool = False) -> Path:
     """Write a segmenter's folder, whole or not at all; arguments and errors as in `maehub.save`."""
-    if not isinstance(model, Segmenter):
-        raise UsageError(f"save_segmenter takes a Segmenter, not a {type(model).__name__}")
-    folder, members = Path(folder), (*MEMBERS, _CONFIG, _TENSORS)
-    check_free(folder, overwrite, members)
-    decoder = {name: value.contiguous() for name, value in model.decoder.state_dict().items()}
-    check_finite({name: value for name, value in decoder.items() if value.is_floating_point()}, "the weights to save")
-    with whole_folder(folder, overwrite=overwrite, members=members) as staging:
-        write_members(staging, folder.absolute().name, model.encoder, card=card)
-        sha256 = write_tensors(staging / _TENSORS, decoder, {"format": "pt", "maehub": __version__}, torch.float32)
-        said: dict[str, Any] = {"format": _FORMAT, "maehub": __version__, "task": "segment", "sha256": sha256}
-        write_json(staging / _CONFIG, said | asdict(model.config))
-    return folder
+    return _save(Segmenter, model, Path(folder), SEGMENTER, "segment", card, overwrite)
+
+
+def save_detector(model: Detector, folder: str | Path, *, card: str | None = None, overwrite: bool = False) -> Path:
+    """Write a detector's folder, whole or not at all; arguments and errors as in `maehub.save`."""
+    return _save(Detector, model, Path(folder), DETECTOR, "detect", card, overwrite)
 
 
 def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") -> Segmenter:
@@ -49,43 +46,88 @@ def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") ->
         UsageError: it is no such folder.
         IntegrityError: a file is broken, or holds other tensors than it should.
     """
+    made: Any = lambda encoder, said: Segmenter(encoder, _config(SegmenterConfig, MapClasses, said))  # noqa: E731
+    return _load(Segmenter, made, Path(folder), SEGMENTER, "segment", device)
+
+
+def load_detector(folder: str | Path, *, device: str | torch.device = "cpu") -> Detector:
+    """A detector by its folder, or that of its run, in eval mode; `maehub.load` gives its encoder alone.
+
+    ``load_detector("runs/crowns").predict("wood.jpg")`` has boxes (n, 4) in pixels, scores (n,), labels (n,), places in
+    its ``config.classes.names``, and masks where it draws them.
+
+    Raises:
+        UsageError: it is no such folder.
+        IntegrityError: a file is broken, or holds other tensors than it should.
+    """
+    made: Any = lambda encoder, said: Detector(encoder, _config(DetectorConfig, ObjectClasses, said))  # noqa: E731
+    return _load(Detector, made, Path(folder), DETECTOR, "detect", device)
+
+
+def _save(
+    kind: type[_Dense], model: _Dense, folder: Path, name: str, task: str, card: str | None, overwrite: bool
+) -> Path:
+    if not isinstance(model, kind):
+        raise UsageError(f"a {kind.__name__} can be saved here, not a {type(model).__name__}")
+    beside = Path(name).with_suffix(".safetensors").name
+    members = (*MEMBERS, name, beside)
+    check_free(folder, overwrite, members)
+    tensors = {key: value.contiguous() for key, value in _own(model).items()}
+    check_finite({key: value for key, value in tensors.items() if value.is_floating_point()}, "the weights to save")
+    with whole_folder(folder, overwrite=overwrite, members=members) as staging:
+        write_members(staging, folder.absolute().name, model.encoder, card=card)
+        sha256 = write_tensors(staging / beside, tensors, {"format": "pt", "maehub": __version__}, torch.float32)
+        said: dict[str, Any] = {"format": _FORMAT, "maehub": __version__, "task": task, "sha256": sha256}
+        write_json(staging / name, said | asdict(model.config))
+    return folder
+
+
+def _own(model: Segmenter | Detector) -> dict[str, Tensor]:
+    """Its tensors but those of the encoder."""
+    encoder = {id(tensor) for tensor in model.encoder.state_dict(keep_vars=True).values()}
+    everything = model.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in everything.items() if id(tensor) not in encoder}
+
+
+def _load(
+    kind: type[_Dense], made: Callable[[Encoder, Any], _Dense], folder: Path, name: str, task: str, device: Any
+) -> _Dense:
     folder = find_model_folder(folder)
-    if not (folder / _CONFIG).is_file():
+    if not (folder / name).is_file():
         raise UsageError(
-            f"{folder} is no segmenter: it has no {_CONFIG}. Train one by `maehub finetune DATA -o RUN --task "
-            "segment`; maehub.load(FOLDER) loads encoders and classifiers"
+            f"{folder} is no {kind.__name__.lower()}: it has no {name}. Train one by `maehub finetune DATA -o RUN "
+            f"--task {task}`; maehub.load(FOLDER) loads encoders and classifiers"
         )
-    config = _config(folder / _CONFIG)
+    said = read_json(folder / name)
+    if said.get("format") != _FORMAT or said.get("task") != task:
+        raise IntegrityError(f"{folder / name} is of another format or task than this version of maehub reads")
+    rest = {key: value for key, value in said.items() if key not in ("format", "maehub", "task", "sha256")}
     encoder = load(folder)
-    model = Segmenter(encoder, config)
-    path = folder / _TENSORS
+    try:
+        model = made(encoder, rest)
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
+        raise IntegrityError(f"{folder / name} cannot be used: {error}") from error
+    path = (folder / name).with_suffix(".safetensors")
     if not path.is_file():
-        raise IntegrityError(f"{folder} has a {_CONFIG} and no {_TENSORS}")
-    tensors, expected = read_tensors(path).tensors, model.decoder.state_dict()
+        raise IntegrityError(f"{folder} has a {name} and no {path.name}")
+    tensors, expected = read_tensors(path).tensors, _own(model)
     if tensors.keys() != expected.keys() or any(tensors[key].shape != expected[key].shape for key in expected):
         missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise IntegrityError(
-            f"{path} does not hold the decoder that {_CONFIG} describes: it lacks {missing[:3]}, has {more[:3]} beside "
-            "it, or shapes differ"
+            f"{path} does not hold what {name} describes: it lacks {missing[:3]}, has {more[:3]} beside it, or shapes "
+            "differ"
         )
-    check_finite({name: value for name, value in tensors.items() if value.is_floating_point()}, str(path))
-    model.decoder.load_state_dict(tensors)
+    check_finite({key: value for key, value in tensors.items() if value.is_floating_point()}, str(path))
+    model.load_state_dict(tensors, strict=False)
     return model.to(usable_device(device)).eval()
 
 
-def _config(path: Path) -> SegmenterConfig:
-    said = read_json(path)
-    known = set(SegmenterConfig.__dataclass_fields__)
-    if said.get("format") != _FORMAT or said.get("task") != "segment":
-        raise IntegrityError(f"{path} is of another format or task than this version of maehub reads")
-    if unknown := sorted(said.keys() - known - {"format", "maehub", "task", "sha256"}):
-        raise IntegrityError(f"{path} has unknown keys: {', '.join(unknown)[:200]}")
-    try:
-        classes = MapClasses(**{name: _frozen(value) for name, value in said["classes"].items()})
-        rest: Any = {name: _frozen(value) for name, value in said.items() if name in known - {"classes"}}
-        return SegmenterConfig(classes, **rest)
-    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
-        raise IntegrityError(f"{path} cannot be used: {error}") from error
+def _config(kind: type, classes: type, said: Mapping[str, Any]) -> Any:
+    if unknown := sorted(said.keys() - set(kind.__dataclass_fields__)):  # type: ignore[attr-defined]
+        raise UsageError(f"it has unknown keys: {', '.join(unknown)[:200]}")
+    read = {key: _frozen(value) for key, value in said.items()}
+    named = {key: _frozen(value) for key, value in said["classes"].items()}
+    return kind(**read | {"classes": classes(**named)})
 
 
 def _frozen(value: Any) -> Any:

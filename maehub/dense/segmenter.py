@@ -1,7 +1,7 @@
 """A segmenter: an encoder with a decoder, from pictures of any size to the class of every pixel."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from maehub.data import MapClasses
 from maehub.dense.decoders import Decoder, LinearDecoder, Norm, UPerNet
-from maehub.errors import DataError, UsageError
-from maehub.images import ImagePath, Size, open_image, plain, scaled
+from maehub.dense.windows import pixels_of, scaled_size, window_starts, windows_of
+from maehub.errors import UsageError
+from maehub.images import ImagePath, Size, scaled
 from maehub.models import Encoder
 
-_OVERLAP = 1 / 3  # of a window with the next one
 _TOKENS, _SCORES = 2**12, 2**26  # patches that are computed at once, and numbers that come of them
 _LINES = 256  # of a picture that are enlarged at once
 
@@ -143,9 +143,9 @@ class Segmenter(nn.Module):
         Each part is its first row, and (classes, rows, W) float32, which the next part overwrites. Beyond the edges of
         a small picture a window sees the mean colour.
         """
-        height, width, channels = pixels.shape
+        height, width = pixels.shape[:2]
         window, device = self.encoder.config.size, self.encoder.cls_token.device
-        tops, lefts = (_starts(side, step) for side, step in zip((height, width), window, strict=True))
+        tops, lefts = (window_starts(side, step) for side, step in zip((height, width), window, strict=True))
         classes = len(self.config.classes.names)
         count = max(1, min(_TOKENS // math.prod(self.encoder.config.grid), _SCORES // (classes * math.prod(window))))
         sums = torch.zeros(classes, window[0], width, device=device)
@@ -153,14 +153,7 @@ class Segmenter(nn.Module):
         for number, top in enumerate(tops):
             for first in range(0, len(lefts), count):
                 some = lefts[first : first + count]
-                cut = np.zeros((len(some), *window, channels), np.uint8)
-                for place, left in enumerate(some):
-                    part = pixels[top : top + window[0], left : left + window[1]]
-                    cut[place, : part.shape[0], : part.shape[1]] = part
-                images = self.encoder.preprocess.normalise(torch.from_numpy(cut).to(device))
-                images[:, :, height - top :] = 0  # beyond the edge: the mean colour
-                for place, left in enumerate(some):
-                    images[place, :, :, width - left :] = 0
+                images = windows_of(self.encoder, pixels, [(top, left) for left in some])
                 scores = self(images)
                 for place, left in enumerate(some):
                     across = min(window[1], width - left)
@@ -174,27 +167,6 @@ class Segmenter(nn.Module):
                 for table in (*sums, times):  # one by one: a copy of all would be too much of a large picture
                     table[:kept] = table[done:].clone()
                     table[kept:] = 0
-
-
-def pixels_of(picture: ImagePath | Image.Image | np.ndarray, channels: int) -> np.ndarray:
-    """(H, W, C) uint8 of a picture, upright."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != channels:
-            raise DataError(f"an array must be (H, W, {channels}) uint8, not {picture.shape} {picture.dtype}")
-        return picture
-    if channels not in (1, 3):
-        raise DataError(f"files have 1 or 3 channels and the model takes {channels}; give an array")
-    image = plain(picture) if isinstance(picture, Image.Image) else open_image(picture, channels=channels)
-    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def scaled_size(size: Sequence[int], short_side: int | None) -> Size:
-    """(height, width) of a picture whose shorter side becomes so many pixels; its own with None."""
-    if short_side is None:
-        return size[0], size[1]
-    factor = short_side / min(size)
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def lines(scores: Tensor, size: Size) -> Iterator[tuple[int, Tensor]]:
@@ -211,15 +183,6 @@ def lines(scores: Tensor, size: Size) -> Iterator[tuple[int, Tensor]]:
         share = (where - above).float()[:, None]
         mixed = scores[:, above] * (1 - share) + scores[:, below] * share  # (classes, lines, w)
         yield top, F.interpolate(mixed[None], size=(len(wanted), size[1]), mode="bilinear", align_corners=False)[0]
-
-
-def _starts(side: int, window: int) -> list[int]:
-    """Where windows begin: a stride apart, the last one at the edge."""
-    if side <= window:
-        return [0]
-    stride = max(1, round(window * (1 - _OVERLAP)))
-    count = -(-(side - window) // stride) + 1
-    return [min(number * stride, side - window) for number in range(count)]
 
 
 def colours_of(classes: MapClasses) -> tuple[tuple[int, int, int], ...]:

@@ -87,7 +87,7 @@ class MapJob(Job):
         network = build_segmenter(encoder, described, settings, config.seed)
         turned: Any = {"hflip": config.hflip, "vflip": config.vflip, "rot90": config.rot90}
         views = partial(MapTransform, encoder.preprocess, short_side)
-        self.transform = views(settings.resize, settings.most_of_one, **turned, colours=settings.colours)
+        self.transform = views(settings.resize, most_of_one=settings.most_of_one, **turned, colours=settings.colours)
         self.clock = self.clock_from(begun)
         if settings.head_start == "probe" and not stored:
             plain = views((1.0, 1.0), hflip=False, colours=False)
@@ -161,7 +161,7 @@ class MapJob(Job):
         return engine.linear_rate(step, settings.steps, peak, settings.warmup)
 
     def crops(self) -> Dataset[MapBatch]:
-        return MapCrops(self.training, self.transform, self.config.cache)  # type: ignore[return-value]
+        return MapCrops(self.training, self.transform, self.config.cache)
 
     def inputs(self, part: MapBatch, seed: int) -> tuple[Tensor, Tensor]:
         return self.transform.preprocess.normalise(part.pixels), part.targets.long()

@@ -3,7 +3,9 @@
 Everything random about a crop is a pure function of (seed, epoch, sample id), as of the crops of classifiers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -37,57 +39,87 @@ class MapBatch(NamedTuple):
         return type(self)(pixels, targets, self.seeds)
 
 
-@dataclass(frozen=True)
-class MapTransform:
-    """How pictures with label maps are looked at in training.
+class View(NamedTuple):
+    """A part of a picture as it is seen in training."""
 
-    ``short_side``: as of the segmenter. ``resize``, ``most_of_one``: as of the recipe.
+    canvas: np.ndarray  # (H, W, C) uint8 of the size of the window; what lies beyond the part is the mean colour
+    box: Box  # of the picture
+    shown: Size  # what the part is scaled to
+    flips: tuple[bool, bool]  # upside down, left to right
+    turns: int  # by 90 degrees, against the clock, after that
+
+    def turned(self, values: np.ndarray) -> np.ndarray:
+        """What lies over the part, (…, h, w) of ``shown``, turned as the canvas is, whose top left corner it fills."""
+        for flips, axis in zip(self.flips, (-2, -1), strict=True):
+            values = np.flip(values, axis) if flips else values
+        return np.rot90(values, self.turns, (-2, -1))
+
+
+@dataclass(frozen=True)
+class DenseTransform:
+    """How pictures with more than a class are looked at in training.
+
+    ``short_side``, or ``fitted`` into one window: as of the segmenter or detector. ``resize``: as of the recipe.
     """
 
     preprocess: Preprocess
     short_side: int | None
     resize: tuple[float, float]
-    most_of_one: float = 1.0
     hflip: bool = True
     vflip: bool = False
     rot90: bool = False
     colours: bool = True
+    fitted: bool = False
 
-    def crop(self, source: Any, places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(H, W, C) uint8 and (H, W) int16 of the size of the window; what lies beyond a picture is ignored."""
+    def view(self, source: Any, size: Size, seed: int, place: Callable[[Size, np.ndarray], Box]) -> View:
+        """A random view of a picture of (height, width).
+
+        ``place`` chooses which part of a given size is seen, by draws (10, 2) from 0 to 1.
+        """
         window, channels = self.preprocess.size, self.preprocess.channels
         numbers = random_uniform(sample_seed(seed, 0, 0, _PLACE), 4 + 2 * _TRIES)
         low, high = self.resize
         factor = low + float(numbers[0]) * (high - low)
-        size = _sides(places.shape)
-        whole = scaled_size(size, self.short_side)
+        whole = scaled_size(size, self.short_side, window if self.fitted else None)
         by = factor * whole[0] / size[0]  # pixels of the result a pixel of the picture
         taken = tuple(min(side, max(1, round(edge / by))) for side, edge in zip(size, window, strict=True))
-        shown = tuple(min(edge, max(1, round(part * by))) for part, edge in zip(taken, window, strict=True))
-        box = self._placed(places, _sides(taken), numbers[4:].reshape(_TRIES, 2))
-        if isinstance(source, Image.Image):
-            part = part_of(source, lambda _: box, _sides(shown))
-        else:
-            part = open_part(source, lambda _: box, _sides(shown))
-        box = part.box
-        pixels = scaled(part.pixels, _sides(shown))
-        classes = torch.from_numpy(nearest(places[box.top : box.bottom, box.left : box.right], _sides(shown)))
+        shown = sides(tuple(min(edge, max(1, round(part * by))) for part, edge in zip(taken, window, strict=True)))
+        box = place(sides(taken), numbers[4:].reshape(_TRIES, 2))
+        part = (part_of if isinstance(source, Image.Image) else open_part)(source, lambda _: box, shown)
+        pixels = scaled(part.pixels, shown).numpy()
         if channels == 1 and pixels.ndim == 3:
-            pixels = torch.from_numpy(np.array(Image.fromarray(pixels.numpy()).convert("L")))
+            pixels = np.array(Image.fromarray(pixels).convert("L"))
         if pixels.ndim == 2:
-            pixels = pixels[:, :, None].expand(-1, -1, channels)
+            pixels = pixels[:, :, None].repeat(channels, axis=2)
         if self.colours:
-            pixels = torch.from_numpy(changed_colours(pixels.numpy(), sample_seed(seed, 0, 0, _COLOUR)))
-        for flips, number, axis in ((self.hflip, numbers[1], 1), (self.vflip, numbers[2], 0)):
-            if flips and number < 0.5:
-                pixels, classes = pixels.flip(axis), classes.flip(axis)
-        if self.rot90:
-            pixels, classes = (torch.rot90(one, int(4 * numbers[3])) for one in (pixels, classes))
-        canvas = torch.tensor(self._mean_colour(), dtype=torch.uint8).expand(*window, channels).clone()
-        target = torch.full(window, IGNORED, dtype=torch.int16)
+            pixels = changed_colours(pixels, sample_seed(seed, 0, 0, _COLOUR))
+        flips = bool(self.vflip and numbers[2] < 0.5), bool(self.hflip and numbers[1] < 0.5)
+        seen = View(np.empty(0, np.uint8), part.box, shown, flips, int(4 * numbers[3]) if self.rot90 else 0)
+        pixels = seen.turned(pixels.transpose(2, 0, 1)).transpose(1, 2, 0)
+        canvas = np.empty((*window, channels), np.uint8)
+        canvas[:] = self._mean_colour()
         canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
+        return seen._replace(canvas=canvas)
+
+    def _mean_colour(self) -> list[int]:
+        low, high = self.preprocess.value_range
+        return [min(255, max(0, round(low + mean * (high - low)))) for mean in self.preprocess.mean]
+
+
+@dataclass(frozen=True)
+class MapTransform(DenseTransform):
+    """How pictures with label maps are looked at in training. ``most_of_one``: as of the recipe."""
+
+    most_of_one: float = 1.0
+
+    def crop(self, source: Any, places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W, C) uint8 and (H, W) int16 of the size of the window; what lies beyond a picture is ignored."""
+        seen = self.view(source, sides(places.shape), seed, partial(self._placed, places))
+        box = seen.box
+        classes = seen.turned(nearest(places[box.top : box.bottom, box.left : box.right], seen.shown))
+        target = np.full(self.preprocess.size, IGNORED, np.int16)
         target[: classes.shape[0], : classes.shape[1]] = classes
-        return canvas.numpy(), target.numpy()
+        return seen.canvas, target
 
     def _placed(self, places: np.ndarray, taken: Size, draws: np.ndarray) -> Box:
         """The first of ten places where no class fills too much, else the last."""
@@ -101,10 +133,6 @@ class MapTransform:
             if counts.sum() and (counts > 0).sum() > 1 and counts.max() < self.most_of_one * counts.sum():
                 break
         return box
-
-    def _mean_colour(self) -> list[int]:
-        low, high = self.preprocess.value_range
-        return [min(255, max(0, round(low + mean * (high - low)))) for mean in self.preprocess.mean]
 
 
 def changed_colours(pixels: np.ndarray, seed: int) -> np.ndarray:
@@ -137,32 +165,55 @@ def changed_colours(pixels: np.ndarray, seed: int) -> np.ndarray:
     return result
 
 
-def _sides(shape: Any) -> Size:
+def sides(shape: Any) -> Size:
+    """(height, width) of the shape of an array."""
     return int(shape[0]), int(shape[1])
 
 
-class MapCrops(Dataset[MapBatch | DataError]):
-    """Crops, a whole batch at a time; a picture or a map that cannot be read comes back as its error.
+class DenseCrops(Dataset[Any]):
+    """Crops, a whole batch at a time; what cannot be read comes back as its error.
 
-    With ``cache`` everything is decoded once, here; forked workers share the memory.
+    With ``cache`` every picture is decoded once, here; forked workers share the memory.
     """
 
-    def __init__(self, labelled: Labelled, transform: MapTransform, cache: bool) -> None:
-        assert labelled.maps is not None
-        self.labelled, self.maps, self.transform = labelled, labelled.maps, transform
-        samples, channels = labelled.samples, transform.preprocess.channels
+    def __init__(self, labelled: Labelled, channels: int, cache: bool) -> None:
+        self.labelled = labelled
+        samples = labelled.samples
         self.decoded = [opened(samples, index, channels) for index in range(len(samples))] if cache else None
-        self.places = [self.maps.read(index) for index in range(len(samples))] if cache else None
 
-    def __getitems__(self, keys: list[Key]) -> MapBatch | DataError:
+    def __getitems__(self, keys: list[Key]) -> Any:
         samples, crops = self.labelled.samples, []
         for key in keys:
             try:
                 with naming(samples, key.sample):
                     source = self.decoded[key.sample] if self.decoded else samples.source(key.sample)
-                    places = self.places[key.sample] if self.places else self.maps.read(key.sample)
-                    crops.append(self.transform.crop(source, places, key.crop))
+                    crops.append(self.crop(source, key))
             except DataError as error:
                 return error
+        return self.batch(crops, torch.tensor([key.crop for key in keys]))
+
+    def crop(self, source: Any, key: Key) -> Any:
+        """One crop, by its key."""
+        raise NotImplementedError
+
+    def batch(self, crops: list[Any], seeds: Tensor) -> Any:
+        """All of them together."""
+        raise NotImplementedError
+
+
+class MapCrops(DenseCrops):
+    """Crops of pictures and their label maps, which are decoded once too with ``cache``."""
+
+    def __init__(self, labelled: Labelled, transform: MapTransform, cache: bool) -> None:
+        assert labelled.maps is not None
+        super().__init__(labelled, transform.preprocess.channels, cache)
+        self.maps, self.transform = labelled.maps, transform
+        self.places = [self.maps.read(index) for index in range(len(labelled))] if cache else None
+
+    def crop(self, source: Any, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        places = self.places[key.sample] if self.places else self.maps.read(key.sample)
+        return self.transform.crop(source, places, key.crop)
+
+    def batch(self, crops: list[tuple[np.ndarray, np.ndarray]], seeds: Tensor) -> MapBatch:
         pixels, targets = (torch.from_numpy(np.stack(part)) for part in zip(*crops, strict=True))
-        return MapBatch(pixels, targets, torch.tensor([key.crop for key in keys]))
+        return MapBatch(pixels, targets, seeds)
