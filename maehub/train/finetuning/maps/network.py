@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from maehub.data import IGNORED, Key
 from maehub.dense import LinearDecoder, Segmenter, SegmenterConfig
-from maehub.errors import DataError, UsageError, log
+from maehub.errors import DataError, log
 from maehub.models import Encoder
 from maehub.rng import sample_seed
-from maehub.train.engine import Group, decayed_groups
+from maehub.train.engine import Group
 from maehub.train.evaluation import best, fit_at, sweep
 from maehub.train.finetuning.classifier import drop_paths
+from maehub.train.finetuning.dense_job import train_blocks
 from maehub.train.finetuning.maps.recipes import MapSettings
 from maehub.train.finetuning.maps.views import MapCrops
 
@@ -53,30 +54,12 @@ def build_segmenter(encoder: Encoder, config: SegmenterConfig, settings: MapSett
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = Segmenter(encoder, config)
-    depth, trained = encoder.config.depth, settings.blocks
-    first = 0 if trained is None else depth - int(trained)  # of the blocks that train
-    if first < 0 or trained == 0.5:
-        raise UsageError(f"--blocks {trained:g} must be whole blocks of the {depth} of the network")
-    encoder.requires_grad_(trained is None)
-    encoder.final_norm.requires_grad_(model.decoder.normed and trained != 0)
-    for number, block in enumerate(encoder.blocks):
-        block.requires_grad_(first <= number <= max(model.layers))
+    train_blocks(encoder, settings.blocks, last=max(model.layers), normed=model.decoder.normed)
     drop_paths(list(encoder.blocks), settings.drop_path)
     for part in model.decoder.modules():
         if isinstance(part, nn.Dropout2d):
             part.p = settings.dropout
     return model
-
-
-def parameter_groups(model: Segmenter, settings: MapSettings) -> list[dict[str, Any]]:
-    """Those of the encoder by layers, and those of the decoder, which has the whole rate and no decay on vectors."""
-    depth = model.encoder.config.depth
-    groups = decayed_groups(model.encoder, depth, settings.weight_decay, settings.layer_decay)
-    trained = [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
-    for decays in (True, False):
-        some = [parameter for parameter in trained if (parameter.ndim > 1) == decays]
-        groups.append({"params": some, "lr_scale": 1.0, "weight_decay": settings.weight_decay if decays else 0.0})
-    return [group for group in groups if group["params"]]
 
 
 def solve_decoder(

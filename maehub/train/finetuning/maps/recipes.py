@@ -162,8 +162,8 @@ def lasting(settings: MapSettings) -> dict[str, Any]:
     return {f"recipe's {name}": value for name, value in values.items() if name not in ("epochs", "steps")}
 
 
-def describe(settings: MapSettings, batch: str) -> str:
-    """What a run says first."""
+def describe(settings: MapSettings) -> str:
+    """What a run says first, with %s for its batch."""
     peak = peak_rate(settings.base_lr, settings.batch_size)
     more = [
         f"decoder {settings.decoder}" + f" {settings.width} wide" * (settings.width > 0),
@@ -175,8 +175,8 @@ def describe(settings: MapSettings, batch: str) -> str:
         *(["colours changed"] if settings.colours else []),
     ]
     return (
-        f"recipe {settings.recipe}: lr {peak:.3g} at a batch of {batch}; {settings.steps} steps, "
-        f"{settings.epochs:.3g} epochs, warm-up {100 * settings.warmup:.3g} %; {', '.join(more)}"
+        f"recipe {settings.recipe}: lr {peak:.3g} at a batch of %s; {settings.steps} steps, "
+        f"{settings.epochs:.3g} epochs, warm-up {100 * settings.warmup:.3g} %%; {', '.join(more)}"
     )
 
 
