@@ -97,7 +97,7 @@ def test_a_report_shows_classes_and_pictures(run):
 
 
 def test_an_evaluation_is_written(run, data, tmp_path, told):
-    code, facts = told("evaluate", data, "-m", run, "-o", tmp_path / "e")
+    code, facts = told("evaluate", data, "-m", run, "-o", tmp_path / "e", "--precision", "fp32")
     assert code == 0
     assert [path.rpartition("/")[2] for path in facts["files"]] == ["evaluation.json", "worst.png"]
     assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["miou"] == facts["miou"]
@@ -110,7 +110,7 @@ def test_classes_are_matched_by_their_names(run, data, tmp_path, told):
         tmp_path / "a", 11, first=24, write=lambda places: Image.fromarray(np.array([9, 4, 200], np.uint8)[places])
     )
     name_classes(tmp_path / "a", {"blue": 200, "red": 4, "ground": 9})
-    code, facts = told("evaluate", tmp_path / "a", "-m", run)
+    code, facts = told("evaluate", tmp_path / "a", "-m", run, "--precision", "fp32")
     assert code == 0
     assert facts["miou"] == pytest.approx(json.loads((run / "scores.json").read_text())["scores"]["miou"])
     name_classes(tmp_path / "a", {"azure": 200, "red": 4, "ground": 9})
@@ -120,7 +120,7 @@ def test_classes_are_matched_by_their_names(run, data, tmp_path, told):
 
 
 def test_predictions_are_label_maps(run, data, tmp_path, told):
-    code, facts = told("predict", data / "val" / "images", "-m", run, "-o", tmp_path / "p")
+    code, facts = told("predict", data / "val" / "images", "-m", run, "-o", tmp_path / "p", "--precision", "fp32")
     assert code == 0
     assert facts["images"] == 11
     found = Image.open(tmp_path / "p" / "masks" / "024.png")
@@ -349,7 +349,7 @@ def test_what_a_run_held_out_is_measured_again(tmp_path, told):
     line = words(tmp_path / "d", tmp_path / "run", steps=2, seed=5)
     assert cli.main(line) == 0
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
-    code, facts = told("evaluate", tmp_path / "d", "-m", tmp_path / "run")
+    code, facts = told("evaluate", tmp_path / "d", "-m", tmp_path / "run", "--precision", "fp32")
     assert code == 0
     assert (facts["n"], facts["miou"]) == (scores["n"], pytest.approx(scores["miou"]))
     assert facts["n"] == 4

@@ -142,13 +142,14 @@ class DenseJob(Job):
         model: nn.Module,
         objective: nn.Module,
         made: Callable[[int], tuple[Tensor, Any]],
-        groups: list[dict[str, Any]],
+        groups: Callable[[], list[dict[str, Any]]],
         derived: dict[str, Any],
         *,
         window: Size,
         whole: bool = False,
     ) -> None:
-        """Take a network with its loss and its parameters' groups: agree on the start, and fit it to memory and time.
+        """Take a network with its loss and the groups of its parameters, which are others once they are spread over
+        processes: agree on the start, and fit it to memory and time.
 
         ``whole``: a batch is never computed in parts. ``derived``: what must be the same on resume.
         """
@@ -170,7 +171,7 @@ class DenseJob(Job):
             planned = replace(settings, steps=stored["steps"], epochs=stored["epochs"]) if stored else None
             self.settings = planned or self._fitted(objective, made, micro)
         self.wrap(objective)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+        self.optimizer = torch.optim.AdamW(groups(), lr=0.0, betas=(0.9, 0.999), fused=True)
 
     def _fitted(self, objective: nn.Module, made: Any, micro: int) -> Any:
         """The settings with as many steps as there is time for."""

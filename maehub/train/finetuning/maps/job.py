@@ -69,7 +69,7 @@ class MapJob(DenseJob):
             network,
             MapObjective(network, settings.side_loss),
             partial(_blank, encoder, group.device),
-            dense_groups(network, encoder, settings),
+            partial(dense_groups, network, encoder, settings),
             {"short_side": short_side} | lasting(settings),
             window=shape.size,
             whole=whole,
