@@ -1,0 +1,1 @@
+"""Fine-tuning detectors: recipes, views, and what the loop runs."""

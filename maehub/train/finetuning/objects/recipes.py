@@ -1,0 +1,154 @@
+"""Published settings of detection, and those for few pictures."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from maehub.errors import UsageError
+from maehub.train.engine import peak_rate
+from maehub.train.finetuning.config import Recipe
+
+RECIPES = ("auto", "vitdet")
+_FEW_STEPS, _FEW_PASSES, _FEW_BATCH = 4000, 60, 8  # of ``auto`` where there is no clock
+_SIDE, _SIDE_ON_CPU = 64, 16  # patches of a window's side: 64 as published, 1024 pixels of patches of 16
+_FITTED = 4  # windows that a picture may be long before it is seen in parts
+
+
+@dataclass(frozen=True)
+class ObjectSettings:
+    """Everything that a recipe of detection decides; fields that `FinetuneConfig` has mean what they mean there."""
+
+    recipe: Recipe
+    epochs: float
+    batch_size: int
+    base_lr: float
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    steps: int = 0
+    warmup: float = 0.0
+    """Share of the steps."""
+    floor: float = 0.0
+    falls: tuple[float, ...] = ()
+    """Shares of the steps after which the rate is a tenth of what it was; without any it falls by a cosine."""
+    width: int = 256
+    convolutions: int = 4
+    hidden: int = 1024
+    regions: int = 512
+    """Of a picture, for the loss of classes and boxes."""
+    resize: tuple[float, float] = (0.5, 2.0)
+    """Least and greatest factor of a picture before it is cropped."""
+    colours: bool = False
+    ema: float = 0.0
+    blocks: float | None = None
+    """How many of the last blocks train, None for the whole encoder, 0 for none of it."""
+
+
+@dataclass(frozen=True)
+class ObjectFacts:
+    """What a recipe is fitted to."""
+
+    width: int
+    depth: int
+    images: int
+    device: str
+
+
+def settle(recipe: Recipe, facts: ObjectFacts, asked: Mapping[str, Any]) -> ObjectSettings:
+    """The recipe for a network and a number of pictures, changed where it is asked for."""
+    if recipe not in RECIPES:
+        raise UsageError(f"--recipe {recipe} is not for objects; --task detect has {', '.join(RECIPES)}")
+    found = replace((_vitdet if recipe == "vitdet" else _for_few)(facts), **asked)
+    each = facts.images / found.batch_size
+    steps = found.steps
+    if "epochs" in asked or not steps:
+        steps = math.ceil(found.epochs * each)
+    return replace(found, steps=steps, epochs=steps / each)
+
+
+def _vitdet(facts: ObjectFacts) -> ObjectSettings:
+    """Mask R-CNN on COCO (Li et al. 2022, arXiv 2203.16527, and the published configurations): 51.6, 55.5 and 56.7 box
+    AP for ViT-B, L and H. Windows of 1024 pixels, 100 epochs of 64 pictures (H: 75), large-scale jitter."""
+    number = 0 if facts.width < 1024 else 1 if facts.width < 1280 else 2
+    epochs = (100, 100, 75)[number]
+    steps = epochs * facts.images / 64
+    return ObjectSettings(
+        "vitdet",
+        epochs=epochs,
+        batch_size=64,
+        base_lr=1e-4 / peak_rate(1.0, 64),
+        weight_decay=0.1,
+        layer_decay=(0.7, 0.8, 0.9)[number],
+        drop_path=(0.1, 0.4, 0.5)[number],
+        warmup=min(0.1, 250 / max(1.0, steps)),
+        falls=(8 / 9, 26 / 27),
+        resize=(0.1, 2.0),
+    )
+
+
+def _for_few(facts: ObjectFacts) -> ObjectSettings:
+    """Ours, chosen by a few runs (docs/detection.md): heads as wide as the encoder can feed, and without convolutions
+    of regions on a CPU, where those would take most of the time."""
+    steps = min(_FEW_STEPS, math.ceil(_FEW_PASSES * facts.images / _FEW_BATCH))
+    small = facts.device == "cpu"
+    return ObjectSettings(
+        "auto",
+        epochs=0,
+        steps=max(100, steps),
+        batch_size=_FEW_BATCH,
+        base_lr=4e-3 * 192 / facts.width,
+        weight_decay=0.05,
+        layer_decay=0.75,
+        drop_path=0.0,
+        warmup=0.05,
+        width=min(256, max(64, facts.width // 2)),
+        convolutions=0 if small else 4,
+        hidden=256 if small else 1024,
+        regions=128 if small else 512,
+        colours=True,
+    )
+
+
+def lasting(settings: ObjectSettings) -> dict[str, Any]:
+    """What of a settled recipe must be the same when a run is resumed: not what follows from the number of pictures."""
+    return {f"recipe's {name}": value for name, value in asdict(settings).items() if name not in ("epochs", "steps")}
+
+
+def describe(settings: ObjectSettings) -> str:
+    """What a run says first, with %s for its batch."""
+    peak = peak_rate(settings.base_lr, settings.batch_size)
+    more = [
+        f"heads {settings.width} wide with {settings.convolutions} convolutions, {settings.regions} regions a picture",
+        *(["encoder frozen"] if settings.blocks == 0 else [f"layer decay {settings.layer_decay:.3g}"]),
+        *([f"the last {settings.blocks:g} blocks trained"] if settings.blocks else []),
+        *([f"drop path {settings.drop_path:g}"] if settings.drop_path else []),
+        "scaled by {:g} to {:g}".format(*settings.resize),
+        *(["colours changed"] if settings.colours else []),
+    ]
+    return (
+        f"recipe {settings.recipe}: lr {peak:.3g} at a batch of %s; {settings.steps} steps, "
+        f"{settings.epochs:.3g} epochs, warm-up {100 * settings.warmup:.3g} %%; {', '.join(more)}"
+    )
+
+
+def window_of(patch: int, longest: int, multiple: int, *, small: bool) -> int:
+    """Side of a window in pixels, where none is asked for: the middle picture's longer side, in whole multiples, at
+    most 64 patches, or 16 where it must be ``small``."""
+    return multiple * max(1, round(min((_SIDE_ON_CPU if small else _SIDE) * patch, longest) / multiple))
+
+
+def is_fitted(window: int, longest: int) -> bool:
+    """Whether pictures are scaled into one window, where nothing is asked for; longer ones are seen in parts."""
+    return longest <= _FITTED * window
+
+
+def anchor_of(sides: np.ndarray, stride: float) -> float:
+    """Side of an anchor in strides of its level, by the sides of objects as the network sees them, (n,) pixels.
+
+    The smallest anchor has the size below which a tenth of the objects are: 2, 2.8, 4, 5.7 or 8 strides; 8 is published.
+    """
+    strides = float(np.quantile(sides, 0.1)) / stride if len(sides) else 8.0
+    return round(2 ** (round(2 * math.log2(min(8.0, max(2.0, strides)))) / 2), 1)
