@@ -1,5 +1,6 @@
 """What a set with label maps holds, and what is wrong with it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,9 +46,20 @@ class MapCheck:
             )
             absent = "" if row.training and row.testing != 0 else "   (a side has none)"
             lines.append(f"  {visible(row.name):<24}{sides}{absent}")
-        lines += [f"{len(self.wrong):,} label maps cannot be used:"] * bool(self.wrong)
-        lines += [f"  {visible(one)}" for one in self.wrong[:_SHOWN]]
-        return "\n".join([*lines, *["  …"] * (len(self.wrong) > _SHOWN)])
+        return "\n".join([*lines, *wrong_lines(self.wrong, "label maps")])
+
+
+def wrong_lines(wrong: Sequence[str], what: str) -> list[str]:
+    """The first things that are wrong, below a line that counts them; no line where nothing is."""
+    shown = [f"  {visible(one)}" for one in wrong[:_SHOWN]]
+    return [*[f"{len(wrong):,} {what} cannot be used:"] * bool(wrong), *shown, *["  …"] * (len(wrong) > _SHOWN)]
+
+
+def class_counts(sides: Sequence[Labelled]) -> tuple[ClassCount, ...]:
+    """Pictures of each class on one side or two."""
+    counts = np.stack([side.counts for side in sides]).tolist()
+    tested = counts[1] if len(sides) > 1 else [None] * len(counts[0])
+    return tuple(map(ClassCount, sides[0].classes, counts[0], tested))
 
 
 def check_label_maps(data: str | Path) -> MapCheck:
@@ -59,9 +71,4 @@ def check_label_maps(data: str | Path) -> MapCheck:
     """
     found = find_label_maps(data, strict=False)
     sides: list[Labelled] = [one for one in (found.training, found.testing) if one is not None]
-    counts = np.stack([side.counts for side in sides]).tolist()
-    rows = [
-        ClassCount(name, counts[0][place], counts[1][place] if len(sides) > 1 else None)
-        for place, name in enumerate(found.training.classes)
-    ]
-    return MapCheck(sum(map(len, sides)), tuple(rows), tuple(found.wrong))
+    return MapCheck(sum(map(len, sides)), class_counts(sides), tuple(found.wrong))
