@@ -12,7 +12,7 @@ from maehub.data.maps.folders import PICTURES
 from maehub.data.objects.noted import Entry, Noted, json_object
 from maehub.data.objects.objects import Shape
 from maehub.data.objects.outlines import Thing, corners, numbers, run_length, same_size
-from maehub.errors import DataError, first_names
+from maehub.errors import DataError, first_names, visible
 from maehub.images import Size, printable
 
 _TRIED = 50  # pictures by which the folder is found
@@ -47,7 +47,7 @@ def read_coco(path: str) -> Noted:
     noted.root = os.fsencode(_root(path, [name for row in images[:_TRIED] if (name := _file(row))]))
     for row in images:
         key, name = _key(row.get("id")), _file(row)
-        what = f"{where}: the image {key}, {printable(name or str(row.get('file_name'))[:200])},"
+        what = f"{where}: the image {key}, {visible(name or str(row.get('file_name'))[:200])},"
         if name is None:
             noted.wrong.append(f"{what} has no file_name below the folder of pictures")
         elif times[key] > 1 or files[name] > 1:

@@ -145,6 +145,8 @@ def _look(root: bytes, entry: Entry) -> Looked | str:
         things = entry.things(size)
         solid = [thing for thing in things if thing.box is not None or thing.shape is not None]
         placed = [place(thing, size) for thing in solid]
+        if odd := [thing.label for thing in solid if thing.label and not thing.label.isprintable()]:
+            raise DataError(f"the name of the class {odd[0]!a} has letters that cannot be shown")
     except DataError as error:
         return str(error) if str(error).startswith(entry.where) else f"{entry.where}: {error}"
     names, ignored = [thing.label for thing in solid], [thing.ignored for thing in solid]

@@ -92,7 +92,9 @@ def beside(
             lacking.append(printable(stem))
     if lacking:
         meaning = (
-            "count as showing no object" if may_lack else "are left out; one that lists nothing says that there is no object"
+            "count as showing no object"
+            if may_lack
+            else "are left out; one that lists nothing says that there is no object"
         )
         text = "%s: %d pictures have no %s in %s and %s: %s"
         log.warning(
