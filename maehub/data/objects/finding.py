@@ -110,7 +110,7 @@ def find_objects(
         more = f", and {len(wrong) - 1} more such things; `maehub data check DATA` names all of them"
         raise DataError(f"{wrong[0]}{more if len(wrong) > 1 else ''}")
     everything = [one for part in looked for one in part]
-    clipped = _say(everything, text)
+    clipped = _say(everything, sides[0].kind, text)
     outlines = _outlines(everything, sides[0].kind, text)
     found: list[Labelled] = []
     names: dict[int, str] = {}
@@ -177,13 +177,14 @@ def _is_known(one: Looked, classes: ObjectClasses, wrong: list[str]) -> bool:
     return False
 
 
-def _say(looked: list[Looked], data: str) -> int:
+def _say(looked: list[Looked], kind: str, data: str) -> int:
     """Tell what was changed or left out; the number of objects that were cut at edges."""
     where = printable(data)
     clipped = [one.where for one in looked for thing in one.placed if thing.beyond]
     if clipped:
-        text = "%s: %d objects reach over the edges of their pictures and are cut there; the first in %s"
-        log.warning(text, where, len(clipped), clipped[0])
+        text = "%s: %d objects reach over the edges of their pictures and are cut there; the first in %s%s"
+        hint = ". Pascal VOC counts pixels from 1; is that a file that counts from 0?" * (kind == "Pascal VOC")
+        log.warning(text, where, len(clipped), clipped[0], hint)
     if apart := [one.where for one in looked for thing in one.placed if thing.apart]:
         text = (
             "%s: the box and the outline of %d objects have less than half in common, and each is taken as it is; the "
