@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from maehub.data.labels import Labelled
 from maehub.data.maps.folders import find_label_maps
 from maehub.errors import visible
@@ -15,7 +13,7 @@ _SHOWN = 20  # that are printed of what is wrong
 
 
 class ClassCount(NamedTuple):
-    """One class: pictures that show it, on each side of a split that was given."""
+    """One class: pictures that show it, or its objects, on each side of a split that was given."""
 
     name: str
     training: int
@@ -40,12 +38,7 @@ class MapCheck:
     def describe(self) -> str:
         """The same in words."""
         lines = [f"{self.pictures:,} pictures have label maps of {len(self.classes)} classes; pictures that show each:"]
-        for row in self.classes:
-            sides = (
-                f"{row.training:,}" if row.testing is None else f"{row.training:,} to train, {row.testing:,} to test"
-            )
-            absent = "" if row.training and row.testing != 0 else "   (a side has none)"
-            lines.append(f"  {visible(row.name):<24}{sides}{absent}")
+        lines += class_lines(self.classes)
         return "\n".join([*lines, *wrong_lines(self.wrong, "label maps")])
 
 
@@ -55,11 +48,20 @@ def wrong_lines(wrong: Sequence[str], what: str) -> list[str]:
     return [*[f"{len(wrong):,} {what} cannot be used:"] * bool(wrong), *shown, *["  …"] * (len(wrong) > _SHOWN)]
 
 
-def class_counts(sides: Sequence[Labelled]) -> tuple[ClassCount, ...]:
-    """Pictures of each class on one side or two."""
-    counts = np.stack([side.counts for side in sides]).tolist()
-    tested = counts[1] if len(sides) > 1 else [None] * len(counts[0])
-    return tuple(map(ClassCount, sides[0].classes, counts[0], tested))
+def class_lines(rows: Sequence[ClassCount]) -> list[str]:
+    """A line for each class."""
+    lines = []
+    for row in rows:
+        sides = f"{row.training:,}" if row.testing is None else f"{row.training:,} to train, {row.testing:,} to test"
+        absent = "" if row.training and row.testing != 0 else "   (a side has none)"
+        lines.append(f"  {visible(row.name):<24}{sides}{absent}")
+    return lines
+
+
+def class_counts(classes: Sequence[str], counts: Sequence[list[int]]) -> tuple[ClassCount, ...]:
+    """Numbers for each class on one side or two."""
+    tested = counts[1] if len(counts) > 1 else [None] * len(classes)
+    return tuple(map(ClassCount, classes, counts[0], tested))
 
 
 def check_label_maps(data: str | Path) -> MapCheck:
@@ -71,4 +73,8 @@ def check_label_maps(data: str | Path) -> MapCheck:
     """
     found = find_label_maps(data, strict=False)
     sides: list[Labelled] = [one for one in (found.training, found.testing) if one is not None]
-    return MapCheck(sum(map(len, sides)), class_counts(sides), tuple(found.wrong))
+    return MapCheck(
+        sum(map(len, sides)),
+        class_counts(found.training.classes, [side.counts.tolist() for side in sides]),
+        tuple(found.wrong),
+    )
