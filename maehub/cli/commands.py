@@ -173,7 +173,16 @@ def run_features(config: "arguments.Features", shared: Shared) -> int:
 def run_data(config: "arguments.Data", shared: Shared) -> int:
     if config.out is not None:
         check_place(config.out, config.overwrite)
-    from maehub.data import SAMPLE, check_data, check_label_maps, data_statistics, map_folders, tell
+    from maehub.data import (
+        SAMPLE,
+        check_data,
+        check_label_maps,
+        check_objects,
+        data_statistics,
+        is_object_set,
+        map_folders,
+        tell,
+    )
 
     if config.what == "stats":
         sample = SAMPLE if config.sample is None else config.sample
@@ -187,6 +196,10 @@ def run_data(config: "arguments.Data", shared: Shared) -> int:
     if not bad and map_folders(config.data):  # pictures beside label maps
         maps = check_label_maps(config.data)
         facts, text, bad = facts | {"label_maps": maps.to_dict()}, f"{text}\n\n{maps.describe()}", bool(maps.wrong)
+    if not checked.bad and is_object_set(config.data):
+        objects = check_objects(config.data)
+        facts, text = facts | {"objects": objects.to_dict()}, f"{text}\n\n{objects.describe()}"
+        bad = bad or bool(objects.wrong)
     return report(shared, facts, text, DataError.exit_code if bad else EXIT_DONE)
 
 

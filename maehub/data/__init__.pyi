@@ -22,6 +22,9 @@ from .maps.folders import map_folders as map_folders
 from .maps.label_maps import IGNORED as IGNORED
 from .maps.label_maps import LabelMaps as LabelMaps
 from .maps.label_maps import MapClasses as MapClasses
+from .objects.checking import check_objects as check_objects
+from .objects.finding import find_objects as find_objects
+from .objects.finding import is_object_set as is_object_set
 from .objects.objects import ObjectClasses as ObjectClasses
 from .objects.objects import ObjectLabels as ObjectLabels
 from .objects.objects import Objects as Objects
@@ -46,5 +49,6 @@ from .splits import measured_folder as measured_folder
 from .splits import measured_part as measured_part
 from .splits import split_label_maps as split_label_maps
 from .splits import split_labelled as split_labelled
+from .splits import split_objects as split_objects
 from .workers import Readers as Readers
 from .workers import reader_count as reader_count

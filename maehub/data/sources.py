@@ -178,12 +178,13 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
     """The pictures of a folder, a list, tar shards, Parquet files or a saved dataset: what ``data`` is decides.
 
     A folder is searched for pictures as `find_images` does; without any, for .tar files, then for .parquet files. A
-    folder that the datasets library saved is read as such. A .txt file is a list. What ends with .tar or .parquet may
-    have braces and wildcards: ``"shards/{000..099}.tar"``; shards may lie behind an address:
+    folder that the datasets library saved is read as such. A .txt file is a list, a .json file one of COCO. What ends
+    with .tar or .parquet may have braces and wildcards: ``"shards/{000..099}.tar"``; shards may lie behind an address:
     ``"s3://bucket/shards-{000..003}.tar"``. What was found in the headers of shards, and copies of Parquet files as
     Arrow tables, are kept in ``index_dir``. The ``column`` of a table is the one with the pictures; None finds it.
     """
-    from maehub.data.shards import find_shards, shard_paths  # both know `Source`
+    from maehub.data.objects.finding import listed_pictures  # which knows `Source`, as these do
+    from maehub.data.shards import find_shards, shard_paths
     from maehub.data.tables import find_parquet, find_saved
 
     text = os.fsdecode(data)
@@ -203,6 +204,8 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
         return find_shards(text, index_dir)
     if "://" in text:
         raise UsageError(f"{printable(text)}: behind an address there can be tar shards, and their names end with .tar")
+    if text.lower().endswith(".json") and os.path.isfile(text):
+        return listed_pictures(text)
     if text.endswith(".parquet"):
         return find_parquet(shard_paths(text), index_dir, column)
     if text.lower().endswith(".txt") and os.path.isfile(text):

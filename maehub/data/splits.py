@@ -18,7 +18,8 @@ from maehub.data.labels import (
     one_class,
     split_folders,
 )
-from maehub.data.maps.folders import find_label_maps
+from maehub.data.maps.folders import FoundMaps, find_label_maps
+from maehub.data.objects.finding import FoundObjects, find_objects
 from maehub.data.shards import Shards
 from maehub.errors import DataError, UsageError, first_names, log
 from maehub.files import cache_folder
@@ -145,7 +146,20 @@ def split_label_maps(data: str | Path, *, seed: int = 0, share: float = 0.2, gro
     on both sides, where two pictures or groups have it.
     """
     text = os.fsdecode(data)
-    found = find_label_maps(text, group=group)
+    return _of_found(text, find_label_maps(text, group=group), seed, share, "a label map")
+
+
+def split_objects(data: str | Path, *, seed: int = 0, share: float = 0.2, group: str | None = None) -> LabelledSplit:
+    """Training and testing pictures with objects, as given or as `split_labelled` makes them.
+
+    Classes are those that occur. Of a split that is made every class is on both sides, where two pictures or groups
+    have it, and so are pictures without objects.
+    """
+    text = os.fsdecode(data)
+    return _of_found(text, find_objects(text, group=group), seed, share, "objects")
+
+
+def _of_found(text: str, found: FoundMaps | FoundObjects, seed: int, share: float, what: str) -> LabelledSplit:
     training, testing = found.training, found.testing
     if testing is not None:
         split = LabelledSplit(training, testing, False)
@@ -153,7 +167,7 @@ def split_label_maps(data: str | Path, *, seed: int = 0, share: float = 0.2, gro
     else:
         cannot = f"{printable(text)} cannot be split"
         if len(training) < 2:
-            raise DataError(f"{cannot}: it has one picture with a label map, and one is needed to measure on")
+            raise DataError(f"{cannot}: it has one picture with {what}, and one is needed to measure on")
         places = _held_out(SplitGroups.of(training, seed, _SPLIT), share, cannot)
         split = LabelledSplit(training.take(places.train), training.take(places.held), True)
     if unseen := [split.training.classes[number] for number in np.flatnonzero(split.training.counts == 0)]:

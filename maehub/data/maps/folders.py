@@ -10,7 +10,7 @@ import numpy as np
 
 from maehub.data.label_sources import TRAINING, folder_groups
 from maehub.data.labels import Labelled, sides_of, split_folders
-from maehub.data.listing import Names, entries_in
+from maehub.data.listing import IMAGE_ENDINGS, Names, entries_in, search
 from maehub.data.maps.label_maps import (
     LabelMaps,
     Looked,
@@ -25,8 +25,11 @@ from maehub.errors import DataError, UsageError, first_names, log
 from maehub.images import printable
 from maehub.rng import sample_id
 
-_PICTURES = ("images", "image", "imgs", "img", "pictures", "jpegimages")
+PICTURES = ("images", "image", "imgs", "img", "pictures", "jpegimages")
+"""What a folder of pictures is called, in lower case."""
 _MAPS = ("masks", "mask", "labels", "labelmaps", "annotations", "segmentationclass")
+ANNOTATIONS = frozenset([b".json", b".txt", b".xml"])
+"""Endings of the files that say which objects pictures show."""
 LAYOUT = (
     "Pictures and label maps lie in DIR/images and DIR/masks, under the same names; or in DIR/train/images, "
     "DIR/train/masks, DIR/val/images and DIR/val/masks"
@@ -62,7 +65,7 @@ def map_folders(data: str) -> tuple[MapFolders, MapFolders | None] | None:
     if both := _beside(data):
         words = [split_folders(folder) for folder in both]
         if len(words[0]) > 1 and words[0].keys() == words[1].keys():
-            names = _sides(data, words[0])
+            names = two_sides(data, words[0])
             training, testing = (MapFolders(*(os.path.join(folder, name) for folder in both)) for name in names)
             return training, testing
         return both, None
@@ -72,21 +75,30 @@ def map_folders(data: str) -> tuple[MapFolders, MapFolders | None] | None:
         return None
     if len(found) == 1 and words_of[next(iter(found))] in TRAINING:
         return next(iter(found.values())), None
-    training_name, testing_name = _sides(data, {name: words_of[name] for name in found})
+    training_name, testing_name = two_sides(data, {name: words_of[name] for name in found})
     return found[training_name], found[testing_name]
 
 
 def _beside(folder: str) -> MapFolders | None:
     names = {entry.name.casefold(): entry.name for entry in entries_in(folder) if entry.is_dir()}
-    pictures = next((names[name] for name in _PICTURES if name in names), None)
-    maps = next((names[name] for name in _MAPS if name in names), None)
+    pictures = next((names[name] for name in PICTURES if name in names), None)
+    maps = next(
+        (names[name] for name in _MAPS if name in names and _holds_maps(os.path.join(folder, names[name]))), None
+    )
     if pictures is None or maps is None:
         return None
     return MapFolders(os.path.join(folder, pictures), os.path.join(folder, maps))
 
 
-def _sides(data: str, words: dict[str, str]) -> tuple[str, str]:
-    """The names of the folders to train and to measure on."""
+def _holds_maps(folder: str) -> bool:
+    """Whether a folder is one of pictures, and not of annotation files."""
+    root = os.fsencode(folder)
+    notes = next(search(root, ANNOTATIONS, Counter()), None)
+    return notes is None or next(search(root, IMAGE_ENDINGS, Counter()), None) is not None
+
+
+def two_sides(data: str, words: dict[str, str]) -> tuple[str, str]:
+    """The names of the folders or files to train and to measure on; see `sides_of`."""
     training, (testing, *passed) = sides_of(data, words)
     if passed:
         log.warning("measured on %s; %s in %s is not read", testing, ", ".join(passed), printable(data))
@@ -103,6 +115,7 @@ def find_label_maps(
 ) -> FoundMaps:
     """Pictures with their label maps; every map is read once, to see whether it can be used and what it holds.
 
+    Of objects with outlines the maps are drawn, see `DrawnMaps`, and ``classes`` are those of the objects.
     Pictures and maps belong together by their names below their folders, without the ending; a picture without a map
     is left out, and said. So are pictures of whose map every pixel is ignored. ``labels`` of the result are (n, C)
     bool, the classes that occur.
@@ -118,9 +131,13 @@ def find_label_maps(
         UsageError: ``data`` is no such folder, or a group is not in the names.
         DataError: no pictures or no maps, two files of one name, maps that cannot be used.
     """
+    from maehub.data.objects.finding import drawn_maps  # which knows folders of maps
+
     text = os.fsdecode(data)
     folders = map_folders(text)
     if folders is None:
+        if drawn := drawn_maps(text, group=group, strict=strict, side=side):
+            return FoundMaps(*drawn)
         raise UsageError(f"{printable(text)} holds no folders of pictures and label maps. {LAYOUT}")
     sides = [one for one in folders if one is not None]
     if side == "testing":
@@ -185,15 +202,20 @@ def _labelled(
         names = first_names([printable(pictures.name(index)) for index in empty], 3)
         log.warning(text, printable(pictures.root), len(empty), names)
     usable = np.flatnonzero(counts.any(axis=1))
-    names_of: dict[int, str] = {}
-    groups = None
-    if group is not None:
-        paths = [pictures.name(index).split(b"/") for index in range(len(pictures))]
-        what = f"of {printable(pictures.root)}: groups are folders below it, from 1"
-        called = folder_groups(pictures, paths, group, what)
-        numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(called)}
-        groups, names_of = np.array([numbers[name] for name in called], np.int64), {n: s for s, n in numbers.items()}
+    groups, names_of = group_numbers(pictures, group)
     if not len(usable):
         raise DataError(wrong[0] if wrong else f"{printable(pictures.root)}: no label map holds a class")
     whole = Labelled(pictures, counts > 0, classes.names, groups, LabelMaps(files, classes))
     return whole.take(usable), names_of
+
+
+def group_numbers(pictures: Samples, group: str | None) -> tuple[np.ndarray | None, dict[int, str]]:
+    """(n,) int64 of the groups by the names of folders, and what each is called; None where nobody asked for any."""
+    if group is None:
+        return None, {}
+    paths = [pictures.name(index).split(b"/") for index in range(len(pictures))]
+    called = folder_groups(
+        pictures, paths, group, f"of {printable(pictures.root)}: groups are folders below it, from 1"
+    )
+    numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(called)}
+    return np.array([numbers[name] for name in called], np.int64), {number: name for name, number in numbers.items()}

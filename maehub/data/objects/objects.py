@@ -35,7 +35,8 @@ class Objects:
     """What one picture shows; n may be 0.
 
     ``size``: (height, width) of the picture as it is seen. ``boxes``: (n, 4) float32, left, top, right and bottom edge
-    in pixels, 0 being the picture's left or top edge. ``labels``: (n,) int64, places of classes. ``ignored``: (n,)
+    in pixels, 0 being the picture's left or top edge. ``labels``: (n,) int64, places of classes; −1 of an ignored
+    object whose class is not known. ``ignored``: (n,)
     bool, a crowd or what is too difficult: neither trained on nor missed. ``shapes``: n outlines; None for boxes alone.
     """
 
@@ -58,7 +59,7 @@ class Objects:
     def codes(self) -> list[dict[str, Any]]:
         """The masks in COCO's compressed run-length code, of the whole picture; needs shapes."""
         assert self.shapes is not None
-        return [_code(shape, self.size) for shape in self.shapes]
+        return [outline_code(shape, self.size) for shape in self.shapes]
 
     def masks(self, box: Box, size: Size) -> np.ndarray:
         """The masks in a part of the picture scaled to (height, width): (n, h, w) uint8, 0 or 1; needs shapes."""
@@ -72,7 +73,7 @@ class Objects:
                 drawn[place] = (small[0, 0] >= 0.5).numpy()
             else:
                 moved = tuple((polygon - (box.left, box.top)) * scale for polygon in shape)
-                drawn[place] = masks_of([_code(moved, size)])[0]
+                drawn[place] = masks_of([outline_code(moved, size)])[0]
         return drawn
 
 
@@ -127,7 +128,7 @@ def coco_masks() -> Any:
     return mask
 
 
-def _code(shape: Shape, size: Size) -> dict[str, Any]:
+def outline_code(shape: Shape, size: Size) -> dict[str, Any]:
     if isinstance(shape, Mapping):
         return dict(shape)
     polygons = [polygon.reshape(-1).tolist() for polygon in shape]
