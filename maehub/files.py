@@ -23,6 +23,8 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a formula of a spreadsheet begins with."""
 SEGMENTER = "segmenter.json"
 """The file in a model folder that says that it holds a segmenter."""
+DETECTOR = "detector.json"
+"""The same of a detector."""
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~#@]|:(?=//)|(?<=www)\.")
 _MOST_WORDS = 1_000_000  # bytes
 _MAX_JSON_BYTES = 10_000_000  # a configuration with labels for 20,000 classes has a tenth of it
@@ -357,4 +359,13 @@ def _put_back(old: Path, place: Path, members: Collection[str]) -> None:
 
 def is_segmenter(source: str | Path) -> bool:
     """Whether a folder holds a segmenter: a model folder, or a run folder with one."""
-    return (Path(source) / SEGMENTER).is_file() or (Path(source) / "model" / SEGMENTER).is_file()
+    return _holds(source, SEGMENTER)
+
+
+def is_detector(source: str | Path) -> bool:
+    """Whether a folder holds a detector: a model folder, or a run folder with one."""
+    return _holds(source, DETECTOR)
+
+
+def _holds(source: str | Path, name: str) -> bool:
+    return (Path(source) / name).is_file() or (Path(source) / "model" / name).is_file()

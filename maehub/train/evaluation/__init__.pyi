@@ -27,6 +27,9 @@ from .neighbours import vote as vote
 from .numbers import Measure as Measure
 from .numbers import NumberScores as NumberScores
 from .numbers import mean_measure as mean_measure
+from .objects.scores import ObjectMeasure as ObjectMeasure
+from .objects.scores import ObjectScores as ObjectScores
+from .objects.scores import score_objects as score_objects
 from .pairing import Paired as Paired
 from .pairing import paired as paired
 from .pairing import surely_better as surely_better
