@@ -177,16 +177,22 @@ _BOUNDS: dict[str, Any] = {"": slice(None), "50": 0, "75": 5}
 
 def coco_results(found: Detections, classes: ObjectClasses, image: int) -> list[dict[str, Any]]:
     """The rows of a file of COCO's results: what was found in the picture of this number."""
-    corners = found.boxes.astype(float)
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
     rows: list[dict[str, Any]] = []
-    for label, box, score in zip(found.labels.tolist(), boxes, found.scores.tolist(), strict=True):
+    for label, box, score in zip(
+        found.labels.tolist(), coco_boxes(found.boxes).tolist(), found.scores.tolist(), strict=True
+    ):
         rows.append({"image_id": image, "category_id": classes.ids[label], "bbox": box, "score": score})
     for row, code in zip(rows, found.masks or (), strict=found.masks is not None):
         counts = code["counts"]
         text = counts.decode() if isinstance(counts, bytes) else counts
         row["segmentation"] = {"size": list(map(int, code["size"])), "counts": text}
     return rows
+
+
+def coco_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Edges (n, 4) to left, top, width and height, float64."""
+    edges = boxes.astype(float)
+    return np.concatenate([edges[:, :2], edges[:, 2:] - edges[:, :2]], axis=1)
 
 
 class _Matches(NamedTuple):
