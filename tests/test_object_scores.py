@@ -3,17 +3,36 @@
 import contextlib
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from maehub.data import ObjectClasses, Objects, code_of
+import maehub.data
+import maehub.dense
+from maehub.cli import command_line as cli
+from maehub.data import Labelled, LabelledSplit, ObjectClasses, ObjectLabels, Objects, code_of, find_images
 from maehub.dense import Detections
-from maehub.errors import DataError
-from maehub.train.evaluation import ObjectScores, score_objects
+from maehub.errors import EXIT_SKIPPED, DataError, UsageError
+from maehub.train import FinetuneConfig, ObjectScores, evaluate, predict_objects
+from maehub.train.evaluation import EvaluateConfig, score_objects
+from maehub.train.evaluation.objects.plots import (
+    Mark,
+    ObjectExample,
+    counted,
+    example_sheet,
+    found_marks,
+    marked,
+    object_colours,
+    owners,
+    sure_ones,
+)
 from maehub.train.evaluation.objects.scores import _files, _measured, coco_results
+from maehub.train.reports.report import write_report
 
 coco = pytest.importorskip("pycocotools.coco")
 cocoeval = pytest.importorskip("pycocotools.cocoeval")
@@ -356,3 +375,254 @@ def test_results_are_those_of_coco():
     (row,) = coco_results(detections((10, 20, 40, 30, 1, 0.5), masks=True), CLASSES, 9)
     assert (row["image_id"], row["category_id"], row["bbox"], row["score"]) == (9, 7, [10, 20, 30, 10], 0.5)
     assert (mask.decode(json.loads(json.dumps(row))["segmentation"]) == mask.decode(disc((10, 20, 40, 30), SIZE))).all()
+
+
+# -- figures
+
+
+def test_each_object_is_had_once_and_crowds_by_many():
+    truth = objects((*BOX, 0), (12, 12, 60, 60, 0), (70, 10, 90, 30, 1), (0, 70, 150, 118, 0, 1))
+    found = detections(
+        (*BOX, 0, 0.9),
+        (*BOX, 0, 0.8),  # the next best
+        (*BOX, 0, 0.7),  # none is left
+        (70, 10, 90, 30, 0, 0.6),  # another class
+        (0, 70, 40, 110, 0, 0.6),
+        (50, 70, 90, 110, 0, 0.4),
+    )
+    assert owners(truth, found).tolist() == [0, 1, -1, -1, 3, 3]
+    assert counted(truth, found) == (2, 1, 2)
+    assert counted(objects(), detections()) == (0, 0, 0)
+    assert counted(objects((*BOX, 0)), detections()) == (0, 1, 0)
+    assert counted(objects(), found)[2] == 6
+    assert sure_ones(found).scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.6])
+
+
+@pytest.mark.parametrize("size", [(60, 80), (300, 100), (7, 900)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sheet_has_a_row_a_picture_and_three_panels(size, channels):
+    pixels = np.full((*size, channels), 127, np.uint8)
+    box = (1, 1, size[1] - 2, size[0] - 2)
+    examples = [
+        ObjectExample(
+            "a.png", pixels, objects((*box, 0), size=size, masks=True), detections((*box, 0, 0.9), size=size)
+        ),
+        ObjectExample("b.png", pixels, objects(size=size), detections((*box, 2, 0.6), size=size, masks=True)),
+    ]
+    sheet = example_sheet(examples, CLASSES)
+    high = round(size[0] * 420 / max(size))
+    assert sheet.size == (3 * 428 + 8, 20 + 8 + 20 + 2 * (high + 28))
+    assert example_sheet([], CLASSES).width == sheet.width
+
+
+def test_boxes_are_seen_on_any_background():
+    (colour, *_) = object_colours(CLASSES)
+    mark = Mark(np.array([20, 40, 80, 90], np.float32), colour, "cat")
+    for value in (0, 255, *[np.array(one) for one in object_colours(CLASSES)]):
+        pixels = np.full((120, 160, 3), value, np.uint8)
+        drawn = np.asarray(marked(pixels, [mark])).astype(int)
+        for line in (drawn[37:46, 50], drawn[86:94, 50], drawn[60, 17:26], drawn[60, 76:84]):
+            assert np.abs(line - pixels[0, 0]).max() > 100, "either the colour or its border differs"
+        assert (drawn[65, 50] == pixels[0, 0]).all()
+
+
+def test_all_that_is_false_or_missed_is_told_apart():
+    truth, found = objects((10, 60, 60, 110, 0)), detections((90, 60, 140, 110, 0, 0.9))
+    pixels = np.zeros((*SIZE, 3), np.uint8)
+    sheet = np.asarray(example_sheet([ObjectExample("a", pixels, truth, found)], CLASSES)).reshape(-1, 3).tolist()
+    colours = set(map(tuple, sheet))
+    assert {(215, 25, 28), object_colours(CLASSES)[0]} <= colours
+    assert len({*object_colours(CLASSES), (0, 0, 0)}) == 4
+    assert [mark.text for mark in found_marks(found, CLASSES)] == ["cat 0.90"]
+
+
+# -- evaluating and predicting, with what finds bright rectangles
+
+
+class Finder:
+    """What a detector has, and finds red rectangles, as cats, and blue ones, as owls."""
+
+    def __init__(self, masks=False, classes=CLASSES):
+        self.config = SimpleNamespace(classes=classes, masks=masks)
+        self.encoder = SimpleNamespace(cls_token=torch.zeros(1), config=SimpleNamespace(channels=3))
+
+    def predict(self, picture):
+        pixels = maehub.dense.pixels_of(picture, 3)
+        rows = []
+        for channel, name in ((0, "cat"), (2, "owl")):
+            y, x = np.nonzero((pixels[..., channel] > 200) & (pixels[..., 1] < 90))
+            if len(y):
+                label = self.config.classes.names.index(name)
+                rows.append((x.min(), y.min(), x.max() + 1, y.max() + 1, label, 0.9 - 0.6 * (len(y) < 150)))
+        rows.sort(key=lambda row: -row[5])
+        return detections(*rows, size=pixels.shape[:2], masks=self.config.masks)
+
+
+def lay(folder, count=12):
+    """Pictures with a red and a blue rectangle, and the objects that they show: one is missed, some are unsure."""
+    folder.mkdir(parents=True)
+    draw, rows = np.random.default_rng(0), []
+    for number in range(count):
+        pixels, made = np.full((60, 80, 3), 60, np.uint8), []
+        for label, colour in ((0, (230, 30, 30)), (2, (30, 30, 230))):
+            left, top = int(draw.integers(0, 30)) + 20 * label, int(draw.integers(0, 30))
+            right, bottom = left + int(draw.integers(8, 20)), top + int(draw.integers(8, 20))
+            pixels[top:bottom, left:right] = colour
+            made.append((left, top, right, bottom, label))
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+        rows.append(objects(*made, *([(60, 40, 79, 59, 1)] if number == 3 else []), size=(60, 80)))
+    return rows
+
+
+@pytest.fixture
+def detector(tmp_path, monkeypatch):
+    """A run folder and a set, and what reads them."""
+    rows = lay(tmp_path / "pictures")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "detector.json").write_text("{}")
+    config = {"kind": "finetune", "data": str(tmp_path / "pictures"), "seed": 0, "val_share": 0.2, "group": None}
+    labels = np.stack([np.isin(np.arange(3), row.labels) for row in rows])
+    labelled = Labelled(
+        find_images(tmp_path / "pictures"), labels, CLASSES.names, objects=ObjectLabels((*rows,), CLASSES)
+    )
+    at = SimpleNamespace(
+        run=tmp_path / "run", data=tmp_path / "pictures", model=Finder(), labelled=labelled, config=config
+    )
+    monkeypatch.setattr(maehub.dense, "load_detector", lambda folder, device: at.model, raising=False)
+    monkeypatch.setattr(
+        maehub.data, "find_objects", lambda *a, **k: SimpleNamespace(training=at.labelled, testing=None), raising=False
+    )
+    monkeypatch.setattr(
+        maehub.data,
+        "split_objects",
+        lambda *a, **k: LabelledSplit(labelled.take(np.arange(2, 12)), labelled.take(np.arange(2)), True),
+        raising=False,
+    )
+    return at
+
+
+def test_a_detector_is_evaluated(detector, tmp_path, capsys):
+    found = evaluate(
+        EvaluateConfig(str(detector.data), str(detector.run), tmp_path / "e", quiet=True, precision="fp32")
+    )
+    assert (found.scores.n, found.scores.objects) == (12, 25)
+    assert found.scores.per_class[0].recall == 100
+    assert found.scores.per_class[1].ap == 0
+    names = ["evaluation.json", "worst.png", "detections.json"]
+    assert [path.name for path in found.files] == names
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == sorted(names)
+    facts = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert (facts["task"], facts["ap"], facts["images"][3]) == ("detect", found.scores.ap, "03.png")
+    files = as_files(detector.labelled.objects.rows, [detections()] * 12, tmp_path)
+    results = [
+        row | {"image_id": row["image_id"] + 99} for row in json.loads((tmp_path / "e" / "detections.json").read_text())
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        right = coco.COCO(str(files[0]))
+        run = cocoeval.COCOeval(right, right.loadRes(results), "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    assert 100 * run.stats[0] == pytest.approx(found.scores.ap)
+    assert "boxes, mean over classes" in str(found)
+    line = ["evaluate", str(detector.data), "-m", str(detector.run), "--json", "--quiet"]
+    assert cli.main(line) == 0
+    assert json.loads(capsys.readouterr().out)["ap"] == found.scores.ap
+    for wrong in (["-o", str(tmp_path / "e")], ["--batch-size", "4"], ["--label", "x"], ["--corruptions"]):
+        assert cli.main([*line, *wrong]) == UsageError.exit_code
+
+
+def test_what_a_run_held_out_is_measured(detector):
+    (detector.run / "config.json").write_text(json.dumps(detector.config))
+    assert evaluate(EvaluateConfig(str(detector.data), str(detector.run), quiet=True)).scores.n == 2
+
+
+def test_classes_are_matched_by_their_names(detector):
+    config = EvaluateConfig(str(detector.data), str(detector.run), quiet=True, precision="fp32")
+    usual = evaluate(config).scores
+    detector.model = Finder(classes=ObjectClasses(("owl", "emu", "cat", "dog"), (1, 2, 3, 4)))
+    other = evaluate(config).scores
+    assert (other.ap, other.low, other.ap50) == pytest.approx((usual.ap, usual.low, usual.ap50))
+    assert [row.objects for row in other.per_class] == [12, 0, 12, 1]
+    detector.model = Finder(classes=ObjectClasses(("owl", "cat"), (1, 2)))
+    with pytest.raises(DataError, match="does not know: dog"):
+        evaluate(config)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_predictions_are_results_of_coco_and_overlays(detector, tmp_path, masks):
+    (detector.data / "sub").mkdir()
+    Image.new("RGB", (30, 20)).save(detector.data / "sub" / "empty.png")
+    (detector.data / "x.png").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"x\.png"):
+        predict_objects(Finder(masks), detector.data, tmp_path / "p", progress=False)
+    assert not (tmp_path / "p").exists()
+    found = predict_objects(Finder(masks), detector.data, tmp_path / "p", skip_bad=True, progress=False)
+    assert (len(found), len(found.skipped)) == (13, 1)
+    results = json.loads((tmp_path / "p" / "detections.json").read_text())
+    assert len(results) == 24
+    assert all(("segmentation" in row) == masks for row in results)
+    facts = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert facts["categories"] == {"cat": 18, "dog": 7, "owl": 44}
+    named = {row["image_id"]: row for row in facts["predictions"]}
+    sure = [row for row in results if row["score"] >= 0.5]
+    assert 0 < len(sure) < 24
+    assert found.counts.sum() == len(sure) == sum(len(row["objects"]) for row in named.values())
+    first = named[results[0]["image_id"]]
+    assert (first["path"], first["height"], first["width"]) == (str(detector.data / "00.png"), 60, 80)
+    empty = next(row for row in named.values() if row["path"].endswith("empty.png"))
+    assert (empty["objects"], empty["found"]) == ([], 0)
+    for name, size in (("sub/empty.png", (30, 20)), ("03.png", (80, 60))):
+        with Image.open(tmp_path / "p" / "overlays" / name) as picture:
+            assert picture.size == size
+    for text in (str(found), found._repr_html_()):
+        assert "OBJECTS FROM 0.5 ON" in text
+        assert "owl" in text
+    with pytest.raises(UsageError, match="not empty"):
+        predict_objects(Finder(), detector.data, tmp_path / "p", skip_bad=True, progress=False)
+    with pytest.raises(UsageError, match="several pictures are called 00"):
+        predict_objects(Finder(), [detector.data / "00.png"] * 2, tmp_path / "q", progress=False)
+
+
+def test_the_command_predicts_objects(detector, tmp_path, capsys):
+    line = ["predict", str(detector.data), "-m", str(detector.run), "--quiet", "--json"]
+    assert cli.main([*line, "-o", str(tmp_path / "p")]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 12
+    assert (tmp_path / "p" / "detections.json").exists()
+    (detector.data / "x.png").write_bytes(b"no")
+    assert cli.main(line) == DataError.exit_code
+    assert cli.main([*line, "--skip-bad"]) == EXIT_SKIPPED
+    assert cli.main([*line, "-o", str(tmp_path / "p.csv")]) == UsageError.exit_code
+    assert cli.main([*line, "--image-size", "64"]) == UsageError.exit_code
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_report_shows_classes_and_curves(tmp_path, masks):
+    scores = score_objects(*scene(12, masks=masks), CLASSES, None)
+    config = {
+        "kind": "finetune",
+        "task": "detect",
+        "model": "vit-nano",
+        "classes": [*CLASSES.names],
+        "settings": {"recipe": "r", "steps": 4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "scores.json").write_text(
+        json.dumps({"task": "detect", "split": "as given", "scores": scores.to_dict()})
+    )
+    lines = [{"step": step, "loss": 1.0, "val_ap": 5.0 * step, "val_ap50": 9.0 * step} for step in range(5)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = write_report(tmp_path, FinetuneConfig).read_text()
+    wanted = [
+        "A detector on vit-nano",
+        "95 % interval",
+        "Classes, worst first",
+        "owl",
+        "AP from step 0",
+        "0.0 % → 20.0 %",
+    ]
+    for text in [*wanted, "AP50", f"{scores.ap:.1f} %", f"{scores.per_class[0].recall:.1f} %"]:
+        assert text in page, text
+    assert ("AP of masks" in page) == masks
+    (tmp_path / "scores.json").unlink()
+    assert "AP so far" in write_report(tmp_path, FinetuneConfig).read_text()
