@@ -168,6 +168,7 @@ TRAINING = {
     *("pretrain", "plan", "finetune", "probe", "probe_sweep", "knn", "compare", "evaluate", "predict", "recipes"),
     *("Comparison", "Evaluation", "FinetuneResult", "KnnResult", "Predictions", "ProbeResult", "Scores", "Sweep"),
     *("MapEvaluation", "MapPredictions", "MapScores", "predict_maps"),
+    *("ObjectEvaluation", "ObjectPredictions", "ObjectScores", "predict_objects"),
 }
 EXIT_CODES = {
     "MaehubError": 1,

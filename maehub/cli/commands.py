@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maehub import hub
 from maehub.errors import EXIT_DONE, EXIT_SKIPPED, SPACES, DataError, UsageError, visible
-from maehub.files import check_place, is_segmenter, read_json, read_words
+from maehub.files import check_place, is_detector, is_segmenter, read_json, read_words
 
 if TYPE_CHECKING:
     from maehub.cli import arguments
@@ -264,8 +264,8 @@ def run_probe(config: Any, shared: Shared) -> int:
 
 
 def run_predict(config: Any, shared: Shared) -> int:
-    if is_segmenter(config.model):
-        return run_predict_maps(config, shared)
+    if is_segmenter(config.model) or is_detector(config.model):
+        return run_predict_dense(config, shared)
     if config.out is not None:
         from maehub.train.evaluation import check_target
 
@@ -299,17 +299,18 @@ def run_predict(config: Any, shared: Shared) -> int:
     return report(shared, shared.searched(facts), text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
 
 
-def run_predict_maps(config: Any, shared: Shared) -> int:
-    from maehub.dense import load_segmenter
-    from maehub.train import predict_maps
+def run_predict_dense(config: Any, shared: Shared) -> int:
+    from maehub import dense, train
 
+    detects = is_detector(config.model)
+    kind, what = ("detector", "objects") if detects else ("segmenter", "label maps")
     for name in ("image_size", "batch_size"):
         if getattr(config, name):
-            raise UsageError(f"--{name.replace('_', '-')} is for classifiers: a segmenter has windows of its own")
+            raise UsageError(f"--{name.replace('_', '-')} is for classifiers: a {kind} has windows of its own")
     if config.out is not None and config.out.suffix:
-        raise UsageError(f"{config.out}: label maps are written into a folder, whose name has no ending")
-    found = predict_maps(
-        load_segmenter(config.model, device=config.device),
+        raise UsageError(f"{config.out}: {what} are written into a folder, whose name has no ending")
+    found = getattr(train, "predict_objects" if detects else "predict_maps")(
+        getattr(dense, f"load_{kind}")(config.model, device=config.device),
         config.pictures,
         config.out,
         overwrite=config.overwrite,
@@ -320,7 +321,7 @@ def run_predict_maps(config: Any, shared: Shared) -> int:
     facts, text = found.to_dict(), str(found)
     if config.out is not None:
         facts = {"out": str(config.out), "images": len(found), "skipped": len(found.skipped)}
-        text = f"{text}\n\n{config.out}: masks, overlays, classes.json, predictions.json"
+        text = f"{text}\n\n{config.out}: {', '.join(found.members)}"
     return report(shared, shared.searched(facts), text, EXIT_SKIPPED if found.skipped else EXIT_DONE)
 
 

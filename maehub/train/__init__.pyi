@@ -4,11 +4,15 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import MapEvaluation as MapEvaluation
 from .evaluation import MapPredictions as MapPredictions
 from .evaluation import MapScores as MapScores
+from .evaluation import ObjectEvaluation as ObjectEvaluation
+from .evaluation import ObjectPredictions as ObjectPredictions
+from .evaluation import ObjectScores as ObjectScores
 from .evaluation import Predictions as Predictions
 from .evaluation import Scores as Scores
 from .evaluation import evaluate as evaluate
 from .evaluation import predict as predict
 from .evaluation import predict_maps as predict_maps
+from .evaluation import predict_objects as predict_objects
 from .finetuning import FinetuneConfig as FinetuneConfig
 from .finetuning import FinetuneResult as FinetuneResult
 from .finetuning import finetune as finetune

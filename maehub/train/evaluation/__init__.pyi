@@ -27,6 +27,17 @@ from .neighbours import vote as vote
 from .numbers import Measure as Measure
 from .numbers import NumberScores as NumberScores
 from .numbers import mean_measure as mean_measure
+from .objects.evaluating import ObjectEvaluation as ObjectEvaluation
+from .objects.evaluating import measured_objects as measured_objects
+from .objects.evaluating import objects_sheet as objects_sheet
+from .objects.plots import SURE as SURE
+from .objects.plots import counted as counted
+from .objects.plots import sure_ones as sure_ones
+from .objects.predicting import ObjectPredictions as ObjectPredictions
+from .objects.predicting import predict_objects as predict_objects
+from .objects.scores import ObjectMeasure as ObjectMeasure
+from .objects.scores import ObjectScores as ObjectScores
+from .objects.scores import score_objects as score_objects
 from .pairing import Paired as Paired
 from .pairing import paired as paired
 from .pairing import surely_better as surely_better

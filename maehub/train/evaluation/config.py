@@ -14,22 +14,24 @@ Classifier = Annotated[
     settings.Model,
     arg(
         help="A classifier: a catalog name, a Hub id, a run folder, a model folder or a .safetensors file; or a "
-        "segmenter: a run folder or a model folder."
+        "segmenter or a detector: a run folder or a model folder."
     ),
 ]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure how well a classifier tells labelled pictures, or a segmenter their pixels."""
+    """Measure how well a classifier tells labelled pictures, a segmenter their pixels, or a detector their objects."""
 
     data: Annotated[Positional[str], Section.DATA, arg(metavar="DATA")]
     """Labelled pictures: DIR/CLASS/…, or DIR/val/CLASS/… where there is DIR/val; a .csv with the columns
     path and label, several labels with | between; tar shards with .cls members; a Parquet file or a saved dataset. Of a
-    segmenter pictures and label maps: DIR/images and DIR/masks, or those in DIR/val."""
+    segmenter pictures and label maps: DIR/images and DIR/masks, or those in DIR/val. Of a detector pictures and objects,
+    as `finetune --task detect` takes them."""
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FOLDER")] = None
-    """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv."""
+    """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv; of a segmenter worst.png, of a
+    detector detections.json too."""
     overwrite: Flag = False
     """Replace the evaluation in an existing folder."""
     image_size: Annotated[settings.ImageSize, Section.DATA] = ()
@@ -59,7 +61,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Say what pictures show, by a classifier; or what every pixel is, by a segmenter."""
+    """Say what pictures show, by a classifier; what every pixel is, by a segmenter; where objects are, by a detector."""
 
     pictures: Annotated[
         Positional[tuple[str, ...]], Section.DATA, arg(metavar="PICTURE ...", help_behavior_hint="(required)")
@@ -67,8 +69,8 @@ class PredictConfig:
     """Pictures, and folders searched at any depth."""
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FILE")] = None
-    """File to write, .csv or .json; of a segmenter a folder for label maps and overlays. Without one a table is
-    printed."""
+    """File to write, .csv or .json; of a segmenter a folder for label maps and overlays, of a detector one for
+    detections.json and overlays. Without one a table is printed."""
     top: settings.Count = 5
     """Classes to name for each picture."""
     image_size: Annotated[settings.ImageSize, Section.DATA] = ()

@@ -17,7 +17,7 @@ from torch import Tensor
 from maehub.data import Labelled, measured_folder, measured_part, naming, split_labelled
 from maehub.errors import UsageError, first_names, log
 from maehub.features import outputs
-from maehub.files import check_free, is_segmenter, sheet_cells, whole_folder, write_text
+from maehub.files import check_free, is_detector, is_segmenter, sheet_cells, whole_folder, write_text
 from maehub.hub import load
 from maehub.images import open_image
 from maehub.models import Encoder, autocast, computed_in, usable_device
@@ -31,6 +31,7 @@ from maehub.train.evaluation.corruptions import (
     robustness_picture,
 )
 from maehub.train.evaluation.maps.evaluating import MapEvaluation, evaluate_maps, held_out_by
+from maehub.train.evaluation.objects.evaluating import ObjectEvaluation, evaluate_objects
 from maehub.train.evaluation.plots import contact_sheet, overview
 from maehub.train.evaluation.scores import AnyScores, Scores, losses, probabilities, score_of
 from maehub.train.evaluation.text_tables import printable
@@ -98,13 +99,15 @@ class Evaluation:
         return page
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation | MapEvaluation:
-    """Measure a classifier on labelled pictures, each through the model's own transform; or a segmenter on label maps.
+def evaluate(config: EvaluateConfig) -> Evaluation | MapEvaluation | ObjectEvaluation:
+    """Measure a classifier on labelled pictures, each through the model's own transform; or a segmenter on label maps,
+    or a detector on objects.
 
     Returns:
         `Evaluation`; with ``config.out`` also as a folder with ``evaluation.json``, ``predictions.csv``, and where
         there is something to draw ``confusion.png``, ``mistakes.png`` and, by ``corruptions``, ``corruptions.png``. Of
-        a segmenter `MapEvaluation`, whose folder has ``evaluation.json`` and ``worst.png``.
+        a segmenter `MapEvaluation`, whose folder has ``evaluation.json`` and ``worst.png``; of a detector
+        `ObjectEvaluation`, whose folder has ``detections.json``, COCO's results, too.
 
     Raises:
         UsageError: the model has no head, its head does not fit the labels, or the folder is in use.
@@ -113,6 +116,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation | MapEvaluation:
     """
     if is_segmenter(config.model):
         return evaluate_maps(config)
+    if is_detector(config.model):
+        return evaluate_objects(config)
     if config.out is not None:
         check_free(config.out, config.overwrite, MEMBERS)
     device = usable_device(config.device)

@@ -1,7 +1,7 @@
 """How well numbers are predicted: errors, explained variance and rank correlation, with bootstrap intervals."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from maehub.train.evaluation.text_tables import html_table, printable, text_tabl
 
 _RESAMPLES, _SEED = 1000, 0
 _FEWEST = 10  # pictures or groups that are resampled
+_AT_ONCE = 100  # resamples, so that what is made of them stays small
 _GRADES = 20  # the widest range of whole numbers that count as grades
 _POINTS = 2000  # that are kept to be drawn
 
@@ -41,6 +42,27 @@ def mean_measure(measures: Sequence[Measure], factor: float = 1) -> Measure:
     known = [[getattr(one, name) for one in measures] for name in Measure._fields]
     means = [None if None in values else factor * float(np.mean(values)) for values in known]
     return Measure(*means)  # type: ignore[arg-type]
+
+
+def bootstrap(
+    pictures: int, groups: np.ndarray | None, measure: Callable[[np.ndarray], np.ndarray]
+) -> tuple[float | None, float | None, str]:
+    """Ends of the 95 % interval, percent, of a measure of pictures, and how they were found.
+
+    The percentile bootstrap (Efron 1979) of 1000 resamples, always the same ones, over pictures, or over ``groups``,
+    (pictures,) integers, which are drawn whole; with fewer than ten of these there are no ends. ``measure`` takes how
+    often each picture is drawn, (k, pictures) int64, a resample a row, and gives (k,), 0 to 1; NaN does not count.
+    """
+    units, members = np.unique(np.arange(pictures) if groups is None else groups, return_inverse=True)
+    count, what = len(units), "pictures" if groups is None else "groups"
+    if count < _FEWEST:
+        return None, None, f"no interval: {count} {what}, and {_FEWEST} are needed"
+    generator, found = np.random.default_rng(_SEED), []
+    for _ in range(_RESAMPLES // _AT_ONCE):
+        drawn = generator.multinomial(count, np.full(count, 1 / count), _AT_ONCE)
+        found.append(measure(drawn[:, members]))
+    low, high = np.nanpercentile(np.concatenate(found), (2.5, 97.5))
+    return 100 * float(low), 100 * float(high), f"bootstrap over {count:,} {what}"
 
 
 class Column(NamedTuple):

@@ -10,10 +10,20 @@ import numpy as np
 
 from maehub.figures import Series
 from maehub.train.engine import peak_rate
-from maehub.train.evaluation import Bin, ClassScore, MapScores, NumberScores, Paired, Scores, percent, printable
+from maehub.train.evaluation import (
+    Bin,
+    ClassScore,
+    MapScores,
+    NumberScores,
+    ObjectScores,
+    Paired,
+    Scores,
+    percent,
+    printable,
+)
 from maehub.train.reports.html import Chart, Picture, Setting, chart, marked_settings, picture
 
-AnyFound = Scores | NumberScores | MapScores
+AnyFound = Scores | NumberScores | MapScores | ObjectScores
 
 _MOST_CLASSES = 30  # in the table
 _WIDEST = 1500  # pixels of a picture
@@ -33,6 +43,8 @@ def scores_of(scored: Mapping[str, Any]) -> AnyFound | None:
         facts = dict(scored["scores"])
         if "miou" in facts:
             return MapScores.from_dict(facts)
+        if "ap50" in facts:
+            return ObjectScores.from_dict(facts)
         if "columns" in facts:
             return NumberScores.from_dict(facts)
         lists = {
@@ -72,10 +84,9 @@ def _trained(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         return f"{_HEADS[head]} {start}, trained"
     few = {None: "", 0: "The head of ", 0.5: "Half of the last block of ", 1: "The last block of "}
     part = few.get(blocks, f"The last {blocks or 0:g} blocks of ")
-    if config.get("task") == "segment":
-        part = (
-            f"A {recipe.get('decoder')} decoder on {part.lower() if blocks else 'the frozen ' if blocks == 0 else ''}"
-        )
+    above = {"segment": f"A {recipe.get('decoder')} decoder", "detect": "A detector"}.get(str(config.get("task")))
+    if above:
+        part = f"{above} on {part.lower() if blocks else 'the frozen ' if blocks == 0 else ''}"
     return f"{part}{start}, {'trained' if fresh else 'fine-tuned'}"
 
 
@@ -95,6 +106,9 @@ def result(config: Mapping[str, Any], scored: Mapping[str, Any], scores: AnyFoun
         found |= {"pixels right": percent(scores.pixel_accuracy), "mean accuracy": percent(scores.mean_accuracy)}
         most = max(row.pixels for row in scores.per_class) / sum(row.pixels for row in scores.per_class)
         found["for comparison"] = f"{percent(100 * most)} of the pixels are of the most frequent class"
+        return found | _how_measured(config, scored)
+    if isinstance(scores, ObjectScores):
+        found = {name: ", ".join(filter(None, (value, note))) for name, value, note in scores.rows()}
         return found | _how_measured(config, scored)
     interval = f"95 % interval {scores.low:.1f} to {scores.high:.1f}, {scores.interval}"
     facts = {"top-1": f"{percent(scores.top1)} ({interval}; n = {scores.n:,})"}
@@ -202,17 +216,21 @@ def class_table(scores: AnyFound) -> dict[str, Any] | None:
     """Classes with what they are ordered by, and where they can be one, what they are taken for; None of numbers."""
     if isinstance(scores, NumberScores):
         return None
-    if isinstance(scores, MapScores):
+    if isinstance(scores, MapScores | ObjectScores):
         _, cells = scores.table()
-        shown = [
-            (name, n, iou.split()[0], iou, found, taken) for name, n, iou, found, _, taken in cells[:_MOST_CLASSES]
-        ]
-        left = f"{len(cells) - len(shown):,} better classes are left out." if len(cells) > len(shown) else ""
+        rows: list[tuple[str, ...]]
+        if isinstance(scores, MapScores):
+            titles: tuple[str, ...] = ("class", "pictures", "IoU", "found", "most often taken for")
+            rows = [(name, n, iou.split()[0], iou, found, taken) for name, n, iou, found, _, taken in cells]
+        else:
+            titles = ("class", "objects", "AP", "AP50", "found", *["AP of masks"] * (scores.mask_ap is not None))
+            rows = [(name, n, ap.split()[0], ap, *rest) for name, _, n, ap, *rest in cells]
+        left = max(0, len(rows) - _MOST_CLASSES)
         return {
-            "titles": ("class", "pictures", "IoU", "found", "most often taken for"),
-            "rows": shown,
-            "note": left,
-            "kind": "classes worded",
+            "titles": titles,
+            "rows": rows[:_MOST_CLASSES],
+            "note": f"{left:,} better classes are left out." if left else "",
+            "kind": "classes worded" if isinstance(scores, MapScores) else "classes",
         }
     several = scores.multi_label
     key = "average_precision" if several else "recall"

@@ -134,9 +134,11 @@ def _classifier(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Metr
     scored = _json(run / "scores.json")
     scores = report_classifier.scores_of(scored)
     result = report_classifier.result(config, scored, scores) if scores else _so_far(metrics)
-    if scores and (on_the_way := metrics.get("val_miou")) and on_the_way.steps[0] == 0:
-        first, last = on_the_way.values[[0, -1]]
-        result["mIoU from step 0"] = f"{first:.1f} % → {last:.1f} %, of the pictures that were measured on the way"
+    for key, words in (("val_miou", "mIoU"), ("val_ap", "AP")):
+        if scores and (on_the_way := metrics.get(key)) and on_the_way.steps[0] == 0:
+            first, last = on_the_way.values[[0, -1]]
+            ends = f"{first:.1f} % → {last:.1f} %"
+            result[f"{words} from step 0"] = f"{ends}, of the pictures that were measured on the way"
     return {
         "warning": report_classifier.warning(run / "twins.csv", scores),
         "result": result,
@@ -214,6 +216,7 @@ def _so_far(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     facts: dict[str, str] = {}
     known = (
         ("val_miou", "mIoU so far", " %"),
+        ("val_ap", "AP so far", " %"),
         ("val_r2", "R² so far", " %"),
         ("val_top1", "top-1 so far", " %"),
         ("val_loss", "loss so far", " nats"),
@@ -258,6 +261,7 @@ def _charts(metrics: Mapping[str, Metrics]) -> list[Chart]:
         Series(words, *metrics[key], colour=colour, style="points")
         for key, words, colour in (
             *(("val_pixel_accuracy", "pixels right", 2), ("val_miou", "mIoU", 1)),
+            *(("val_ap50", "AP50", 2), ("val_ap", "AP", 1)),
             *(("val_top5", "top-5", 2), ("val_top1", "top-1", 1), ("val_r2", "R²", 1)),
         )
         if key in metrics

@@ -3,17 +3,18 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from maehub.data import Labelled, LabelledSplit, find_label_maps, naming, split_label_maps
+from maehub.data import Labelled, LabelledSplit, MapClasses, ObjectClasses, find_label_maps, naming, split_label_maps
 from maehub.dense import Segmenter, load_segmenter, pixels_of
 from maehub.errors import DataError, UsageError, first_names, log
 from maehub.files import check_free, read_json, whole_folder, write_text
@@ -28,14 +29,16 @@ _WORST = 8
 
 
 @dataclass(frozen=True)
-class MapEvaluation:
-    """What `evaluate` found of a segmenter. Prints as tables."""
+class DenseEvaluation:
+    """What `evaluate` found of a segmenter or a detector. Prints as tables."""
+
+    task: ClassVar[str]
 
     model: str
     data: str
-    scores: MapScores
+    scores: Any
     worst: Image.Image | None = field(default=None, repr=False, compare=False)
-    """The pictures with the fewest right pixels, as a sheet."""
+    """The pictures that it is most wrong about, as a sheet."""
     files: tuple[Path, ...] = ()
     """What was written."""
     precision: str = "fp32"
@@ -43,7 +46,7 @@ class MapEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
-        facts = {"model": self.model, "data": self.data, "task": "segment", "precision": self.precision}
+        facts = {"model": self.model, "data": self.data, "task": self.task, "precision": self.precision}
         return facts | self.scores.to_dict() | {"files": [str(path) for path in self.files]}
 
     def __str__(self) -> str:
@@ -52,13 +55,21 @@ class MapEvaluation:
         return "\n\n".join([*parts, "\n".join(map(str, self.files))] if self.files else parts)
 
 
+@dataclass(frozen=True)
+class MapEvaluation(DenseEvaluation):
+    """What `evaluate` found of a segmenter; ``worst`` are the pictures with the fewest right pixels."""
+
+    task = "segment"
+
+    scores: MapScores
+
+
+_Found = TypeVar("_Found", bound=DenseEvaluation)
+
+
 def evaluate_maps(config: EvaluateConfig) -> MapEvaluation:
     """Measure a segmenter; see `maehub.train.evaluate`, which calls it for one."""
-    for name in ("label", "classes_from", "corruptions", "baseline", "image_size", "batch_size"):
-        if getattr(config, name):
-            raise UsageError(f"--{name.replace('_', '-')} is for classifiers, and {config.model} tells every pixel")
-    if config.out is not None:
-        check_free(config.out, config.overwrite, _MEMBERS)
+    check_asked(config, "tells every pixel")
     device = usable_device(config.device)
     model = load_segmenter(config.model, device=device)
     known = model.config.classes
@@ -67,23 +78,46 @@ def evaluate_maps(config: EvaluateConfig) -> MapEvaluation:
         lambda run: split_label_maps(config.data, seed=run["seed"], share=run["val_share"], group=run["group"]),
     )
     labelled = labelled or find_label_maps(config.data, group=config.group, classes=known, side="testing").training
-    labelled = in_classes(labelled, known.names, config.data)
-    examples, tables = [], []
+    labelled = in_classes(labelled, known, config.data)
+    examples: list[tuple[float, int, np.ndarray]] = []
+    tables = []
     for index, predicted, table in measured_maps(
         model, labelled, range(len(labelled)), autocast(config.precision, device), progress=not config.quiet
     ):
         tables.append(table)
-        examples.append((100 * np.trace(table) / max(1, table.sum()), index, predicted))
-        examples = sorted(examples, key=lambda one: one[0])[:_WORST]
+        examples = worst([*examples, (np.trace(table) / max(1, table.sum()), index, predicted)])
     scores = score_maps(tables, known.names, labelled.groups)
     sheet = sheet_of(model, labelled, [(index, predicted) for _, index, predicted in examples])
     found = MapEvaluation(config.model, config.data, scores, sheet, precision=computed_in(config.precision))
-    if config.out is None:
+    return written(found, config)
+
+
+def check_asked(config: EvaluateConfig, does: str, more: Collection[str] = ()) -> None:
+    """Refuse what is for classifiers alone, and a folder that is in use; ``more`` files are written than usual."""
+    for name in ("label", "classes_from", "corruptions", "baseline", "image_size", "batch_size"):
+        if getattr(config, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for classifiers, and {config.model} {does}")
+    if config.out is not None:
+        check_free(config.out, config.overwrite, (*_MEMBERS, *more))
+
+
+def worst(examples: Iterable[tuple[float, int, Any]]) -> list[tuple[float, int, Any]]:
+    """Of what is right of pictures, their places, and what was said, those that a sheet shows."""
+    return sorted(examples, key=lambda one: one[:2])[:_WORST]
+
+
+def written(found: _Found, config: EvaluateConfig, more: Mapping[str, str] = MappingProxyType({})) -> _Found:
+    """The evaluation with its folder, where one is asked for; ``more`` are the texts of further files."""
+    sheet = found.worst
+    if config.out is None or sheet is None:
         return found
-    found = replace(found, files=tuple(config.out / name for name in _MEMBERS))
-    with whole_folder(config.out, overwrite=config.overwrite, members=_MEMBERS) as folder:
+    members = (*_MEMBERS, *more)
+    found = replace(found, files=tuple(config.out / name for name in members))
+    with whole_folder(config.out, overwrite=config.overwrite, members=members) as folder:
         write_text(folder / "evaluation.json", json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n")
         sheet.save(folder / "worst.png")
+        for name, text in more.items():
+            write_text(folder / name, text)
     return found
 
 
@@ -110,23 +144,29 @@ def held_out_by(config: EvaluateConfig, split: Callable[[Mapping[str, Any]], Lab
     return found.testing
 
 
-def in_classes(labelled: Labelled, names: Sequence[str], data: str) -> Labelled:
+def in_classes(labelled: Labelled, known: MapClasses | ObjectClasses, data: str) -> Labelled:
     """The same pictures with the classes in another order, that of a model, which has all of them."""
-    assert labelled.maps is not None
-    if labelled.classes == tuple(names):
+    names = known.names
+    if labelled.classes == names:
         return labelled
     if unknown := sorted(set(labelled.classes) - set(names)):
+        advice = "; name classes alike in both classes.json, or null what is not to count" if labelled.maps else ""
         raise DataError(
             f"{printable(data, 200)} has classes that the model does not know: {first_names(unknown, 3)}. "
-            f"Known are {first_names(names, 3)}; name classes alike in both classes.json, or null what is not to count"
+            f"Known are {first_names(names, 3)}{advice}"
         )
-    place = [names.index(name) for name in labelled.classes]
-    classes = labelled.maps.classes
-    moved = tuple(at if at < 0 else place[at] for at in classes.places)
+    place = np.array([names.index(name) for name in labelled.classes])
     labels = np.zeros((len(labelled), len(names)), bool)
     labels[:, place] = labelled.labels
-    maps = replace(labelled.maps, classes=replace(classes, names=tuple(names), places=moved))
-    return replace(labelled, labels=labels, classes=tuple(names), maps=maps)
+    maps, objects = labelled.maps, labelled.objects
+    if maps is not None:
+        moved = tuple(at if at < 0 else int(place[at]) for at in maps.classes.places)
+        maps = replace(maps, classes=replace(maps.classes, names=names, places=moved))
+    if objects is not None:
+        assert isinstance(known, ObjectClasses)
+        rows = tuple(replace(row, labels=place[row.labels]) for row in objects.rows)
+        objects = replace(objects, rows=rows, classes=known)
+    return replace(labelled, labels=labels, classes=names, maps=maps, objects=objects)
 
 
 def measured_maps(
@@ -139,11 +179,22 @@ def measured_maps(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Of each of these pictures its place, the classes (H, W) that are said, and its confusion table (C, C) int64."""
     assert labelled.maps is not None
-    chosen = list(places)
-    for index in tqdm(chosen, unit=" pictures", disable=None if progress else True, leave=False):
-        with naming(labelled.samples, index), precision, torch.inference_mode():
-            predicted = model.predict(labelled.samples.source(index))  # type: ignore[arg-type]
+    for index, predicted in predicted_of(model, labelled, places, precision, progress):
         yield index, predicted, confusion_of(labelled.maps.read(index), predicted, len(labelled.classes))
+
+
+def predicted_of(
+    model: Any,
+    labelled: Labelled,
+    places: Iterable[int],
+    precision: contextlib.AbstractContextManager[Any],
+    progress: bool,
+) -> Iterator[tuple[int, Any]]:
+    """Of each of these pictures its place, and what the model predicts."""
+    for index in tqdm(list(places), unit=" pictures", disable=None if progress else True, leave=False):
+        with naming(labelled.samples, index), precision, torch.inference_mode():
+            predicted = model.predict(labelled.samples.source(index))
+        yield index, predicted
 
 
 def sheet_of(model: Segmenter, labelled: Labelled, shown: Sequence[tuple[int, np.ndarray]]) -> Image.Image:

@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,41 @@ from maehub.models import Precision, autocast
 from maehub.train.evaluation.maps.plots import overlay
 from maehub.train.evaluation.text_tables import html_table, text_table
 
-_MEMBERS = ("masks", "overlays", "classes.json", "predictions.json")
 _PRINTED, _COLUMNS = 20, 5  # pictures and classes of a table
+_Found = TypeVar("_Found")
+
+
+class DensePredictions:
+    """What is said of pictures. Prints as a table of the first of them."""
+
+    members: ClassVar[tuple[str, ...]]
+    """What a folder of them is made of."""
+
+    paths: list[str]
+    skipped: list[Skipped]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __str__(self) -> str:
+        header, rows = self._table(range(len(self))[:_PRINTED])
+        lines = [text_table(header, rows, left=range(len(header)))]
+        lines += [f"… and {len(self) - _PRINTED:,} more pictures"] * (len(self) > _PRINTED)
+        return "\n".join([*lines, *[f"{len(self.skipped):,} skipped, since they cannot be read"] * bool(self.skipped)])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(range(len(self))[:_PRINTED]))
+
+    def _table(self, places: Iterable[int]) -> tuple[list[str], list[list[str]]]:
+        """Titles, and a row a picture; each begins with `shown_path`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class MapPredictions:
+class MapPredictions(DensePredictions):
     """Of each picture the share of its pixels that each class has. Prints as a table."""
+
+    members = ("masks", "overlays", "classes.json", "predictions.json")
 
     paths: list[str]
     classes: tuple[str, ...]
@@ -36,9 +64,6 @@ class MapPredictions:
     """(n, classes) float64, rows sum to 1."""
     skipped: list[Skipped]
     """Pictures that cannot be read."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON; classes without a pixel are left out."""
@@ -49,21 +74,11 @@ class MapPredictions:
         skipped = [picture._asdict() for picture in self.skipped]
         return {"images": len(self), "task": "segment", "predictions": rows, "skipped": skipped}
 
-    def __str__(self) -> str:
-        header, rows = self._table()
-        lines = [text_table(header, rows, left=range(len(header)))]
-        lines += [f"… and {len(self) - _PRINTED:,} more pictures"] * (len(self) > _PRINTED)
-        return "\n".join([*lines, *[f"{len(self.skipped):,} skipped, since they cannot be read"] * bool(self.skipped)])
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
-
-    def _table(self) -> tuple[list[str], list[list[str]]]:
+    def _table(self, places: Iterable[int]) -> tuple[list[str], list[list[str]]]:
         count = min(_COLUMNS, len(self.classes))
         rows = []
-        for path, row in list(zip(self.paths, self.shares, strict=True))[:_PRINTED]:
-            shown = printable(path)
-            cells = [shown if len(shown) <= 40 else f"…{shown[-39:]}"]
+        for path, row in ((self.paths[place], self.shares[place]) for place in places):
+            cells = [shown_path(path)]
             for place in np.argsort(-row, kind="stable")[:count].tolist():
                 cells.append(f"{100 * row[place]:5.1f} % {printable(self.classes[place])}" if row[place] else "")
             rows.append(cells)
@@ -102,16 +117,55 @@ def predict_maps(
         UsageError: the folder is in use, or two pictures would be written under one name.
         DataError: no pictures, or one that cannot be read, unless ``skip_bad``.
     """
+    classes, palette, shares = model.config.classes, model.config.palette, []
+
+    def keep(name: str, pixels: np.ndarray, places: np.ndarray, folder: Path | None) -> None:
+        shares.append(np.bincount(places.reshape(-1), minlength=len(classes.names)) / places.size)
+        if folder is not None:
+            save_below(folder / "masks", name, label_map(places, classes, palette))
+            save_below(folder / "overlays", name, Image.fromarray(overlay(pixels, places, palette)))
+
+    def finish(paths: list[str], skipped: list[Skipped], folder: Path | None) -> MapPredictions:
+        found = MapPredictions(paths, classes.names, np.stack(shares), skipped)
+        if folder is not None:
+            write_json(folder / "classes.json", _said(classes))
+            write_json(folder / "predictions.json", found.to_dict())
+        return found
+
+    target = None if out is None else Path(out)
+    return of_each(
+        model, sources, target, MapPredictions.members, keep, finish, overwrite, precision, skip_bad, progress
+    )
+
+
+def of_each(
+    model: Any,
+    sources: ImagePath | Iterable[ImagePath],
+    out: Path | None,
+    members: Collection[str],
+    keep: Callable[[str, np.ndarray, Any, Path | None], None],
+    finish: Callable[[list[str], list[Skipped], Path | None], _Found],
+    overwrite: bool,
+    precision: Precision,
+    skip_bad: bool,
+    progress: bool,
+) -> _Found:
+    """What a model predicts of each picture, and a folder of that, as `predict_maps` says.
+
+    ``keep`` takes the name that a picture's files have, its pixels, what is predicted, and the folder that is written;
+    ``finish`` the paths of the pictures, what was skipped, and that folder.
+    """
     named = list(_named([sources] if isinstance(sources, ImagePath) else sources))
     names = [one.name for one in named]
     if out is not None:
-        check_free(Path(out), overwrite, _MEMBERS)
+        check_free(out, overwrite, members)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UsageError(f"several pictures are called {printable(twice)}, and would be written to one file")
     device = model.encoder.cls_token.device
-    paths, shares, skipped = [], [], []
-    staged = whole_folder(Path(out), overwrite=overwrite, members=_MEMBERS) if out is not None else None
+    paths: list[str] = []
+    skipped: list[Skipped] = []
+    staged = whole_folder(out, overwrite=overwrite, members=members) if out is not None else None
     with staged or contextlib.nullcontext() as folder:
         for one in tqdm(named, unit=" pictures", disable=None if progress else True, leave=False):
             try:
@@ -122,24 +176,25 @@ def predict_maps(
                 skipped.append(Skipped(os.fsdecode(one.path), str(error)))
                 continue
             with autocast(precision, device), torch.inference_mode():
-                places = model.predict(pixels)
+                predicted = model.predict(pixels)
             paths.append(os.fsdecode(one.path))
-            shares.append(np.bincount(places.reshape(-1), minlength=len(model.config.classes.names)) / places.size)
-            if folder is not None:
-                for kind, picture in (
-                    ("masks", label_map(places, model.config.classes, model.config.palette)),
-                    ("overlays", Image.fromarray(overlay(pixels, places, model.config.palette))),
-                ):
-                    file = folder / kind / f"{one.name}.png"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    picture.save(file)
+            keep(one.name, pixels, predicted, folder)
         if not paths:
             raise DataError(f"none of {len(named)} pictures can be read; {skipped[0].reason}")
-        found = MapPredictions(paths, model.config.classes.names, np.stack(shares), skipped)
-        if folder is not None:
-            write_json(folder / "classes.json", _said(model.config.classes))
-            write_json(folder / "predictions.json", found.to_dict())
-    return found
+        return finish(paths, skipped, folder)
+
+
+def save_below(folder: Path, name: str, picture: Image.Image) -> None:
+    """Write NAME.png, where a name may be that of a folder and a file."""
+    file = folder / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file)
+
+
+def shown_path(path: str) -> str:
+    """The end of a path, which tells files apart."""
+    shown = printable(path)
+    return shown if len(shown) <= 40 else f"…{shown[-39:]}"
 
 
 def label_map(places: np.ndarray, classes: MapClasses, palette: Iterable[tuple[int, int, int]]) -> Image.Image:

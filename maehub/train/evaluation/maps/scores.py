@@ -12,12 +12,9 @@ import numpy as np
 
 from maehub.data import IGNORED
 from maehub.errors import DataError
-from maehub.train.evaluation.numbers import Measure
+from maehub.train.evaluation.numbers import Measure, bootstrap
 from maehub.train.evaluation.text_tables import html_table, percent, printable, text_table
 
-_RESAMPLES, _SEED = 1000, 0
-_FEWEST = 10  # pictures or groups that are resampled
-_AT_ONCE = 100  # resamples, so that their sums stay small
 _LONGEST = 60  # classes in a table
 
 
@@ -138,7 +135,15 @@ def score_maps(tables: Sequence[np.ndarray], classes: Sequence[str], groups: np.
     found, total, guessed = (part(whole) for part in _PARTS)
     with np.errstate(invalid="ignore", divide="ignore"):
         iou, accuracy, precision = found / (total + guessed - found), found / total, found / guessed
-    low, high, how = _interval(right, truth, said, groups)
+    areas = [table.astype(float) for table in (right, truth, said)]
+
+    def drawn_miou(weights: np.ndarray) -> np.ndarray:
+        found, total, guessed = (weights @ table for table in areas)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means: np.ndarray = np.nanmean(found / (total + guessed - found), axis=1)
+        return means
+
+    low, high, how = bootstrap(len(tables), groups, drawn_miou)
     rows = []
     for place, name in enumerate(classes):
         others = whole[place].copy()
@@ -163,26 +168,3 @@ def score_maps(tables: Sequence[np.ndarray], classes: Sequence[str], groups: np.
 
 _PARTS = (np.diag, lambda table: table.sum(axis=1), lambda table: table.sum(axis=0))
 """Of a confusion table, a number a class: pixels that are found, that are there, that are said to be."""
-
-
-def _interval(
-    right: np.ndarray, truth: np.ndarray, said: np.ndarray, groups: np.ndarray | None
-) -> tuple[float | None, float | None, str]:
-    """Ends of the 95 % interval of mIoU, and how they were found; tables are (n, C)."""
-    units, members = np.unique(np.arange(len(right)) if groups is None else groups, return_inverse=True)
-    count, what = len(units), "pictures" if groups is None else "groups"
-    if count < _FEWEST:
-        return None, None, f"no interval: {count} {what}, and {_FEWEST} are needed"
-    sums = []
-    for table in (right, truth, said):
-        summed = np.zeros((count, table.shape[1]))
-        np.add.at(summed, members, table)
-        sums.append(summed)
-    generator, means = np.random.default_rng(_SEED), []
-    for _ in range(_RESAMPLES // _AT_ONCE):
-        weights = generator.multinomial(count, np.full(count, 1 / count), _AT_ONCE)
-        found, total, guessed = (weights @ table for table in sums)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means.append(np.nanmean(found / (total + guessed - found), axis=1))
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
-    return 100 * float(low), 100 * float(high), f"bootstrap over {count:,} {what}"

@@ -1,0 +1,1 @@
+"""How well a detector does: average precision as COCO measures it, pictures of truth and detections, result files."""
