@@ -1,4 +1,4 @@
-"""Sets with a class for every pixel out of published packages: what segmentation is measured on.
+"""Sets with a class for every pixel, or objects, out of published packages: what both are measured on.
 
     scripts/dense-data DIR
 
@@ -12,7 +12,12 @@ about how well natural objects are told from each other.
 DIR/nuclei: PyPI's stardist, one picture of nuclei under a microscope with its mask: the upper half to train on, the
 lower half to measure on, in tiles of 128×128. One picture is little: a smoke test on true masks.
 
-Each set has train/images, train/masks, val/images, val/masks, classes.json, the licence and a README; DIR/drawn also
+DIR/crowns: PyPI's deepforest, tree crowns in four pictures from the air, boxes alone: those of three to train on, that
+of the fourth, another place of the site of the largest, to measure on, in tiles of 400×400. A crown of which less than
+half lies in a tile is ignored there. Four pictures are little, and two of them are near each other.
+
+Each set has train/images and val/images, the licence and a README; with train/masks, val/masks and classes.json where
+pixels have classes, and train/instances.json, val/instances.json in COCO's form where there are objects; DIR/drawn also
 manifest.csv, which photo and which drawings are where. Everything is drawn from fixed seeds.
 """
 
@@ -20,6 +25,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -28,16 +34,22 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 from labelled_data import CLIPART, LARGEST_READ, run, wheel
 from PIL import Image
+from pycocotools import mask as mask_code
 
 SIDE, TRAIN, VAL = 224, 1000, 300
 _SEED = 20261130
 _COVERED, _SHORTEST = (0.2, 0.95), 64  # share of its box that a cut-out fills; pixels of its shorter side
 _OBJECTS, _SIZES = (1, 5), (40, 160)  # in a picture; pixels of an object's longer side
-_TILE = 128
+_TILE, _CROWN_TILE = 128, 400
+_CROWNS = {
+    "train": ("2019_YELL_2_528000_4978000_image_crop2", "OSBS_029", "SOAP_061"),
+    "val": ("2019_YELL_2_541000_4977000_image_crop",),
+}
 _SHOWN = 12  # pixels of an object that must be seen at least
 
 
@@ -148,6 +160,8 @@ def write_drawn(out: Path, packages: Path, photos: Path) -> dict[str, int]:
                 left, top, right, bottom = one.box
                 box = [left, top, right - left, bottom - top]
                 row = {"id": len(boxes) + 1, "image_id": number, "category_id": classes.index(one.cutout.label)}
+                code = mask_code.encode(np.asfortranarray(one.mask, np.uint8))
+                row |= {"segmentation": code | {"counts": code["counts"].decode()}}
                 boxes.append(row | {"bbox": box, "area": int(one.mask.sum()), "iscrowd": 0})
                 rows.append((side, name, files[which].name, one.cutout.label, one.cutout.name, *one.box))
         categories = [{"id": place, "name": name} for place, name in enumerate(classes) if place]
@@ -188,12 +202,48 @@ def write_nuclei(out: Path, packages: Path) -> int:
     return len(np.unique(numbers)) - 1
 
 
+def write_crowns(out: Path, packages: Path) -> int:
+    """Tiles of deepforest's pictures; how many crowns there are."""
+    package = wheel("deepforest==2.1.0", packages / "deepforest")
+    names = {Path(name).name: name for name in package.namelist()}
+    crowns = 0
+    for side, pictures in _CROWNS.items():
+        (out / side / "images").mkdir(parents=True)
+        images, annotations = [], []
+        for picture in pictures:
+            pixels = np.asarray(Image.open(io.BytesIO(package.read(names[next(
+                name for name in (f"{picture}.png", f"{picture}.tif") if name in names)]))).convert("RGB"))  # fmt: skip
+            tree = ElementTree.fromstring(package.read(names[f"{picture}.xml"]))
+            boxes = np.array([[float(box.findtext(edge, "")) for edge in ("xmin", "ymin", "xmax", "ymax")]
+                              for box in tree.iter("bndbox")])  # fmt: skip
+            crowns += len(boxes)
+            starts = [range(0, max(1, edge - _CROWN_TILE // 2), _CROWN_TILE) for edge in pixels.shape[:2]]
+            for top, left in itertools.product(*starts):
+                tile = pixels[top : top + _CROWN_TILE, left : left + _CROWN_TILE]
+                number, (height, width) = len(images), tile.shape[:2]
+                name = f"{picture}-{top:04}-{left:04}.png"
+                Image.fromarray(tile).save(out / side / "images" / name)
+                images.append({"id": number, "file_name": name, "width": width, "height": height})
+                for x0, y0, x1, y1 in (boxes - (left, top, left, top)).tolist():
+                    a, b, c, d = max(0.0, x0), max(0.0, y0), min(float(width), x1), min(float(height), y1)
+                    if c <= a or d <= b:
+                        continue
+                    row = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "area": (c - a) * (d - b)}
+                    cut = int((c - a) * (d - b) < 0.5 * (x1 - x0) * (y1 - y0))
+                    annotations.append(row | {"bbox": [a, b, c - a, d - b], "iscrowd": cut})
+        said = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "tree"}]}
+        (out / side / "instances.json").write_text(json.dumps(said))
+    (licence,) = (name for name in package.namelist() if Path(name).name.startswith("LICENSE"))
+    (out / "LICENCE").write_text(package.read(licence).decode())
+    return crowns
+
+
 def main() -> None:
     """Build what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR")
     out = parser.parse_args().out.resolve()
-    if (out / "drawn").exists() or (out / "nuclei").exists():
+    if any((out / name).exists() for name in ("drawn", "nuclei", "crowns")):
         sys.exit(f"{out} holds a set already; name another folder, or remove it")
     with tempfile.TemporaryDirectory() as temporary:
         packages = Path(temporary)
@@ -203,7 +253,8 @@ def main() -> None:
         found = write_drawn(out / "drawn", packages, photos)
         print(f"drawn: {sum(found.values()):,} cut-outs, {', '.join(f'{n} {label}' for label, n in found.items())}")
         print(f"nuclei: {write_nuclei(out / 'nuclei', packages)} of them")
-    for name in ("drawn", "nuclei"):
+        print(f"crowns: {write_crowns(out / 'crowns', packages)} of them")
+    for name in ("drawn", "nuclei", "crowns"):
         part = (__doc__ or "").split(f"DIR/{name}: ")[1].split("\n\n")[0]
         (out / name / "README.md").write_text(" ".join(part.split()) + "\n")
 

@@ -6,6 +6,7 @@ from .data import check_data as check_data
 from .data import data_statistics as data_statistics
 from .dense import Segmenter as Segmenter
 from .dense import SegmenterConfig as SegmenterConfig
+from .dense import load_detector as load_detector
 from .dense import load_segmenter as load_segmenter
 from .dense import save_segmenter as save_segmenter
 from .errors import MaehubError as MaehubError

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 from maehub.errors import UsageError
 from maehub.train.engine import COMMON, Flag, RunConfig, Section, default, own_first, settings
 
-Recipe = Literal["auto", "official", "paper", "448", "scratch", "linear", "attentive", "ade20k"]
+Recipe = Literal["auto", "official", "paper", "448", "scratch", "linear", "attentive", "ade20k", "vitdet"]
 HeadPool = Literal["cls", "mean"]
 HeadStart = Literal["probe", "zero"]
 ClassWeights = Literal["none", "balanced"]
-Task = Literal["classification", "regression", "segment"]
+Task = Literal["classification", "regression", "segment", "detect"]
 Decoder = Literal["linear", "upernet"]
 
 
@@ -27,7 +27,8 @@ class FinetuneConfig(RunConfig):
     """auto: for fewer than 10,000 pictures, found by measurement; else one of the next ones, by the network. official:
     of the published code, for weights trained on normalised pixels; paper: of table 9; 448: for large pictures;
     scratch: supervised training from fresh weights, table 11; linear: linear probing, table 10; attentive: a probe that
-    pools by attention. Of segmentation there are auto, linear and ade20k: UPerNet as published."""
+    pools by attention. Of segmentation there are auto, linear and ade20k: UPerNet as published; of detection auto and
+    vitdet, as published."""
     blocks: Annotated[
         float | None,
         settings.number(lambda value: value == 0.5 or (value >= 0 and value == int(value)), "of whole blocks, or 0.5"),
@@ -97,13 +98,15 @@ class FinetuneConfig(RunConfig):
     label: settings.Label = None
     task: Annotated[Task, COMMON] = "classification"
     """regression: the labels are numbers, in the column --label of a CSV, or in several with commas between. segment:
-    every pixel has a class, in DIR/images and DIR/masks."""
+    every pixel has a class, in DIR/images and DIR/masks, or drawn from outlines. detect: objects with boxes, and masks
+    where all have outlines, as COCO, YOLO, Pascal VOC or LabelMe files have them."""
     decoder: Annotated[Decoder | None, Section.MODEL, default("the recipe's")] = None
     """Of segmentation: one linear map of every patch, or UPerNet."""
     short_side: Annotated[
         settings.CountFrom0 | None, Section.DATA, default("their own, or one window, or four", "PIXELS")
     ] = None
-    """Of segmentation: what pictures are scaled to before crops and windows of --image-size; 0 for their own size."""
+    """Of segmentation and detection: what pictures are scaled to before crops and windows of --image-size; 0 for their
+    own size."""
     skip_twins: Flag = False
     """Do not look for pictures that are on both sides of the split, as is done with up to 20,000 pictures."""
     validate_every: Annotated[settings.Count | None, Section.VALIDATION, default("a tenth of the run")] = None
@@ -122,11 +125,14 @@ class FinetuneConfig(RunConfig):
                 "--head-start probe goes with neither --recipe linear nor --class-weights balanced: it begins from a "
                 "linear probe without weights of classes"
             )
-        for name in ("decoder", "short_side"):
-            if self.task != "segment" and getattr(self, name) is not None:
-                raise UsageError(f"--{name.replace('_', '-')} is for --task segment")
-        if self.task != "segment" and self.recipe == "ade20k":
-            raise UsageError("--recipe ade20k is for --task segment")
+        for flag, value, tasks in (
+            ("--decoder", self.decoder, ("segment",)),
+            ("--short-side", self.short_side, ("segment", "detect")),
+            ("--recipe ade20k", self.recipe == "ade20k" or None, ("segment",)),
+            ("--recipe vitdet", self.recipe == "vitdet" or None, ("detect",)),
+        ):
+            if value is not None and self.task not in tasks:
+                raise UsageError(f"{flag} is for --task {' and '.join(tasks)}")
         if self.task == "regression":
             unfit = {"recipe": "linear", "head_start": "zero", "class_weights": "balanced"}
             for name in ("mixup", "cutmix", "smoothing", *unfit):

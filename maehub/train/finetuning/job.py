@@ -112,6 +112,7 @@ class Job(ABC):
         for side in (self.split.training, self.split.testing):
             pictures.update(side.samples.digest().encode() + np.ascontiguousarray(side.labels).tobytes())
             pictures.update(b"" if side.maps is None else side.maps.files.digest().encode())
+            pictures.update(b"" if side.objects is None else side.objects.digest().encode())
         pictures.update("\0".join(self.split.training.classes).encode())
         return pictures.hexdigest()
 

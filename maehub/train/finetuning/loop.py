@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,10 @@ import maehub.train.engine as engine
 from maehub.data import StepKeys, batches_of, worker_count
 from maehub.errors import EXIT_DONE
 from maehub.models import settled_precision
-from maehub.train.engine import RunLog, Stop
-from maehub.train.evaluation import AnyScores, MapScores
+from maehub.train.engine import Group, RunLog, Stop
+from maehub.train.evaluation import AnyScores, MapScores, ObjectScores
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.job import VALIDATIONS, ClassifierJob, Job
-from maehub.train.finetuning.maps.job import MapJob
 from maehub.train.finetuning.measuring import Outcome, look_for_twins
 from maehub.train.finetuning.mixing import seeded_torch, step_seed
 from maehub.train.reports import update_report
@@ -30,7 +30,7 @@ class FinetuneResult(NamedTuple):
     run: Path
     step: int
     exit_code: int
-    scores: AnyScores | MapScores | None
+    scores: AnyScores | MapScores | ObjectScores | None
     probe: AnyScores | None = None
     """Of the probe that the head started as, fitted to all training pictures; None without one."""
     kept: Literal["finetuned", "probe"] = "finetuned"
@@ -65,12 +65,24 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         with group.together("setting up"):
             if group.is_main:
                 engine.check_run_folder(config.out, resume=config.resume, overwrite=config.overwrite)
-            job = (MapJob if config.task == "segment" else ClassifierJob)(config, group, begun)
+            job = _job_of(config.task)(config, group, begun)
         logged = RunLog(config.out, job.settings.batch_size, is_main=group.is_main)
         # until the group has parted: torchrun sends a signal to all when the first has ended
         stop = parted.enter_context(engine.stop_requests(deadline))
         with logged as run:
             return _train(job, run, stop)
+
+
+def _job_of(task: str) -> Callable[[FinetuneConfig, Group, float], Job]:
+    if task == "segment":
+        from maehub.train.finetuning.maps.job import MapJob
+
+        return MapJob
+    if task == "detect":
+        from maehub.train.finetuning.objects.job import ObjectJob
+
+        return ObjectJob
+    return ClassifierJob
 
 
 def _train(job: Job, run: RunLog, stop: Stop) -> FinetuneResult:

@@ -13,7 +13,6 @@ from maehub.files import atomic_write, check_free, write_error
 from maehub.train.evaluation import (
     AnyScores,
     Interval,
-    MapScores,
     Measure,
     html_table,
     mean_measure,
@@ -217,7 +216,7 @@ def _finetuned(config: CompareConfig, name: str, seed: int) -> Run:
         )
         stopped.exit_code = result.exit_code
         raise stopped
-    assert not isinstance(result.scores, MapScores)
+    assert isinstance(result.scores, AnyScores)
     return Run(seed, result.scores, {"run": folder.name})
 
 

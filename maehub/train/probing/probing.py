@@ -21,8 +21,8 @@ from maehub.features import outputs
 from maehub.files import atomic_write, check_free, read_json, whole_folder, write_json
 from maehub.models import Encoder, autocast, computed_in, usable_device
 from maehub.train.evaluation import (
+    AnyScores,
     LinearFit,
-    MapScores,
     NeighbourTrial,
     best,
     choose_neighbours,
@@ -324,7 +324,7 @@ def _trained(config: ProbeConfig) -> ProbeResult:
         raise stopped
     settings = read_json(result.run / "config.json").get("settings", {})
     used = config.pool or settings.get("pool") or "patches"
-    assert not isinstance(result.scores, MapScores)
+    assert isinstance(result.scores, AnyScores)
     return ProbeResult(
         model=config.model[0],
         data=config.data,

@@ -24,9 +24,6 @@ from maehub.train.evaluation.maps.evaluating import (
 from maehub.train.evaluation.objects.plots import ObjectExample, counted, example_sheet, sure_ones
 from maehub.train.evaluation.objects.scores import ObjectScores, coco_results, score_objects
 
-if TYPE_CHECKING:
-    from maehub.dense import Detector  # type: ignore[attr-defined]
-
 _RESULTS = "detections.json"
 
 
@@ -48,9 +45,6 @@ class ObjectEvaluation(DenseEvaluation):
 
 def evaluate_objects(config: EvaluateConfig) -> ObjectEvaluation:
     """Measure a detector; see `maehub.train.evaluate`, which calls it for one."""
-    from maehub.data import find_objects, split_objects  # type: ignore[attr-defined]
-    from maehub.dense import load_detector  # type: ignore[attr-defined]
-
     check_asked(config, "finds objects", [_RESULTS])
     device = usable_device(config.device)
     model = load_detector(config.model, device=device)

@@ -61,7 +61,9 @@ class ObjectJob(DenseJob):
         if config.decoder is not None:
             raise UsageError("--decoder is for --task segment")
         if config.compile:
-            raise UsageError("--compile is for networks whose work is the same for every picture, not for --task detect")
+            raise UsageError(
+                "--compile is for networks whose work is the same for every picture, not for --task detect"
+            )
         return split_objects(config.data, seed=config.seed, share=config.val_share, group=config.group)
 
     def prepare(self, files: Located | None) -> None:
@@ -132,7 +134,9 @@ class ObjectJob(DenseJob):
             return super().rate(step)
         peak = engine.peak_rate(settings.base_lr, settings.batch_size)
         rise = max(1.0, settings.warmup * settings.steps)
-        return peak * min(1.0, (step + 1) / rise) * 0.1 ** sum(step >= share * settings.steps for share in settings.falls)
+        return (
+            peak * min(1.0, (step + 1) / rise) * 0.1 ** sum(step >= share * settings.steps for share in settings.falls)
+        )
 
     def crops(self) -> Dataset[ObjectBatch]:
         return ObjectCrops(self.training, self.transform, self.masks, self.config.cache)
@@ -174,15 +178,19 @@ class ObjectJob(DenseJob):
         assert isinstance(self.model, Detector)
         assert self.training.objects is not None
         config, count = self.model.config, sum(map(len, self.training.objects.rows))
-        own = "pictures keep their own size" if config.short_side is None else f"their shorter side is {config.short_side}"
-        what = f"{count:,} objects of {len(self.training.classes)} classes, {'with' if self.masks else 'without'} masks,"
-        return what, "each picture is scaled into one" if config.fitted else own, describe(self.settings)
+        classes, masks = len(self.training.classes), "with" if self.masks else "without"
+        how = "pictures keep their own size" if config.short_side is None else f"shorter side {config.short_side}"
+        how = "each picture is scaled into one" if config.fitted else how
+        return f"{count:,} objects of {classes} classes, {masks} masks,", how, describe(self.settings)
 
 
 def _blank(model: Detector, device: torch.device, count: int) -> tuple[Tensor, Targets]:
     """Images (count, C, H, W), zeros, with one object each that is all of it."""
     height, width = model.encoder.config.size
     images = torch.zeros(count, model.encoder.config.channels, height, width, device=device)
-    box, label = torch.tensor([[0.0, 0.0, width, height]], device=device), torch.zeros(1, dtype=torch.long, device=device)
+    box, label = (
+        torch.tensor([[0.0, 0.0, width, height]], device=device),
+        torch.zeros(1, dtype=torch.long, device=device),
+    )
     mask = torch.ones(1, height, width, dtype=torch.uint8, device=device) if model.config.masks else None
     return images, Targets(Target(box, label, mask, seed) for seed in range(count))

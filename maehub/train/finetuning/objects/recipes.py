@@ -148,7 +148,7 @@ def is_fitted(window: int, longest: int) -> bool:
 def anchor_of(sides: np.ndarray, stride: float) -> float:
     """Side of an anchor in strides of its level, by the sides of objects as the network sees them, (n,) pixels.
 
-    The smallest anchor has the size below which a tenth of the objects are: 2, 2.8, 4, 5.7 or 8 strides; 8 is published.
+    The smallest anchor is as large as the smallest tenth of them: 2, 2.8, 4, 5.7 or 8 strides; 8 is published.
     """
     strides = float(np.quantile(sides, 0.1)) / stride if len(sides) else 8.0
     return round(2 ** (round(2 * math.log2(min(8.0, max(2.0, strides)))) / 2), 1)
