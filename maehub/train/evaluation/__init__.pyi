@@ -30,6 +30,7 @@ from .numbers import mean_measure as mean_measure
 from .objects.evaluating import ObjectEvaluation as ObjectEvaluation
 from .objects.evaluating import measured_objects as measured_objects
 from .objects.evaluating import objects_sheet as objects_sheet
+from .objects.evaluating import share_right as share_right
 from .objects.plots import SURE as SURE
 from .objects.plots import counted as counted
 from .objects.plots import sure_ones as sure_ones

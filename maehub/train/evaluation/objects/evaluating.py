@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from maehub.data import Labelled
+from maehub.data import Labelled, Objects, find_objects, split_objects
 from maehub.dense import Detections, pixels_of
 from maehub.models import autocast, computed_in, usable_device
 from maehub.train.evaluation.config import EvaluateConfig
@@ -23,6 +23,9 @@ from maehub.train.evaluation.maps.evaluating import (
 )
 from maehub.train.evaluation.objects.plots import ObjectExample, counted, example_sheet, sure_ones
 from maehub.train.evaluation.objects.scores import ObjectScores, coco_results, score_objects
+
+if TYPE_CHECKING:
+    from maehub.dense import Detector
 
 _RESULTS = "detections.json"
 
@@ -45,6 +48,8 @@ class ObjectEvaluation(DenseEvaluation):
 
 def evaluate_objects(config: EvaluateConfig) -> ObjectEvaluation:
     """Measure a detector; see `maehub.train.evaluate`, which calls it for one."""
+    from maehub.dense import load_detector  # which takes torchvision's parts, and a while
+
     check_asked(config, "finds objects", [_RESULTS])
     device = usable_device(config.device)
     model = load_detector(config.model, device=device)
@@ -61,9 +66,7 @@ def evaluate_objects(config: EvaluateConfig) -> ObjectEvaluation:
     precision = autocast(config.precision, device)
     for index, said in measured_objects(model, labelled, range(len(labelled)), precision, progress=not config.quiet):
         found.append(said)
-        right, missed, wrong = counted(rows[index], sure_ones(said))
-        share = 2 * right / (2 * right + missed + wrong) if right + missed + wrong else 1.0
-        examples = worst([*examples, (share, index, said)])
+        examples = worst([*examples, (share_right(rows[index], said), index, said)])
     scores = score_objects(rows, found, known, labelled.groups)
     sheet = objects_sheet(model, labelled, [(index, said) for _, index, said in examples])
     names = tuple(labelled.samples.name(index).decode("utf-8", "replace") for index in range(len(labelled)))
@@ -84,6 +87,12 @@ def measured_objects(
 ) -> Iterator[tuple[int, Detections]]:
     """Of each of these pictures its place, and what is found in it."""
     return predicted_of(model, labelled, places, precision, progress)
+
+
+def share_right(truth: Objects, found: Detections) -> float:
+    """What is right of a picture, 0 to 1: twice what is found, of that, what is missed and what is made up (F1)."""
+    right, missed, wrong = counted(truth, sure_ones(found))
+    return 2 * right / (2 * right + missed + wrong) if right + missed + wrong else 1.0
 
 
 def objects_sheet(model: "Detector", labelled: Labelled, shown: Sequence[tuple[int, Detections]]) -> Image.Image:

@@ -20,7 +20,7 @@ from maehub.train.evaluation.objects.scores import coco_results
 from maehub.train.evaluation.text_tables import printable
 
 if TYPE_CHECKING:
-    from maehub.dense import Detector  # type: ignore[attr-defined]
+    from maehub.dense import Detector
 
 _COLUMNS = 5  # classes of a table
 

@@ -17,7 +17,7 @@ from maehub.dense import Detections, Detector, DetectorConfig, Target, save_dete
 from maehub.errors import UsageError, log
 from maehub.hub import Located
 from maehub.models import Encoder
-from maehub.train.evaluation import ObjectScores, measured_objects, objects_sheet, score_objects
+from maehub.train.evaluation import ObjectScores, measured_objects, objects_sheet, score_objects, share_right
 from maehub.train.finetuning.classifier import drop_paths
 from maehub.train.finetuning.dense_job import DenseJob, Measured, dense_groups, in_groups, train_blocks
 from maehub.train.finetuning.maps.views import DenseTransform
@@ -145,9 +145,11 @@ class ObjectJob(DenseJob):
         return self.transform.preprocess.normalise(part.pixels), part.targets
 
     def measured_rows(self, single: nn.Module, places: Iterable[int]) -> Iterator[Measured]:
+        testing = self.split.testing
         assert isinstance(single, Detector)
-        for index, found in measured_objects(single, self.split.testing, places, self.precision):
-            yield Measured(index, found, found, self.scored({index: found}).ap50)
+        assert testing.objects is not None
+        for index, found in measured_objects(single, testing, places, self.precision):
+            yield Measured(index, found, found, share_right(testing.objects.rows[index], found))
 
     def scored(self, rows: Mapping[int, Detections]) -> ObjectScores:
         some, testing = sorted(rows), self.split.testing
