@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -210,6 +210,7 @@ def sets(draw):
     return truth, found
 
 
+@settings(deadline=None)
 @given(sets(), st.booleans())
 def test_random_scores_are_those_of_pycocotools(tmp_path_factory, made, masks):
     truth = [objects(*rows, masks=masks) for rows in made[0]]

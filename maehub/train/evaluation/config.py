@@ -26,8 +26,8 @@ class EvaluateConfig:
     data: Annotated[Positional[str], Section.DATA, arg(metavar="DATA")]
     """Labelled pictures: DIR/CLASS/…, or DIR/val/CLASS/… where there is DIR/val; a .csv with the columns
     path and label, several labels with | between; tar shards with .cls members; a Parquet file or a saved dataset. Of a
-    segmenter pictures and label maps: DIR/images and DIR/masks, or those in DIR/val. Of a detector pictures and objects,
-    as `finetune --task detect` takes them."""
+    segmenter pictures and label maps: DIR/images and DIR/masks, or those in DIR/val. Of a detector pictures and
+    files of objects, as for its training."""
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FOLDER")] = None
     """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv; of a segmenter worst.png, of a
@@ -61,7 +61,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Say what pictures show, by a classifier; what every pixel is, by a segmenter; where objects are, by a detector."""
+    """Say what pictures show, by a classifier; what every pixel is, by a segmenter; or which objects, by a detector."""
 
     pictures: Annotated[
         Positional[tuple[str, ...]], Section.DATA, arg(metavar="PICTURE ...", help_behavior_hint="(required)")
