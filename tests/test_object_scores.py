@@ -597,6 +597,11 @@ def test_the_command_predicts_objects(detector, tmp_path, capsys):
     assert cli.main([*line, "--image-size", "64"]) == UsageError.exit_code
 
 
+def test_a_detector_is_not_sent_as_an_encoder(detector, capsys):
+    assert cli.main(["push", str(detector.run), "me/boxes", "--dry-run"]) == UsageError.exit_code
+    assert "holds a detector" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_report_shows_classes_and_curves(tmp_path, masks):
     scores = score_objects(*scene(12, masks=masks), CLASSES, None)
