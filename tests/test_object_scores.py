@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -210,6 +210,7 @@ def sets(draw):
     return truth, found
 
 
+@settings(deadline=None)
 @given(sets(), st.booleans())
 def test_random_scores_are_those_of_pycocotools(tmp_path_factory, made, masks):
     truth = [objects(*rows, masks=masks) for rows in made[0]]
@@ -594,6 +595,11 @@ def test_the_command_predicts_objects(detector, tmp_path, capsys):
     assert cli.main([*line, "--skip-bad"]) == EXIT_SKIPPED
     assert cli.main([*line, "-o", str(tmp_path / "p.csv")]) == UsageError.exit_code
     assert cli.main([*line, "--image-size", "64"]) == UsageError.exit_code
+
+
+def test_a_detector_is_not_sent_as_an_encoder(detector, capsys):
+    assert cli.main(["push", str(detector.run), "me/boxes", "--dry-run"]) == UsageError.exit_code
+    assert "holds a detector" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -220,7 +220,7 @@ def _trained(function: str, config: Any, shared: Shared) -> int:
     if result.exit_code:
         text = f"{result.run}: stopped at step {result.step}; the same line with --resume goes on"
     if scores := getattr(result, "scores", None):  # of what was fine-tuned
-        facts |= scores.summary() | ({} if config.task == "segment" else {"kept": result.kept})
+        facts |= scores.summary() | ({} if config.task in ("segment", "detect") else {"kept": result.kept})
         if result.probe:
             key = "probe_r2" if config.task == "regression" else "probe_top1"
             facts[key] = result.probe.summary()[key.removeprefix("probe_")]

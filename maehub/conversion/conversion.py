@@ -36,7 +36,7 @@ from maehub.conversion.library_folders import (
     write_foreign,
 )
 from maehub.errors import IntegrityError, UsageError, log
-from maehub.files import check_free, is_segmenter, sha256_file, whole_folder, write_json
+from maehub.files import check_free, is_detector, is_segmenter, sha256_file, whole_folder, write_json
 from maehub.hub import file_hashes, is_model, load, load_autoencoder, locate, model_info, published_as
 from maehub.images import Preprocess
 from maehub.models import AutoencoderConfig, Encoder, MaskedAutoencoder, Origin, Target, patchify
@@ -134,8 +134,9 @@ def convert(
         raise UsageError(f"to={to!r} is not one of {', '.join(FORMS)}")
     check_free(folder, overwrite, _MEMBERS)
     check_exportable(to)
-    if is_segmenter(source):
-        log.warning("%s holds a segmenter: its encoder alone is converted", source)
+    if is_segmenter(source) or is_detector(source):
+        what = "segmenter" if is_segmenter(source) else "detector"
+        log.warning("%s holds a %s: its encoder alone is converted", source, what)
     read = _read(source, weights.Hints(heads, decoder_heads, target))
     if is_foreign_form(to):
         check_foreign_form(read.config, to)

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import get_token
 
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
-from maehub.files import byte_text, free_space_guard, is_segmenter, own_folder, read_json, sha256_file
+from maehub.files import byte_text, free_space_guard, is_detector, is_segmenter, own_folder, read_json, sha256_file
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
 from maehub.publishing.committing import Committed, commit
 from maehub.publishing.gate import Verdict
@@ -207,10 +207,11 @@ def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | M
             f"there is no folder {source}: push takes a run folder or a model folder, or in Python a model; "
             "`maehub convert FILE -o FOLDER` makes a model folder of a file of weights"
         )
-    if is_segmenter(folder):
+    if is_segmenter(folder) or is_detector(folder):
+        kind = "segmenter" if is_segmenter(folder) else "detector"
         raise UsageError(
-            f"{source} holds a segmenter, and only encoders, classifiers and autoencoders are published so far. Its "
-            "model folder can be sent as it is by the Hub's own tool: hf upload REPO FOLDER"
+            f"{source} holds a {kind}, and only encoders, classifiers and autoencoders are published so far. Its model "
+            "folder can be sent as it is by the Hub's own tool: hf upload REPO FOLDER"
         )
     home = find_model_folder(folder)
     if not (home / "config.json").is_file():

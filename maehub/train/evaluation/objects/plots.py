@@ -90,7 +90,9 @@ def found_marks(found: Detections, classes: ObjectClasses) -> list[Mark]:
 def marked(pixels: np.ndarray, marks: Sequence[Mark], size: Size | None = None) -> Image.Image:
     """A picture (H, W, C) uint8, scaled to (height, width), with boxes and their texts, under the colours of masks."""
     size = size or (pixels.shape[0], pixels.shape[1])
-    ordered = sorted(marks, key=lambda mark: -float(np.prod(mark.box[2:] - mark.box[:2])))  # small ones on top
+    areas = [float(np.prod(mark.box[2:] - mark.box[:2])) for mark in marks]
+    order = sorted(range(len(marks)), key=lambda place: (marks[place].dashed, -areas[place]))  # what is small on top
+    ordered = [marks[place] for place in order]
     places = np.full(size, -1, np.int16)
     for number, mark in enumerate(ordered):
         if mark.code is not None:

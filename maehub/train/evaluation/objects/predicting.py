@@ -94,17 +94,7 @@ def predict_objects(
     The folder has ``detections.json``, COCO's results, all that is found; ``predictions.json``, which says the path and
     size of each ``image_id``, the number of each class, and the objects with a score of 0.5 or more; and
     ``overlays/NAME.png``, pictures with these. It appears whole or not at all. NAME is that of the picture below the
-    folder that was searched.
-
-    Args:
-        model: on the device where it shall compute.
-        sources: pictures, and folders searched at any depth.
-        overwrite: replace such a folder.
-        skip_bad: leave out pictures that cannot be read.
-
-    Raises:
-        UsageError: the folder is in use, or two pictures would be written under one name.
-        DataError: no pictures, or one that cannot be read, unless ``skip_bad``.
+    folder that was searched. Arguments and errors are those of `predict_maps`.
     """
     classes, sizes, found = model.config.classes, [], []
 

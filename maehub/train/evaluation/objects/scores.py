@@ -21,6 +21,7 @@ from maehub.train.evaluation.text_tables import html_table, percent, printable, 
 
 _MOST = 100  # detections of a class in a picture that count
 _LONGEST = 60  # classes in a table
+_ENTRIES = 2**22  # detections times resamples that are in memory at once
 _AREAS = {"small": "below 32² pixels", "medium": "from 32² to 96² pixels", "large": "above 96² pixels"}
 
 
@@ -206,12 +207,15 @@ class _Matches(NamedTuple):
 
     def average_precisions(self, weights: np.ndarray) -> np.ndarray:
         """(k,), 0 to 1, where each picture is there as often as (k, pictures) says; NaN where no object is."""
+        if len(weights) > 1 and len(weights) * len(self.pictures) > _ENTRIES:
+            return np.concatenate([self.average_precisions(half) for half in np.array_split(weights, 2)])
         there = (weights @ self.counts)[:, None]
         some = np.maximum(there, 1)
         wanted = np.ceil(self.recalls * some).astype(int)  # objects, so many that their share of all is not below
         wanted -= (wanted - 1) / some >= self.recalls
         wanted += wanted / some < self.recalls
         drawn = weights[:, self.pictures]
+        every = np.concatenate([np.zeros((len(weights), 1), int), drawn.cumsum(axis=1)], axis=1)  # before each one
         rows = np.arange(len(weights))[:, None] * (int(there.max()) + 1)  # so that one search finds those of all rows
         totals = np.zeros(len(weights))
         for right, counted in zip(self.right, self.counted, strict=True):
@@ -219,7 +223,10 @@ class _Matches(NamedTuple):
             if not len(places):
                 continue
             got = drawn[:, places].cumsum(axis=1)
-            precision = got / np.maximum((drawn * counted).cumsum(axis=1)[:, places], 1)
+            out = np.flatnonzero(~counted)
+            gone = np.concatenate([np.zeros((len(weights), 1), int), drawn[:, out].cumsum(axis=1)], axis=1)
+            seen = every[:, places + 1] - gone[:, np.searchsorted(out, places)]
+            precision = got / np.maximum(seen, 1)
             best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             padded = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
             at = np.searchsorted((got + rows).reshape(-1), wanted + rows).reshape(wanted.shape)
