@@ -1,8 +1,8 @@
 """Folders of segmenters: the folder of the encoder, as maehub and timm load it, and the decoder beside it.
 
 config.json, model.safetensors, README.md     the encoder's; see `maehub.weights.save`
-segmenter.json                                decoder, classes, palette, scale
-segmenter.safetensors                         the decoder's tensors
+segmenter.json                                decoder, classes, palette, scale, attention
+segmenter.safetensors                         the decoder's tensors, and what attention adds to the encoder's
 """
 
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from maehub.data import MapClasses
+from maehub.dense.attention import AttentionConfig, DenseEncoder
 from maehub.dense.segmenter import Segmenter, SegmenterConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import SEGMENTER, check_free, read_json, whole_folder, write_json
@@ -30,11 +31,12 @@ def save_segmenter(model: Segmenter, folder: str | Path, *, card: str | None = N
         raise UsageError(f"save_segmenter takes a Segmenter, not a {type(model).__name__}")
     folder, members = Path(folder), (*MEMBERS, _CONFIG, _TENSORS)
     check_free(folder, overwrite, members)
-    decoder = {name: value.contiguous() for name, value in model.decoder.state_dict().items()}
-    check_finite({name: value for name, value in decoder.items() if value.is_floating_point()}, "the weights to save")
+    tensors = {name: value.contiguous() for name, value in _beside(model).items()}
+    encoder = model.encoder.plain() if isinstance(model.encoder, DenseEncoder) else model.encoder
+    check_finite({name: value for name, value in tensors.items() if value.is_floating_point()}, "the weights to save")
     with whole_folder(folder, overwrite=overwrite, members=members) as staging:
-        write_members(staging, folder.absolute().name, model.encoder, card=card)
-        sha256 = write_tensors(staging / _TENSORS, decoder, {"format": "pt", "maehub": __version__}, torch.float32)
+        write_members(staging, folder.absolute().name, encoder, card=card)
+        sha256 = write_tensors(staging / _TENSORS, tensors, {"format": "pt", "maehub": __version__}, torch.float32)
         said: dict[str, Any] = {"format": _FORMAT, "maehub": __version__, "task": "segment", "sha256": sha256}
         write_json(staging / _CONFIG, said | asdict(model.config))
     return folder
@@ -61,16 +63,23 @@ def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") ->
     path = folder / _TENSORS
     if not path.is_file():
         raise IntegrityError(f"{folder} has a {_CONFIG} and no {_TENSORS}")
-    tensors, expected = read_tensors(path).tensors, model.decoder.state_dict()
+    tensors, expected = read_tensors(path).tensors, _beside(model)
     if tensors.keys() != expected.keys() or any(tensors[key].shape != expected[key].shape for key in expected):
         missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise IntegrityError(
-            f"{path} does not hold the decoder that {_CONFIG} describes: it lacks {missing[:3]}, has {more[:3]} beside "
+            f"{path} does not hold what {_CONFIG} describes: it lacks {missing[:3]}, has {more[:3]} beside "
             "it, or shapes differ"
         )
     check_finite({name: value for name, value in tensors.items() if value.is_floating_point()}, str(path))
-    model.decoder.load_state_dict(tensors)
+    for name, value in expected.items():
+        value.copy_(tensors[name])
     return model.to(usable_device(device)).eval()
+
+
+def _beside(model: Segmenter) -> dict[str, torch.Tensor]:
+    """The decoder's tensors by their names in it, and what attention adds by its names in the segmenter."""
+    added = model.encoder.added() if isinstance(model.encoder, DenseEncoder) else {}
+    return model.decoder.state_dict() | {f"encoder.{name}": value for name, value in added.items()}
 
 
 def _config(path: Path) -> SegmenterConfig:
@@ -82,8 +91,9 @@ def _config(path: Path) -> SegmenterConfig:
         raise IntegrityError(f"{path} has unknown keys: {', '.join(unknown)[:200]}")
     try:
         classes = MapClasses(**{name: _frozen(value) for name, value in said["classes"].items()})
-        rest: Any = {name: _frozen(value) for name, value in said.items() if name in known - {"classes"}}
-        return SegmenterConfig(classes, **rest)
+        attention = {name: _frozen(value) for name, value in said.get("attention", {}).items()}
+        rest: Any = {name: _frozen(said[name]) for name in said.keys() & known - {"classes", "attention"}}
+        return SegmenterConfig(classes, **rest, attention=AttentionConfig(**attention))
     except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise IntegrityError(f"{path} cannot be used: {error}") from error
 

@@ -71,12 +71,8 @@ class MapJob(Job):
         settings = self.settings
         if settings.batch_size % group.size:
             raise UsageError(f"--batch-size {settings.batch_size} must be a multiple of {group.size} processes")
-        if settings.norm == "batch" and settings.decoder == "upernet" and group.size > 1:
-            raise UsageError(
-                f"--recipe {settings.recipe} normalises by the batch, which needs one process; auto does not"
-            )
         assert self.training.maps is not None
-        shape_of: Any = {"layers": settings.layers, "width": settings.width, "norm": settings.norm}
+        shape_of: Any = {name: getattr(settings, name) for name in ("layers", "width", "norm", "attention")}
         described = SegmenterConfig(
             self.training.maps.classes,
             settings.decoder,

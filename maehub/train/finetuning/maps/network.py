@@ -53,6 +53,7 @@ def build_segmenter(encoder: Encoder, config: SegmenterConfig, settings: MapSett
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = Segmenter(encoder, config)
+    encoder = model.encoder
     depth, trained = encoder.config.depth, settings.blocks
     first = 0 if trained is None else depth - int(trained)  # of the blocks that train
     if first < 0 or trained == 0.5:
