@@ -131,9 +131,10 @@ class SharedBatchNorm(nn.BatchNorm2d):
         variance = _SumOfAll.apply(centred.square().sum(axes)) / count  # not of squares: these may cancel
         with torch.no_grad():
             for kept, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
-                assert kept is not None and self.momentum is not None and self.num_batches_tracked is not None
-                kept.lerp_(now, self.momentum)
-            self.num_batches_tracked.add_(1)
+                assert kept is not None
+                kept.lerp_(now, self.momentum or 0.0)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
