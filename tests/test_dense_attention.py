@@ -1,12 +1,15 @@
 """Blocks that attend in another way: against transformers' BEiT and ViTDet, their folders, and batch statistics."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Forked
 
 import maehub
 from maehub.data import MapClasses
@@ -224,6 +227,51 @@ def test_a_pyramid_takes_its_maps():
         again = pyramid.of(encoder.maps(images, pyramid.layers, normed=False))
     assert [tuple(level.shape[2:]) for level in levels.values()] == [(16, 12), (8, 6), (4, 3), (2, 2)]
     assert all((levels[name] == again[name]).all() for name in levels)
+
+
+ONE_OF_TWO = """
+import sys
+import torch
+from maehub.dense.decoders import SharedBatchNorm
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+norm, (x, weight) = SharedBatchNorm(5), torch.load(f"{folder}/given.pt")
+x, weight = (part[[slice(0, 3), slice(3, 4)][rank]] for part in (x, weight))
+x.requires_grad_(True)
+y = norm(x)
+(y * weight).sum().backward()
+torch.distributed.all_reduce(norm.weight.grad)
+found = {"y": y.detach(), "x": x.grad, "slope": norm.weight.grad, **norm.state_dict()}
+norm.eval()
+found["later"] = norm(x).detach()
+torch.save(found, f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_batch_statistics_and_their_gradients_are_of_all_processes(tmp_path):
+    """Two real ones, of three pictures and of one, against torch's own in one process; far from zero, where squares
+    would cancel."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 5, 6, 7) + 50, torch.randn(4, 5, 6, 7)
+    torch.save((x, weight), tmp_path / "given.pt")
+    lines = [[sys.executable, "-c", ONE_OF_TWO, str(tmp_path), str(rank)] for rank in range(2)]
+    parts = [Forked(line, stderr=subprocess.PIPE, text=True) for line in lines]
+    said = [part.communicate(timeout=120)[1] for part in parts]
+    assert [part.returncode for part in parts] == [0, 0], said
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    norm = torch.nn.BatchNorm2d(5)
+    x.requires_grad_(True)
+    y = norm(x)
+    (y * weight).sum().backward()
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.cat([part["y"] for part in found]), y.detach(), **close)
+    torch.testing.assert_close(torch.cat([part["x"] for part in found]), x.grad, **close)
+    torch.testing.assert_close(torch.cat([part["later"] for part in found]), norm.eval()(x).detach(), **close)
+    for part in found:
+        torch.testing.assert_close(part["slope"], norm.weight.grad, **close)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(part[name], norm.state_dict()[name])
 
 
 def segmenter(attention):
