@@ -341,6 +341,8 @@ def test_what_it_has_no_answer_for_is_refused():
     for refused in (lambda: model.features(images), lambda: model.attention(images), lambda: model.resized(64)):
         with pytest.raises(UsageError):
             refused()
+    with pytest.raises(UsageError, match="takes an Encoder"):
+        DenseEncoder(model, VITDET)
     with pytest.raises(UsageError):
         SegmenterConfig(CLASSES, attention={"relative": "table"})
 

@@ -62,9 +62,9 @@ class AttentionConfig:
 class DenseEncoder(Encoder):
     """An encoder whose blocks attend in another way; weights are those of the encoder that it is made of, not copies.
 
-    It is an `Encoder` wherever one is taken (`FeaturePyramid` too), and trains in its place. Beside its parameters it
-    has ``blocks.N.attn.table`` ((2h−1)·(2w−1) + 3, heads), or ``blocks.N.attn.rel_pos_h`` and ``…rel_pos_w``
-    (2S−1, D/heads), S being a window's side, or a side of the native grid in blocks without windows; and
+    It is an `Encoder` wherever one is taken (`FeaturePyramid` too), and trains in its place; `plain` is what to save.
+    Beside its parameters it has ``blocks.N.attn.table`` ((2h−1)·(2w−1) + 3, heads), or ``blocks.N.attn.rel_pos_h`` and
+    ``…rel_pos_w`` (2S−1, D/heads), S being a window's side, or a side of the native grid in blocks without windows; and
     ``blocks.N.gamma_1`` and ``…gamma_2`` (D,).
 
     Images may have other sizes than the native one, as in any encoder, unless there is a `table`. A window beyond the
@@ -72,14 +72,11 @@ class DenseEncoder(Encoder):
     """
 
     def __init__(self, encoder: Encoder, config: AttentionConfig) -> None:
-        """Take over an encoder.
-
-        Raises:
-            UsageError: ``config.whole`` names blocks that there are not.
-        """
         nn.Module.__init__(self)
-        if any(number >= encoder.config.depth for number in config.whole):
-            raise UsageError(f"whole={config.whole} names blocks from 0 to {encoder.config.depth - 1}")
+        if isinstance(encoder, DenseEncoder) or any(number >= encoder.config.depth for number in config.whole):
+            raise UsageError(
+                f"it takes an Encoder, and blocks {config.whole} of the {encoder.config.depth} of that one"
+            )
         self.config, self.preprocess, self.origin = encoder.config, encoder.preprocess, encoder.origin
         self.attending = config
         for name, parameter in encoder.named_parameters(recurse=False):
@@ -100,17 +97,12 @@ class DenseEncoder(Encoder):
         self.train(encoder.training)
 
     def maps(self, images: Tensor, layers: tuple[int, ...], *, normed: bool) -> list[Tensor]:
-        """Maps of some blocks' outputs, 0 the first, −1 the last.
+        """(B, D, H/P, W/P) for each of ``layers``, blocks from 0 or −1; ``normed`` through the final norm.
 
-        Args:
-            images: (B, C, H, W), the dtype of the weights, preprocessed; H and W divisible by the patch.
-            normed: through the final norm.
-
-        Returns:
-            (B, D, H/P, W/P) for each of ``layers``.
+        Images are (B, C, H, W), the dtype of the weights, preprocessed.
 
         Raises:
-            UsageError: H or W is not divisible by the patch, or not the native size where there is a table.
+            UsageError: H or W is not divisible by the patch, or not the native one where there is a table.
         """
         return list(self.features(images, pool="map", layers=layers, norm=normed).unbind(1))
 
@@ -213,10 +205,9 @@ class TableAttention(_Placed):
 
 
 class GridAttention(_Placed):
-    """Without class token, in windows or everywhere, with or without decomposed positions: (B, h, w, D) to the same."""
+    """Without class token, in windows or everywhere, with positions for ``sides`` or none: (B, h, w, D) to the same."""
 
     def __init__(self, attn: Attention, window: int | None, sides: Size | None) -> None:
-        """Take another's projections; ``sides`` are those that positions are for, None for none."""
         super().__init__(attn)
         self.window = window
         width = attn.qkv.in_features // attn.heads
@@ -241,18 +232,10 @@ class GridAttention(_Placed):
 
 
 def placed(query: Tensor, key: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose plain product is the logits with decomposed positions.
+    """Queries and keys (B, heads, T, d), longer by rows + columns, whose plain product has the decomposed positions.
 
-    A query is lengthened by what its product with R_h is for every row, and with R_w for every column; a key by ones at
-    its own row and column. So no table of all pairs is made, which would be 805 MB for 64×64 patches and 12 heads.
-
-    Args:
-        query: (B, heads, T, d); so is the key.
-        rel_pos_h: (any, d), resized where the grid has another number of rows; so is the other.
-        grid: (rows, columns), T together.
-
-    Returns:
-        (B, heads, T, d + rows + columns, and up to the next multiple of eight) each.
+    A query gets its products with R_h for every row and with R_w for every column, a key ones at its own row and
+    column; so no bias of all pairs is made, which has 805 MB for 64×64 patches and 12 heads.
     """
     (rows, columns), width = grid, query.shape[3]
     where = query.unflatten(2, grid)  # (B, heads, rows, columns, d)

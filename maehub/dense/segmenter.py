@@ -74,6 +74,7 @@ class Segmenter(nn.Module):
         if any(not -shape.depth <= layer < shape.depth for layer in config.layers):
             raise UsageError(f"there are no blocks {list(config.layers)} in an encoder of {shape.depth}")
         self.config = config
+        encoder = encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
         if config.attention != AttentionConfig():
             encoder = DenseEncoder(encoder, config.attention)
         self.encoder = encoder
