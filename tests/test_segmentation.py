@@ -173,6 +173,24 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
         assert scores[1]["miou"] == pytest.approx(scores[0]["miou"], abs=0.5)
 
 
+def test_batch_statistics_are_those_of_all_processes(data, tmp_path, monkeypatch):
+    """The published recipe, of which only what is drawn is left out."""
+    common = {"recipe": "ade20k", "steps": 3, "drop_path": 0, "image_size": 16}
+    lines = [words(data, tmp_path / name, fsdp=name == "fsdp", **common) for name in ("ddp", "fsdp")]
+    launch = Launch(tmp_path / "launch", [{"words": line, "fault": "keep_channels"} for line in lines])
+    monkeypatch.setattr(torch.nn.Dropout2d, "forward", lambda part, x: x)
+    assert cli.main(words(data, tmp_path / "one", **common)) == 0
+    assert launch.wait() == 0, launch.output()
+    alone = load_file(tmp_path / "one" / "model" / "segmenter.safetensors")
+    assert alone["encoder.blocks.0.attn.table"].abs().max() > 0
+    for name in ("ddp", "fsdp"):
+        found = load_file(tmp_path / name / "model" / "segmenter.safetensors")
+        np.testing.assert_allclose(*(list(losses(tmp_path / run).values()) for run in (name, "one")), rtol=1e-4)
+        for key, value in alone.items():
+            if "running" in key or "tracked" in key:
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+
+
 def test_other_classes_are_refused_on_resume(data, tmp_path):
     lay_maps(tmp_path / "d", 8)
     name_classes(tmp_path / "d", NAMES)

@@ -75,6 +75,12 @@ class Faults:
         """Be slow enough for the test to do something from outside."""
         self.at_step(lambda: (Path(self.out).touch(), time.sleep(60)))
 
+    def keep_channels(self):
+        """No dropout: what it draws differs between processes."""
+        from torch.nn import Dropout2d
+
+        self.patch(Dropout2d, "forward", lambda part, x: x)
+
     def slow(self):
         """Every step takes a while, so that it can be met in its middle."""
         from maehub.train import engine

@@ -1,3 +1,5 @@
+from .attention import AttentionConfig as AttentionConfig
+from .attention import DenseEncoder as DenseEncoder
 from .decoders import Decoder as Decoder
 from .decoders import LinearDecoder as LinearDecoder
 from .decoders import UPerNet as UPerNet

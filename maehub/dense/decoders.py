@@ -18,9 +18,10 @@ convolution but the last has no bias and is followed by a norm and ReLU.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -113,6 +114,43 @@ class UPerNet(nn.Module):
         return list(zip(self.pool, _POOLED, strict=True))
 
 
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all processes together, which may be on CPUs.
+
+    In one process, and where it does not train, it is its parent. The batches of processes may differ in size.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        values, axes = x.float(), (0, 2, 3)
+        count = values.new_tensor([values.numel() / values.shape[1]])
+        sums = _SumOfAll.apply(torch.cat([values.sum(axes), count]))
+        count, mean = sums[-1], sums[:-1] / sums[-1]
+        centred = values - mean[:, None, None]
+        variance = _SumOfAll.apply(centred.square().sum(axes)) / count  # not of squares: these may cancel
+        with torch.no_grad():
+            for kept, now in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
+                assert kept is not None
+                kept.lerp_(now, self.momentum or 0.0)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class _SumOfAll(torch.autograd.Function):
+    """The sum of every process's tensor; gradients are of the sum of all losses, as SyncBatchNorm has them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
 def _begin(layer: nn.Module) -> None:
     """Of a layer that gives scores: small weights, no bias."""
     assert isinstance(layer, nn.Conv2d)
@@ -127,7 +165,7 @@ def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 def _norm(channels: int, norm: Norm) -> nn.Module:
     if norm == "batch":
-        return nn.BatchNorm2d(channels)
+        return SharedBatchNorm(channels)
     from timm.layers.norm import LayerNorm2d  # over channels, eps 1e-6
 
     return LayerNorm2d(channels)

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from maehub.data import ObjectClasses, code_of
+from maehub.dense.attention import AttentionConfig, DenseEncoder
 from maehub.dense.detections import Detections
 from maehub.dense.regions import Regions, Target
 from maehub.dense.windows import pixels_of, scaled_size, window_starts, windows_of
@@ -33,7 +34,7 @@ class DetectorConfig:
     ``convolutions`` of the heads and ``hidden`` width of their linear layer; 256, 4 and 1024 as published. ``anchor``:
     side of an anchor in strides of its level. ``fitted``: the whole picture is scaled into one window, the encoder's
     native size; else ``short_side`` is what its shorter side is scaled to, None for its own size, and it is seen by
-    windows.
+    windows. ``attention``: what blocks get.
     """
 
     classes: ObjectClasses
@@ -44,6 +45,7 @@ class DetectorConfig:
     anchor: float = 8.0
     fitted: bool = True
     short_side: int | None = None
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
         numbers = (self.width, self.hidden, self.convolutions + 1, *([self.short_side] if self.short_side else []))
@@ -51,6 +53,8 @@ class DetectorConfig:
             raise UsageError("width, hidden and short_side are positive whole numbers, and convolutions one from 0")
         if isinstance(self.anchor, bool) or not isinstance(self.anchor, int | float) or not 0.5 <= self.anchor <= 64:
             raise UsageError(f"anchor is a number of strides from 0.5 to 64, not {self.anchor!r}")
+        if not isinstance(self.attention, AttentionConfig):
+            raise UsageError(f"attention must be an AttentionConfig, not {self.attention!r:.60}")
         if not isinstance(self.masks, bool) or not isinstance(self.fitted, bool) or (self.fitted and self.short_side):
             raise UsageError("masks and fitted are true or false, and a fitted picture has no short_side")
 
@@ -65,6 +69,9 @@ class Detector(nn.Module):
     def __init__(self, encoder: Encoder, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
+        encoder = encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
+        if config.attention != AttentionConfig():
+            encoder = DenseEncoder(encoder, config.attention)
         self.pyramid = FeaturePyramid(encoder, config.width, names=TORCHVISION_LEVELS)
         self.regions = Regions(
             config.width,

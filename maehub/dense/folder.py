@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maehub.data import MapClasses, ObjectClasses
+from maehub.dense.attention import AttentionConfig, DenseEncoder
 from maehub.dense.detector import Detector, DetectorConfig
 from maehub.dense.segmenter import Segmenter, SegmenterConfig
 from maehub.errors import IntegrityError, UsageError
@@ -75,7 +76,7 @@ def _save(
     tensors = {key: value.contiguous() for key, value in _own(model).items()}
     check_finite({key: value for key, value in tensors.items() if value.is_floating_point()}, "the weights to save")
     with whole_folder(folder, overwrite=overwrite, members=members) as staging:
-        write_members(staging, folder.absolute().name, model.encoder, card=card)
+        write_members(staging, folder.absolute().name, _plain(model.encoder), card=card)
         sha256 = write_tensors(staging / beside, tensors, {"format": "pt", "maehub": __version__}, torch.float32)
         said: dict[str, Any] = {"format": _FORMAT, "maehub": __version__, "task": task, "sha256": sha256}
         write_json(staging / name, said | asdict(model.config))
@@ -83,10 +84,14 @@ def _save(
 
 
 def _own(model: Segmenter | Detector) -> dict[str, Tensor]:
-    """Its tensors but those of the encoder."""
-    encoder = {id(tensor) for tensor in model.encoder.state_dict(keep_vars=True).values()}
+    """Its tensors but those of the encoder as it was pretrained."""
+    encoder = {id(tensor) for tensor in _plain(model.encoder).state_dict(keep_vars=True).values()}
     everything = model.state_dict(keep_vars=True)
     return {name: tensor.detach() for name, tensor in everything.items() if id(tensor) not in encoder}
+
+
+def _plain(encoder: Encoder) -> Encoder:
+    return encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
 
 
 def _load(
@@ -127,7 +132,8 @@ def _config(kind: type, classes: type, said: Mapping[str, Any]) -> Any:
         raise UsageError(f"it has unknown keys: {', '.join(unknown)[:200]}")
     read = {key: _frozen(value) for key, value in said.items()}
     named = {key: _frozen(value) for key, value in said["classes"].items()}
-    return kind(**read | {"classes": classes(**named)})
+    attention = {key: _frozen(value) for key, value in said.get("attention", {}).items()}
+    return kind(**read | {"classes": classes(**named), "attention": AttentionConfig(**attention)})
 
 
 def _frozen(value: Any) -> Any:

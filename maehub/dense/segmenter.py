@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.data import MapClasses
+from maehub.dense.attention import AttentionConfig, DenseEncoder
 from maehub.dense.decoders import Decoder, LinearDecoder, Norm, UPerNet
 from maehub.dense.windows import pixels_of, scaled_size, window_starts, windows_of
 from maehub.errors import UsageError
@@ -28,7 +29,7 @@ class SegmenterConfig:
 
     ``layers`` are the blocks whose maps the decoder sees, early ones first, the last block alone by a linear one.
     ``width`` are the channels inside UPerNet, ``norm`` its norms. ``short_side``: pixels of the shorter side that
-    pictures are scaled to, None for their own. ``palette``: a colour a class.
+    pictures are scaled to, None for their own. ``palette``: a colour a class. ``attention``: what blocks get.
     """
 
     classes: MapClasses
@@ -39,10 +40,13 @@ class SegmenterConfig:
     auxiliary: bool = False
     short_side: int | None = None
     palette: tuple[tuple[int, int, int], ...] = ()
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
         if self.decoder not in get_args(Decoder) or self.norm not in get_args(Norm):
             raise UsageError(f"there is no decoder {self.decoder!r} with {self.norm!r} norms")
+        if not isinstance(self.attention, AttentionConfig):
+            raise UsageError(f"attention must be an AttentionConfig, not {self.attention!r:.60}")
         whole = (*self.layers, self.width, *(() if self.short_side is None else (self.short_side,)))
         if not all(type(number) is int for number in (*whole, *(part for colour in self.palette for part in colour))):
             raise UsageError("layers, width, short_side and palette are whole numbers")
@@ -56,7 +60,9 @@ class SegmenterConfig:
 
 
 class Segmenter(nn.Module):
-    """An encoder and a decoder of its maps. Parameters are ``encoder.…`` and ``decoder.…``.
+    """An encoder, a `DenseEncoder` if it attends in another way, and a decoder of its maps.
+
+    Parameters are ``encoder.…`` and ``decoder.…``.
 
     ``encoder.config.size`` is the window that it sees at once, and ``encoder.preprocess`` normalises pixels. What the
     decoder does not use of the encoder is frozen, or DistributedDataParallel would wait for gradients that never come.
@@ -68,6 +74,9 @@ class Segmenter(nn.Module):
         if any(not -shape.depth <= layer < shape.depth for layer in config.layers):
             raise UsageError(f"there are no blocks {list(config.layers)} in an encoder of {shape.depth}")
         self.config = config
+        encoder = encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
+        if config.attention != AttentionConfig():
+            encoder = DenseEncoder(encoder, config.attention)
         self.encoder = encoder
         self.decoder: LinearDecoder | UPerNet
         if config.decoder == "linear":

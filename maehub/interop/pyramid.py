@@ -109,9 +109,11 @@ class FeaturePyramid(nn.Module):
         """
         blocks = sorted(set(self.layers))
         maps = self.encoder.features(images, pool="map", layers=blocks, norm=False)  # (B, layers, D, H/P, W/P)
-        outputs = [
-            level(maps[:, blocks.index(layer)]) for level, layer in zip(self.levels, self.layers, strict=True)
-        ]  # fmt: skip
+        return self.of([maps[:, blocks.index(layer)] for layer in self.layers])
+
+    def of(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
+        """What `forward` gives, of the four maps (B, D, H/P, W/P) of `layers`, however they were made."""
+        outputs = [level(one) for level, one in zip(self.levels, maps, strict=True)]
         outputs.append(outputs[-1][:, :, ::2, ::2])
         return OrderedDict(zip(self.names, outputs, strict=False))
 

@@ -14,6 +14,7 @@ from .devices import settled_precision as settled_precision
 from .devices import usable_device as usable_device
 from .encoder import LAYER_NORM_EPS as LAYER_NORM_EPS
 from .encoder import PRESETS as PRESETS
+from .encoder import Attention as Attention
 from .encoder import Block as Block
 from .encoder import Encoder as Encoder
 from .encoder import EncoderConfig as EncoderConfig

@@ -50,11 +50,7 @@ class MapJob(DenseJob):
         self.settings: MapSettings = settle(config.recipe, facts, self.asked(MapSettings))
         settings = self.settings
         whole = settings.norm == "batch" and settings.decoder == "upernet"  # batch statistics are of the whole batch
-        if whole and group.size > 1:
-            raise UsageError(
-                f"--recipe {settings.recipe} normalises by the batch, which needs one process; auto does not"
-            )
-        parts: Any = {"layers": settings.layers, "width": settings.width, "norm": settings.norm}
+        parts: Any = {name: getattr(settings, name) for name in ("layers", "width", "norm", "attention")}
         described = SegmenterConfig(
             maps.classes, settings.decoder, auxiliary=settings.side_loss > 0, short_side=short_side, **parts
         )

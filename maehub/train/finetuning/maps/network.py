@@ -54,6 +54,7 @@ def build_segmenter(encoder: Encoder, config: SegmenterConfig, settings: MapSett
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = Segmenter(encoder, config)
+    encoder = model.encoder
     train_blocks(encoder, settings.blocks, last=max(model.layers), normed=model.decoder.normed)
     drop_paths(list(encoder.blocks), settings.drop_path)
     for part in model.decoder.modules():

@@ -75,9 +75,9 @@ class ObjectJob(DenseJob):
         facts = ObjectFacts(shape.width, shape.depth, len(self.training), group.device.type)
         self.settings: ObjectSettings = settle(config.recipe, facts, self.asked(ObjectSettings))
         settings = self.settings
-        parts: Any = {"convolutions": settings.convolutions, "hidden": settings.hidden}
+        parts: Any = {name: getattr(settings, name) for name in ("width", "convolutions", "hidden", "attention")}
         described = DetectorConfig(
-            objects.classes, masks, settings.width, fitted=fitted, short_side=short_side, **parts
+            objects.classes, masks, fitted=fitted, short_side=short_side, **parts
         )
         self.masks = masks
         anchor = self._anchor(objects, Detector(encoder, described)) if settings.recipe == "auto" else described.anchor
@@ -85,6 +85,7 @@ class ObjectJob(DenseJob):
             torch.manual_seed(config.seed)
             network = Detector(encoder, DetectorConfig(**vars(described) | {"anchor": anchor}))
         network.regions.draw(settings.regions)
+        encoder = network.encoder
         train_blocks(encoder, settings.blocks, last=shape.depth - 1, normed=False)
         drop_paths(list(encoder.blocks), settings.drop_path)
         turned: Any = {"hflip": config.hflip, "vflip": config.vflip, "rot90": config.rot90}

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from maehub.dense import AttentionConfig
 from maehub.errors import UsageError
 from maehub.train.engine import peak_rate
 from maehub.train.finetuning.config import Recipe
@@ -42,6 +43,7 @@ class ObjectSettings:
     resize: tuple[float, float] = (0.5, 2.0)
     """Least and greatest factor of a picture before it is cropped."""
     colours: bool = False
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     ema: float = 0.0
     blocks: float | None = None
     """How many of the last blocks train, None for the whole encoder, 0 for none of it."""
@@ -86,6 +88,12 @@ def _vitdet(facts: ObjectFacts) -> ObjectSettings:
         warmup=min(0.1, 250 / max(1.0, steps)),
         falls=(8 / 9, 26 / 27),
         resize=(0.1, 2.0),
+        attention=AttentionConfig(
+            window=14,
+            whole=tuple(facts.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)),
+            relative="decomposed",
+            cls=False,
+        ),
     )
 
 
@@ -125,6 +133,7 @@ def describe(settings: ObjectSettings) -> str:
         *(["encoder frozen"] if settings.blocks == 0 else [f"layer decay {settings.layer_decay:.3g}"]),
         *([f"the last {settings.blocks:g} blocks trained"] if settings.blocks else []),
         *([f"drop path {settings.drop_path:g}"] if settings.drop_path else []),
+        *(["attention in windows, relative positions"] if settings.attention.window else []),
         "scaled by {:g} to {:g}".format(*settings.resize),
         *(["colours changed"] if settings.colours else []),
     ]
