@@ -24,8 +24,8 @@ class DrawnMaps:
         shapes, size = row.shapes or (), row.size
         values = np.zeros(size, np.int64)
         for at in sorted(range(len(row)), key=lambda place: -area(shapes[place])):
-            mask = masks_of([outline_code(shapes[at], size)])[0].astype(bool)
-            values[mask] = IGNORED if row.ignored[at] else row.labels[at] + 1
+            mask = masks_of([outline_code(shapes[at], size)])[0].view(bool)
+            np.copyto(values, IGNORED if row.ignored[at] else row.labels[at] + 1, where=mask)
         found = self.classes.decode(values.clip(min=0))
         found[values == IGNORED] = IGNORED
         return found

@@ -264,7 +264,7 @@ def _drawn(labelled: Labelled, names: tuple[str, ...]) -> Labelled:
     labels = np.zeros((len(labelled), len(names)), bool)
     with ThreadPoolExecutor(core_count()) as pool:
         for row, drawn in zip(labels, pool.map(maps.read, range(len(labelled))), strict=True):
-            row[np.unique(drawn[drawn != IGNORED])] = True
+            row[:] = np.bincount(drawn.reshape(-1) - IGNORED, minlength=len(names) + 1)[1:] > 0
     if empty := np.flatnonzero(~labels.any(axis=1)).tolist():
         where = first_names([labelled.samples.where(index) for index in empty], 3)
         log.warning("of %d pictures every pixel is ignored, and they are left out: %s", len(empty), where)
