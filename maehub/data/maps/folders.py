@@ -115,7 +115,7 @@ def find_label_maps(
 ) -> FoundMaps:
     """Pictures with their label maps; every map is read once, to see whether it can be used and what it holds.
 
-    Of objects with outlines the maps are drawn, see `DrawnMaps`, and ``classes`` are those of the objects.
+    Of objects with outlines the maps are drawn: see `DrawnMaps`.
     Pictures and maps belong together by their names below their folders, without the ending; a picture without a map
     is left out, and said. So are pictures of whose map every pixel is ignored. ``labels`` of the result are (n, C)
     bool, the classes that occur.
@@ -136,7 +136,7 @@ def find_label_maps(
     text = os.fsdecode(data)
     folders = map_folders(text)
     if folders is None:
-        if drawn := drawn_maps(text, group=group, strict=strict, side=side):
+        if drawn := drawn_maps(text, group=group, classes=classes, strict=strict, side=side):
             return FoundMaps(*drawn)
         raise UsageError(f"{printable(text)} holds no folders of pictures and label maps. {LAYOUT}")
     sides = [one for one in folders if one is not None]
