@@ -82,9 +82,8 @@ def map_folders(data: str) -> tuple[MapFolders, MapFolders | None] | None:
 def _beside(folder: str) -> MapFolders | None:
     names = {entry.name.casefold(): entry.name for entry in entries_in(folder) if entry.is_dir()}
     pictures = next((names[name] for name in PICTURES if name in names), None)
-    maps = next(
-        (names[name] for name in _MAPS if name in names and _holds_maps(os.path.join(folder, names[name]))), None
-    )
+    there = [names[name] for name in _MAPS if name in names]
+    maps = next((name for name in there if _holds_maps(os.path.join(folder, name))), None)
     if pictures is None or maps is None:
         return None
     return MapFolders(os.path.join(folder, pictures), os.path.join(folder, maps))
@@ -214,8 +213,7 @@ def group_numbers(pictures: Samples, group: str | None) -> tuple[np.ndarray | No
     if group is None:
         return None, {}
     paths = [pictures.name(index).split(b"/") for index in range(len(pictures))]
-    called = folder_groups(
-        pictures, paths, group, f"of {printable(pictures.root)}: groups are folders below it, from 1"
-    )
+    what = f"of {printable(pictures.root)}: groups are folders below it, from 1"
+    called = folder_groups(pictures, paths, group, what)
     numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(called)}
     return np.array([numbers[name] for name in called], np.int64), {number: name for name, number in numbers.items()}

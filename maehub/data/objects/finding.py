@@ -92,10 +92,8 @@ def find_objects(
     text = os.fsdecode(data)
     files = object_files(text)
     if files is None:
-        maps = " It holds label maps, which say what every pixel is: --task segment takes them." * bool(
-            map_folders(text)
-        )
-        raise UsageError(f"{printable(text)} holds no pictures with objects.{maps or f' {LAYOUT}'}")
+        maps = "It holds label maps, which say what every pixel is: --task segment takes them"
+        raise UsageError(f"{printable(text)} holds no pictures with objects. {maps if map_folders(text) else LAYOUT}")
     sides = [one for one in files if one is not None]
     if side == "testing":
         sides = sides[-1:]
