@@ -18,6 +18,7 @@ from PIL import Image
 from maehub.cli import command_line as cli
 from maehub.data import (
     IGNORED,
+    MapClasses,
     ObjectClasses,
     check_objects,
     code_of,
@@ -30,6 +31,7 @@ from maehub.data import (
 )
 from maehub.errors import DataError, UsageError
 from maehub.images import Box
+from maehub.train.evaluation.maps.evaluating import in_classes
 
 SIZE = (HEIGHT, WIDTH)
 WHOLE = Box(0, 0, WIDTH, HEIGHT)
@@ -143,7 +145,7 @@ def test_layouts_of_pascal_voc(tmp_path):
     assert named(found.training) == ["000.png", "001.png", "003.png"]
     assert named(found.testing) == ["002.png", "007.png"]
     (lists / "val.txt").write_text("007\n012\n")
-    with pytest.raises(DataError, match=r"012.*none"):
+    with pytest.raises(DataError, match=r"012.* is none"):
         find_objects(tmp_path)
     shutil.rmtree(tmp_path / "ImageSets")
     for path in (tmp_path / "Annotations").iterdir():
@@ -160,6 +162,19 @@ def test_two_formats_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"COCO's in .*instances.json and Pascal VOC's in .*Annotations"):
         find_objects(tmp_path)
     assert len(find_objects(tmp_path / "instances.json").training) == 6
+
+
+def test_layouts_of_labelme(tmp_path):
+    """In a folder beside the pictures, and in several below one."""
+    lay_objects(tmp_path / "a", "labelme")
+    for ending, name in (("png", "images"), ("json", "annotations")):
+        (tmp_path / "a" / name).mkdir()
+        for path in (tmp_path / "a").glob(f"*.{ending}"):
+            path.rename(path.parent / name / path.name)
+    assert len(find_objects(tmp_path / "a").training) == 6
+    lay_objects(tmp_path / "b" / "one", "labelme", [1])
+    lay_objects(tmp_path / "b" / "two", "labelme", [2])
+    assert named(find_objects(tmp_path / "b").training) == ["one/001.png", "two/002.png"]
 
 
 def test_groups_and_splits(tmp_path):
@@ -336,7 +351,7 @@ ONE = "Annotations/000.xml"
         ("yolo", wrote("labels/000.txt", "0 .5 .5 0 .2"), "has no area"),
         ("yolo", wrote("labels/000.txt", "block .5 .5 .2 .2"), "something else than numbers"),
         ("yolo", wrote("labels/000.txt", b"\xff\xfe"), "no text"),
-        ("yolo", wrote("labels/777.txt", "0 .5 .5 .2 .2"), "777.txt: one picture is called so, and found in .*: none"),
+        ("yolo", wrote("labels/777.txt", "0 .5 .5 .2 .2"), "777.txt: one picture is called so; in .* is none"),
         ("yolo", wrote("data.yaml", "names: [yes, no]"), "put it in quotes"),
         ("yolo", wrote("data.yaml", "names: {a: 1}"), "names by their numbers"),
         ("yolo", wrote("data.yaml", "names: [a, a]"), "several classes are called a"),
@@ -396,6 +411,15 @@ def test_boxes_over_an_edge_are_cut_and_counted(tmp_path, caplog):
     assert "1 objects reach over the edges" in caplog.text
     assert "000.txt" in caplog.text
     assert check_objects(tmp_path).clipped == 1
+
+
+def test_files_of_pascal_voc_that_count_from_0_are_asked_about(tmp_path, caplog):
+    lay_objects(tmp_path, "voc")
+    text = (tmp_path / ONE).read_text()
+    left = text.split("<xmin>")[1].split("<")[0]
+    (tmp_path / ONE).write_text(text.replace(f"<xmin>{left}", "<xmin>0"))
+    assert find_objects(tmp_path).training.objects.rows[0].boxes[0][0] == 0
+    assert "is that a file that counts from 0?" in caplog.text
 
 
 def test_outlines_over_an_edge_are_cut_where_they_cross_it(tmp_path):
@@ -481,7 +505,7 @@ def test_label_maps_are_drawn_from_outlines(tmp_path, form, caplog):
     lay_objects(tmp_path, form, range(12))
     found = find_label_maps(tmp_path).training
     assert found.classes == ("background", *CLASSES) == found.maps.classes.names
-    assert "background is class 0" in caplog.text
+    assert "the rest is background" in caplog.text
     for number in range(12):
         expected, drawn = np.zeros(SIZE, int), found.maps.read(number)
         for kind, polygon in scene(number):  # the block has 300 pixels, and the wedge 285
@@ -497,6 +521,20 @@ def test_label_maps_are_drawn_from_outlines(tmp_path, form, caplog):
     split = split_label_maps(tmp_path)
     assert len(split.training) + len(split.testing) == 12
     assert split.training.maps.files.digest() != split.testing.maps.files.digest()
+
+
+def test_drawn_maps_in_the_order_of_a_model(tmp_path):
+    found = find_label_maps(lay_objects(tmp_path, "coco")).training
+    order = MapClasses(("wedge", "cup", "background", "block"), (5, 6, 7, 8), (0, 1, 2, 3))
+    moved = find_label_maps(tmp_path, classes=order).training
+    assert in_classes(moved, order.names, "it") is moved
+    assert (moved.maps.read(1) == np.array([2, 3, 0])[found.maps.read(1)]).all()
+    assert moved.labels[1].tolist() == [True, False, True, True]
+    other = in_classes(found, ("wedge", "background", "block"), "it")
+    assert (other.maps.read(1) == np.array([1, 2, 0])[found.maps.read(1)]).all()
+    for names in (("background", "block"), ("wedge", "block")):
+        with pytest.raises(DataError, match="known"):
+            find_label_maps(tmp_path, classes=MapClasses(names, (0, 1), (0, 1)))
 
 
 def test_smaller_objects_lie_on_larger_ones_and_crowds_are_ignored(tmp_path):

@@ -82,9 +82,8 @@ def map_folders(data: str) -> tuple[MapFolders, MapFolders | None] | None:
 def _beside(folder: str) -> MapFolders | None:
     names = {entry.name.casefold(): entry.name for entry in entries_in(folder) if entry.is_dir()}
     pictures = next((names[name] for name in PICTURES if name in names), None)
-    maps = next(
-        (names[name] for name in _MAPS if name in names and _holds_maps(os.path.join(folder, names[name]))), None
-    )
+    there = [names[name] for name in _MAPS if name in names]
+    maps = next((name for name in there if _holds_maps(os.path.join(folder, name))), None)
     if pictures is None or maps is None:
         return None
     return MapFolders(os.path.join(folder, pictures), os.path.join(folder, maps))
@@ -115,7 +114,7 @@ def find_label_maps(
 ) -> FoundMaps:
     """Pictures with their label maps; every map is read once, to see whether it can be used and what it holds.
 
-    Of objects with outlines the maps are drawn, see `DrawnMaps`, and ``classes`` are those of the objects.
+    Of objects with outlines the maps are drawn: see `DrawnMaps`.
     Pictures and maps belong together by their names below their folders, without the ending; a picture without a map
     is left out, and said. So are pictures of whose map every pixel is ignored. ``labels`` of the result are (n, C)
     bool, the classes that occur.
@@ -136,7 +135,7 @@ def find_label_maps(
     text = os.fsdecode(data)
     folders = map_folders(text)
     if folders is None:
-        if drawn := drawn_maps(text, group=group, strict=strict, side=side):
+        if drawn := drawn_maps(text, group=group, classes=classes, strict=strict, side=side):
             return FoundMaps(*drawn)
         raise UsageError(f"{printable(text)} holds no folders of pictures and label maps. {LAYOUT}")
     sides = [one for one in folders if one is not None]
@@ -214,8 +213,7 @@ def group_numbers(pictures: Samples, group: str | None) -> tuple[np.ndarray | No
     if group is None:
         return None, {}
     paths = [pictures.name(index).split(b"/") for index in range(len(pictures))]
-    called = folder_groups(
-        pictures, paths, group, f"of {printable(pictures.root)}: groups are folders below it, from 1"
-    )
+    what = f"of {printable(pictures.root)}: groups are folders below it, from 1"
+    called = folder_groups(pictures, paths, group, what)
     numbers = {name: sample_id(b"group " + name.encode("utf-8", "surrogateescape")) for name in set(called)}
     return np.array([numbers[name] for name in called], np.int64), {number: name for name, number in numbers.items()}

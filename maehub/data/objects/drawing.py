@@ -15,19 +15,20 @@ class DrawnMaps:
 
     files: ObjectLabels
     classes: MapClasses
-    """Values are 0, and from 1 on the places in ``files.classes``."""
+    values: tuple[int, ...]
+    """What no object covers is drawn as, and after it what each class of ``files`` is."""
 
     def read(self, index: int) -> np.ndarray:
         """Places of classes, (H, W) int16."""
         row = self.files.rows[index]
         assert row.shapes is not None or not len(row)
         shapes, size = row.shapes or (), row.size
-        values = np.zeros(size, np.int64)
+        drawn = np.full(size, self.values[0], np.int64)
         for at in sorted(range(len(row)), key=lambda place: -area(shapes[place])):
-            mask = masks_of([outline_code(shapes[at], size)])[0].astype(bool)
-            values[mask] = IGNORED if row.ignored[at] else row.labels[at] + 1
-        found = self.classes.decode(values.clip(min=0))
-        found[values == IGNORED] = IGNORED
+            mask = masks_of([outline_code(shapes[at], size)])[0].view(bool)
+            np.copyto(drawn, IGNORED if row.ignored[at] else self.values[row.labels[at] + 1], where=mask)
+        found = self.classes.decode(drawn.clip(min=0))
+        found[drawn == IGNORED] = IGNORED
         return found
 
     def take(self, indices: np.ndarray) -> "DrawnMaps":

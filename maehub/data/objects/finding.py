@@ -92,10 +92,8 @@ def find_objects(
     text = os.fsdecode(data)
     files = object_files(text)
     if files is None:
-        maps = " It holds label maps, which say what every pixel is: --task segment takes them." * bool(
-            map_folders(text)
-        )
-        raise UsageError(f"{printable(text)} holds no pictures with objects.{maps or f' {LAYOUT}'}")
+        maps = "It holds label maps, which say what every pixel is: --task segment takes them"
+        raise UsageError(f"{printable(text)} holds no pictures with objects. {maps if map_folders(text) else LAYOUT}")
     sides = [one for one in files if one is not None]
     if side == "testing":
         sides = sides[-1:]
@@ -235,7 +233,7 @@ def _say_unlisted(noted: list[Noted]) -> None:
 
 
 def drawn_maps(
-    data: str, *, group: str | None, strict: bool, side: str | None
+    data: str, *, group: str | None, classes: MapClasses | None, strict: bool, side: str | None
 ) -> tuple[Labelled, Labelled | None, dict[int, str], list[str]] | None:
     """What `find_label_maps` gives, of a set of objects with outlines; None where it is none.
 
@@ -244,7 +242,11 @@ def drawn_maps(
     """
     if not is_object_set(data):
         return None
-    found = find_objects(data, group=group, strict=strict, side=side)
+    if classes is not None and _BACKGROUND not in classes.names:
+        has = f"{printable(data)} has outlines of objects, and what they do not cover is of the class {_BACKGROUND}"
+        raise DataError(f"{has}, which is not known: known are {first_names(classes.names, 3)}")
+    known = None if classes is None else ObjectClasses(classes.names, tuple(range(len(classes.names))))
+    found = find_objects(data, group=group, classes=known, strict=strict, side=side)
     sides = [one for one in (found.training, found.testing) if one is not None]
     if not all(one.objects is not None and one.objects.masked for one in sides):
         raise DataError(
@@ -252,19 +254,20 @@ def drawn_maps(
             "maps, or outlines of every object, such as COCO's segmentation; or train a detector, --task detect"
         )
     names = (_BACKGROUND, *(name for name in found.training.classes if name != _BACKGROUND))
-    log.warning("%s: label maps are drawn from the outlines of objects; %s is class 0", printable(data), _BACKGROUND)
+    names = names if classes is None else classes.names
+    log.warning("%s: label maps are drawn from the outlines of objects; the rest is %s", printable(data), _BACKGROUND)
     training, *testing = (_drawn(one, names) for one in sides)
     return training, testing[0] if testing else None, found.group_names, found.wrong
 
 
 def _drawn(labelled: Labelled, names: tuple[str, ...]) -> Labelled:
     assert labelled.objects is not None
-    places = (0, *(names.index(name) for name in labelled.classes))
-    maps = DrawnMaps(labelled.objects, MapClasses(names, tuple(range(len(places))), places))
+    every, values = tuple(range(len(names))), [names.index(name) for name in (_BACKGROUND, *labelled.classes)]
+    maps = DrawnMaps(labelled.objects, MapClasses(names, every, every), tuple(values))
     labels = np.zeros((len(labelled), len(names)), bool)
     with ThreadPoolExecutor(core_count()) as pool:
         for row, drawn in zip(labels, pool.map(maps.read, range(len(labelled))), strict=True):
-            row[np.unique(drawn[drawn != IGNORED])] = True
+            row[:] = np.bincount(drawn.reshape(-1) - IGNORED, minlength=len(names) + 1)[1:] > 0
     if empty := np.flatnonzero(~labels.any(axis=1)).tolist():
         where = first_names([labelled.samples.where(index) for index in empty], 3)
         log.warning("of %d pictures every pixel is ignored, and they are left out: %s", len(empty), where)

@@ -108,15 +108,12 @@ def _inside(folder: str) -> list[Sides]:
     kinds = {path: _kind(path) for path in sorted(entry.path for entry in files if entry.is_file())}
     if coco := [path for path, kind in kinds.items() if kind == "COCO"]:
         found.append(_coco(folder, coco))
-    if "LabelMe" in kinds.values() or (not kinds and _kind(_first(pictures, b".json")) == "LabelMe"):
-        found.append((ObjectFiles("LabelMe", pictures, pictures), None))
+    labelme = [os.path.dirname(path) for path, kind in kinds.items() if kind == "LabelMe"]
+    if labelme or (not kinds and _kind(_first(pictures, b".json")) == "LabelMe"):
+        found.append((ObjectFiles("LabelMe", pictures, labelme[0] if labelme else pictures), None))
     for kind, (ending, names) in _NOTES.items():
         notes = next((below[name] for name in names if name in below), None)
-        if (
-            notes is None
-            and kind == "Pascal VOC"
-            and any(os.fsencode(entry.name).lower().endswith(ending) for entry in entries)
-        ):
+        if notes is None and kind == "Pascal VOC" and any(entry.name.lower().endswith(".xml") for entry in entries):
             notes = folder
         if notes is None or not _first(notes, ending) or (kind == "YOLO" and _first(notes, *IMAGE_ENDINGS)):
             continue  # the last are label maps

@@ -81,25 +81,20 @@ def beside(
         path = os.fsdecode(os.path.join(notes, files.get(stem, stem + ending.encode())))
         if len(names) != 1:
             has = first_names([printable(name) for name in names], 3) if names else "none"
-            noted.wrong.append(
-                f"{printable(path)}: one picture is called so, and found in {printable(pictures)}: {has}"
-            )
+            noted.wrong.append(f"{printable(path)}: one picture is called so; in {printable(pictures)} is {has}")
         elif stem in files or may_lack:
-            noted.entries.append(
-                Entry(names[0], printable(path), partial(read, path) if stem in files else _nothing_in)
-            )
+            things = partial(read, path) if stem in files else _nothing_in
+            noted.entries.append(Entry(names[0], printable(path), things))
         if stem not in files:
             lacking.append(printable(stem))
     if lacking:
-        meaning = (
+        so = (
             "count as showing no object"
             if may_lack
-            else "are left out; one that lists nothing says that there is no object"
+            else "are left out; a file without objects says that there are none"
         )
-        text = "%s: %d pictures have no %s in %s and %s: %s"
-        log.warning(
-            text, printable(pictures), len(lacking), ending, printable(folder), meaning, first_names(lacking, 3)
-        )
+        text, shown = "%s: %d pictures have no %s in %s and %s: %s", first_names(lacking, 3)
+        log.warning(text, printable(pictures), len(lacking), ending, printable(folder), so, shown)
     if not noted.entries or not images.keys() & files.keys():
         raise DataError(
             f"no picture in {printable(pictures)} has a {ending} file in {printable(folder)}: of {len(images)} "

@@ -35,9 +35,9 @@ class Objects:
     """What one picture shows; n may be 0.
 
     ``size``: (height, width) of the picture as it is seen. ``boxes``: (n, 4) float32, left, top, right and bottom edge
-    in pixels, 0 being the picture's left or top edge. ``labels``: (n,) int64, places of classes; −1 of an ignored
-    object whose class is not known. ``ignored``: (n,)
-    bool, a crowd or what is too difficult: neither trained on nor missed. ``shapes``: n outlines; None for boxes alone.
+    in pixels, 0 being the picture's left or top edge. ``labels``: (n,) int64, places of classes; −1 of an ignored one
+    whose class is not known. ``ignored``: (n,) bool, a crowd or what is too difficult: neither trained on nor missed.
+    ``shapes``: n outlines; None for boxes alone.
     """
 
     size: Size
