@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 import maehub.train.engine as engine
 from maehub.data import LabelledSplit, split_label_maps
 from maehub.dense import Segmenter, SegmenterConfig, save_segmenter
-from maehub.errors import UsageError, log
+from maehub.errors import log
 from maehub.hub import Located
 from maehub.models import Encoder
 from maehub.train.evaluation import MapScores, measured_maps, score_maps, sheet_of

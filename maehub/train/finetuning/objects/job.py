@@ -76,9 +76,7 @@ class ObjectJob(DenseJob):
         self.settings: ObjectSettings = settle(config.recipe, facts, self.asked(ObjectSettings))
         settings = self.settings
         parts: Any = {name: getattr(settings, name) for name in ("width", "convolutions", "hidden", "attention")}
-        described = DetectorConfig(
-            objects.classes, masks, fitted=fitted, short_side=short_side, **parts
-        )
+        described = DetectorConfig(objects.classes, masks, fitted=fitted, short_side=short_side, **parts)
         self.masks = masks
         anchor = self._anchor(objects, Detector(encoder, described)) if settings.recipe == "auto" else described.anchor
         with torch.random.fork_rng(devices=()):
