@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import maehub.train.engine as engine
 from maehub.data import Labelled, LabelledSplit, StepKeys
+from maehub.dense import DenseEncoder
 from maehub.errors import UsageError, log
 from maehub.figures import save_figure
 from maehub.files import atomic_write
@@ -289,6 +290,8 @@ def train_blocks(encoder: Encoder, blocks: float | None, *, last: int, normed: b
         raise UsageError(f"--blocks {blocks:g} must be whole blocks of the {depth} of the network")
     encoder.requires_grad_(blocks is None)
     encoder.final_norm.requires_grad_(normed and blocks != 0)
+    if isinstance(encoder, DenseEncoder) and not encoder.attending.cls:
+        encoder.cls_token.requires_grad_(False)
     for number, block in enumerate(encoder.blocks):
         block.requires_grad_(first <= number <= last)
 

@@ -58,8 +58,8 @@ class ObjectJob(DenseJob):
 
     def find_split(self) -> LabelledSplit:
         config = self.config
-        if config.decoder is not None:
-            raise UsageError("--decoder is for --task segment")
+        if config.head_start == "probe":
+            raise UsageError("--head-start probe is for linear heads, and a detector's are not")
         if config.compile:
             raise UsageError(
                 "--compile is for networks whose work is the same for every picture, not for --task detect"
