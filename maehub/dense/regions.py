@@ -81,8 +81,8 @@ class Regions(nn.Module):
             bg_iou_thresh=0.3,
             batch_size_per_image=_ANCHORS,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": _PROPOSALS, "testing": _PROPOSALS},
+            pre_nms_top_n={},
+            post_nms_top_n={},
             nms_thresh=0.7,
         )
         pooled = dict(list(strides.items())[:-1])
@@ -116,7 +116,11 @@ class Regions(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def draw(self, regions: int) -> None:
-        """Take so many regions of a picture for the loss of the heads, a quarter of them of objects at most."""
+        """Take so many regions of a picture for the loss of the heads, a quarter of them of objects at most, from at
+        most twice as many proposals; 512 from 1,000 are published."""
+        most = {"training": min(_PROPOSALS, 2 * regions), "testing": _PROPOSALS}
+        self.proposals._post_nms_top_n = most
+        self.proposals._pre_nms_top_n = {"training": 2 * most["training"], "testing": _PROPOSALS}
         self.proposals.fg_bg_sampler = _Sampler(_ANCHORS, 0.5, _ANCHOR_VIEW)
         self.heads.fg_bg_sampler = _Sampler(regions, 0.25, _REGION_VIEW)
 
