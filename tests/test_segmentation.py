@@ -374,3 +374,20 @@ def test_what_a_run_held_out_is_measured_again(tmp_path, told):
     path = tmp_path / "d" / "masks" / "003.png"
     Image.open(path).save(path, compress_level=0)
     assert cli.main([*line, "--resume"]) == DataError.exit_code
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_a_segmenter_is_a_graph(run, tmp_path, form):
+    """Run by the other library it gives the scores of a window; beside it stand the names of the classes."""
+    assert cli.main(["convert", str(run), "-o", str(tmp_path / "g"), "--to", form]) == 0
+    model = maehub.load_segmenter(run)
+    images = torch.randn(2, 3, *model.encoder.config.size)
+    if form == "onnx":
+        runtime = pytest.importorskip("onnxruntime")
+        session = runtime.InferenceSession(str(tmp_path / "g" / "segmenter.onnx"), providers=["CPUExecutionProvider"])
+        (found,) = session.run(["scores"], {"images": images.numpy()})
+    else:
+        found = torch.export.load(tmp_path / "g" / "segmenter.pt2").module()(images)[0].detach().numpy()
+    np.testing.assert_allclose(found, model(images).detach().numpy(), atol=1e-3)
+    assert json.loads((tmp_path / "g" / "segmenter.json").read_text())["classes"]["names"] == NAMES
+    assert json.loads((tmp_path / "g" / "certificate.json").read_text())["to"] == form

@@ -82,16 +82,20 @@ def run_identify(config: "arguments.Identify", shared: Shared) -> int:
 
 def run_convert(config: "arguments.Convert", shared: Shared) -> int:
     from maehub.conversion import convert
+    from maehub.dense import export_segmenter
 
-    result = convert(
-        config.source,
-        config.out,
-        to=config.to,
-        heads=config.heads,
-        decoder_heads=config.decoder_heads,
-        target=config.target,
-        overwrite=config.overwrite,
-    )
+    if is_segmenter(config.source) and config.to in ("onnx", "torch-export"):
+        result = export_segmenter(config.source, config.out, config.to, overwrite=config.overwrite)
+    else:
+        result = convert(
+            config.source,
+            config.out,
+            to=config.to,
+            heads=config.heads,
+            decoder_heads=config.decoder_heads,
+            target=config.target,
+            overwrite=config.overwrite,
+        )
     certificate, largest = result.folder / "certificate.json", result.certificate.difference
     facts = {
         "folder": str(result.folder),

@@ -1,6 +1,15 @@
+from .certificate import CERTIFICATE as CERTIFICATE
 from .certificate import LARGEST_DIFFERENCE as LARGEST_DIFFERENCE
+from .certificate import Certificate as Certificate
 from .certificate import difference as difference
 from .certificate import fixed_images as fixed_images
 from .certificate import largest as largest
+from .conversion import LARGEST_EXPORTED_DIFFERENCE as LARGEST_EXPORTED_DIFFERENCE
+from .conversion import Conversion as Conversion
 from .conversion import convert as convert
+from .exporting import ExportForm as ExportForm
+from .exporting import check_exportable as check_exportable
+from .exporting import export_versions as export_versions
+from .exporting import run_exported as run_exported
+from .exporting import write_graph as write_graph
 from .identifying import identify as identify

@@ -263,7 +263,7 @@ def _compare(model: Encoder | MaskedAutoencoder, staging: Path, to: str) -> _Com
         shapes = checked_shapes(config)
         pictures = [fixed_images(shape) for shape in shapes]
         by_output: dict[str, Difference] = {}
-        for images, theirs in zip(pictures, run_exported(staging, to, pictures), strict=True):
+        for images, theirs in zip(pictures, run_exported(staging / EXPORTED[to], to, pictures), strict=True):
             for name, ours in _outputs(encoder, images).items():
                 one = difference(theirs[name], ours)
                 by_output[name] = largest([by_output.get(name, one), one])

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
@@ -90,17 +90,29 @@ def write_exported(encoder: Encoder, folder: Path, form: ExportForm) -> None:
                 "graph does one of the two. Save what load(..., positions='antialias') gives, and convert that folder"
             )
     module = AnySize(encoder).eval()
-    example = (torch.zeros(2, config.channels, *_other_size(config)),)
     patch = config.patch_size
     sizes = {2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     if patch == 1:
         sizes = {2: Dim("height", min=2), 3: Dim("width", min=2)}
+    example = torch.zeros(2, config.channels, *_other_size(config))
+    write_graph(module, module.names, example, {0: Dim("batch", min=1)} | sizes, encoder, folder / EXPORTED[form], form)
+
+
+def write_graph(
+    module: nn.Module,
+    names: Sequence[str],
+    example: Tensor,
+    sizes: dict[int, Any],
+    encoder: Encoder,
+    path: Path,
+    form: ExportForm,
+) -> None:
+    """Write what a module makes of ``images``, its outputs called by ``names``; ``sizes`` are free, by their axis."""
     with warnings.catch_warnings(), torch.no_grad():
         # Both are under development, and say so in warnings that no user of this can act upon.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        shapes: Any = {"images": {0: Dim("batch", min=1)} | sizes}
-        program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module, (example,), dynamic_shapes={"images": sizes}, strict=False)
         # Where on this machine it was made, and in which order sizes happened to be looked at, is not kept.
         for node in program.graph_module.graph.nodes:
             for note in _NOTES:
@@ -109,14 +121,13 @@ def write_exported(encoder: Encoder, folder: Path, form: ExportForm) -> None:
         program.range_constraints.clear()
         program.range_constraints.update(ranges)
         if form == "torch-export":
-            torch.export.save(program, folder / EXPORTED[form])
+            torch.export.save(program, path)
         else:
-            _write_onnx(program, module, folder / EXPORTED[form])
+            _write_onnx(program, names, encoder, path)
 
 
-def run_exported(folder: Path, form: ExportForm, pictures: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
-    """What the graph of a folder gives for each of some images (B, C, H, W)."""
-    path = folder / EXPORTED[form]
+def run_exported(path: Path, form: ExportForm, pictures: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """What a graph gives for each of some images (B, C, H, W)."""
     if form == "torch-export":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.10
@@ -164,7 +175,7 @@ def _other_size(config: EncoderConfig) -> tuple[int, int]:
     return (rows // 2 + 2) * config.patch_size, (columns // 2 + 3) * config.patch_size
 
 
-def _write_onnx(program: ExportedProgram, module: AnySize, path: Path) -> None:
+def _write_onnx(program: ExportedProgram, names: Sequence[str], encoder: Encoder, path: Path) -> None:
     """Write an ONNX file that says of itself its transform as JSON, and where its weights come from."""
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -172,7 +183,7 @@ def _write_onnx(program: ExportedProgram, module: AnySize, path: Path) -> None:
     try:
         with redirect_stdout(io.StringIO()):  # the exporter prints its progress
             exported = torch.onnx.export(
-                program, dynamo=True, output_names=list(module.names), opset_version=OPSET, verbose=False
+                program, dynamo=True, output_names=list(names), opset_version=OPSET, verbose=False
             )
     finally:
         log.setLevel(level)
@@ -187,9 +198,9 @@ def _write_onnx(program: ExportedProgram, module: AnySize, path: Path) -> None:
         values += node.outputs
     for value in values:
         value.metadata_props.clear()
-    origin = module.encoder.origin or Origin("")
+    origin = encoder.origin or Origin("")
     parts = {"source": origin.name, "source_sha256": origin.sha256, "licence": origin.licence}
-    notes = {"preprocess": json.dumps(module.encoder.preprocess.to_dict(), sort_keys=True)}
+    notes = {"preprocess": json.dumps(encoder.preprocess.to_dict(), sort_keys=True)}
     notes |= {name: value for name, value in parts.items() if value}
     model.metadata_props.update(sorted(notes.items()))
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

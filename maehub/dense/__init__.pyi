@@ -6,6 +6,7 @@ from .decoders import UPerNet as UPerNet
 from .detections import Detections as Detections
 from .detector import Detector as Detector
 from .detector import DetectorConfig as DetectorConfig
+from .exporting import export_segmenter as export_segmenter
 from .folder import load_detector as load_detector
 from .folder import load_segmenter as load_segmenter
 from .folder import save_detector as save_detector

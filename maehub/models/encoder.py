@@ -327,7 +327,7 @@ class Encoder(nn.Module):
 
     def with_cls(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Put the class token and its position in front: (B, T, D) to (B, T + 1, D)."""
-        cls = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)  # (B, 1, D)
+        cls = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)  # (B, 1, D)
         return torch.cat([cls, tokens], dim=1)
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ class Encoder(nn.Module):
         if pool == "tokens":
             return patches
         if pool == "map":
-            return patches.transpose(1, 2).reshape(len(patches), -1, *grid)  # (B, D, rows, columns)
+            return patches.transpose(1, 2).reshape(patches.shape[0], -1, *grid)  # (B, D, rows, columns)
         mean = patches.mean(dim=1)  # (B, D)
         if pools_first:
             cls, mean = finish(cls), finish(mean)
