@@ -59,7 +59,7 @@ def bilinear(level, y, x):
 
 
 def test_regions_are_pooled_where_they_are():
-    """Written out: the level by the size of the region, its edges half a pixel off the middles, ceil(n) samples each."""
+    """Written out: the level by the size of the region, its edges half a pixel off the middles, n samples each."""
     draw = np.random.default_rng(0)
     strides = {"a": 4.0, "b": 8.0, "c": 14.0, "d": 28.0}
     levels = {name: torch.from_numpy(draw.normal(size=(2, 3, 60, 60)).astype(np.float32)) for name in strides}

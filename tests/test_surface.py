@@ -85,6 +85,7 @@ FUNCTIONS = {
     "verify": (["source"], {"cache_dir": None}),
     "check_data": (["folder"], {}),
     "load_segmenter": (["folder"], {"device": "cpu"}),
+    "load_detector": (["folder"], {"device": "cpu"}),
     "save_segmenter": (["model", "folder"], {"card": None, "overwrite": False}),
     "identify": (["file"], {}),
     "data_statistics": (["folder"], {}),

@@ -46,9 +46,11 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         whole = self.whole if self.window is None else (*self.whole, self.window)
         if any(type(number) is not int or number < 0 for number in whole) or self.window == 0:
-            raise UsageError(f"window={self.window!r} and whole={self.whole!r} are whole numbers, a window above 0")
+            raise UsageError(
+                f"a window {self.window!r} and blocks {self.whole!r} must be whole numbers, not negative"
+            )
         if self.relative not in get_args(Relative):
-            raise UsageError(f"relative={self.relative!r} is not one of {', '.join(get_args(Relative))}")
+            raise UsageError(f"{self.relative!r} is none of {', '.join(get_args(Relative))}")
         if not isinstance(self.layer_scale, bool) or not isinstance(self.cls, bool):
             raise UsageError("layer_scale and cls are bools")
         if self.whole and self.window is None:
@@ -56,7 +58,7 @@ class AttentionConfig:
         if self.cls and (self.window or self.relative == "decomposed"):
             raise UsageError("windows and decomposed positions have no place for a class token: cls must be False")
         if self.relative == "table" and not self.cls:
-            raise UsageError("relative='table' has rows for the class token: cls must be True")
+            raise UsageError("tables of relative positions have rows for the class token, so it must take part")
 
 
 class DenseEncoder(Encoder):
@@ -135,7 +137,7 @@ class DenseEncoder(Encoder):
     def _pooled(self, tokens: Tensor, pool: FeaturePool, norm: bool, grid: Size) -> Tensor:
         if not self.attending.cls:
             if pool in ("cls", "cls+mean"):
-                raise UsageError(f"there is no class token for pool={pool!r}; 'mean', 'tokens' and 'map' need none")
+                raise UsageError(f"without a class token there is no {pool}; the mean, tokens and maps need none")
             tokens = F.pad(tokens.flatten(1, 2), (0, 0, 1, 0))  # where the class token would be
         return super()._pooled(tokens, pool, norm, grid)
 

@@ -100,8 +100,8 @@ def _load(
     folder = find_model_folder(folder)
     if not (folder / name).is_file():
         raise UsageError(
-            f"{folder} is no {kind.__name__.lower()}: it has no {name}. Train one by `maehub finetune DATA -o RUN "
-            f"--task {task}`; maehub.load(FOLDER) loads encoders and classifiers"
+            f"{folder} is no {kind.__name__.lower()}: it has no {name}. `maehub finetune` trains one; "
+            "maehub.load(FOLDER) loads encoders and classifiers"
         )
     said = read_json(folder / name)
     if said.get("format") != _FORMAT or said.get("task") != task:

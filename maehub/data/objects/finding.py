@@ -92,7 +92,7 @@ def find_objects(
     text = os.fsdecode(data)
     files = object_files(text)
     if files is None:
-        maps = "It holds label maps, which say what every pixel is: --task segment takes them"
+        maps = "It holds label maps: `maehub finetune DATA -o RUN --task segment` trains with them"
         raise UsageError(f"{printable(text)} holds no pictures with objects. {maps if map_folders(text) else LAYOUT}")
     sides = [one for one in files if one is not None]
     if side == "testing":
@@ -251,7 +251,8 @@ def drawn_maps(
     if not all(one.objects is not None and one.objects.masked for one in sides):
         raise DataError(
             f"{printable(data)} has boxes alone, and which pixels in a box are of its class is not known. Give label "
-            "maps, or outlines of every object, such as COCO's segmentation; or train a detector, --task detect"
+            "maps, or outlines of every object, such as COCO's segmentation; or train a detector, "
+            "`maehub finetune DATA -o RUN --task detect`"
         )
     names = (_BACKGROUND, *(name for name in found.training.classes if name != _BACKGROUND))
     names = names if classes is None else classes.names

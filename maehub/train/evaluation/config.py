@@ -27,7 +27,7 @@ class EvaluateConfig:
     """Labelled pictures: DIR/CLASS/…, or DIR/val/CLASS/… where there is DIR/val; a .csv with the columns
     path and label, several labels with | between; tar shards with .cls members; a Parquet file or a saved dataset. Of a
     segmenter pictures and label maps: DIR/images and DIR/masks, or those in DIR/val. Of a detector what
-    `finetune --task detect` takes."""
+    `maehub finetune` takes for its training."""
     model: Classifier
     out: Annotated[Path | None, Section.OUTPUT, default("none"), arg(aliases=["-o"], metavar="FOLDER")] = None
     """Folder to write: evaluation.json, confusion.png, mistakes.png, predictions.csv; of a segmenter worst.png, of a

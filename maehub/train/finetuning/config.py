@@ -125,14 +125,14 @@ class FinetuneConfig(RunConfig):
                 "--head-start probe goes with neither --recipe linear nor --class-weights balanced: it begins from a "
                 "linear probe without weights of classes"
             )
-        for flag, value, tasks in (
-            ("--decoder", self.decoder, ("segment",)),
-            ("--short-side", self.short_side, ("segment", "detect")),
-            ("--recipe ade20k", self.recipe == "ade20k" or None, ("segment",)),
-            ("--recipe vitdet", self.recipe == "vitdet" or None, ("detect",)),
-        ):
-            if value is not None and self.task not in tasks:
-                raise UsageError(f"{flag} is for --task {' and '.join(tasks)}")
+        if self.task != "segment" and self.decoder is not None:
+            raise UsageError("--decoder is for --task segment")
+        if self.task not in ("segment", "detect") and self.short_side is not None:
+            raise UsageError("--short-side is for --task segment and --task detect")
+        if self.task != "segment" and self.recipe == "ade20k":
+            raise UsageError("--recipe ade20k is for --task segment")
+        if self.task != "detect" and self.recipe == "vitdet":
+            raise UsageError("--recipe vitdet is for --task detect")
         if self.task == "regression":
             unfit = {"recipe": "linear", "head_start": "zero", "class_weights": "balanced"}
             for name in ("mixup", "cutmix", "smoothing", *unfit):

@@ -107,7 +107,7 @@ def _for_few(facts: ObjectFacts) -> ObjectSettings:
         epochs=0,
         steps=max(100, steps),
         batch_size=_FEW_BATCH,
-        base_lr=4e-3 * 192 / facts.width,
+        base_lr=5.6e-3 * 192 / facts.width,
         weight_decay=0.05,
         layer_decay=0.75,
         drop_path=0.0,
@@ -115,7 +115,7 @@ def _for_few(facts: ObjectFacts) -> ObjectSettings:
         width=min(256, max(64, facts.width // 2)),
         convolutions=0 if small else 4,
         hidden=256 if small else 1024,
-        regions=128 if small else 512,
+        regions=64 if small else 512,
         colours=True,
     )
 
