@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from map_files import lay_maps
+from object_files import lay_objects
 from PIL import Image
 
 import maehub
@@ -93,6 +95,9 @@ PARSED = [
     ("docs/replication.md", "benchmarks/replication.py", "a GPU for hours"),
     ("docs/scaling.md", "#SBATCH", "a cluster"),
     ("docs/scaling.md", "torchrun", "a cluster"),
+    ("docs/detection.md", "boxes", "a set with objects; tests/test_detection.py has these lines"),
+    ("docs/detection.md", "DENSE", "downloads"),
+    ("docs/detection.md", "load_detector", "a run; tests/test_detection.py has these lines"),
     ("docs/segmentation.md", "pictures/", "a set with label maps; tests/test_segmentation.py has these lines"),
     ("docs/segmentation.md", "DENSE", "downloads"),
     ("docs/segmentation.md", "load_segmenter", "a run; tests/test_segmentation.py has these lines"),
@@ -247,6 +252,8 @@ def prepared(tmp_path_factory):
                     member = tarfile.TarInfo(f"{file.stem}.{ending}")
                     member.size = len(content)
                     shard.addfile(member, io.BytesIO(content))
+    lay_maps(home / "streets")
+    lay_objects(home / "boxes", "coco", range(12))
     (home / "pets.csv").write_text("folder,class\na rose,rose\na tulip,1\n")
     torch.manual_seed(0)
     mae = maehub.load_autoencoder("vit-nano")
