@@ -17,6 +17,7 @@ import pytest
 import torch
 from hub_writes import Token
 from huggingface_hub import ModelCard
+from map_files import lay_maps
 from markdown_it import MarkdownIt
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
@@ -25,6 +26,8 @@ from safetensors.torch import save_file
 
 import maehub
 from maehub.cli import command_line as cli
+from maehub.data import MapClasses, ObjectClasses
+from maehub.dense import Detector, DetectorConfig, Segmenter, SegmenterConfig, save_detector
 from maehub.errors import HubError, IntegrityError, MaehubError, UsageError, visible
 from maehub.files import markdown_text
 from maehub.models.encoder import Origin
@@ -797,3 +800,53 @@ def test_what_a_killed_push_left_goes_at_the_next_one(hub, unread, tmp_path, mon
     (tmp_path / ".maehub-push.mine.partial").write_text("decoy")
     push(tiny(), REPO, licence="mit", progress=False, dry_run=True)
     assert [path.name for path in tmp_path.iterdir()] == [".maehub-push.mine.partial"], rest
+
+
+# ---- segmenters and detectors
+
+
+def dense_of(kind):
+    """A small segmenter or detector, and its own loader and saver."""
+    encoder = maehub.Encoder(maehub.EncoderConfig(32, 8, 3, 24, 2, 2))
+    torch.manual_seed(0)
+    if kind == "segmenter":
+        classes = MapClasses(("sea", "land"), (0, 1), (0, 1))
+        return Segmenter(encoder, SegmenterConfig(classes)), maehub.load_segmenter, maehub.save_segmenter
+    config = DetectorConfig(ObjectClasses(("ship", "buoy"), (1, 2)), True, 16, 0, 32)
+    return Detector(encoder, config), maehub.load_detector, save_detector
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "detector"])
+def test_what_tells_pixels_and_objects_is_published_and_loaded_again(kind, hub, unread, tmp_path):
+    model, load, save = dense_of(kind)
+    save(model, tmp_path / "model")
+    done = push(tmp_path / "model", REPO, licence="mit", progress=False)
+    assert {f"{kind}.json", f"{kind}.safetensors", "config.json", "model.safetensors"} <= set(done.committed.uploaded)
+    again = load(REPO)
+    assert again.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    card = held(hub)["README.md"].decode()
+    assert f"maehub.load_{kind}(" in card
+    assert all(name in card for name in model.config.classes.names)
+    tag = {"segmenter": "image-segmentation", "detector": "object-detection"}[kind]
+    assert f"pipeline_tag: {tag}" in card
+    assert maehub.load(REPO).config.depth == 2
+
+
+def test_the_numbers_of_a_run_stand_in_its_card(hub, unread, tmp_path):
+    lay_maps(tmp_path / "d", 20)
+    config = FinetuneConfig(
+        str(tmp_path / "d"), tmp_path / "run", model="vit-nano", task="segment", steps=2, batch_size=4, workers=0,
+        image_size=(32,), device="cpu", quiet=True, skip_twins=True,
+    )  # fmt: skip
+    finetune(config)
+    push(tmp_path / "run", REPO, progress=False)
+    card = held(hub)["README.md"].decode()
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
+    assert f"| mIoU | {scores['miou']:.1f} % |" in card
+    assert "| class | pictures | IoU | found | precision |\n|---|---|---|---|---|\n" in card
+    assert "figures/accuracy.png" in card
+    assert "mean_iou" in card
+    html = MarkdownIt("commonmark").enable("table").render(card)
+    assert html.count("<table>") == 2

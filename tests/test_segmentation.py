@@ -355,8 +355,6 @@ def test_bands_of_several_channels_and_grey_pictures(tmp_path):
 
 
 def test_what_a_segmenter_is_not_taken_for_is_said(run, tmp_path, capsys, caplog):
-    assert cli.main(["push", str(run), "me/pixels", "--dry-run"]) == UsageError.exit_code
-    assert "holds a segmenter" in capsys.readouterr().err
     assert cli.main(["convert", str(run / "model"), "-o", str(tmp_path / "c")]) == 0
     assert "its encoder alone" in caplog.text
 

@@ -11,6 +11,7 @@ from .folder import load_detector as load_detector
 from .folder import load_segmenter as load_segmenter
 from .folder import save_detector as save_detector
 from .folder import save_segmenter as save_segmenter
+from .folder import write_beside as write_beside
 from .regions import Target as Target
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig

@@ -46,9 +46,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         whole = self.whole if self.window is None else (*self.whole, self.window)
         if any(type(number) is not int or number < 0 for number in whole) or self.window == 0:
-            raise UsageError(
-                f"a window {self.window!r} and blocks {self.whole!r} must be whole numbers, not negative"
-            )
+            raise UsageError(f"a window {self.window!r} and blocks {self.whole!r} must be whole numbers, not negative")
         if self.relative not in get_args(Relative):
             raise UsageError(f"{self.relative!r} is none of {', '.join(get_args(Relative))}")
         if not isinstance(self.layer_scale, bool) or not isinstance(self.cls, bool):

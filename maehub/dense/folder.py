@@ -19,7 +19,7 @@ from maehub.dense.detector import Detector, DetectorConfig
 from maehub.dense.segmenter import Segmenter, SegmenterConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import DETECTOR, SEGMENTER, check_free, read_json, whole_folder, write_json
-from maehub.hub import load
+from maehub.hub import fetch_folder, is_hub_id, load
 from maehub.models import Encoder, usable_device
 from maehub.version import __version__
 from maehub.weights import MEMBERS, check_finite, find_model_folder, read_tensors, write_members, write_tensors
@@ -30,16 +30,16 @@ _Dense = TypeVar("_Dense", Segmenter, Detector)
 
 def save_segmenter(model: Segmenter, folder: str | Path, *, card: str | None = None, overwrite: bool = False) -> Path:
     """Write a segmenter's folder, whole or not at all; arguments and errors as in `maehub.save`."""
-    return _save(Segmenter, model, Path(folder), SEGMENTER, "segment", card, overwrite)
+    return _save(Segmenter, model, Path(folder), SEGMENTER, card, overwrite)
 
 
 def save_detector(model: Detector, folder: str | Path, *, card: str | None = None, overwrite: bool = False) -> Path:
     """Write a detector's folder, whole or not at all; arguments and errors as in `maehub.save`."""
-    return _save(Detector, model, Path(folder), DETECTOR, "detect", card, overwrite)
+    return _save(Detector, model, Path(folder), DETECTOR, card, overwrite)
 
 
 def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") -> Segmenter:
-    """A segmenter by its folder, or that of its run, in eval mode; `maehub.load` gives its encoder alone.
+    """A segmenter by its folder, that of its run, or a Hub id, in eval mode; `maehub.load` gives its encoder alone.
 
     ``load_segmenter("runs/streets").predict("street.jpg")`` is (H, W) int16, places in its ``config.classes.names``.
 
@@ -48,11 +48,11 @@ def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") ->
         IntegrityError: a file is broken, or holds other tensors than it should.
     """
     made: Any = lambda encoder, said: Segmenter(encoder, _config(SegmenterConfig, MapClasses, said))  # noqa: E731
-    return _load(Segmenter, made, Path(folder), SEGMENTER, "segment", device)
+    return _load(Segmenter, made, folder, SEGMENTER, "segment", device)
 
 
 def load_detector(folder: str | Path, *, device: str | torch.device = "cpu") -> Detector:
-    """A detector by its folder, or that of its run, in eval mode; `maehub.load` gives its encoder alone.
+    """A detector by its folder, that of its run, or a Hub id, in eval mode; `maehub.load` gives its encoder alone.
 
     ``load_detector("runs/crowns").predict("wood.jpg")`` has boxes (n, 4) in pixels, scores (n,), labels (n,), places in
     its ``config.classes.names``, and masks where it draws them.
@@ -62,25 +62,30 @@ def load_detector(folder: str | Path, *, device: str | torch.device = "cpu") -> 
         IntegrityError: a file is broken, or holds other tensors than it should.
     """
     made: Any = lambda encoder, said: Detector(encoder, _config(DetectorConfig, ObjectClasses, said))  # noqa: E731
-    return _load(Detector, made, Path(folder), DETECTOR, "detect", device)
+    return _load(Detector, made, folder, DETECTOR, "detect", device)
 
 
-def _save(
-    kind: type[_Dense], model: _Dense, folder: Path, name: str, task: str, card: str | None, overwrite: bool
-) -> Path:
+def _save(kind: type[_Dense], model: _Dense, folder: Path, name: str, card: str | None, overwrite: bool) -> Path:
     if not isinstance(model, kind):
         raise UsageError(f"a {kind.__name__} can be saved here, not a {type(model).__name__}")
     beside = Path(name).with_suffix(".safetensors").name
     members = (*MEMBERS, name, beside)
     check_free(folder, overwrite, members)
-    tensors = {key: value.contiguous() for key, value in _own(model).items()}
-    check_finite({key: value for key, value in tensors.items() if value.is_floating_point()}, "the weights to save")
     with whole_folder(folder, overwrite=overwrite, members=members) as staging:
         write_members(staging, folder.absolute().name, _plain(model.encoder), card=card)
-        sha256 = write_tensors(staging / beside, tensors, {"format": "pt", "maehub": __version__}, torch.float32)
-        said: dict[str, Any] = {"format": _FORMAT, "maehub": __version__, "task": task, "sha256": sha256}
-        write_json(staging / name, said | asdict(model.config))
+        write_beside(staging, model)
     return folder
+
+
+def write_beside(folder: Path, model: Segmenter | Detector) -> None:
+    """Write what lies beside the encoder's files."""
+    name, task = (SEGMENTER, "segment") if isinstance(model, Segmenter) else (DETECTOR, "detect")
+    tensors = {key: value.contiguous() for key, value in _own(model).items()}
+    check_finite({key: value for key, value in tensors.items() if value.is_floating_point()}, "the weights to save")
+    path = (folder / name).with_suffix(".safetensors")
+    sha256 = write_tensors(path, tensors, {"format": "pt", "maehub": __version__}, torch.float32)
+    said: dict[str, Any] = {"format": _FORMAT, "maehub": __version__, "task": task, "sha256": sha256}
+    write_json(folder / name, said | asdict(model.config))
 
 
 def _own(model: Segmenter | Detector) -> dict[str, Tensor]:
@@ -95,9 +100,10 @@ def _plain(encoder: Encoder) -> Encoder:
 
 
 def _load(
-    kind: type[_Dense], made: Callable[[Encoder, Any], _Dense], folder: Path, name: str, task: str, device: Any
+    kind: type[_Dense], made: Callable[[Encoder, Any], _Dense], source: str | Path, name: str, task: str, device: Any
 ) -> _Dense:
-    folder = find_model_folder(folder)
+    beside = Path(name).with_suffix(".safetensors").name
+    folder = fetch_folder(str(source), [name, beside]) if is_hub_id(source) else find_model_folder(source)
     if not (folder / name).is_file():
         raise UsageError(
             f"{folder} is no {kind.__name__.lower()}: it has no {name}. `maehub finetune` trains one; "
@@ -112,9 +118,9 @@ def _load(
         model = made(encoder, rest)
     except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise IntegrityError(f"{folder / name} cannot be used: {error}") from error
-    path = (folder / name).with_suffix(".safetensors")
+    path = folder / beside
     if not path.is_file():
-        raise IntegrityError(f"{folder} has a {name} and no {path.name}")
+        raise IntegrityError(f"{folder} has a {name} and no {beside}")
     tensors, expected = read_tensors(path).tensors, _own(model)
     if tensors.keys() != expected.keys() or any(tensors[key].shape != expected[key].shape for key in expected):
         missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())

@@ -22,6 +22,8 @@ from .client import why as why
 from .deadlines import bound as bound
 from .fetching import Located as Located
 from .fetching import download as download
+from .fetching import fetch_folder as fetch_folder
+from .fetching import is_hub_id as is_hub_id
 from .fetching import locate as locate
 from .fetching import verify as verify
 from .loading import load as load

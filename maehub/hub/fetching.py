@@ -7,6 +7,7 @@ read as plain values, to find the weights beside it.
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -111,6 +112,20 @@ def fetch_repo(repo_id: str, paths: CachePaths, *, want: Want = "encoder", revis
     licence = pretrained.get("license")
     licence = licence if isinstance(licence, str) else ""
     return _told(replace(weights, licence=licence, config=config.path if config else None))
+
+
+def fetch_folder(repo_id: str, also: Sequence[str], *, revision: str | None = None) -> Path:
+    """The folder of a repository's encoder, config.json and the files ``also``, all of one commit; see `fetch_repo`."""
+    paths = cache_paths(None)
+    fetched = fetch_repo(repo_id, paths, revision=revision)
+    repo, _ = _split(repo_id, revision)
+    found = [_repo_file(repo_id, Source("hub", one, "safetensors", repo, fetched.revision), paths) for one in also]
+    return found[0].path.parent
+
+
+def is_hub_id(source: PathLike) -> bool:
+    """Whether a source that is no file or folder here is a name of the Hub, ``user/repo[@revision]``."""
+    return isinstance(source, str) and bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source)
 
 
 def locate(

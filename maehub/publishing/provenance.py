@@ -21,7 +21,7 @@ _NOT_TOLD = {field.name for field in fields(RunConfig)} - {"precision", "seed"} 
 _MOST_METRICS = 2**29  # bytes of metrics.jsonl: a few million steps
 _CONFIGS = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}
 _NAMES_DATA = ("group", "label")  # settings whose values are names in the user's data
-_MEASURED = ("val_loss", "val_top1", "val_r2")
+_MEASURED = ("val_loss", "val_top1", "val_r2", "val_miou", "val_ap50")
 _NUMBERS = ("step", "loss", "lr", "grad_norm", "mean_fill", "interpolation", "top1", "n", *_MEASURED)
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from maehub.dense import Detector, Segmenter
 from maehub.errors import visible
-from maehub.files import fill_template
+from maehub.files import fill_template, markdown_text
 from maehub.models import Encoder, MaskedAutoencoder
 from maehub.publishing.gate import Verdict
 from maehub.publishing.licences import Licence
@@ -18,6 +19,15 @@ _MOST_CLASSES = 30  # rows of the table of classes
 _NUMBERS = {  # keys of scores of numbers: type and name of a metric
     **{"r2": ("r_squared", "R²"), "mae": ("mae", "MAE"), "rmse": ("rmse", "RMSE")},
     **{"spearman": ("spearmanr", "Spearman"), "quadratic_kappa": ("quadratic_kappa", "quadratic kappa")},
+}
+_DENSE = {  # the same of pixels and objects
+    **{"miou": ("mean_iou", "mIoU"), "pixel_accuracy": ("pixel_accuracy", "pixel accuracy")},
+    **{"ap": ("mAP", "AP"), "ap50": ("mAP50", "AP50"), "ap75": ("mAP75", "AP75"), "mask_ap": ("mask_mAP", "mask AP")},
+}
+_COLUMNS = {  # of the table of classes: keys, and words
+    "": {"n": "pictures", "recall": "recall", "precision": "precision"},
+    "segment": {"pictures": "pictures", "iou": "IoU", "accuracy": "found", "precision": "precision"},
+    "detect": {"pictures": "pictures", "objects": "objects", "ap": "AP", "ap50": "AP50"},
 }
 
 
@@ -31,6 +41,7 @@ def published_card(
     dataset: str,
     figures: Mapping[str, str],
     pictures: Sequence[str],
+    dense: Segmenter | Detector | None = None,
 ) -> str:
     """The card, Markdown with the head that the Hub reads; ``about``, Markdown too, and ``dataset`` are the author's.
 
@@ -39,6 +50,8 @@ def published_card(
     name, config = repo_id.rpartition("/")[2], model.config
     is_classifier = isinstance(model, Encoder) and model.config.classes > 0
     task = "image-classification" if is_classifier else "image-feature-extraction"
+    if dense is not None:
+        task = "image-segmentation" if isinstance(dense, Segmenter) else "object-detection"
     origin = model.origin if isinstance(model, Encoder) else model.encoder.origin
     results = _evaluations(told.scores, dataset, task)
     libraries = [library for library in ("timm", "transformers") if library in verdict.verified]
@@ -52,11 +65,20 @@ def published_card(
         eval_results=results or None,
     )
     classes = told.scores.get("per_class") or []
+    columns = _COLUMNS["segment" if isinstance(dense, Segmenter) else "detect" if dense else ""]
+    what = summary(config)
+    if dense is not None:
+        names = dense.config.classes.names
+        shown = ", ".join(map(markdown_text, names[:_MOST_CLASSES])) + ", …" * (len(names) > _MOST_CLASSES)
+        what = f"A {type(dense).__name__.lower()} of {len(names)} classes, on top of an encoder: {shown}. {what}"
     values = {
         "repo_id": repo_id,
         "head": str(head.to_yaml()),
         "name": name,
-        "summary": summary(config),
+        "summary": what,
+        "dense": type(dense).__name__.lower() if dense is not None else "",
+        "measured": {words: told.scores.get(key) for key, (_, words) in _DENSE.items()} if dense is not None else {},
+        "columns": columns,
         "is_classifier": is_classifier,
         "numbers": {
             words: told.scores[key] for key, (_, words) in _NUMBERS.items() if told.scores.get(key) is not None
@@ -85,7 +107,7 @@ def _evaluations(scores: Mapping[str, float], dataset: str, task: str) -> list[E
     """``model-index``: what was measured on pictures that were held out."""
     named = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy")}
     named |= {"mean_average_precision": ("mAP", "mean average precision"), "macro_f1": ("f1", "macro F1")}
-    named |= {name: (kind, words) for name, (kind, words) in _NUMBERS.items() if "r2" in scores}
+    named |= {name: (kind, words) for name, (kind, words) in _NUMBERS.items() if "r2" in scores} | _DENSE
     return [
         EvalResult(
             task_type=task,

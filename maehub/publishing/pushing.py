@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_token
 
+from maehub.dense import Detector, Segmenter, load_detector, load_segmenter
 from maehub.errors import HubError, IntegrityError, UsageError, first_names
 from maehub.files import byte_text, free_space_guard, is_detector, is_segmenter, own_folder, read_json, sha256_file
 from maehub.models import Encoder, EncoderConfig, MaskedAutoencoder, Origin
@@ -153,7 +154,7 @@ def push(
         HubError: no login, no right to write, the head moved, or no answer; the text says what is there.
     """
     check_name(repo_id)
-    model, folder = _open(source)
+    model, dense, folder = _open(source)
     _check_weights(model)
     encoder = model if isinstance(model, Encoder) else model.encoder
     provenance = read_run(folder, encoder.origin) if folder is not None else Provenance()
@@ -173,10 +174,12 @@ def push(
     if isinstance(model, Encoder):
         kind = f"a classifier of {model.config.classes} classes" if model.config.classes else "an encoder"
         kind = f"an encoder that predicts {model.config.classes} numbers" if model.config.numeric else kind
-    needed = 2 * sum(value.numel() * 4 for value in model.state_dict().values())
+    if dense is not None:
+        kind = f"a {type(dense).__name__.lower()} of {len(dense.config.classes.names)} classes"
+    needed = 2 * sum(value.numel() * 4 for value in (dense or model).state_dict().values())
     with own_folder(Path(tempfile.gettempdir(), "maehub-push"), 0o700) as staging:
         free_space_guard(staging, needed)
-        verdict = build_repository(staging, model, repo_id, settled, provenance, about, dataset, with_pictures)
+        verdict = build_repository(staging, model, repo_id, settled, provenance, about, dataset, with_pictures, dense)
         paths = files_of(staging)
         refuse_leaks(paths, token=token or get_token(), names=provenance.names)
         files = {name: LocalFile(path, path.stat().st_size, sha256_file(path)) for name, path in paths.items()}
@@ -197,21 +200,18 @@ def push(
     return Pushed(plan, made)
 
 
-def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | MaskedAutoencoder, Path | None]:
-    """The model on the CPU, in eval mode, and the folder that it came from."""
+def _open(
+    source: str | Path | Encoder | MaskedAutoencoder,
+) -> tuple[Encoder | MaskedAutoencoder, Segmenter | Detector | None, Path | None]:
+    """The model on the CPU, in eval mode, the segmenter or detector that it is the encoder of, and the folder that it
+    came from."""
     if isinstance(source, Encoder | MaskedAutoencoder):
-        return copy.deepcopy(source).cpu().float().eval(), None
+        return copy.deepcopy(source).cpu().float().eval(), None, None
     folder = Path(source)
     if not folder.is_dir():
         raise UsageError(
             f"there is no folder {source}: push takes a run folder or a model folder, or in Python a model; "
             "`maehub convert FILE -o FOLDER` makes a model folder of a file of weights"
-        )
-    if is_segmenter(folder) or is_detector(folder):
-        kind = "segmenter" if is_segmenter(folder) else "detector"
-        raise UsageError(
-            f"{source} holds a {kind}, and only encoders, classifiers and autoencoders are published so far. Its model "
-            "folder can be sent as it is by the Hub's own tool: hf upload REPO FOLDER"
         )
     home = find_model_folder(folder)
     if not (home / "config.json").is_file():
@@ -234,7 +234,10 @@ def _open(source: str | Path | Encoder | MaskedAutoencoder) -> tuple[Encoder | M
             )
     model: Encoder | MaskedAutoencoder
     model = open_encoder(home) if isinstance(block.config, EncoderConfig) else open_autoencoder(home)
-    return model.float().eval(), folder
+    dense: Segmenter | Detector | None = None
+    if is_segmenter(folder) or is_detector(folder):
+        dense = load_segmenter(folder) if is_segmenter(folder) else load_detector(folder)
+    return model.float().eval(), dense, folder
 
 
 def _check_weights(model: Encoder | MaskedAutoencoder) -> None:

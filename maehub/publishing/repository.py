@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from maehub.dense import Detector, Segmenter, load_detector, load_segmenter, write_beside
+from maehub.errors import IntegrityError
 from maehub.figures import Series, curves_picture, raw_and_smooth, reconstruct
 from maehub.figures import grid as figure_grid
 from maehub.files import read_json, sha256_file, write_json, write_text
@@ -42,13 +44,18 @@ def build_repository(
     about: str,
     dataset: str,
     pictures: Sequence[str | Path],
+    dense: Segmenter | Detector | None = None,
 ) -> Verdict:
     """Write the repository into an empty folder, and let every library that is named in it read it back.
 
     The model is on the CPU, in eval mode; ``about``, ``dataset`` and ``pictures`` are what the author says.
+    ``dense`` is the segmenter or detector that it is the encoder of.
     """
     name = repo_id.rpartition("/")[2]
     write_members(folder, name, model)
+    if dense is not None:
+        write_beside(folder, dense)
+        _check_dense(folder, dense)
     figures = _draw(folder, model, name, provenance)
     if provenance.scores:
         write_json(folder / "metrics.json", provenance.scores)
@@ -63,7 +70,7 @@ def build_repository(
         (folder / target).parent.mkdir(exist_ok=True)
         picture.save(folder / target)
     verdict = check_repository(folder, model)
-    card = published_card(repo_id, model, licence, provenance, verdict, about, dataset, figures, names)
+    card = published_card(repo_id, model, licence, provenance, verdict, about, dataset, figures, names, dense)
     config = read_json(folder / "config.json")
     config["maehub"]["verified"] = {library: at for library, at in verdict.verified.items() if library != "maehub"}
     if "pretrained_cfg" in config:
@@ -75,6 +82,17 @@ def build_repository(
     lines = [f"{sha256_file(path)}  {name}" for name, path in files_of(folder).items()]
     write_text(folder / "checksums.sha256", "\n".join(lines) + "\n")
     return verdict
+
+
+def _check_dense(folder: Path, dense: Segmenter | Detector) -> None:
+    """See that what was written finds the same in a photo that comes with maehub."""
+    if isinstance(dense, Segmenter):
+        same = np.array_equal(load_segmenter(folder).predict(_PHOTOS[0]), dense.predict(_PHOTOS[0]))
+    else:
+        found = [one.predict(_PHOTOS[0]) for one in (load_detector(folder), dense)]
+        same = np.array_equal(found[0].boxes, found[1].boxes) and np.array_equal(found[0].labels, found[1].labels)
+    if not same:
+        raise IntegrityError("what was written finds something else in a photo than the model; nothing was sent")
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -94,7 +112,7 @@ def _draw(folder: Path, model: Encoder | MaskedAutoencoder, name: str, provenanc
     loss.append(Series("validation", *_numbers(curve, "val_loss"), 1, "points"))
     right = [
         Series(f"{words}, % of the held-out pictures", *_numbers(curve, key), 1, "points")
-        for key, words in (("val_top1", "top-1"), ("val_r2", "R²"))
+        for key, words in (("val_top1", "top-1"), ("val_r2", "R²"), ("val_miou", "mIoU"), ("val_ap50", "AP50"))
     ]
     drawn |= {"curve": curves_picture("Loss", loss), "accuracy": curves_picture("Accuracy", right)}
     figures = {}
