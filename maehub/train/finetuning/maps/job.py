@@ -23,8 +23,6 @@ from maehub.train.finetuning.maps.network import MapObjective, build_segmenter, 
 from maehub.train.finetuning.maps.recipes import (
     MapFacts,
     MapSettings,
-    describe,
-    lasting,
     settle,
     short_side_of,
     window_of,
@@ -66,7 +64,7 @@ class MapJob(DenseJob):
             MapObjective(network, settings.side_loss),
             partial(_blank, encoder, group.device),
             partial(dense_groups, network, encoder, settings),
-            {"short_side": short_side} | lasting(settings),
+            {"short_side": short_side} | settings.lasting,
             window=shape.size,
             whole=whole,
         )
@@ -132,7 +130,7 @@ class MapJob(DenseJob):
         assert isinstance(self.model, Segmenter)
         short = self.model.config.short_side
         own = "pictures keep their own size" if short is None else f"pictures are scaled to a shorter side of {short}"
-        return f"{len(self.training.classes)} classes of pixels", own, describe(self.settings)
+        return f"{len(self.training.classes)} classes of pixels", own, self.settings.describe()
 
 
 def _blank(encoder: Encoder, device: torch.device, count: int) -> tuple[Tensor, Tensor]:

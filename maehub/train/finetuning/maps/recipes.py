@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from maehub.dense import AttentionConfig, Decoder
 from maehub.errors import UsageError
@@ -18,41 +18,83 @@ _SIDE, _SIDE_ON_CPU = 32, 16  # patches of a window's side: 32 as published, 512
 _SCALED = 4  # windows that a picture's shorter side may be long before it is scaled down
 
 
-@dataclass(frozen=True)
-class MapSettings:
-    """Everything that a recipe of segmentation decides; fields that `FinetuneConfig` has mean what they mean there."""
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """What a recipe of pixels or of objects decides; fields that `FinetuneConfig` has mean what they mean there."""
 
     recipe: Recipe
-    decoder: Decoder
-    epochs: float
+    epochs: float = 0.0
     batch_size: int
     base_lr: float
     weight_decay: float
     layer_decay: float
-    drop_path: float
+    drop_path: float = 0.0
     steps: int = 0
     warmup: float = 0.0
     """Share of the steps."""
     floor: float = 0.0
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    resize: tuple[float, float] = (0.5, 2.0)
+    """Least and greatest factor of a picture before it is cropped."""
+    colours: bool = True
+    ema: float = 0.0
+    blocks: float | None = None
+    """How many of the last blocks train, None for the whole encoder, 0 for none of it."""
+
+    def of_length(self, asked: Mapping[str, Any], images: int) -> Self:
+        """With what is asked for, and its length in steps and in passes over so many pictures."""
+        found = replace(self, **asked)
+        each = images / found.batch_size
+        steps = found.steps if found.steps and "epochs" not in asked else math.ceil(found.epochs * each)
+        return replace(found, steps=steps, epochs=steps / each)
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed: not what follows from the number of pictures."""
+        return {f"recipe's {name}": value for name, value in asdict(self).items() if name not in ("epochs", "steps")}
+
+    def describe(self, *first: str) -> str:
+        """What a run says first, with %s for its batch, and ``first`` of what is on the encoder."""
+        peak = peak_rate(self.base_lr, self.batch_size)
+        more = [
+            *first,
+            *(["encoder frozen"] if self.blocks == 0 else [f"layer decay {self.layer_decay:.3g}"]),
+            *([f"the last {self.blocks:g} blocks trained"] if self.blocks else []),
+            *([f"drop path {self.drop_path:g}"] if self.drop_path else []),
+            *(["attention in windows"] if self.attention.window else []),
+            *(["relative positions"] if self.attention.relative != "none" else []),
+            *(["layer scale"] if self.attention.layer_scale else []),
+            "scaled by {:g} to {:g}".format(*self.resize),
+            *(["colours changed"] if self.colours else []),
+        ]
+        return (
+            f"recipe {self.recipe}: lr {peak:.3g} at a batch of %s; {self.steps} steps, {self.epochs:.3g} epochs, "
+            f"warm-up {100 * self.warmup:.3g} %%; {', '.join(more)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapSettings(DenseSettings):
+    """Everything that a recipe of segmentation decides."""
+
+    decoder: Decoder
     falls: Literal["cosine", "linear"] = "cosine"
     """How the rate falls after the warm-up."""
     layers: tuple[int, ...] = (-1,)
     width: int = 0
     norm: Literal["layer", "batch"] = "layer"
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
     side_loss: float = 0.0
     """Weight of the side head's loss; 0 for no side head."""
     dropout: float = 0.0
-    resize: tuple[float, float] = (0.5, 2.0)
-    """Least and greatest factor of a picture before it is cropped."""
     most_of_one: float = 1.0
     """Share of a crop that one class may fill; a crop with more is drawn again, up to ten times."""
-    colours: bool = True
-    ema: float = 0.0
     head_start: HeadStart = "zero"
     """probe: a linear decoder begins as the logistic regression of the frozen encoder's patches."""
-    blocks: float | None = None
-    """How many of the last blocks train, None for the whole encoder, 0 for none of it."""
+
+    def describe(self, *first: str) -> str:
+        """What a run says first."""
+        decoder = f"decoder {self.decoder}" + f" {self.width} wide" * (self.width > 0)
+        return super().describe(decoder, *["begun as the probe of patches"] * (self.head_start == "probe"), *first)
 
 
 @dataclass(frozen=True)
@@ -75,14 +117,10 @@ def settle(recipe: Recipe, facts: MapFacts, asked: Mapping[str, Any]) -> MapSett
         raise UsageError(f"--recipe linear trains a linear decoder, not --decoder {decoder}")
     if decoder != found.decoder:
         found = replace(found, **(_upernet(facts) if decoder == "upernet" else _plain(facts)))
-    found = replace(found, **asked)
+    found = found.of_length(asked, facts.images)
     if (found.decoder, found.head_start) == ("upernet", "probe"):
         raise UsageError("--head-start probe is for --decoder linear: UPerNet is no linear map of patches")
-    each = facts.images / found.batch_size
-    steps = found.steps
-    if "epochs" in asked:
-        steps = math.ceil(found.epochs * each)
-    return replace(found, steps=steps, epochs=steps / each)
+    return found
 
 
 def _plain(facts: MapFacts) -> dict[str, Any]:
@@ -107,8 +145,7 @@ def _ade20k(facts: MapFacts) -> MapSettings:
     """
     large = facts.width >= 1024
     return MapSettings(
-        "ade20k",
-        epochs=0,
+        recipe="ade20k",
         steps=160_000,
         batch_size=_BATCH,
         base_lr=1e-4 / peak_rate(1.0, _BATCH),
@@ -128,14 +165,12 @@ def _ade20k(facts: MapFacts) -> MapSettings:
 def _linear(facts: MapFacts) -> MapSettings:
     """A diagnostic of the frozen encoder, no product: MAE's patches are far from linear (docs/segmentation.md)."""
     return MapSettings(
-        "linear",
-        epochs=0,
+        recipe="linear",
         steps=1000,
         batch_size=_BATCH,
         base_lr=1e-3 / peak_rate(1.0, _BATCH),
         weight_decay=1e-3,
         layer_decay=1.0,
-        drop_path=0.0,
         warmup=0.04,
         blocks=0,
         **_plain(facts),
@@ -146,42 +181,14 @@ def _for_few(facts: MapFacts) -> MapSettings:
     """Ours, chosen by a few runs on drawn objects (docs/segmentation.md). Wider networks take smaller steps."""
     steps = min(_FEW_STEPS, math.ceil(_FEW_PASSES * facts.images / _BATCH))
     return MapSettings(
-        "auto",
-        epochs=0,
+        recipe="auto",
         steps=max(100, steps),
         batch_size=_BATCH,
         base_lr=4e-3 * 192 / facts.width,
         weight_decay=0.05,
         layer_decay=0.75,
-        drop_path=0.0,
         warmup=0.05,
         **_plain(facts),
-    )
-
-
-def lasting(settings: MapSettings) -> dict[str, Any]:
-    """What of a settled recipe must be the same when a run is resumed: not what follows from the number of pictures."""
-    values = asdict(settings)
-    return {f"recipe's {name}": value for name, value in values.items() if name not in ("epochs", "steps")}
-
-
-def describe(settings: MapSettings) -> str:
-    """What a run says first, with %s for its batch."""
-    peak = peak_rate(settings.base_lr, settings.batch_size)
-    more = [
-        f"decoder {settings.decoder}" + f" {settings.width} wide" * (settings.width > 0),
-        *(["begun as the probe of patches"] if settings.head_start == "probe" else []),
-        *(["encoder frozen"] if settings.blocks == 0 else [f"layer decay {settings.layer_decay:.3g}"]),
-        *([f"the last {settings.blocks:g} blocks trained"] if settings.blocks else []),
-        *([f"drop path {settings.drop_path:g}"] if settings.drop_path else []),
-        *(["relative positions"] if settings.attention.relative != "none" else []),
-        *(["layer scale"] if settings.attention.layer_scale else []),
-        "scaled by {:g} to {:g}".format(*settings.resize),
-        *(["colours changed"] if settings.colours else []),
-    ]
-    return (
-        f"recipe {settings.recipe}: lr {peak:.3g} at a batch of %s; {settings.steps} steps, "
-        f"{settings.epochs:.3g} epochs, warm-up {100 * settings.warmup:.3g} %%; {', '.join(more)}"
     )
 
 

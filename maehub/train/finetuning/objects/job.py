@@ -25,9 +25,7 @@ from maehub.train.finetuning.objects.recipes import (
     ObjectFacts,
     ObjectSettings,
     anchor_of,
-    describe,
     is_fitted,
-    lasting,
     settle,
     window_of,
 )
@@ -95,7 +93,7 @@ class ObjectJob(DenseJob):
             ObjectObjective(network),
             partial(_blank, network, group.device),
             partial(dense_groups, network, encoder, settings),
-            {"short_side": short_side, "anchor": anchor, "masks": masks} | lasting(settings),
+            {"short_side": short_side, "anchor": anchor, "masks": masks} | settings.lasting,
             window=shape.size,
         )
 
@@ -182,7 +180,7 @@ class ObjectJob(DenseJob):
         classes, masks = len(self.training.classes), "with" if self.masks else "without"
         how = "pictures keep their own size" if config.short_side is None else f"shorter side {config.short_side}"
         how = "each picture is scaled into one" if config.fitted else how
-        return f"{count:,} objects of {classes} classes, {masks} masks,", how, describe(self.settings)
+        return f"{count:,} objects of {classes} classes, {masks} masks,", how, self.settings.describe()
 
 
 def _blank(model: Detector, device: torch.device, count: int) -> tuple[Tensor, Targets]:

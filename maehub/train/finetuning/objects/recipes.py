@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from maehub.dense import AttentionConfig
 from maehub.errors import UsageError
 from maehub.train.engine import peak_rate
 from maehub.train.finetuning.config import Recipe
+from maehub.train.finetuning.maps.recipes import DenseSettings
 
 RECIPES = ("auto", "vitdet")
 _FEW_STEPS, _FEW_PASSES, _FEW_BATCH = 4000, 60, 8  # of ``auto`` where there is no clock
@@ -18,21 +19,10 @@ _SIDE, _SIDE_ON_CPU = 64, 16  # patches of a window's side: 64 as published, 102
 _FITTED = 4  # windows that a picture may be long before it is seen in parts
 
 
-@dataclass(frozen=True)
-class ObjectSettings:
-    """Everything that a recipe of detection decides; fields that `FinetuneConfig` has mean what they mean there."""
+@dataclass(frozen=True, kw_only=True)
+class ObjectSettings(DenseSettings):
+    """Everything that a recipe of detection decides."""
 
-    recipe: Recipe
-    epochs: float
-    batch_size: int
-    base_lr: float
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
-    steps: int = 0
-    warmup: float = 0.0
-    """Share of the steps."""
-    floor: float = 0.0
     falls: tuple[float, ...] = ()
     """Shares of the steps after which the rate is a tenth of what it was; without any it falls by a cosine."""
     width: int = 256
@@ -40,13 +30,11 @@ class ObjectSettings:
     hidden: int = 1024
     regions: int = 512
     """Of a picture, for the loss of classes and boxes."""
-    resize: tuple[float, float] = (0.5, 2.0)
-    """Least and greatest factor of a picture before it is cropped."""
-    colours: bool = False
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    ema: float = 0.0
-    blocks: float | None = None
-    """How many of the last blocks train, None for the whole encoder, 0 for none of it."""
+
+    def describe(self, *first: str) -> str:
+        """What a run says first."""
+        heads = f"heads {self.width} wide with {self.convolutions} convolutions, {self.regions} regions a picture"
+        return super().describe(heads, *first)
 
 
 @dataclass(frozen=True)
@@ -63,12 +51,7 @@ def settle(recipe: Recipe, facts: ObjectFacts, asked: Mapping[str, Any]) -> Obje
     """The recipe for a network and a number of pictures, changed where it is asked for."""
     if recipe not in RECIPES:
         raise UsageError(f"--recipe {recipe} is not for objects; --task detect has {', '.join(RECIPES)}")
-    found = replace((_vitdet if recipe == "vitdet" else _for_few)(facts), **asked)
-    each = facts.images / found.batch_size
-    steps = found.steps
-    if "epochs" in asked or not steps:
-        steps = math.ceil(found.epochs * each)
-    return replace(found, steps=steps, epochs=steps / each)
+    return (_vitdet if recipe == "vitdet" else _for_few)(facts).of_length(asked, facts.images)
 
 
 def _vitdet(facts: ObjectFacts) -> ObjectSettings:
@@ -78,7 +61,7 @@ def _vitdet(facts: ObjectFacts) -> ObjectSettings:
     epochs = (100, 100, 75)[number]
     steps = epochs * facts.images / 64
     return ObjectSettings(
-        "vitdet",
+        recipe="vitdet",
         epochs=epochs,
         batch_size=64,
         base_lr=1e-4 / peak_rate(1.0, 64),
@@ -88,6 +71,7 @@ def _vitdet(facts: ObjectFacts) -> ObjectSettings:
         warmup=min(0.1, 250 / max(1.0, steps)),
         falls=(8 / 9, 26 / 27),
         resize=(0.1, 2.0),
+        colours=False,
         attention=AttentionConfig(
             window=14,
             whole=tuple(facts.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)),
@@ -103,43 +87,17 @@ def _for_few(facts: ObjectFacts) -> ObjectSettings:
     steps = min(_FEW_STEPS, math.ceil(_FEW_PASSES * facts.images / _FEW_BATCH))
     small = facts.device == "cpu"
     return ObjectSettings(
-        "auto",
-        epochs=0,
+        recipe="auto",
         steps=max(100, steps),
         batch_size=_FEW_BATCH,
         base_lr=5.6e-3 * 192 / facts.width,
         weight_decay=0.05,
         layer_decay=0.75,
-        drop_path=0.0,
         warmup=0.05,
         width=min(256, max(64, facts.width // 2)),
         convolutions=0 if small else 4,
         hidden=256 if small else 1024,
         regions=64 if small else 512,
-        colours=True,
-    )
-
-
-def lasting(settings: ObjectSettings) -> dict[str, Any]:
-    """What of a settled recipe must be the same when a run is resumed: not what follows from the number of pictures."""
-    return {f"recipe's {name}": value for name, value in asdict(settings).items() if name not in ("epochs", "steps")}
-
-
-def describe(settings: ObjectSettings) -> str:
-    """What a run says first, with %s for its batch."""
-    peak = peak_rate(settings.base_lr, settings.batch_size)
-    more = [
-        f"heads {settings.width} wide with {settings.convolutions} convolutions, {settings.regions} regions a picture",
-        *(["encoder frozen"] if settings.blocks == 0 else [f"layer decay {settings.layer_decay:.3g}"]),
-        *([f"the last {settings.blocks:g} blocks trained"] if settings.blocks else []),
-        *([f"drop path {settings.drop_path:g}"] if settings.drop_path else []),
-        *(["attention in windows, relative positions"] if settings.attention.window else []),
-        "scaled by {:g} to {:g}".format(*settings.resize),
-        *(["colours changed"] if settings.colours else []),
-    ]
-    return (
-        f"recipe {settings.recipe}: lr {peak:.3g} at a batch of %s; {settings.steps} steps, "
-        f"{settings.epochs:.3g} epochs, warm-up {100 * settings.warmup:.3g} %%; {', '.join(more)}"
     )
 
 
