@@ -20,6 +20,7 @@ from maehub.dense import Detections
 from maehub.errors import EXIT_SKIPPED, DataError, UsageError
 from maehub.train import FinetuneConfig, ObjectScores, evaluate, predict_objects
 from maehub.train.evaluation import EvaluateConfig, score_objects
+from maehub.train.evaluation.objects import evaluating
 from maehub.train.evaluation.objects.plots import (
     Mark,
     ObjectExample,
@@ -491,10 +492,10 @@ def detector(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(maehub.dense, "load_detector", lambda folder, device: at.model, raising=False)
     monkeypatch.setattr(
-        maehub.data, "find_objects", lambda *a, **k: SimpleNamespace(training=at.labelled, testing=None), raising=False
+        evaluating, "find_objects", lambda *a, **k: SimpleNamespace(training=at.labelled, testing=None), raising=False
     )
     monkeypatch.setattr(
-        maehub.data,
+        evaluating,
         "split_objects",
         lambda *a, **k: LabelledSplit(labelled.take(np.arange(2, 12)), labelled.take(np.arange(2)), True),
         raising=False,
@@ -597,11 +598,6 @@ def test_the_command_predicts_objects(detector, tmp_path, capsys):
     assert cli.main([*line, "--image-size", "64"]) == UsageError.exit_code
 
 
-def test_a_detector_is_not_sent_as_an_encoder(detector, capsys):
-    assert cli.main(["push", str(detector.run), "me/boxes", "--dry-run"]) == UsageError.exit_code
-    assert "holds a detector" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_report_shows_classes_and_curves(tmp_path, masks):
     scores = score_objects(*scene(12, masks=masks), CLASSES, None)
@@ -632,3 +628,14 @@ def test_a_report_shows_classes_and_curves(tmp_path, masks):
     assert ("AP of masks" in page) == masks
     (tmp_path / "scores.json").unlink()
     assert "AP so far" in write_report(tmp_path, FinetuneConfig).read_text()
+
+
+def test_what_is_ignored_and_of_no_class_is_ignored_in_every_class():
+    classes = ObjectClasses(("a", "b", "c"), (1, 2, 3))
+    boxes = np.array([[0, 0, 20, 20], [40, 40, 60, 60]], np.float32)
+    truth = [Objects((80, 80), boxes, np.array([0, -1]), np.array([False, True]))] * 2
+    more = np.array([[0, 0, 20, 20], [42, 42, 58, 58]], np.float32)
+    found = [Detections(more, np.array([0.5, 0.9], np.float32), np.array([0, 0]))] * 2
+    assert score_objects(truth, found, classes, None).ap == pytest.approx(100)
+    off = [Objects((80, 80), boxes[:1], np.array([0]), np.array([False]))] * 2
+    assert score_objects(off, found, classes, None).ap < 60

@@ -58,7 +58,7 @@ def owners(truth: Objects, found: Detections, bound: float = 0.5) -> np.ndarray:
         overlaps = coco_masks().iou(coco_boxes(found.boxes), coco_boxes(truth.boxes), crowds)
         for place in np.argsort(-found.scores, kind="stable").tolist():
             free = truth.ignored | ~np.isin(np.arange(len(truth)), owned)
-            free &= (truth.labels == found.labels[place]) & (overlaps[place] >= bound)
+            free &= ((truth.labels == found.labels[place]) | (truth.labels < 0)) & (overlaps[place] >= bound)
             if free.any():
                 owned[place] = np.where(free, overlaps[place] - 2 * truth.ignored, -9).argmax()
     return owned

@@ -8,7 +8,7 @@ no surer one has that object. AP is the mean over classes and over ten such boun
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -291,6 +291,10 @@ def _matches(pictures: Sequence[Mapping[str, Any] | None], recalls: np.ndarray) 
 
 
 def _annotations(one: Objects, classes: ObjectClasses, image: int) -> list[dict[str, Any]]:
+    """Rows of a file of annotations. What is ignored and of no class is ignored in every class."""
+    reach = [range(len(classes.ids)) if label < 0 else (label,) for label in one.labels.tolist()]
+    labels = np.array([place for places in reach for place in places], np.int64)
+    one = replace(one.take(np.repeat(np.arange(len(one)), list(map(len, reach)))), labels=labels)
     codes = None if one.shapes is None else tuple(one.codes())
     exact = Detections(one.boxes, np.ones(len(one), np.float32), one.labels, codes)
     rows = coco_results(exact, classes, image)
