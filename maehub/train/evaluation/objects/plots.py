@@ -125,7 +125,7 @@ def example_sheet(examples: Sequence[ObjectExample], classes: ObjectClasses) -> 
     used = np.concatenate(
         [np.zeros(0, int), *(one for row in examples for one in (row.truth.labels, row.found.labels))]
     )
-    names = [printable(name, 20) for name in classes.names]
+    names = [*(printable(name, 20) for name in classes.names), "no class"]  # the last of what is ignored
     for one in examples:
         truth, size, owned = one.truth, fitted(one.pixels, _SIDE), owners(one.truth, one.found)
         there = [
@@ -147,7 +147,7 @@ def example_sheet(examples: Sequence[ObjectExample], classes: ObjectClasses) -> 
         found, lost, wrong = counted(truth, one.found)
         captions.append(f"{printable(one.name, 60)}: {found} found, {lost} missed, {wrong} false alarms")
     titles = ("picture", "true", f"found (score {SURE} or more); red dashes: false alarm, white: missed")
-    legend = [(classes.names[label], colours[label]) for label in np.unique(used).tolist()]
+    legend = [(classes.names[label], colours[label]) for label in np.unique(used[used >= 0]).tolist()]
     return panel_sheet(titles, rows, captions, legend, _SIDE)
 
 
