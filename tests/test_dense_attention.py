@@ -20,7 +20,8 @@ from maehub.interop import FeaturePyramid
 from maehub.models import Encoder, EncoderConfig
 from maehub.train.engine import Group, wrapped
 from maehub.train.finetuning.classifier import drop_paths
-from maehub.train.finetuning.maps.network import build_segmenter, parameter_groups
+from maehub.train.finetuning.dense_job import dense_groups
+from maehub.train.finetuning.maps.network import build_segmenter
 from maehub.train.finetuning.maps.recipes import MapFacts, settle
 
 CLASSES = MapClasses(("ground", "red", "blue"), (0, 1, 2), (0, 1, 2))
@@ -356,7 +357,7 @@ def test_tables_train_at_the_rate_of_their_block_and_are_decayed():
     shape = {name: getattr(settings, name) for name in ("decoder", "layers", "width", "norm", "attention")}
     described = SegmenterConfig(CLASSES, **shape)
     model = build_segmenter(tiny(), described, settings, 0)
-    groups = parameter_groups(model, settings)
+    groups = dense_groups(model, settings)
     place = {id(parameter): group for group in groups for parameter in group["params"]}
     for number, block in enumerate(model.encoder.blocks):
         rate = pytest.approx(0.65 ** (4 - number))

@@ -82,10 +82,12 @@ def run_identify(config: "arguments.Identify", shared: Shared) -> int:
 
 def run_convert(config: "arguments.Convert", shared: Shared) -> int:
     from maehub.conversion import convert
-    from maehub.dense import export_segmenter
+    from maehub.dense import convert_published, export_segmenter, is_published_dense
 
     if is_segmenter(config.source) and config.to in ("onnx", "torch-export"):
         result = export_segmenter(config.source, config.out, config.to, overwrite=config.overwrite)
+    elif config.to == "maehub" and is_published_dense(config.source):
+        result = convert_published(config.source, config.out, overwrite=config.overwrite)
     else:
         result = convert(
             config.source,

@@ -1,6 +1,7 @@
 from .certificate import CERTIFICATE as CERTIFICATE
 from .certificate import LARGEST_DIFFERENCE as LARGEST_DIFFERENCE
 from .certificate import Certificate as Certificate
+from .certificate import Difference as Difference
 from .certificate import difference as difference
 from .certificate import fixed_images as fixed_images
 from .certificate import largest as largest

@@ -6,12 +6,14 @@ from .decoders import UPerNet as UPerNet
 from .detections import Detections as Detections
 from .detector import Detector as Detector
 from .detector import DetectorConfig as DetectorConfig
+from .exporting import convert_published as convert_published
 from .exporting import export_segmenter as export_segmenter
 from .folder import load_detector as load_detector
 from .folder import load_segmenter as load_segmenter
 from .folder import save_detector as save_detector
 from .folder import save_segmenter as save_segmenter
 from .folder import write_beside as write_beside
+from .published import is_published_dense as is_published_dense
 from .regions import Target as Target
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig

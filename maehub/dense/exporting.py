@@ -1,10 +1,11 @@
-"""A segmenter as a graph that runs without maehub: ONNX and torch.export.
+"""A segmenter as a graph that runs without maehub, ONNX and torch.export; and published networks as our folders.
 
 The graph takes ``images`` (B, C, H, W), float32, preprocessed, of one window, and gives ``scores`` (B, classes, H, W).
 Beside it lies segmenter.json, which names the classes; how pictures are scaled and seen by windows stays with the
 caller.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from maehub.conversion import (
     LARGEST_EXPORTED_DIFFERENCE,
     Certificate,
     Conversion,
+    Difference,
     ExportForm,
     check_exportable,
     difference,
@@ -26,11 +28,14 @@ from maehub.conversion import (
     run_exported,
     write_graph,
 )
-from maehub.dense.folder import load_segmenter
+from maehub.dense.detector import Detector
+from maehub.dense.folder import load_detector, load_segmenter, plain, write_beside
+from maehub.dense.published import read_published
 from maehub.dense.segmenter import Segmenter
 from maehub.errors import IntegrityError
-from maehub.files import SEGMENTER, check_free, sha256_file, whole_folder, write_json
+from maehub.files import DETECTOR, SEGMENTER, check_free, sha256_file, whole_folder, write_json
 from maehub.version import __version__
+from maehub.weights import MEMBERS, write_members
 
 _FILES: dict[ExportForm, str] = {"onnx": "segmenter.onnx", "torch-export": "segmenter.pt2"}
 _BATCHES = (1, 3)
@@ -73,24 +78,56 @@ def export_segmenter(
         with torch.inference_mode():
             graphs = [next(iter(one.values())) for one in found]
             each = [difference(one, model(images)) for one, images in zip(graphs, pictures, strict=True)]
-        certificate = Certificate(
-            source="maehub",
-            to=form,
-            compared=f"the graph run by {'onnxruntime' if form == 'onnx' else 'torch.export'}, with maehub",
-            inputs=tuple(tuple(images.shape) for images in pictures),
-            bound=LARGEST_EXPORTED_DIFFERENCE,
-            differences={"scores": largest(each)},
-            names={name: {tensor: [tensor] for tensor in model.state_dict()}},
-            left_out={},
-            added={},
-            read={},
-            written={path.name: sha256_file(path) for path in sorted(staging.iterdir())},
-            versions={"maehub": __version__, "torch": torch.__version__} | export_versions(form),
-        )
-        if not certificate.holds:
-            raise IntegrityError(
-                f"{source}: the graph differs from the segmenter by {certificate.difference.relative:.1e} of the "
-                "largest score; nothing was written"
-            )
-        write_json(staging / CERTIFICATE, certificate.to_dict())
+        runner = "onnxruntime" if form == "onnx" else "torch.export"
+        words = f"the graph run by {runner}, with maehub"
+        certificate = _certified(staging, model, name, form, words, pictures, largest(each), export_versions(form))
     return Conversion(folder, certificate.difference.relative, (), certificate)
+
+
+def convert_published(source: str | Path, folder: str | Path, *, overwrite: bool = False) -> Conversion:
+    """Write a published segmenter or detector as a folder of ours, read again and compared; see `read_published`."""
+    model, folder = read_published(source), Path(folder)
+    name = SEGMENTER if isinstance(model, Segmenter) else DETECTOR
+    members = (*MEMBERS, name, Path(name).with_suffix(".safetensors").name, CERTIFICATE)
+    check_free(folder, overwrite, members)
+    with whole_folder(folder, overwrite=overwrite, members=members) as staging:
+        write_members(staging, folder.absolute().name, plain(model.encoder))
+        write_beside(staging, model)
+        again = load_segmenter(staging) if isinstance(model, Segmenter) else load_detector(staging)
+        state = again.state_dict()
+        each = [difference(state[key].float(), value.float()) for key, value in model.state_dict().items()]
+        words = "the tensors that maehub reads from what was written, with those that it read from the input"
+        certificate = _certified(staging, model, name, "maehub", words, [], largest(each), {})
+    return Conversion(folder, certificate.difference.relative, (), certificate)
+
+
+def _certified(
+    staging: Path,
+    model: Segmenter | Detector,
+    name: str,
+    to: str,
+    compared: str,
+    pictures: Sequence[Tensor],
+    found: Difference,
+    versions: Mapping[str, str],
+) -> Certificate:
+    certificate = Certificate(
+        source="maehub" if pictures else "published",
+        to=to,
+        compared=compared,
+        inputs=tuple(tuple(images.shape) for images in pictures),
+        bound=LARGEST_EXPORTED_DIFFERENCE,
+        differences={"scores" if pictures else "tensors": found},
+        names={name: {tensor: [tensor] for tensor in model.state_dict()}},
+        left_out={},
+        added={},
+        read={},
+        written={path.name: sha256_file(path) for path in sorted(staging.iterdir())},
+        versions={"maehub": __version__, "torch": torch.__version__} | dict(versions),
+    )
+    if not certificate.holds:
+        raise IntegrityError(
+            f"what was written differs by {certificate.difference.relative:.1e} of the largest value; nothing was kept"
+        )
+    write_json(staging / CERTIFICATE, certificate.to_dict())
+    return certificate

@@ -72,7 +72,7 @@ def _save(kind: type[_Dense], model: _Dense, folder: Path, name: str, card: str 
     members = (*MEMBERS, name, beside)
     check_free(folder, overwrite, members)
     with whole_folder(folder, overwrite=overwrite, members=members) as staging:
-        write_members(staging, folder.absolute().name, _plain(model.encoder), card=card)
+        write_members(staging, folder.absolute().name, plain(model.encoder), card=card)
         write_beside(staging, model)
     return folder
 
@@ -90,12 +90,13 @@ def write_beside(folder: Path, model: Segmenter | Detector) -> None:
 
 def _own(model: Segmenter | Detector) -> dict[str, Tensor]:
     """Its tensors but those of the encoder as it was pretrained."""
-    encoder = {id(tensor) for tensor in _plain(model.encoder).state_dict(keep_vars=True).values()}
+    encoder = {id(tensor) for tensor in plain(model.encoder).state_dict(keep_vars=True).values()}
     everything = model.state_dict(keep_vars=True)
     return {name: tensor.detach() for name, tensor in everything.items() if id(tensor) not in encoder}
 
 
-def _plain(encoder: Encoder) -> Encoder:
+def plain(encoder: Encoder) -> Encoder:
+    """The encoder as it was pretrained, which timm knows too."""
     return encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
 
 

@@ -73,7 +73,7 @@ class Regions(nn.Module):
         super().__init__()
         from timm.layers.norm import LayerNorm2d  # over channels, eps 1e-6
 
-        anchors = AnchorGenerator(tuple((anchor * stride,) for stride in strides.values()), (_RATIOS,) * len(strides))
+        anchors = _Anchors(tuple((anchor * stride,) for stride in strides.values()), (_RATIOS,) * len(strides))
         self.proposals = _Proposals(
             anchors,
             _Proposer(width, len(_RATIOS), conv_depth=2),
@@ -189,6 +189,17 @@ class Regions(nn.Module):
         heads = self.heads
         found: Tensor = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, regions, []))).float()
         return found
+
+
+class _Anchors(AnchorGenerator):
+    """torchvision's, but for rounding to whole pixels, which the published network has not."""
+
+    def generate_anchors(
+        self, scales: Any, aspect_ratios: Any, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+    ) -> Tensor:
+        sizes, ratios = (torch.as_tensor(one, dtype=dtype, device=device) for one in (scales, aspect_ratios))
+        height, width = ((part[:, None] * sizes[None]).flatten() / 2 for part in (ratios.sqrt(), 1 / ratios.sqrt()))
+        return torch.stack([-width, -height, width, height], dim=1)
 
 
 class _Pool(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import maehub.train.engine as engine
 from maehub.data import Labelled, LabelledSplit, StepKeys
-from maehub.dense import DenseEncoder
+from maehub.dense import DenseEncoder, Detector, Segmenter
 from maehub.errors import UsageError, log
 from maehub.figures import save_figure
 from maehub.files import atomic_write
@@ -296,9 +296,10 @@ def train_blocks(encoder: Encoder, blocks: float | None, *, last: int, normed: b
         block.requires_grad_(first <= number <= last)
 
 
-def dense_groups(model: nn.Module, encoder: Encoder, settings: Any) -> list[dict[str, Any]]:
+def dense_groups(model: Segmenter | Detector, settings: Any) -> list[dict[str, Any]]:
     """Groups of the encoder's parameters by layers, and those of all others, which have the whole rate and no decay on
     vectors."""
+    encoder = model.encoder
     groups = engine.decayed_groups(encoder, encoder.config.depth, settings.weight_decay, settings.layer_decay)
     own = {id(parameter) for parameter in encoder.parameters()}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]

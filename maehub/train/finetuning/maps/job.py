@@ -63,7 +63,7 @@ class MapJob(DenseJob):
             network,
             MapObjective(network, settings.side_loss),
             partial(_blank, encoder, group.device),
-            partial(dense_groups, network, encoder, settings),
+            partial(dense_groups, network, settings),
             {"short_side": short_side} | settings.lasting,
             window=shape.size,
             whole=whole,

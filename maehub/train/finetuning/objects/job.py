@@ -92,7 +92,7 @@ class ObjectJob(DenseJob):
             network,
             ObjectObjective(network),
             partial(_blank, network, group.device),
-            partial(dense_groups, network, encoder, settings),
+            partial(dense_groups, network, settings),
             {"short_side": short_side, "anchor": anchor, "masks": masks} | settings.lasting,
             window=shape.size,
         )
