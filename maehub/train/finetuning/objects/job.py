@@ -106,8 +106,10 @@ class ObjectJob(DenseJob):
         encoder = self.open_encoder(files, lambda patch: window_of(patch, longest, 2 * patch, small=small))
         if config.short_side is not None:
             return encoder, config.short_side or None, False
-        window = min(encoder.config.size)
-        fitted = is_fitted(window, longest)
+        window, objects = min(encoder.config.size), self.training.objects
+        assert objects is not None
+        sides = np.concatenate([np.sqrt(np.prod(row.boxes[:, 2:] - row.boxes[:, :2], axis=1)) for row in objects.rows])
+        fitted = is_fitted(window, longest, float(np.quantile(sides, 0.1)))
         if fitted and longest > window and self.group.is_main:
             log.warning(
                 "pictures are scaled into one window of %d×%d pixels, and the longer side of the middle one of them "

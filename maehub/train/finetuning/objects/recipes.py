@@ -16,7 +16,7 @@ from maehub.train.finetuning.maps.recipes import DenseSettings
 RECIPES = ("auto", "vitdet")
 _FEW_STEPS, _FEW_PASSES, _FEW_BATCH = 4000, 60, 8  # of ``auto`` where there is no clock
 _SIDE, _SIDE_ON_CPU = 64, 16  # patches of a window's side: 64 as published, 1024 pixels of patches of 16
-_FITTED = 4  # windows that a picture may be long before it is seen in parts
+_FITTED, _LEAST = 4, 12  # windows that a picture may be long before it is seen in parts; pixels of small objects then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,10 @@ def window_of(patch: int, longest: int, multiple: int, *, small: bool) -> int:
     return multiple * max(1, round(min((_SIDE_ON_CPU if small else _SIDE) * patch, longest) / multiple))
 
 
-def is_fitted(window: int, longest: int) -> bool:
-    """Whether pictures are scaled into one window, where nothing is asked for; longer ones are seen in parts."""
-    return longest <= _FITTED * window
+def is_fitted(window: int, longest: int, small: float) -> bool:
+    """Whether pictures are scaled into one window, where nothing is asked for: those that are not longer, and up to four
+    times as long ones whose ``small`` objects, a tenth of which have less pixels a side, keep 12 of them."""
+    return longest <= window or (longest <= _FITTED * window and small * window / longest >= _LEAST)
 
 
 def anchor_of(sides: np.ndarray, stride: float) -> float:
