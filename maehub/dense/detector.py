@@ -32,9 +32,9 @@ class DetectorConfig:
 
     ``masks``: it draws objects, beside their boxes. ``width``: channels of the pyramid and of the heads,
     ``convolutions`` of the heads and ``hidden`` width of their linear layer; 256, 4 and 1024 as published. ``anchor``:
-    side of an anchor in strides of its level. ``fitted``: the whole picture is scaled into one window, the encoder's
-    native size; else ``short_side`` is what its shorter side is scaled to, None for its own size, and it is seen by
-    windows. ``attention``: what blocks get.
+    side of an anchor in strides of its level. ``proposals``: regions of a window that are looked at. ``fitted``: the
+    whole picture is scaled into one window, the encoder's native size; else ``short_side`` is what its shorter side is
+    scaled to, None for its own size, and it is seen by windows. ``attention``: what blocks get.
     """
 
     classes: ObjectClasses
@@ -43,14 +43,23 @@ class DetectorConfig:
     convolutions: int = 4
     hidden: int = 1024
     anchor: float = 8.0
+    proposals: int = 1000
     fitted: bool = True
     short_side: int | None = None
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
-        numbers = (self.width, self.hidden, self.convolutions + 1, *([self.short_side] if self.short_side else []))
+        numbers = (
+            self.width,
+            self.hidden,
+            self.proposals,
+            self.convolutions + 1,
+            *([self.short_side] if self.short_side else []),
+        )
         if not all(type(number) is int and number > 0 for number in numbers):
-            raise UsageError("width, hidden and short_side are positive whole numbers, and convolutions one from 0")
+            raise UsageError(
+                "width, hidden, proposals and short_side are positive whole numbers, convolutions one from 0"
+            )
         if isinstance(self.anchor, bool) or not isinstance(self.anchor, int | float) or not 0.5 <= self.anchor <= 64:
             raise UsageError(f"anchor is a number of strides from 0.5 to 64, not {self.anchor!r}")
         if not isinstance(self.attention, AttentionConfig):
@@ -80,6 +89,7 @@ class Detector(nn.Module):
             convolutions=config.convolutions,
             hidden=config.hidden,
             anchor=config.anchor,
+            proposals=config.proposals,
             masks=config.masks,
         )
 

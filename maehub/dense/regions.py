@@ -34,7 +34,7 @@ from maehub.rng import sample_seed
 _RATIOS = (0.5, 1.0, 2.0)
 _BOX, _MASK = 7, 14  # pixels of a region's side
 _CANONICAL = 224  # pixels of the region that is taken from the level of stride 16, with anchors of 8 strides
-_ANCHORS, _PROPOSALS = 256, 1000  # of a picture: anchors with a loss, regions that are proposed
+_ANCHORS, _PROPOSALS = 256, 1000  # of a picture: anchors with a loss, regions that are proposed in training at most
 _REGION_VIEW, _ANCHOR_VIEW = 15, 16  # of `sample_seed`
 
 
@@ -58,7 +58,7 @@ class Regions(nn.Module):
 
     def __init__(
         self, width: int, classes: int, strides: Mapping[str, float], *, convolutions: int, hidden: int, anchor: float,
-        masks: bool,
+        proposals: int, masks: bool,
     ) -> None:  # fmt: skip
         """Make them with fresh weights.
 
@@ -69,6 +69,7 @@ class Regions(nn.Module):
             convolutions: of the head of boxes, and of that of masks.
             hidden: width of the linear layer.
             anchor: side of an anchor, in strides of its level.
+            proposals: regions that are looked at where nothing is trained.
         """
         super().__init__()
         from timm.layers.norm import LayerNorm2d  # over channels, eps 1e-6
@@ -109,6 +110,7 @@ class Regions(nn.Module):
             detections_per_img=100,
             **drawn,
         )
+        self.looked_at = proposals
         self.draw(512)
         for layer in self.heads.box_head.modules():
             if isinstance(layer, nn.Linear):
@@ -118,9 +120,9 @@ class Regions(nn.Module):
     def draw(self, regions: int) -> None:
         """Take so many regions of a picture for the loss of the heads, a quarter of them of objects at most, from at
         most twice as many proposals; 512 from 1,000 are published."""
-        most = {"training": min(_PROPOSALS, 2 * regions), "testing": _PROPOSALS}
+        most = {"training": min(_PROPOSALS, 2 * regions), "testing": self.looked_at}
         self.proposals._post_nms_top_n = most
-        self.proposals._pre_nms_top_n = {"training": 2 * most["training"], "testing": _PROPOSALS}
+        self.proposals._pre_nms_top_n = most | {"training": 2 * most["training"]}
         self.proposals.fg_bg_sampler = _Sampler(_ANCHORS, 0.5, _ANCHOR_VIEW)
         self.heads.fg_bg_sampler = _Sampler(regions, 0.25, _REGION_VIEW)
 
@@ -213,13 +215,13 @@ class _Pool(nn.Module):
         numbered = torch.cat([F.pad(boxes, (1, 0), value=float(place)) for place, boxes in enumerate(regions)])
         sides = ((numbered[:, 3] - numbered[:, 1]) * (numbered[:, 4] - numbered[:, 2])).clamp(min=0).sqrt()
         wanted = (2 + torch.log2(sides / self.canonical + 1e-8)).floor().clamp(0, len(self.strides) - 1)
-        first = next(iter(levels.values()))
-        pooled = first.new_zeros(len(numbered), first.shape[1], self.side, self.side)
-        for number, (name, stride) in enumerate(self.strides.items()):
-            here = torch.where(wanted == number)[0]
-            some = roi_align(levels[name], numbered[here], (self.side, self.side), 1 / stride, aligned=True)
-            pooled = pooled.index_put((here,), some.to(pooled.dtype))
-        return pooled
+        side = (self.side, self.side)
+        here = [torch.where(wanted == number)[0] for number in range(len(self.strides))]
+        parts = [
+            roi_align(levels[name], numbered[some], side, 1 / stride, aligned=True)
+            for some, (name, stride) in zip(here, self.strides.items(), strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(here).argsort()]
 
 
 class _Sampler:

@@ -10,7 +10,7 @@ import yaml
 from maehub.data.label_sources import label_name
 from maehub.data.objects.noted import Noted, beside
 from maehub.data.objects.outlines import Thing
-from maehub.errors import DataError
+from maehub.errors import DataError, log
 from maehub.files import read_small
 from maehub.images import Size, printable
 
@@ -40,6 +40,8 @@ def _names(folders: Sequence[str]) -> dict[int, str]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{where} cannot be read: {error}") from error
     if path.suffix != ".txt":
+        if isinstance(said, dict) and said.keys() & {"path", "train", "val", "test"}:
+            log.info("%s names the classes; its paths are not followed, and the folders decide", where)
         said = said.get("names") if isinstance(said, dict) else None
     rows = dict(enumerate(said)) if isinstance(said, list) else said
     if not isinstance(rows, dict) or not rows or not all(type(number) is int for number in rows):

@@ -32,7 +32,7 @@ from maehub.train.finetuning.recipes import stored_settings
 from maehub.train.networks import pair
 
 SHOWN = 4  # pictures of a sheet
-_LOOKED_AT = 32  # held-out pictures that are measured before the end
+_MEASURING, _FEWEST = 0.15, 4  # share of the time that may go into measuring before the end; pictures at least
 _SIZES = 500  # pictures whose sizes say how they are looked at
 _TIMED = 4  # pictures
 _UNFIT = ("pool", "label", "mixup", "cutmix", "smoothing", "erasing", "randaugment", "crop_scale")
@@ -169,7 +169,8 @@ class DenseJob(Job):
         self.clock = self.clock_from(self.begun)
         if self.clock.minutes is not None:
             stored = self.stored
-            planned = replace(settings, steps=stored["steps"], epochs=stored["epochs"]) if stored else None
+            names = ("steps", "epochs", "looked_at")
+            planned = replace(settings, **{name: stored[name] for name in names}) if stored else None
             self.settings = planned or self._fitted(objective, made, micro)
         self.wrap(objective)
         self.optimizer = torch.optim.AdamW(groups(), lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -187,7 +188,9 @@ class DenseJob(Job):
                 started, some = time.monotonic(), range(min(tested, _TIMED))
                 list(self.measured_rows(self.model, some))
                 picture = (time.monotonic() - started) / len(some)
-                beside = picture * (tested + VALIDATIONS * min(tested, _LOOKED_AT))
+                looked = int(_MEASURING * self.clock.left / (VALIDATIONS * picture))
+                settings = replace(settings, looked_at=max(_FEWEST, min(settings.looked_at, tested, looked)))
+                beside = picture * (tested + VALIDATIONS * min(tested, settings.looked_at))
                 settings = self.clock.fitted(settings, len(self.training), seconds, beside)
         return self.group.first(settings, "the length of the run")
 
@@ -197,9 +200,9 @@ class DenseJob(Job):
         places = np.argsort([testing.samples.sample_id(index) for index in range(len(testing))])
         told = testing.labels[places].any(axis=1)
         places = np.concatenate([places[told][:1], np.delete(places, told.argmax())])  # one at least shows something
-        first = places[:_LOOKED_AT].tolist()
+        first = places[: self.settings.looked_at].tolist()
         if not last:
-            places = places[:_LOOKED_AT]
+            places = places[: self.settings.looked_at]
         mine = places[self.group.rank :: self.group.size] if self.empty is None else places
         rows: list[tuple[int, Any]] = []
         shown: list[tuple[int, Any]] = []

@@ -38,6 +38,8 @@ class DenseSettings:
     """Least and greatest factor of a picture before it is cropped."""
     colours: bool = True
     ema: float = 0.0
+    looked_at: int = 32
+    """Held-out pictures that are measured before the end, at most."""
     blocks: float | None = None
     """How many of the last blocks train, None for the whole encoder, 0 for none of it."""
 
@@ -51,7 +53,8 @@ class DenseSettings:
     @property
     def lasting(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: not what follows from the number of pictures."""
-        return {f"recipe's {name}": value for name, value in asdict(self).items() if name not in ("epochs", "steps")}
+        found = {name: value for name, value in asdict(self).items() if name not in ("epochs", "steps", "looked_at")}
+        return {f"recipe's {name}": value for name, value in found.items()}
 
     def describe(self, *first: str) -> str:
         """What a run says first, with %s for its batch, and ``first`` of what is on the encoder."""

@@ -73,7 +73,9 @@ class ObjectJob(DenseJob):
         facts = ObjectFacts(shape.width, shape.depth, len(self.training), group.device.type)
         self.settings: ObjectSettings = settle(config.recipe, facts, self.asked(ObjectSettings))
         settings = self.settings
-        parts: Any = {name: getattr(settings, name) for name in ("width", "convolutions", "hidden", "attention")}
+        parts: Any = {
+            name: getattr(settings, name) for name in ("width", "convolutions", "hidden", "proposals", "attention")
+        }
         described = DetectorConfig(objects.classes, masks, fitted=fitted, short_side=short_side, **parts)
         self.masks = masks
         anchor = self._anchor(objects, Detector(encoder, described)) if settings.recipe == "auto" else described.anchor

@@ -30,6 +30,8 @@ class ObjectSettings(DenseSettings):
     hidden: int = 1024
     regions: int = 512
     """Of a picture, for the loss of classes and boxes."""
+    proposals: int = 1000
+    """Regions of a window that are looked at afterwards."""
 
     def describe(self, *first: str) -> str:
         """What a run says first."""
@@ -98,6 +100,7 @@ def _for_few(facts: ObjectFacts) -> ObjectSettings:
         convolutions=0 if small else 4,
         hidden=256 if small else 1024,
         regions=64 if small else 512,
+        proposals=200 if small else 1000,
     )
 
 
@@ -108,8 +111,11 @@ def window_of(patch: int, longest: int, multiple: int, *, small: bool) -> int:
 
 
 def is_fitted(window: int, longest: int, small: float) -> bool:
-    """Whether pictures are scaled into one window, where nothing is asked for: those that are not longer, and up to four
-    times as long ones whose ``small`` objects, a tenth of which have less pixels a side, keep 12 of them."""
+    """Whether pictures are scaled into one window, where nothing is asked for.
+
+    Those that are not longer are, and up to four times as long ones in which an object of the side ``small``, than
+    which a tenth is smaller, keeps 12 pixels.
+    """
     return longest <= window or (longest <= _FITTED * window and small * window / longest >= _LEAST)
 
 
