@@ -793,6 +793,7 @@ NEEDING = [
     ("data check FOLDER/t.parquet", 2, "need the datasets library: pip install 'maehub[data]'"),
     ("data check s3://bucket/t.tar", 2, "need a package that is not installed: pip install 'maehub[data]'"),
     ("convert NANO -o graph --to onnx", 2, "pip install 'maehub[onnx]'"),
+    ("finetune PHOTOS --task detect -o run --device cpu", 2, "pip install 'maehub[detect]'"),
     (
         "pretrain PHOTOS -o run --tensorboard --target pixels",
         2,
@@ -804,7 +805,7 @@ NEEDING = [
 def test_row_86_without_any_extra_all_is_imported_and_commands_say_what_to_install(photos, tmp_path):
     (tmp_path / "s.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    extras = "pyarrow pillow_heif datasets fsspec s3fs webdataset tensorboard onnx onnxscript onnxruntime transformers"
+    extras = "pyarrow pillow_heif datasets fsspec s3fs webdataset tensorboard onnx onnxscript onnxruntime transformers pycocotools"
     names = {"PHOTOS": str(photos), "FOLDER": str(tmp_path), "NANO": str(ASSETS / "vit-nano.safetensors")}
     lines = []
     for words, _, _ in NEEDING:

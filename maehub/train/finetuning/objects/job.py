@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import maehub.train.engine as engine
-from maehub.data import LabelledSplit, ObjectLabels, split_objects
+from maehub.data import LabelledSplit, ObjectLabels, coco_masks, split_objects
 from maehub.dense import Detections, Detector, DetectorConfig, Target, save_detector
 from maehub.errors import UsageError, log
 from maehub.hub import Located
@@ -56,6 +56,7 @@ class ObjectJob(DenseJob):
 
     def find_split(self) -> LabelledSplit:
         config = self.config
+        coco_masks()  # or it would be missed when there is something to measure
         if config.head_start == "probe":
             raise UsageError("--head-start probe is for linear heads, and a detector's are not")
         if config.compile:
