@@ -805,7 +805,8 @@ NEEDING = [
 def test_row_86_without_any_extra_all_is_imported_and_commands_say_what_to_install(photos, tmp_path):
     (tmp_path / "s.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    extras = "pyarrow pillow_heif datasets fsspec s3fs webdataset tensorboard onnx onnxscript onnxruntime transformers pycocotools"
+    extras = "pyarrow pillow_heif datasets fsspec s3fs webdataset tensorboard onnx onnxscript onnxruntime"
+    extras += " transformers pycocotools"
     names = {"PHOTOS": str(photos), "FOLDER": str(tmp_path), "NANO": str(ASSETS / "vit-nano.safetensors")}
     lines = []
     for words, _, _ in NEEDING:
