@@ -183,7 +183,7 @@ def test_an_object_is_found_once_whatever_windows_see_it(monkeypatch):
     small = np.zeros((64, 40, 3), np.uint8)
     small[16:32, 8:24] = 255
     np.testing.assert_allclose(fitted.predict(small).boxes, [[8, 16, 24, 32]], atol=2.5)
-    assert fitted.inner_size((64, 40)) == (32, 20)
+    assert fitted.config.inner_size((64, 40), (32, 32)) == (32, 20)
 
 
 def test_masks_lie_in_their_boxes():

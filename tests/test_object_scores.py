@@ -639,3 +639,13 @@ def test_what_is_ignored_and_of_no_class_is_ignored_in_every_class():
     assert score_objects(truth, found, classes, None).ap == pytest.approx(100)
     off = [Objects((80, 80), boxes[:1], np.array([0]), np.array([False]))] * 2
     assert score_objects(off, found, classes, None).ap < 60
+
+
+def test_what_is_of_no_class_stays_so_in_the_order_of_a_model(tmp_path):
+    rows = lay(tmp_path / "pictures")
+    samples = find_images(tmp_path / "pictures")
+    row = Objects(rows[0].size, np.array([[0, 0, 4, 4]] * 2, np.float32), np.array([0, -1]), np.array([False, True]))
+    own, known = ObjectClasses(("b",), (1,)), ObjectClasses(("a", "b"), (1, 2))
+    labelled = Labelled(samples, np.ones((len(samples), 1), bool), ("b",), objects=ObjectLabels((row,) * 12, own))
+    moved = evaluating.in_classes(labelled, known, "it").objects
+    assert moved.rows[0].labels.tolist() == [1, -1]

@@ -184,9 +184,9 @@ class Evil:
 def test_a_pickle_that_names_anything_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = detectron_names(detector())
-    for number, bad in enumerate(
-        [Evil(), {"a": Evil()}, {"model": files | {"x": "text"}}, {"model": {"a": files["backbone.net.pos_embed"]}}]
-    ):
+    alone = {"model": {"a": files["backbone.net.pos_embed"]}}
+    without = {"model": {name: one for name, one in files.items() if "rel_pos" not in name}}
+    for number, bad in enumerate([Evil(), {"a": Evil()}, {"model": files | {"x": "text"}}, alone, without]):
         path = tmp_path / f"{number}.pkl"
         path.write_bytes(pickle.dumps(bad))
         assert cli.main(["convert", str(path), "-o", str(tmp_path / "m")]) == IntegrityError.exit_code
@@ -194,3 +194,8 @@ def test_a_pickle_that_names_anything_else_is_refused(tmp_path, monkeypatch):
         assert not (tmp_path / "m").exists()
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"model": files})[:5000])
     assert cli.main(["convert", str(tmp_path / "cut.pkl"), "-o", str(tmp_path / "m")]) == IntegrityError.exit_code
+
+
+def test_the_classes_of_coco_are_eighty():
+    assert len(published._COCO_IDS) == 80
+    assert {12, 26, 91}.isdisjoint(published._COCO_IDS)

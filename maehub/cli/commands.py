@@ -81,13 +81,14 @@ def run_identify(config: "arguments.Identify", shared: Shared) -> int:
 
 
 def run_convert(config: "arguments.Convert", shared: Shared) -> int:
+    from maehub import dense  # whose networks take a while to import, and are wanted in two cases alone
     from maehub.conversion import convert
-    from maehub.dense import convert_published, export_segmenter, is_published_dense
+    from maehub.weights import holds_dense
 
     if is_segmenter(config.source) and config.to in ("onnx", "torch-export"):
-        result = export_segmenter(config.source, config.out, config.to, overwrite=config.overwrite)
-    elif config.to == "maehub" and is_published_dense(config.source):
-        result = convert_published(config.source, config.out, overwrite=config.overwrite)
+        result = dense.export_segmenter(config.source, config.out, config.to, overwrite=config.overwrite)
+    elif config.to == "maehub" and holds_dense(config.source):
+        result = dense.convert_published(config.source, config.out, overwrite=config.overwrite)
     else:
         result = convert(
             config.source,

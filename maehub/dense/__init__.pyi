@@ -13,7 +13,6 @@ from .folder import load_segmenter as load_segmenter
 from .folder import save_detector as save_detector
 from .folder import save_segmenter as save_segmenter
 from .folder import write_beside as write_beside
-from .published import is_published_dense as is_published_dense
 from .regions import Target as Target
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterConfig as SegmenterConfig

@@ -67,6 +67,10 @@ class DetectorConfig:
         if not isinstance(self.masks, bool) or not isinstance(self.fitted, bool) or (self.fitted and self.short_side):
             raise UsageError("masks and fitted are true or false, and a fitted picture has no short_side")
 
+    def inner_size(self, size: Size, window: Size) -> Size:
+        """(height, width) that a picture of ``size`` is scaled to before it is seen by windows."""
+        return scaled_size(size, self.short_side, window if self.fitted else None)
+
 
 class Detector(nn.Module):
     """An encoder, ViTDet's simple pyramid, and heads. Parameters are ``pyramid.encoder.…``, ``pyramid.levels.…`` and
@@ -116,11 +120,6 @@ class Detector(nn.Module):
     def _levels(self, images: Tensor) -> OrderedDict[str, Tensor]:
         return OrderedDict((name, level.float()) for name, level in self.pyramid(images).items())
 
-    def inner_size(self, size: Size) -> Size:
-        """(height, width) that a picture of ``size`` is scaled to before it is seen by windows."""
-        config = self.config
-        return scaled_size(size, config.short_side, self.encoder.config.size if config.fitted else None)
-
     @torch.inference_mode()
     def predict(self, picture: ImagePath | Image.Image | np.ndarray) -> Detections:
         """The objects of a picture, up to a hundred a window, with scores above 0.05.
@@ -136,7 +135,7 @@ class Detector(nn.Module):
         """
         pixels = pixels_of(picture, self.encoder.config.channels)
         height, width = pixels.shape[:2]
-        inner = self.inner_size((height, width))
+        inner = self.config.inner_size((height, width), self.encoder.config.size)
         if inner != (height, width):
             pixels = scaled(pixels, inner).numpy()
             pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]

@@ -111,6 +111,7 @@ def _certified(
     found: Difference,
     versions: Mapping[str, str],
 ) -> Certificate:
+    origin = model.encoder.origin
     certificate = Certificate(
         source="maehub" if pictures else "published",
         to=to,
@@ -118,10 +119,10 @@ def _certified(
         inputs=tuple(tuple(images.shape) for images in pictures),
         bound=LARGEST_EXPORTED_DIFFERENCE,
         differences={"scores" if pictures else "tensors": found},
-        names={name: {tensor: [tensor] for tensor in model.state_dict()}},
+        names={name: {tensor: [tensor] for tensor in model.state_dict()}} if pictures else {},
         left_out={},
         added={},
-        read={},
+        read={origin.name: origin.sha256} if origin and not pictures else {},
         written={path.name: sha256_file(path) for path in sorted(staging.iterdir())},
         versions={"maehub": __version__, "torch": torch.__version__} | dict(versions),
     )

@@ -5,7 +5,7 @@ segmenter.json, or detector.json              what it is on top: its classes, it
 segmenter.safetensors, detector.safetensors   the tensors of that
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,8 +47,7 @@ def load_segmenter(folder: str | Path, *, device: str | torch.device = "cpu") ->
         UsageError: it is no such folder.
         IntegrityError: a file is broken, or holds other tensors than it should.
     """
-    made: Any = lambda encoder, said: Segmenter(encoder, _config(SegmenterConfig, MapClasses, said))  # noqa: E731
-    return _load(Segmenter, made, folder, SEGMENTER, "segment", device)
+    return _load(Segmenter, SegmenterConfig, MapClasses, folder, SEGMENTER, "segment", device)
 
 
 def load_detector(folder: str | Path, *, device: str | torch.device = "cpu") -> Detector:
@@ -61,8 +60,7 @@ def load_detector(folder: str | Path, *, device: str | torch.device = "cpu") -> 
         UsageError: it is no such folder.
         IntegrityError: a file is broken, or holds other tensors than it should.
     """
-    made: Any = lambda encoder, said: Detector(encoder, _config(DetectorConfig, ObjectClasses, said))  # noqa: E731
-    return _load(Detector, made, folder, DETECTOR, "detect", device)
+    return _load(Detector, DetectorConfig, ObjectClasses, folder, DETECTOR, "detect", device)
 
 
 def _save(kind: type[_Dense], model: _Dense, folder: Path, name: str, card: str | None, overwrite: bool) -> Path:
@@ -101,7 +99,7 @@ def plain(encoder: Encoder) -> Encoder:
 
 
 def _load(
-    kind: type[_Dense], made: Callable[[Encoder, Any], _Dense], source: str | Path, name: str, task: str, device: Any
+    kind: type[_Dense], config: type, classes: type, source: str | Path, name: str, task: str, device: Any
 ) -> _Dense:
     beside = Path(name).with_suffix(".safetensors").name
     folder = fetch_folder(str(source), [name, beside]) if is_hub_id(source) else find_model_folder(source)
@@ -116,7 +114,7 @@ def _load(
     rest = {key: value for key, value in said.items() if key not in ("format", "maehub", "task", "sha256")}
     encoder = load(folder)
     try:
-        model = made(encoder, rest)
+        model = kind(encoder, _config(config, classes, rest))
     except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise IntegrityError(f"{folder / name} cannot be used: {error}") from error
     path = folder / beside

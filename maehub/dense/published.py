@@ -22,27 +22,25 @@ from maehub.data import MapClasses, ObjectClasses
 from maehub.dense.attention import AttentionConfig
 from maehub.dense.detector import Detector, DetectorConfig
 from maehub.dense.segmenter import Segmenter, SegmenterConfig
-from maehub.errors import IntegrityError
+from maehub.errors import IntegrityError, UsageError
 from maehub.files import sha256_file
 from maehub.models import Encoder, EncoderConfig, Origin, resize_table
 from maehub.weights import read_pickle
 
-_TORCH = b"\x8a\x0al\xfc"  # with which torch's own old pickles begin
-_COCO = 80
 _SIZE = 1024  # pixels of ViTDet's pictures
 _PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")
 _Dense = TypeVar("_Dense", Segmenter, Detector)
-_TEN = (*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91))
+_COCO_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 """COCO's numbers of its 80 classes."""
 
-# A name of a file, and what it becomes; {0} is a number of it.
+# Patterns of names in a file, and what they become; the first that fits counts.
 _BLOCK = {
-    r"blocks\.(\d+)\.(.*)": r"blocks.\1.\2",
     r"layers\.(\d+)\.ln([12])\.(.*)": r"blocks.\1.norm\2.\3",
     r"layers\.(\d+)\.ffn\.layers\.0\.0\.(.*)": r"blocks.\1.mlp.fc1.\2",
     r"layers\.(\d+)\.ffn\.layers\.1\.(.*)": r"blocks.\1.mlp.fc2.\2",
     r"layers\.(\d+)\.(.*)": r"blocks.\1.\2",
     r"patch_embed\.proj(?:ection)?\.(.*)": r"patch_embed.proj.\1",
+    r"(.*)": r"\1",
 }
 _UPERNET = {
     r"decode_head\.psp_modules\.(\d)\.1\.(.*)": r"pool.\1.\2",
@@ -77,18 +75,6 @@ _VITDET = {
 }
 
 
-def is_published_dense(source: str | Path) -> bool:
-    """Whether a file is one of these, by its name for detectron2's, by its tensors for mmsegmentation's."""
-    path = Path(source)
-    if not path.is_file() or path.suffix not in (".pkl", ".pth"):
-        return False
-    if path.suffix == ".pkl":
-        with open(path, "rb") as file:
-            head = file.read(16)
-        return head[:1] == b"\x80" and _TORCH not in head
-    return any(name.startswith("decode_head.") for name in read_pickle(path).tensors)
-
-
 def read_published(source: str | Path) -> Segmenter | Detector:
     """A published segmenter or detector, on the CPU and in eval mode.
 
@@ -96,10 +82,13 @@ def read_published(source: str | Path) -> Segmenter | Detector:
         IntegrityError: the file is broken or hostile, or holds other tensors than these networks have.
     """
     path = Path(source)
-    if path.suffix == ".pkl":
-        model: Segmenter | Detector = _detector(_arrays(path), str(path))
-    else:
-        model = _segmenter(read_pickle(path).tensors, str(path))
+    try:
+        if path.suffix == ".pkl":
+            model: Segmenter | Detector = _detector(_arrays(path), str(path))
+        else:
+            model = _segmenter(read_pickle(path).tensors, str(path))
+    except (KeyError, IndexError, ValueError, ZeroDivisionError, RuntimeError, UsageError) as error:
+        raise IntegrityError(f"{path} is no such network as was published: {str(error)[:200]}") from error
     model.encoder.origin = Origin(path.name, sha256=sha256_file(path))
     return model.eval()
 
@@ -157,7 +146,7 @@ def _detector(tensors: Mapping[str, Tensor], where: str) -> Detector:
             one = rest[f"regions.heads.{name}.{kind}"]
             rest[f"regions.heads.{name}.{kind}"] = torch.cat([one.new_zeros(each, *one.shape[1:]), one])
     count = rest["regions.heads.box_predictor.cls_score.bias"].shape[0] - 1
-    ids = _TEN if count == _COCO else tuple(range(1, count + 1))
+    ids = _COCO_IDS if count == len(_COCO_IDS) else tuple(range(1, count + 1))
     window = (state["blocks.0.attn.rel_pos_h"].shape[0] + 1) // 2
     whole = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
     config = DetectorConfig(
@@ -180,14 +169,12 @@ def _shape(state: Mapping[str, Tensor], where: str) -> tuple[int, int, int]:
 
 
 def _renamed(tensors: Mapping[str, Tensor], rules: Mapping[str, str]) -> dict[str, Tensor]:
-    """Those that a rule names, by their new names, and of blocks all others as they are."""
+    """Those that a rule names, by their new names."""
     found = {}
     for name, value in tensors.items():
         rule = next((rule for rule in rules if re.fullmatch(rule, name)), None)
         if rule is not None:
             found[re.sub(rule, rules[rule], name)] = value
-        elif rules is _BLOCK:
-            found[name] = value
     return found
 
 

@@ -132,8 +132,7 @@ class Regions(nn.Module):
         seeds = [target.seed for target in targets]
         self.proposals.fg_bg_sampler.seeds = self.heads.fg_bg_sampler.seeds = seeds
         truths = [{"boxes": one.boxes, "labels": one.labels + 1, "masks": one.masks} for one in targets]  # 0 is nothing
-        images = ImageList(torch.zeros(len(targets), 1, *size, device=device), [size] * len(targets))
-        found, proposed = self.proposals(images, levels, truths)
+        found, proposed = self.proposals(_sized(len(targets), size), levels, truths)
         regions, matched, labels, wanted = self.heads.select_training_samples(found, truths)
         classes, boxes = self._boxes(levels, regions)
         truth, counts = torch.cat(labels), torch.tensor([len(one) for one in labels])
@@ -173,7 +172,7 @@ class Regions(nn.Module):
         masks."""
         count, device = next(iter(levels.values())).shape[0], next(iter(levels.values())).device
         sizes = [size] * count
-        found, _ = self.proposals(ImageList(torch.zeros(count, 1, *size, device=device), sizes), levels)
+        found, _ = self.proposals(_sized(count, size), levels)
         parts = self.heads.postprocess_detections(*self._boxes(levels, found), found, sizes)
         results: list[tuple[Tensor, ...]] = [(b, s, label - 1) for b, s, label in zip(*parts, strict=True)]
         if not self.heads.has_mask():
@@ -191,6 +190,11 @@ class Regions(nn.Module):
         heads = self.heads
         found: Tensor = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, regions, []))).float()
         return found
+
+
+def _sized(count: int, size: tuple[int, int]) -> ImageList:
+    """Images without channels: their sizes are all that is asked of them."""
+    return ImageList(torch.empty(count, 0, *size), [size] * count)
 
 
 class _Anchors(AnchorGenerator):

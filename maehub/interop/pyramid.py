@@ -27,6 +27,15 @@ TORCHVISION_LEVELS = ("0", "1", "2", "3", "pool")
 """Names under which torchvision's detectors expect levels where nothing else is said."""
 
 
+def level_strides(patch: int) -> list[float]:
+    """Pixels of an image that are one pixel of each of four levels, finest first, for an encoder's patch."""
+    return [patch / 2**times for times in _doublings(patch)]
+
+
+def _doublings(patch: int) -> list[int]:
+    return [round(math.log2(patch / stride)) for stride in (4, 8, 16, 32)]
+
+
 class FeaturePyramid(nn.Module):
     """An encoder as backbone of detectors: images to maps at strides 4, 8, 16 and 32.
 
@@ -87,11 +96,11 @@ class FeaturePyramid(nn.Module):
         for part in [*unused, encoder.head] if encoder.config.classes else unused:
             part.requires_grad_(False)
         patch = encoder.config.patch_size
-        doublings = [round(math.log2(patch / stride)) for stride in (4, 8, 16, 32)]
+        doublings = _doublings(patch)
         self.levels = nn.ModuleList(_Level(encoder.config.width, width, times) for times in doublings)
         self.names = tuple(names)
         self.out_channels = width
-        sides = [patch / 2**times for times in doublings]
+        sides = level_strides(patch)
         self.strides = dict(zip(names, [*sides, 2 * sides[-1]], strict=False))
         self.size_divisibility = patch * 2 ** max(0, -doublings[-1])
 

@@ -45,6 +45,7 @@ from .model_folder import packed_block as packed_block
 from .model_folder import read_config as read_config
 from .model_folder import save as save
 from .model_folder import write_members as write_members
+from .pickles import holds_dense as holds_dense
 from .pickles import read_pickle as read_pickle
 from .pickles import write_pickle as write_pickle
 from .tensorfile import header_bytes as header_bytes

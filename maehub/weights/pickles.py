@@ -40,6 +40,7 @@ _WRAPPED_IN = (
 # What may be in a file beside tensors and plain values. The official training checkpoints hold their command line as a
 # Namespace, which only stores attributes. Checkpoints of ScaleMAE hold paths in it: they become pure paths, which are
 # text with slashes and cannot touch a disk. Nothing of either is used.
+_TORCH = b"\x8a\x0al\xfc"  # with which torch's own old pickles begin
 _ALLOWED: list[Any] = [
     argparse.Namespace,
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
@@ -197,6 +198,19 @@ def read_pickle(path: str | Path) -> Pickled:
         raise IntegrityError(f"{path} holds other things than plain tensors: {first_names(others, 5)}")
     _check_values(path, content)
     return Pickled(content, tuple(beside), entry)
+
+
+def holds_dense(source: str | Path) -> bool:
+    """Whether a file is a pickle of detectron2's detectors, by how it begins, or of mmsegmentation's segmenters, by its
+    tensors."""
+    path = Path(source)
+    if not path.is_file() or path.suffix not in (".pkl", ".pth"):
+        return False
+    if path.suffix == ".pkl":
+        with open(path, "rb") as file:
+            head = file.read(16)
+        return head[:1] == pickle.PROTO and _TORCH not in head
+    return any(name.startswith("decode_head.") for name in read_pickle(path).tensors)
 
 
 def _outline(path: str | Path) -> list[Any]:

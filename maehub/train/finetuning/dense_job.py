@@ -53,7 +53,7 @@ class DenseJob(Job):
     Attributes:
         model: the network itself.
         transform: how pictures are looked at in training.
-        shape: of the encoder, whose size is the window.
+        window: (height, width) that it sees at once, in pixels.
     """
 
     task: ClassVar[str]

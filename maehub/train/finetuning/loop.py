@@ -74,6 +74,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
 
 def _job_of(task: str) -> Callable[[FinetuneConfig, Group, float], Job]:
+    """What a task trains; networks of pixels and objects are imported where they are wanted, which takes a while."""
     if task == "segment":
         from maehub.train.finetuning.maps.job import MapJob
 

@@ -62,7 +62,8 @@ def sentence(config: Mapping[str, Any], done: int) -> str:
     recipe, names, size = settled(config), config.get("classes"), config.get("image_size")
     total, batch, epochs = (_number(recipe.get(name)) for name in ("steps", "batch_size", "epochs"))
     pictures = f"{round(total * batch / epochs):,} pictures" if total and batch and epochs else "pictures"  # an epoch's
-    what = "numbers" if config.get("task") == "regression" else "classes"
+    what = "number" if config.get("task") == "regression" else "class"
+    what = what if isinstance(names, list) and len(names) == 1 else {"number": "numbers", "class": "classes"}[what]
     classes = f" of {len(names):,} {what}" if isinstance(names, list) else ""
     sides = f" at {'×'.join(map(str, [*size, *size][:2]))} pixels" if isinstance(size, list) and size else ""
     steps = f"{done:,} step{'s' * (done != 1)}"

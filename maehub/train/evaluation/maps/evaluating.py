@@ -164,7 +164,8 @@ def in_classes(labelled: Labelled, known: MapClasses | ObjectClasses, data: str)
         maps = replace(maps, classes=replace(maps.classes, names=names, places=moved))
     if objects is not None:
         assert isinstance(known, ObjectClasses)
-        rows = tuple(replace(row, labels=place[row.labels]) for row in objects.rows)
+        moves = np.append(place, -1)  # what is ignored and of no class stays so
+        rows = tuple(replace(row, labels=moves[row.labels]) for row in objects.rows)
         objects = replace(objects, rows=rows, classes=known)
     return replace(labelled, labels=labels, classes=names, maps=maps, objects=objects)
 

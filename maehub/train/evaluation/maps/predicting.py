@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ _PRINTED, _COLUMNS = 20, 5  # pictures and classes of a table
 _Found = TypeVar("_Found")
 
 
-class DensePredictions:
+class DensePredictions(ABC):
     """What is said of pictures. Prints as a table of the first of them."""
 
     members: ClassVar[tuple[str, ...]]
@@ -47,9 +48,9 @@ class DensePredictions:
     def _repr_html_(self) -> str:
         return html_table(*self._table(range(len(self))[:_PRINTED]))
 
+    @abstractmethod
     def _table(self, places: Iterable[int]) -> tuple[list[str], list[list[str]]]:
         """Titles, and a row a picture; each begins with `shown_path`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Everything random about a crop is a pure function of (seed, epoch, sample id), as of the crops of classifiers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,7 @@ def sides(shape: Any) -> Size:
     return int(shape[0]), int(shape[1])
 
 
-class DenseCrops(Dataset[Any]):
+class DenseCrops(Dataset[Any], ABC):
     """Crops, a whole batch at a time; what cannot be read comes back as its error.
 
     With ``cache`` every picture is decoded once, here; forked workers share the memory.
@@ -192,13 +193,13 @@ class DenseCrops(Dataset[Any]):
                 return error
         return self.batch(crops, torch.tensor([key.crop for key in keys]))
 
+    @abstractmethod
     def crop(self, source: Any, key: Key) -> Any:
         """One crop, by its key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, crops: list[Any], seeds: Tensor) -> Any:
         """All of them together."""
-        raise NotImplementedError
 
 
 class MapCrops(DenseCrops):

@@ -1,6 +1,7 @@
 """A detector in the loop of fine-tuning: everything before the first step, what is measured, drawn and exported."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from maehub.data import LabelledSplit, ObjectLabels, coco_masks, split_objects
 from maehub.dense import Detections, Detector, DetectorConfig, Target, save_detector
 from maehub.errors import UsageError, log
 from maehub.hub import Located
+from maehub.interop import level_strides
 from maehub.models import Encoder
 from maehub.train.evaluation import ObjectScores, measured_objects, objects_sheet, score_objects, share_right
 from maehub.train.finetuning.classifier import drop_paths
@@ -79,10 +81,10 @@ class ObjectJob(DenseJob):
         }
         described = DetectorConfig(objects.classes, masks, fitted=fitted, short_side=short_side, **parts)
         self.masks = masks
-        anchor = self._anchor(objects, Detector(encoder, described)) if settings.recipe == "auto" else described.anchor
+        anchor = self._anchor(objects, described, encoder) if settings.recipe == "auto" else described.anchor
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(config.seed)
-            network = Detector(encoder, DetectorConfig(**vars(described) | {"anchor": anchor}))
+            network = Detector(encoder, replace(described, anchor=anchor))
         network.regions.draw(settings.regions)
         encoder = network.encoder
         train_blocks(encoder, settings.blocks, last=shape.depth - 1, normed=False)
@@ -122,13 +124,13 @@ class ObjectJob(DenseJob):
             )
         return encoder, None, fitted
 
-    def _anchor(self, objects: ObjectLabels, model: Detector) -> float:
+    def _anchor(self, objects: ObjectLabels, described: DetectorConfig, encoder: Encoder) -> float:
         """By the sizes of the objects as they are seen."""
-        seen = []
+        seen, window = [], encoder.config.size
         for row in objects.rows:
             sides = (row.boxes[:, 2:] - row.boxes[:, :2])[~row.ignored]
-            seen.append(np.sqrt(sides.prod(axis=1)) * model.inner_size(row.size)[0] / row.size[0])
-        return anchor_of(np.concatenate(seen), next(iter(model.pyramid.strides.values())))
+            seen.append(np.sqrt(sides.prod(axis=1)) * described.inner_size(row.size, window)[0] / row.size[0])
+        return anchor_of(np.concatenate(seen), level_strides(encoder.config.patch_size)[0])
 
     def rate(self, step: int) -> float:
         settings = self.settings
