@@ -285,6 +285,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_or_nothing(path: Path) -> dict[str, Any]:
+    """The same; empty where there is none that can be read."""
+    with suppress(IntegrityError):
+        return read_json(path)
+    return {}
+
+
 def sheet_cells(cells: Iterable[Any]) -> list[Any]:
     """Cells for a .csv, none of which a spreadsheet takes for a formula: such a text gets an apostrophe before it."""
     return [f"'{cell}" if isinstance(cell, str) and cell.lstrip("'").startswith(FORMULA) else cell for cell in cells]

@@ -64,8 +64,8 @@ COMMANDS = {
     "data": Command(
         "cli.arguments:Data", commands.run_data, "check: what cannot be read; stats: sizes, values, mean and std"
     ),
-    "pretrain": Command("train:PretrainConfig", commands.run_pretrain, "train an autoencoder on pictures"),
-    "finetune": Command("train:FinetuneConfig", commands.run_finetune, "train a classifier on labelled pictures"),
+    "pretrain": Command("train:PretrainConfig", commands.run_training, "train an autoencoder on pictures"),
+    "finetune": Command("train:FinetuneConfig", commands.run_training, "train a classifier on labelled pictures"),
     "probe": Command("train:ProbeConfig", commands.run_probe, "a linear classifier on features"),
     "knn": Command("train:KnnConfig", measuring("knn"), "what the nearest features tell of classes"),
     "compare": Command("train:CompareConfig", measuring("compare"), "several networks by the same protocols"),

@@ -210,18 +210,11 @@ def run_data(config: "arguments.Data", shared: Shared) -> int:
     return report(shared, facts, text, DataError.exit_code if bad else EXIT_DONE)
 
 
-def run_pretrain(config: Any, shared: Shared) -> int:
-    return _trained("pretrain", config, shared)
-
-
-def run_finetune(config: Any, shared: Shared) -> int:
-    return _trained("finetune", config, shared)
-
-
-def _trained(function: str, config: Any, shared: Shared) -> int:
+def run_training(config: Any, shared: Shared) -> int:
     from maehub import train
 
-    result = getattr(train, function)(natively(replace(config, quiet=shared.quiet)))
+    trained = train.pretrain if isinstance(config, train.PretrainConfig) else train.finetune
+    result: Any = trained(natively(replace(config, quiet=shared.quiet)))
     facts = {"run": str(result.run), "step": result.step, "exit_code": result.exit_code}
     text = f"{result.run}: {result.step} steps done"
     if result.exit_code:

@@ -115,11 +115,7 @@ class Identification:
 
 
 def identify(
-    file: str | Path,
-    *,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    decide_target: bool | None = None,
+    file: str | Path, *, heads: int | None = None, decoder_heads: int | None = None, decide_target: bool | None = None
 ) -> Identification:
     """Say what a checkpoint is: family, network, names, what was trained, and the line to type next.
 

@@ -41,10 +41,7 @@ class CachePaths(NamedTuple):
 
 
 def cache_paths(
-    cache_dir: PathLike | None = None,
-    offline: bool = False,
-    verify: bool = False,
-    lock_timeout: float = LOCK_TIMEOUT,
+    cache_dir: PathLike | None = None, offline: bool = False, verify: bool = False, lock_timeout: float = LOCK_TIMEOUT
 ) -> CachePaths:
     """The caches of this machine, or those below ``cache_dir``; offline also where $HF_HUB_OFFLINE says so."""
     if not 0 <= lock_timeout < float("inf"):

@@ -59,12 +59,7 @@ class FeaturePyramid(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        width: int = 256,
-        *,
-        names: Sequence[str] = LEVELS,
-        layers: Sequence[int] | None = None,
+        self, encoder: Encoder, width: int = 256, *, names: Sequence[str] = LEVELS, layers: Sequence[int] | None = None
     ) -> None:
         """Make the levels, with fresh weights.
 

@@ -46,10 +46,7 @@ def to_timm(encoder: Encoder) -> "VisionTransformer":
         settings["label_names"] = config.class_names
     with torch.random.fork_rng(devices=()):  # fresh weights are drawn, only to be replaced
         theirs: Any = timm.create_model(
-            described["architecture"],
-            pretrained_cfg=settings,
-            num_classes=config.classes,
-            **described["model_args"],
+            described["architecture"], pretrained_cfg=settings, num_classes=config.classes, **described["model_args"]
         ).to(exact_dtype(encoder))
     theirs.load_state_dict(state)
     _check_same(encoder, theirs, f"timm {timm.__version__}")

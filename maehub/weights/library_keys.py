@@ -104,10 +104,7 @@ def is_foreign(dialect: str) -> TypeGuard[ForeignDialect]:
 def detect_foreign(names: Iterable[str]) -> ForeignDialect | None:
     """Which of the dialects here these names are, wrappers stripped; None if none of them."""
     names = list(names)
-    for dialect, sign in _SIGNS.items():
-        if any(re.match(sign, name) for name in names):
-            return dialect
-    return None
+    return next((dialect for dialect, sign in _SIGNS.items() if any(re.match(sign, name) for name in names)), None)
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str | None:

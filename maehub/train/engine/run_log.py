@@ -22,8 +22,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from maehub import errors
-from maehub.errors import CheckpointError, DivergedError, IntegrityError, MaehubError, UsageError, log
-from maehub.files import atomic_write, check_regular, read_json, write_error
+from maehub.errors import CheckpointError, DivergedError, MaehubError, UsageError, log
+from maehub.files import atomic_write, check_regular, json_or_nothing, write_error
 
 LOG_EVERY = 16
 """Steps between reads of the loss, each of which waits for the device."""
@@ -40,10 +40,7 @@ _BAR = "{percentage:3.0f} % {bar:12} step {n_fmt}/{total_fmt}{postfix} · {remai
 
 def last_good_step(folder: Path) -> int:
     """The last step that a run says it saved; 0 where it says none."""
-    try:
-        step = read_json(folder / _STATE)["last_good_step"]
-    except (IntegrityError, KeyError):
-        return 0
+    step = json_or_nothing(folder / _STATE).get("last_good_step")
     return step if type(step) is int else 0
 
 
@@ -52,11 +49,8 @@ def run_state(folder: Path) -> str | None:
 
     A run that was killed is still called running.
     """
-    try:
-        facts = read_json(folder / _STATE)
-        return str(facts["state"]) if "last_good_step" in facts else None
-    except (IntegrityError, KeyError):
-        return None
+    facts = json_or_nothing(folder / _STATE)
+    return str(facts["state"]) if {"state", "last_good_step"} <= facts.keys() else None
 
 
 class _Terminal:

@@ -10,15 +10,7 @@ import numpy as np
 from maehub.data import LabelledSplit
 from maehub.errors import CheckpointError
 from maehub.files import atomic_write, check_free, write_error
-from maehub.train.evaluation import (
-    AnyScores,
-    Interval,
-    Measure,
-    html_table,
-    mean_measure,
-    printable,
-    text_table,
-)
+from maehub.train.evaluation import AnyScores, Interval, Measure, html_table, mean_measure, printable, text_table
 from maehub.train.probing.config import CompareConfig, KnnConfig
 from maehub.train.probing.probing import extract, fast_probe, nearest_probe, open_for, read_split, run_config
 

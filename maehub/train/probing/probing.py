@@ -7,7 +7,7 @@ training pictures alone, and the test pictures are looked at once.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -248,18 +248,8 @@ def nearest_probe(config: KnnConfig, backbone: Backbone, split: LabelledSplit, f
 
 def run_config(config: FrozenConfig, model: str, out: Path, seed: int) -> FinetuneConfig:
     """A run of fine-tuning on the same pictures and the same split."""
-    names = (
-        "image_size",
-        "val_share",
-        "group",
-        "label",
-        "task",
-        "device",
-        "precision",
-        "workers",
-        "overwrite",
-        "quiet",
-    )
+    # A batch of fine-tuning is not one of features; duplicates are looked for before.
+    names = {field.name for field in fields(FrozenConfig)} - {"data", "batch_size", "skip_twins"}
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     return FinetuneConfig(config.data, out, model=model, seed=seed, **shared)
 

@@ -114,12 +114,7 @@ class ProbeResult(FrozenResult):
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain lists, numbers and strings, for JSON."""
         inner = [trial._asdict() for trial in self.inner]
-        return super().to_dict() | {
-            "method": self.method,
-            "strength": self.strength,
-            "inner": inner,
-            "note": self.note,
-        }
+        return super().to_dict() | {"method": self.method, "strength": self.strength, "inner": inner, "note": self.note}
 
     def __str__(self) -> str:
         strength = f", strength {_two_digits(self.strength)}" if self.strength else ""

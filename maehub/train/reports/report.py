@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.errors import IntegrityError, MaehubError, UsageError, log
+from maehub.errors import MaehubError, UsageError, log
 from maehub.figures import Series, raw_and_smooth
-from maehub.files import atomic_write, fill_template, read_json
+from maehub.files import atomic_write, fill_template, json_or_nothing
 from maehub.models import PRESETS
 from maehub.train.engine import RunConfig, RunLog
 from maehub.train.evaluation import duration_text, percent
@@ -47,10 +47,10 @@ def write_report(run: Path, kind: type[RunConfig]) -> Path:
     the names of classes and what the configuration says, and marks what is not a default of its class ``kind``; its
     text has no names of picture files. Gives the page's path.
     """
-    config = _json(run / "config.json")
+    config = json_or_nothing(run / "config.json")
     if not config:
         raise UsageError(f"{run} has no config.json that can be read, so it is no run folder; nothing was written")
-    state, environment = _json(run / "run.json"), config.get("environment")
+    state, environment = json_or_nothing(run / "run.json"), config.get("environment")
     metrics = read_metrics(run / "metrics.jsonl")
     done = int(metrics["loss"].steps[-1]) if "loss" in metrics else 0
     finetuned = config.get("kind") == "finetune"
@@ -123,15 +123,8 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from file
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except IntegrityError:
-        return {}
-
-
 def _classifier(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Metrics]) -> dict[str, Any]:
-    scored = _json(run / "scores.json")
+    scored = json_or_nothing(run / "scores.json")
     scores = report_classifier.scores_of(scored)
     result = report_classifier.result(config, scored, scores) if scores else _so_far(metrics)
     for key, words in (("val_miou", "mIoU"), ("val_ap", "AP")):
