@@ -114,11 +114,11 @@ def fetch_repo(repo_id: str, paths: CachePaths, *, want: Want = "encoder", revis
     return _told(replace(weights, licence=licence, config=config.path if config else None))
 
 
-def fetch_folder(repo_id: str, also: Sequence[str], *, revision: str | None = None) -> Path:
+def fetch_folder(repo_id: str, also: Sequence[str]) -> Path:
     """The folder of a repository's encoder, config.json and the files ``also``, all of one commit; see `fetch_repo`."""
-    paths = cache_paths(None)
-    fetched = fetch_repo(repo_id, paths, revision=revision)
-    repo, _ = _split(repo_id, revision)
+    paths = cache_paths()
+    fetched = fetch_repo(repo_id, paths)
+    repo, _ = _split(repo_id, None)
     found = [_repo_file(repo_id, Source("hub", one, "safetensors", repo, fetched.revision), paths) for one in also]
     return found[0].path.parent
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,9 +63,8 @@ def load(
     """
     options = LoadOptions(image_size, channels, classes, positions, dtype, usable_device(device))
     located = locate(source, "encoder", revision=revision, cache_dir=cache_dir, offline=offline, verify=verify)
-    heads = heads or (located.info.heads if located.info else None)
-    with _resolved(located, "encoder", options, cache_folder(cache_dir), verify) as (path, config, options, origin):
-        return open_encoder(path, config=config, heads=heads, options=options, origin=origin)
+    with _resolved(located, "encoder", options, heads, cache_folder(cache_dir), verify) as opened:
+        return open_encoder(**opened)
 
 
 def load_autoencoder(
@@ -107,23 +107,16 @@ def load_autoencoder(
     info = located.info
     if target and info and info.target not in (None, target):
         raise UsageError(f"{located.name} was trained to predict {info.target}, not {target}; leave target= out")
-    with _resolved(located, "autoencoder", options, cache_folder(cache_dir), verify) as (path, config, options, origin):
-        return open_autoencoder(
-            path,
-            config=config,
-            heads=heads or (info.heads if info else None),
-            decoder_heads=decoder_heads,
-            target=target or (info.target if info else None),
-            options=options,
-            origin=origin,
-        )
+    target = target or (info.target if info else None)
+    with _resolved(located, "autoencoder", options, heads, cache_folder(cache_dir), verify) as opened:
+        return open_autoencoder(**opened, decoder_heads=decoder_heads, target=target)
 
 
 @contextmanager
 def _resolved(
-    located: Located, want: Want, options: LoadOptions, cache: Path, verify: bool
-) -> Iterator[tuple[Path, Path | None, LoadOptions, Origin | None]]:
-    """Weights, configuration, options and origin to open; official pickles of the catalog are converted once.
+    located: Located, want: Want, options: LoadOptions, heads: int | None, cache: Path, verify: bool
+) -> Iterator[dict[str, Any]]:
+    """Arguments of `open_encoder` and `open_autoencoder`; official pickles of the catalog are converted once.
 
     After the first load of a download what its licence forbids is said, and that its weights are finite remembered.
     """
@@ -136,11 +129,13 @@ def _resolved(
         options = replace(options, image_size=info.image_size)
     if options.positions == "bicubic":
         options = replace(options, positions=None)
+    opened = {"path": path, "heads": heads or (info.heads if info else None), "options": options}
     if not fetched:
-        yield path, None, options, None
+        yield opened
         return
     options = replace(options, check_finite=not known_finite(path, cache, want))
-    yield path, fetched.config, options, Origin(located.name, fetched.revision, fetched.sha256, fetched.licence)
+    origin = Origin(located.name, fetched.revision, fetched.sha256, fetched.licence)
+    yield opened | {"config": fetched.config, "options": options, "origin": origin}
     if want == "autoencoder" or options.classes is None:  # the file's own head was looked at too
         if "-nc" in fetched.licence.lower() and options.check_finite:
             log.warning("%s: licence %s, no commercial use", located.name, fetched.licence)

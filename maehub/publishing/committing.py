@@ -286,7 +286,12 @@ def _quiet_client(progress: bool) -> Iterator[None]:
     Its bars stay off where they are not wanted; what the environment says about them stays.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, httpx  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        httpx,
+    )
 
     def scrubbed(record: logging.LogRecord) -> bool:
         record.msg, record.args = scrub(record.getMessage()), ()
