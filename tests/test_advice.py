@@ -107,7 +107,7 @@ LABELLED = ("finetune", *FROZEN, "evaluate")
 COMMANDS = {
     "cli.commands.run_list": ("list",),
     "cli.commands.run_push": ("push",),
-    "cli.commands._trained": TRAINING,
+    "cli.commands.run_training": TRAINING,
     "cli.commands.wanted_size": ("features", "predict", "reconstruct"),
     "cli.reconstruct": ("reconstruct",),
     "conversion": ("convert",),
@@ -1441,7 +1441,7 @@ ROWS = [
         )
     ),
     (
-        "cli.commands._trained",
+        "cli.commands.run_training",
         "with --resume",
         f"maehub pretrain photos --from mae -o run {TRAIN} --steps 99 --time-limit 0.0001",
         f"maehub pretrain photos --from mae -o run {TRAIN} --steps 99 --resume",
