@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
+from map_files import lay_maps, name_classes
+from object_files import lay_objects
 from PIL import Image
 from processes import WORKER, Launch, losses, restarted, state, steps_again, words
 from safetensors.torch import load_file
@@ -227,3 +229,53 @@ def test_row_69_two_hosts_train_and_a_cut_cable_ends_both_with_the_step(photos, 
         again.kill()
     assert losses(out) == losses(tmp_path / "whole")
     assert same(load_file(Path(out) / "model/model.safetensors"), load_file(tmp_path / "whole/model/model.safetensors"))
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_five_runs_of_a_dense_task_killed_twice_each_go_on_to_the_same_weights(task, tmp_path):
+    data, sides = tmp_path / "data", (("train", range(24)), ("val", range(24, 36)))
+    for side, numbers in sides:
+        if task == "detect":
+            lay_objects(data / side, "coco", numbers)
+        else:
+            lay_maps(data / side, len(numbers), first=numbers.start)
+    if task == "segment":
+        name_classes(data, ["ground", "red", "blue"])
+    size = {"detect": "48", "segment": "32"}[task]
+    line = ["finetune", str(data), "--task", task, "-m", "vit-nano", "--steps", "14", "--batch-size", "4"]
+    line += [
+        "--workers",
+        "0",
+        "--image-size",
+        size,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--quiet",
+        "--skip-twins",
+    ]
+    line += ["--checkpoint-every", "2", "--validate-every", "7"]
+
+    def trained(out):
+        return [path.read_bytes() for path in sorted((out / "model").glob("*.safetensors"))]
+
+    begun = time.monotonic()
+    assert run([*line, "-o", str(tmp_path / "whole")]).returncode == 0
+    seconds, expected, draw = time.monotonic() - begun, trained(tmp_path / "whole"), random.Random(0)
+    for number in range(5):
+        out, kills = tmp_path / f"cut{number}", 0
+        while True:
+            more = ["--resume"] if (out / "run.json").exists() else []
+            process = subprocess.Popen([sys.executable, "-m", "maehub", *line, "-o", str(out), *more], env=ONE_THREAD)
+            try:
+                assert process.wait(timeout=seconds * draw.uniform(0.45, 0.95) if kills < 2 else None) == 0
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+        assert trained(out) == expected
+        logged = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in logged if "loss" in row] == list(range(1, 15))
+        print(f"{task}, run {number}: {kills} kills, the same weights")

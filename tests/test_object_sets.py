@@ -557,6 +557,17 @@ def test_smaller_objects_lie_on_larger_ones_and_crowds_are_ignored(tmp_path):
     assert found.labels.tolist() == [[True, False], [True, True]]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_annotations_are_not_passed_over(tmp_path, form, capsys):
+    for side in ("train", "val"):
+        lay_objects(tmp_path / side, form)
+    (tmp_path / "train" / "notes.md").write_text("seen")
+    assert cli.main(["data", "check", str(tmp_path), "--json"]) == 0
+    left = json.loads(capsys.readouterr().out.splitlines()[-1])["passed_over"]
+    assert left.pop(".md") == 1
+    assert set(left) <= {".yaml"} | ({".txt"} if form != "yolo" else set())
+
+
 def test_data_check_shows_objects(tmp_path, capsys):
     for side, numbers in (("train", range(6)), ("val", [6, 8, 11])):
         lay_objects(tmp_path / side, "coco", numbers)

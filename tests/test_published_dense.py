@@ -199,3 +199,11 @@ def test_a_pickle_that_names_anything_else_is_refused(tmp_path, monkeypatch):
 def test_the_classes_of_coco_are_eighty():
     assert len(published._COCO_IDS) == 80
     assert {12, 26, 91}.isdisjoint(published._COCO_IDS)
+
+
+def test_classes_of_published_sizes_have_their_names():
+    ade, coco = published._ade20k(), published._coco()
+    assert len(set(ade)) == 150
+    assert (ade[0], ade[12], ade[149]) == ("wall", "person", "flag")
+    assert len(set(coco)) == 80
+    assert (coco[0], coco[79]) == ("person", "toothbrush")

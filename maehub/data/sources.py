@@ -183,7 +183,7 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
     ``"s3://bucket/shards-{000..003}.tar"``. What was found in the headers of shards, and copies of Parquet files as
     Arrow tables, are kept in ``index_dir``. The ``column`` of a table is the one with the pictures; None finds it.
     """
-    from maehub.data.objects.finding import listed_pictures  # which knows `Source`, as these do
+    from maehub.data.objects.finding import annotation_files, listed_pictures  # which know `Source`, as these do
     from maehub.data.shards import find_shards, shard_paths
     from maehub.data.tables import find_parquet, find_saved
 
@@ -194,7 +194,7 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
         path, others = os.fsencode(text), Counter[bytes]()
         names = Names.of(search(path, IMAGE_ENDINGS, others))
         if len(names):
-            return Samples(path, names, say_passed_over(printable(path), others))
+            return Samples(path, names, say_passed_over(printable(path), others - annotation_files(text)))
         if others[b".tar"]:
             return find_shards(_below(path, b".tar"), index_dir)
         if others[b".parquet"]:

@@ -11,6 +11,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ _PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")
 _Dense = TypeVar("_Dense", Segmenter, Detector)
 _COCO_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 """COCO's numbers of its 80 classes."""
+_ADE20K = 150
 
 # Patterns of names in a file, and what they become; the first that fits counts.
 _BLOCK = {
@@ -107,7 +109,8 @@ def _segmenter(tensors: Mapping[str, Tensor], where: str) -> Segmenter:
         state[f"{attn}.qkv.bias"] = torch.cat([query, torch.zeros_like(value), value])  # keys have none
     head = _renamed(tensors, _UPERNET)
     head = {re.sub(r"\.bn\.", ".1.", re.sub(r"\.conv\.", ".0.", name)): value for name, value in head.items()}
-    classes = tuple(f"class {number + 1}" for number in range(head["classify.weight"].shape[0]))
+    count = head["classify.weight"].shape[0]
+    classes = _ade20k() if count == _ADE20K else tuple(f"class {number + 1}" for number in range(count))
     values = tuple(range(1, len(classes) + 1))  # of ADE20K's label maps, where 0 is ignored
     said = MapClasses(classes, (*values, 0), (*range(len(classes)), -1))
     encoder = Encoder(EncoderConfig(side * patch, patch, 3, width, depth, heads))
@@ -150,13 +153,25 @@ def _detector(tensors: Mapping[str, Tensor], where: str) -> Detector:
     window = (state["blocks.0.attn.rel_pos_h"].shape[0] + 1) // 2
     whole = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
     config = DetectorConfig(
-        ObjectClasses(tuple(f"class {number}" for number in ids), ids),
+        ObjectClasses(_coco() if ids == _COCO_IDS else tuple(f"class {number}" for number in ids), ids),
         masks=True,
         attention=AttentionConfig(window, whole, "decomposed", cls=False),
     )
     encoder = Encoder(EncoderConfig(_SIZE, patch, 3, width, depth, heads))
     named = {f"pyramid.encoder.{name}": value for name, value in state.items()}
     return _loaded(Detector(encoder, config), named | rest, where)
+
+
+def _ade20k() -> tuple[str, ...]:
+    """The 150 classes of ADE20K's benchmark (Zhou et al. 2017), in the order of their numbers."""
+    return tuple((files("maehub") / "assets" / "ade20k.txt").read_text("utf-8").split("\n")[:_ADE20K])
+
+
+def _coco() -> tuple[str, ...]:
+    """The 80 classes of COCO, by torchvision's list of all 91 numbers."""
+    from torchvision.models._meta import _COCO_CATEGORIES
+
+    return tuple(_COCO_CATEGORIES[number] for number in _COCO_IDS)
 
 
 def _shape(state: Mapping[str, Tensor], where: str) -> tuple[int, int, int]:

@@ -1,6 +1,8 @@
 """Pictures with their objects, whatever format says them, and what is wrong with which."""
 
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maehub.data.labels import Labelled
-from maehub.data.listing import IMAGE_ENDINGS, Names, entries_in
+from maehub.data.listing import IMAGE_ENDINGS, Names, entries_in, search
 from maehub.data.maps.folders import group_numbers, map_folders
 from maehub.data.maps.label_maps import IGNORED, MapClasses
 from maehub.data.objects.coco import read_coco
@@ -62,6 +64,22 @@ def is_object_set(data: str | Path) -> bool:
         DataError: there are annotations of several formats, or the sides of a split are not clear.
     """
     return object_files(os.fsdecode(data)) is not None
+
+
+def annotation_files(folder: str) -> Counter[bytes]:
+    """How many files of each ending say which objects the pictures of a folder show; none where that is not clear."""
+    with contextlib.suppress(DataError):
+        sides = [one for one in object_files(folder) or () if one is not None]
+        endings = {"COCO": b".json", "LabelMe": b".json", "YOLO": b".txt", "Pascal VOC": b".xml"}
+        return Counter(
+            {
+                endings[one.kind]: len(sides)
+                if one.kind == "COCO"
+                else sum(1 for _ in search(os.fsencode(folder), frozenset([endings[one.kind]]), Counter()))
+                for one in sides
+            }
+        )
+    return Counter()
 
 
 def find_objects(
