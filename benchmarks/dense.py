@@ -40,9 +40,9 @@ from maehub.images import Preprocess, open_image
 from maehub.train import FinetuneConfig, finetune
 from maehub.train.engine import learning_rate
 from maehub.train.evaluation import score_maps, score_objects
-from maehub.train.evaluation.maps.scores import confusion_of
-from maehub.train.finetuning.maps.views import DenseCrops, DenseTransform, MapCrops, MapTransform
-from maehub.train.finetuning.objects.views import ObjectBatch, ObjectCrops
+from maehub.train.evaluation.dense.map_scores import confusion_of
+from maehub.train.finetuning.dense.views import DenseTransform, MapCrops, MapTransform, ObjectCrops
+from maehub.train.finetuning.views import LabelledBatch, LabelledCrops
 
 SETS = {"segment": ("drawn", "nuclei"), "detect": ("drawn", "crowns")}
 WAYS = ("auto", "upernet", "scratch", "frozen", "torchvision", "otsu")
@@ -67,7 +67,7 @@ def ours(
 
 
 def trained(
-    model: torch.nn.Module, crops: DenseCrops, loss_of: Callable[[Any], Tensor], seed: int, seconds: float
+    model: torch.nn.Module, crops: LabelledCrops, loss_of: Callable[[Any], Tensor], seed: int, seconds: float
 ) -> int:
     """Train for so long; the steps that it took."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.05)
@@ -104,7 +104,7 @@ def torchvisions_detector(data: Path, seed: int, seconds: float) -> dict[str, ob
     shape = Preprocess((320, 320), 16)
     crops = ObjectCrops(split.training, DenseTransform(shape, None, (0.5, 2.0), fitted=True), False, cache=False)
 
-    def loss_of(batch: ObjectBatch) -> Tensor:
+    def loss_of(batch: LabelledBatch) -> Tensor:
         images = list(batch.pixels.permute(0, 3, 1, 2) / 255)
         total: Tensor = sum(
             model(images, [{"boxes": one.boxes, "labels": one.labels + 1} for one in batch.targets]).values()

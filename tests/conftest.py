@@ -1,5 +1,6 @@
 """No test reaches the network or the user's caches; `hub` is a Hub on loopback."""
 
+import json
 import os
 import sys
 import tempfile
@@ -53,3 +54,16 @@ def hub(monkeypatch, tmp_path):
             monkeypatch.setattr(transformers_hub, "HF_HUB_CACHE", server.env()["HF_HUB_CACHE"])
         yield server
         close_session()
+
+
+@pytest.fixture
+def told(capsys):
+    """What a command says for programs, or its error."""
+    from maehub.cli import command_line as cli
+
+    def read(*line):
+        code = cli.main([*map(str, line), "--json"])
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out.splitlines()[-1]) if printed.out else printed.err
+
+    return read

@@ -20,9 +20,9 @@ from maehub.interop import FeaturePyramid
 from maehub.models import Encoder, EncoderConfig
 from maehub.train.engine import Group, wrapped
 from maehub.train.finetuning.classifier import drop_paths
-from maehub.train.finetuning.dense_job import dense_groups
-from maehub.train.finetuning.maps.network import build_segmenter
-from maehub.train.finetuning.maps.recipes import MapFacts, settle
+from maehub.train.finetuning.dense.job import dense_groups
+from maehub.train.finetuning.dense.map_job import build_segmenter
+from maehub.train.finetuning.dense.recipes import DenseFacts, settle_maps
 
 CLASSES = MapClasses(("ground", "red", "blue"), (0, 1, 2), (0, 1, 2))
 PUBLISHED = AttentionConfig(relative="table", layer_scale=True)
@@ -352,7 +352,7 @@ def test_what_it_has_no_answer_for_is_refused():
 
 
 def test_tables_train_at_the_rate_of_their_block_and_are_decayed():
-    settings = settle("ade20k", MapFacts(32, 4, 100, trained=True), {})
+    settings = settle_maps("ade20k", DenseFacts(32, 4, 100, trained=True), {})
     assert settings.attention == PUBLISHED
     shape = {name: getattr(settings, name) for name in ("decoder", "layers", "width", "norm", "attention")}
     described = SegmenterConfig(CLASSES, **shape)

@@ -1,14 +1,13 @@
 """Detectors trained: runs, measuring, predicting, kills, several processes, and data that cannot be used."""
 
 import json
+from functools import partial
 
-import numpy as np
 import pytest
-import torch
+from dense_runs import check_close, check_held_out, check_killed, check_micro_batches, finetune_words, scores_of
 from object_files import CLASSES, FORMATS, coco, lay_objects
 from PIL import Image
-from processes import Launch, losses, metrics, state
-from safetensors.torch import load_file
+from processes import Launch, metrics, state
 
 import maehub
 from maehub import cli
@@ -24,22 +23,9 @@ def data(tmp_path_factory):
 
 
 def words(data, out, **changes):
-    usual = {"task": "detect", "model": "vit-nano", "steps": 6, "batch-size": 4, "workers": 0, "image-size": 48}
-    line = ["finetune", str(data), "-o", str(out), "--device", "cpu", "--quiet", "--skip-twins", "--precision", "fp32"]
-    for name, value in (usual | {"checkpoint-every": 3, "timeout": 30, "validate-every": 100} | changes).items():
-        if value is not False:
-            line += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return line
-
-
-@pytest.fixture
-def told(capsys):
-    def read(*line):
-        code = cli.main([*map(str, line), "--json"])
-        printed = capsys.readouterr()
-        return code, json.loads(printed.out.splitlines()[-1]) if printed.out else printed.err
-
-    return read
+    return finetune_words(
+        data, out, **{"task": "detect", "steps": 6, "image-size": 48, "validate-every": 100} | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +39,7 @@ def run(data, tmp_path_factory):
 
 
 def test_a_run_finds_objects(run, data, told, tmp_path):
-    scores = json.loads((run / "scores.json").read_text())["scores"]
+    scores = scores_of(run)
     assert (scores["n"], scores["objects"]) == (12, 14)
     assert scores["ap50"] > 25  # of fresh heads: 0
     assert scores["mask_ap50"] > 25
@@ -123,31 +109,12 @@ def test_every_format_trains(tmp_path):
 
 
 def test_what_a_run_held_out_is_measured_again(tmp_path, told):
-    lay_objects(tmp_path / "d", "coco", range(20))
-    assert cli.main(words(tmp_path / "d", tmp_path / "run", steps=2, seed=5)) == 0
-    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
-    code, facts = told("evaluate", tmp_path / "d", "-m", tmp_path / "run", "--precision", "fp32")
-    assert code == 0
-    assert (facts["n"], facts["ap"]) == (scores["n"], pytest.approx(scores["ap"]))
-
-
-def same(one, other):
-    return all(
-        torch.equal(value, load_file(other / "model" / name)[key])
-        for name in ("model.safetensors", "detector.safetensors")
-        for key, value in load_file(one / "model" / name).items()
-    )
+    data = lay_objects(tmp_path / "d", "coco", range(20))
+    check_held_out(words(data, tmp_path / "run", steps=2, seed=5), data, tmp_path / "run", "ap", told)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert cli.main(words(data, whole)) == 0
-    line = words(data, cut)
-    launch = Launch(tmp_path / "launch", [{"words": line, "fault": "kill", "rank": 0, "step": 5}], processes=1)
-    assert launch.wait() != 0
-    assert cli.main([*line, "--resume"]) == 0
-    assert losses(whole) == losses(cut)
-    assert same(whole, cut)
+    check_killed(partial(words, data), tmp_path, "detector.safetensors")
 
 
 def test_two_processes_give_the_numbers_of_one(data, tmp_path):
@@ -162,15 +129,12 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
     launch = Launch(tmp_path / "launch", [{"words": line} for line in lines])
     assert launch.wait() == 0, launch.output()
     for kind in kinds:
-        alone = list(losses(tmp_path / f"{kind}-one").values())
         for name in ("ddp", "fsdp"):
-            np.testing.assert_allclose(list(losses(tmp_path / f"{kind}-{name}").values()), alone, rtol=2e-3)
+            check_close([tmp_path / f"{kind}-{name}", tmp_path / f"{kind}-one"], rtol=2e-3)
 
 
 def test_micro_batches_change_nothing_but_rounding(data, tmp_path):
-    for name, micro in (("whole", 4), ("parts", 1)):
-        assert cli.main(words(data, tmp_path / name, steps=3, micro_batch=micro)) == 0
-    np.testing.assert_allclose(*(list(losses(tmp_path / name).values()) for name in ("whole", "parts")), rtol=1e-3)
+    check_micro_batches(partial(words, data), tmp_path, 1e-3)
 
 
 # -- what is asked for, and what cannot be used
@@ -184,6 +148,7 @@ def test_micro_batches_change_nothing_but_rounding(data, tmp_path):
         ({"decoder": "linear"}, "--decoder"),
         ({"head-start": "probe"}, "--head-start"),
         ({"compile": True}, "--compile"),
+        ({"minutes": 0.001, "steps": False}, "too short"),
         ({"recipe": "official"}, "auto, vitdet"),
         ({"recipe": "ade20k"}, "--task segment"),
         ({"blocks": 9}, "--blocks"),

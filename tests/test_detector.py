@@ -18,9 +18,8 @@ from maehub.dense.windows import window_starts
 from maehub.errors import DataError, IntegrityError, UsageError
 from maehub.images import Preprocess
 from maehub.models import Encoder, EncoderConfig
-from maehub.train.finetuning.maps.views import DenseTransform
-from maehub.train.finetuning.objects.recipes import ObjectFacts, anchor_of, settle
-from maehub.train.finetuning.objects.views import ObjectCrops, Targets, crop
+from maehub.train.finetuning.dense.recipes import DenseFacts, anchor_of, settle_objects
+from maehub.train.finetuning.dense.views import DenseTransform, ObjectCrops, Targets, object_crop
 
 CLASSES = ObjectClasses(("red", "blue"), (3, 8))
 
@@ -267,7 +266,7 @@ def test_boxes_and_masks_are_moved_as_the_picture_is(drawn, masks):
     transform = DenseTransform(Preprocess((48, 48), 8), None, (0.6, 1.4), vflip=True, rot90=True, colours=False)
     seen = 0
     for seed in range(60):
-        pixels, shown = crop(transform, path, objects, seed, masks=masks)
+        pixels, shown = object_crop(transform, path, objects, seed, masks=masks)
         for number, box in enumerate(shown.boxes.numpy()):
             left, top, right, bottom = np.round(box).astype(int)
             colour = shown.masks[number].numpy() if masks else None
@@ -292,7 +291,7 @@ def test_codes_are_drawn_as_outlines_are(drawn):
     coded = Objects(objects.size, objects.boxes, objects.labels, objects.ignored, tuple(objects.codes()))
     transform = DenseTransform(Preprocess((48, 48), 8), None, (1.0, 1.0), rot90=True)
     for seed in range(10):
-        one, other = (crop(transform, path, which, seed, masks=True)[1] for which in (objects, coded))
+        one, other = (object_crop(transform, path, which, seed, masks=True)[1] for which in (objects, coded))
         torch.testing.assert_close(one.boxes, other.boxes)
         assert torch.equal(one.masks, other.masks)
 
@@ -300,11 +299,11 @@ def test_codes_are_drawn_as_outlines_are(drawn):
 def test_what_is_ignored_or_cut_away_is_not_trained_on(drawn):
     path, objects = drawn
     transform = DenseTransform(Preprocess((96, 96), 8), None, (1.0, 1.0), hflip=False)
-    assert len(crop(transform, path, objects, 0, masks=True)[1].labels) == 3
+    assert len(object_crop(transform, path, objects, 0, masks=True)[1].labels) == 3
     some = Objects(objects.size, objects.boxes, objects.labels, np.array([True, False, False]), objects.shapes)
-    assert crop(transform, path, some, 0, masks=True)[1].labels.tolist() == [1, 0]
+    assert object_crop(transform, path, some, 0, masks=True)[1].labels.tolist() == [1, 0]
     near = DenseTransform(Preprocess((8, 8), 8), None, (1.0, 1.0))
-    counts = {len(crop(near, path, objects, seed, masks=False)[1].labels) for seed in range(20)}
+    counts = {len(object_crop(near, path, objects, seed, masks=False)[1].labels) for seed in range(20)}
     assert 0 in counts
 
 
@@ -326,11 +325,12 @@ def test_recipes_are_as_published():
     for (width, depth), decay, drop, epochs in zip(
         sizes, (0.7, 0.8, 0.9), (0.1, 0.4, 0.5), (100, 100, 75), strict=True
     ):
-        found = settle("vitdet", ObjectFacts(width, depth, 118_287, "cuda"), {})
+        found = settle_objects("vitdet", DenseFacts(width, depth, 118_287), {})
         assert (found.layer_decay, found.drop_path, round(found.epochs)) == (decay, drop, epochs)
         assert (found.weight_decay, found.batch_size, found.resize, found.regions) == (0.1, 64, (0.1, 2.0), 512)
         whole = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31)}[depth]
         assert found.attention == AttentionConfig(window=14, whole=whole, relative="decomposed", cls=False)
-    assert settle("vitdet", ObjectFacts(768, 12, 118_287, "cuda"), {}).steps == pytest.approx(184_375, rel=0.01)
+    steps = settle_objects("vitdet", DenseFacts(768, 12, 118_287), {}).steps
+    assert steps == pytest.approx(184_375, rel=0.01)
     with pytest.raises(UsageError, match="auto, vitdet"):
-        settle("official", ObjectFacts(768, 12, 100, "cpu"), {})
+        settle_objects("official", DenseFacts(768, 12, 100), {})

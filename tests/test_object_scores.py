@@ -20,19 +20,19 @@ from maehub.dense import Detections
 from maehub.errors import EXIT_SKIPPED, DataError, UsageError
 from maehub.train import FinetuneConfig, ObjectScores, evaluate, predict_objects
 from maehub.train.evaluation import EvaluateConfig, score_objects
-from maehub.train.evaluation.objects import evaluating
-from maehub.train.evaluation.objects.plots import (
+from maehub.train.evaluation.dense import evaluating
+from maehub.train.evaluation.dense.object_scores import _files, _measured, coco_results
+from maehub.train.evaluation.dense.plots import (
+    Example,
     Mark,
-    ObjectExample,
     counted,
-    example_sheet,
     found_marks,
     marked,
     object_colours,
+    object_sheet,
     owners,
     sure_ones,
 )
-from maehub.train.evaluation.objects.scores import _files, _measured, coco_results
 from maehub.train.reports.report import write_report
 
 coco = pytest.importorskip("pycocotools.coco")
@@ -406,15 +406,13 @@ def test_a_sheet_has_a_row_a_picture_and_three_panels(size, channels):
     pixels = np.full((*size, channels), 127, np.uint8)
     box = (1, 1, size[1] - 2, size[0] - 2)
     examples = [
-        ObjectExample(
-            "a.png", pixels, objects((*box, 0), size=size, masks=True), detections((*box, 0, 0.9), size=size)
-        ),
-        ObjectExample("b.png", pixels, objects(size=size), detections((*box, 2, 0.6), size=size, masks=True)),
+        Example("a.png", pixels, objects((*box, 0), size=size, masks=True), detections((*box, 0, 0.9), size=size)),
+        Example("b.png", pixels, objects(size=size), detections((*box, 2, 0.6), size=size, masks=True)),
     ]
-    sheet = example_sheet(examples, CLASSES)
+    sheet = object_sheet(examples, CLASSES)
     high = round(size[0] * 420 / max(size))
     assert sheet.size == (3 * 428 + 8, 20 + 8 + 20 + 2 * (high + 28))
-    assert example_sheet([], CLASSES).width == sheet.width
+    assert object_sheet([], CLASSES).width == sheet.width
 
 
 def test_boxes_are_seen_on_any_background():
@@ -431,7 +429,7 @@ def test_boxes_are_seen_on_any_background():
 def test_all_that_is_false_or_missed_is_told_apart():
     truth, found = objects((10, 60, 60, 110, 0)), detections((90, 60, 140, 110, 0, 0.9))
     pixels = np.zeros((*SIZE, 3), np.uint8)
-    sheet = np.asarray(example_sheet([ObjectExample("a", pixels, truth, found)], CLASSES)).reshape(-1, 3).tolist()
+    sheet = np.asarray(object_sheet([Example("a", pixels, truth, found)], CLASSES)).reshape(-1, 3).tolist()
     colours = set(map(tuple, sheet))
     assert {(215, 25, 28), object_colours(CLASSES)[0]} <= colours
     assert len({*object_colours(CLASSES), (0, 0, 0)}) == 4

@@ -31,7 +31,7 @@ from maehub.data import (
 )
 from maehub.errors import DataError, UsageError
 from maehub.images import Box
-from maehub.train.evaluation.maps.evaluating import in_classes
+from maehub.train.evaluation.dense.evaluating import in_classes
 
 SIZE = (HEIGHT, WIDTH)
 WHOLE = Box(0, 0, WIDTH, HEIGHT)

@@ -1,10 +1,12 @@
 """Training segmenters by the command: from a folder to a model, its report, its predictions; resumed, in processes."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from dense_runs import check_close, check_held_out, check_killed, check_micro_batches, finetune_words, scores_of
 from map_files import lay_maps, name_classes
 from PIL import Image
 from processes import Launch, losses, metrics, state
@@ -16,9 +18,9 @@ from maehub.data import IGNORED, find_label_maps
 from maehub.dense import Segmenter, SegmenterConfig
 from maehub.errors import EXIT_SKIPPED, DataError, UsageError
 from maehub.images import Preprocess
-from maehub.train.finetuning.maps.network import MapObjective, _main_class
-from maehub.train.finetuning.maps.recipes import MapFacts, settle
-from maehub.train.finetuning.maps.views import MapTransform, changed_colours
+from maehub.train.finetuning.dense.map_job import MapObjective, _main_class
+from maehub.train.finetuning.dense.recipes import DenseFacts, settle_maps
+from maehub.train.finetuning.dense.views import MapTransform, changed_colours
 
 NAMES = ["ground", "red", "blue"]
 
@@ -32,12 +34,7 @@ def data(tmp_path_factory):
 
 
 def words(data, out, **changes):
-    usual = {"task": "segment", "model": "vit-nano", "steps": 8, "batch-size": 4, "workers": 0, "image-size": 32}
-    line = ["finetune", str(data), "-o", str(out), "--device", "cpu", "--quiet", "--skip-twins", "--precision", "fp32"]
-    for name, value in (usual | {"checkpoint-every": 3, "timeout": 20} | changes).items():
-        if value is not False:
-            line += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return line
+    return finetune_words(data, out, **{"task": "segment", "steps": 8, "image-size": 32} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +44,11 @@ def run(data, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def told(capsys):
-    def read(*line):
-        code = cli.main([*map(str, line), "--json"])
-        printed = capsys.readouterr()
-        return code, json.loads(printed.out.splitlines()[-1]) if printed.out else printed.err
-
-    return read
-
-
 # -- a run
 
 
 def test_a_run_tells_pixels(run, data, told):
-    scores = json.loads((run / "scores.json").read_text())["scores"]
+    scores = scores_of(run)
     assert scores["n"] == 11
     assert scores["miou"] > 60  # all one class: 28
     assert state(run)["state"] == "completed"
@@ -112,7 +99,7 @@ def test_classes_are_matched_by_their_names(run, data, tmp_path, told):
     name_classes(tmp_path / "a", {"blue": 200, "red": 4, "ground": 9})
     code, facts = told("evaluate", tmp_path / "a", "-m", run, "--precision", "fp32")
     assert code == 0
-    assert facts["miou"] == pytest.approx(json.loads((run / "scores.json").read_text())["scores"]["miou"])
+    assert facts["miou"] == pytest.approx(scores_of(run)["miou"])
     name_classes(tmp_path / "a", {"azure": 200, "red": 4, "ground": 9})
     code, text = told("evaluate", tmp_path / "a", "-m", run)
     assert code == DataError.exit_code
@@ -138,24 +125,9 @@ def test_predictions_are_label_maps(run, data, tmp_path, told):
 # -- resuming, and many processes
 
 
-def same(one, other):
-    return all(
-        torch.equal(value, load_file(other / "model" / name)[key])
-        for name in ("model.safetensors", "segmenter.safetensors")
-        for key, value in load_file(one / "model" / name).items()
-    )
-
-
 @pytest.mark.parametrize("decoder", ["linear", "upernet"])
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, decoder):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert cli.main(words(data, whole, decoder=decoder, steps=6)) == 0
-    line = words(data, cut, decoder=decoder, steps=6)
-    launch = Launch(tmp_path / "launch", [{"words": line, "fault": "kill", "rank": 0, "step": 5}], processes=1)
-    assert launch.wait() != 0
-    assert cli.main([*line, "--resume"]) == 0
-    assert losses(whole) == losses(cut)
-    assert same(whole, cut)
+    check_killed(partial(words, data), tmp_path, "segmenter.safetensors", decoder=decoder, steps=6)
 
 
 def test_two_processes_give_the_numbers_of_one(data, tmp_path):
@@ -167,8 +139,8 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
     assert launch.wait() == 0, launch.output()
     for name in lines:
         alone = tmp_path / ("linear-one" if "linear" in name else "one")
-        np.testing.assert_allclose(list(losses(tmp_path / name).values()), list(losses(alone).values()), rtol=1e-4)
-        scores = [json.loads((run / "scores.json").read_text())["scores"] for run in (alone, tmp_path / name)]
+        check_close([tmp_path / name, alone], rtol=1e-4)
+        scores = [scores_of(run) for run in (alone, tmp_path / name)]
         assert scores[1]["n"] == scores[0]["n"] == 11
         assert scores[1]["miou"] == pytest.approx(scores[0]["miou"], abs=0.5)
 
@@ -185,7 +157,7 @@ def test_batch_statistics_are_those_of_all_processes(data, tmp_path, monkeypatch
     assert alone["encoder.blocks.0.attn.table"].abs().max() > 0
     for name in ("ddp", "fsdp"):
         found = load_file(tmp_path / name / "model" / "segmenter.safetensors")
-        np.testing.assert_allclose(*(list(losses(tmp_path / run).values()) for run in (name, "one")), rtol=1e-4)
+        check_close([tmp_path / name, tmp_path / "one"], rtol=1e-4)
         for key, value in alone.items():
             if "running" in key or "tracked" in key:
                 torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
@@ -201,9 +173,7 @@ def test_other_classes_are_refused_on_resume(data, tmp_path):
 
 
 def test_micro_batches_change_nothing_but_rounding(data, tmp_path):
-    for name, micro in (("whole", 4), ("parts", 1)):
-        assert cli.main(words(data, tmp_path / name, steps=3, micro_batch=micro, decoder="upernet")) == 0
-    np.testing.assert_allclose(*(list(losses(tmp_path / name).values()) for name in ("whole", "parts")), rtol=1e-4)
+    check_micro_batches(partial(words, data), tmp_path, 1e-4, decoder="upernet")
 
 
 # -- what is asked for
@@ -241,15 +211,15 @@ def test_what_segmentation_has_no_use_for_is_refused(data, tmp_path, capsys, cha
 
 
 def test_recipes_are_as_published():
-    facts = MapFacts(768, 12, 20_210, trained=True)
-    found = settle("ade20k", facts, {})
+    facts = DenseFacts(768, 12, 20_210, trained=True)
+    found = settle_maps("ade20k", facts, {})
     assert (found.layers, found.width, found.steps, found.batch_size) == ((3, 5, 7, 11), 768, 160_000, 16)
     assert (found.layer_decay, found.weight_decay, found.drop_path, found.falls) == (0.65, 0.05, 0.1, "linear")
-    large = settle("ade20k", MapFacts(1024, 24, 20_210, trained=True), {})
+    large = settle_maps("ade20k", DenseFacts(1024, 24, 20_210, trained=True), {})
     assert large.layers == (7, 11, 15, 23)
-    assert settle("linear", facts, {}).blocks == 0
-    assert settle("auto", facts, {"epochs": 2}).steps == -(-2 * 20_210 // 16)
-    fresh = settle("auto", MapFacts(192, 5, 100, trained=False), {})
+    assert settle_maps("linear", facts, {}).blocks == 0
+    assert settle_maps("auto", facts, {"epochs": 2}).steps == -(-2 * 20_210 // 16)
+    fresh = settle_maps("auto", DenseFacts(192, 5, 100, trained=False), {})
     assert fresh.head_start == "zero"
 
 
@@ -264,7 +234,7 @@ def test_time_is_an_argument(data, tmp_path, caplog):
     line = words(data, tmp_path / "run", minutes=30, steps=False, **{"image-size": 16})
     caplog.set_level("INFO", "maehub")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maehub.train.finetuning.maps.recipes._FEW_STEPS", 4)
+        patch.setattr("maehub.train.finetuning.dense.recipes._FEW_STEPS", 4)
         assert cli.main(line) == 0
     assert len(losses(tmp_path / "run")) == 100
     assert cli.main(words(data, tmp_path / "other", minutes=3)) == UsageError.exit_code
@@ -363,12 +333,7 @@ def test_what_a_run_held_out_is_measured_again(tmp_path, told):
     """Of a split that was made by the seed, not the pictures that it was trained on; and other maps are refused."""
     lay_maps(name_classes(tmp_path / "d", NAMES), 20)
     line = words(tmp_path / "d", tmp_path / "run", steps=2, seed=5)
-    assert cli.main(line) == 0
-    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
-    code, facts = told("evaluate", tmp_path / "d", "-m", tmp_path / "run", "--precision", "fp32")
-    assert code == 0
-    assert (facts["n"], facts["miou"]) == (scores["n"], pytest.approx(scores["miou"]))
-    assert facts["n"] == 4
+    assert check_held_out(line, tmp_path / "d", tmp_path / "run", "miou", told) == 4
     path = tmp_path / "d" / "masks" / "003.png"
     Image.open(path).save(path, compress_level=0)
     assert cli.main([*line, "--resume"]) == DataError.exit_code

@@ -18,8 +18,8 @@ from maehub.dense.windows import window_starts
 from maehub.errors import DataError, IntegrityError, UsageError
 from maehub.models import Encoder, EncoderConfig
 from maehub.train import MapScores, predict_maps
-from maehub.train.evaluation.maps.predicting import label_map
-from maehub.train.evaluation.maps.scores import confusion_of, score_maps
+from maehub.train.evaluation.dense.map_scores import confusion_of, score_maps
+from maehub.train.evaluation.dense.predicting import label_map
 
 CLASSES = MapClasses(("ground", "red", "blue"), (0, 1, 2), (0, 1, 2))
 UPER = {"decoder": "upernet", "layers": (0, 1, 2, 3), "width": 12, "auxiliary": True}

@@ -16,12 +16,12 @@ from .loader import batches_of as batches_of
 from .loader import check_shared_memory as check_shared_memory
 from .loader import naming as naming
 from .loader import worker_count as worker_count
-from .maps.checking import check_label_maps as check_label_maps
 from .maps.folders import find_label_maps as find_label_maps
 from .maps.folders import map_folders as map_folders
 from .maps.label_maps import IGNORED as IGNORED
 from .maps.label_maps import LabelMaps as LabelMaps
 from .maps.label_maps import MapClasses as MapClasses
+from .objects.checking import check_label_maps as check_label_maps
 from .objects.checking import check_objects as check_objects
 from .objects.finding import find_objects as find_objects
 from .objects.finding import is_object_set as is_object_set

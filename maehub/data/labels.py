@@ -12,8 +12,7 @@ import numpy as np
 from maehub.data.label_sources import TESTING, TRAINING, NamedLabels, read_label_source, split_word
 from maehub.data.listing import entries_in
 from maehub.data.maps.label_maps import LabelMaps
-from maehub.data.objects.drawing import DrawnMaps
-from maehub.data.objects.objects import ObjectLabels
+from maehub.data.objects.objects import DrawnMaps, ObjectLabels
 from maehub.data.sources import Source, select
 from maehub.errors import DataError, UsageError, first_names
 from maehub.images import printable

@@ -18,8 +18,8 @@ from maehub.data.labels import (
     one_class,
     split_folders,
 )
-from maehub.data.maps.folders import FoundMaps, find_label_maps
-from maehub.data.objects.finding import FoundObjects, find_objects
+from maehub.data.maps.folders import Found, find_label_maps
+from maehub.data.objects.finding import find_objects
 from maehub.data.shards import Shards
 from maehub.errors import DataError, UsageError, first_names, log
 from maehub.files import cache_folder
@@ -159,7 +159,7 @@ def split_objects(data: str | Path, *, seed: int = 0, share: float = 0.2, group:
     return _of_found(text, find_objects(text, group=group), seed, share, "objects")
 
 
-def _of_found(text: str, found: FoundMaps | FoundObjects, seed: int, share: float, what: str) -> LabelledSplit:
+def _of_found(text: str, found: Found, seed: int, share: float, what: str) -> LabelledSplit:
     training, testing = found.training, found.testing
     if testing is not None:
         split = LabelledSplit(training, testing, False)

@@ -140,6 +140,16 @@ class DenseEncoder(Encoder):
         return super()._pooled(tokens, pool, norm, grid)
 
 
+def plain(encoder: Encoder) -> Encoder:
+    """The encoder as it was pretrained, which timm knows too."""
+    return encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
+
+
+def attending(encoder: Encoder, config: AttentionConfig) -> Encoder:
+    """The encoder with blocks that attend so."""
+    return plain(encoder) if config == AttentionConfig() else DenseEncoder(plain(encoder), config)
+
+
 class DenseBlock(Block):
     """A block with another attention, and with layer scale: (B, T, D) or (B, h, w, D) to the same."""
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from maehub.data import ObjectClasses, code_of
-from maehub.dense.attention import AttentionConfig, DenseEncoder
+from maehub.dense.attention import AttentionConfig, attending
 from maehub.dense.detections import Detections
 from maehub.dense.regions import Regions, Target
 from maehub.dense.windows import pixels_of, scaled_size, window_starts, windows_of
@@ -82,10 +82,7 @@ class Detector(nn.Module):
     def __init__(self, encoder: Encoder, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        encoder = encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
-        if config.attention != AttentionConfig():
-            encoder = DenseEncoder(encoder, config.attention)
-        self.pyramid = FeaturePyramid(encoder, config.width, names=TORCHVISION_LEVELS)
+        self.pyramid = FeaturePyramid(attending(encoder, config.attention), config.width, names=TORCHVISION_LEVELS)
         self.regions = Regions(
             config.width,
             len(config.classes.names),

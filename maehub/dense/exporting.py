@@ -28,8 +28,9 @@ from maehub.conversion import (
     run_exported,
     write_graph,
 )
+from maehub.dense.attention import plain
 from maehub.dense.detector import Detector
-from maehub.dense.folder import load_detector, load_segmenter, plain, write_beside
+from maehub.dense.folder import load_detector, load_segmenter, write_beside
 from maehub.dense.published import read_published
 from maehub.dense.segmenter import Segmenter
 from maehub.errors import IntegrityError

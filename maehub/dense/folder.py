@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from maehub.data import MapClasses, ObjectClasses
-from maehub.dense.attention import AttentionConfig, DenseEncoder
+from maehub.dense.attention import AttentionConfig, plain
 from maehub.dense.detector import Detector, DetectorConfig
 from maehub.dense.segmenter import Segmenter, SegmenterConfig
 from maehub.errors import IntegrityError, UsageError
 from maehub.files import DETECTOR, SEGMENTER, check_free, read_json, whole_folder, write_json
 from maehub.hub import fetch_folder, is_hub_id, load
-from maehub.models import Encoder, usable_device
+from maehub.models import usable_device
 from maehub.version import __version__
 from maehub.weights import MEMBERS, check_finite, find_model_folder, read_tensors, write_members, write_tensors
 
@@ -91,11 +91,6 @@ def _own(model: Segmenter | Detector) -> dict[str, Tensor]:
     encoder = {id(tensor) for tensor in plain(model.encoder).state_dict(keep_vars=True).values()}
     everything = model.state_dict(keep_vars=True)
     return {name: tensor.detach() for name, tensor in everything.items() if id(tensor) not in encoder}
-
-
-def plain(encoder: Encoder) -> Encoder:
-    """The encoder as it was pretrained, which timm knows too."""
-    return encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
 
 
 def _load(

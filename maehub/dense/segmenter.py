@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maehub.data import MapClasses
-from maehub.dense.attention import AttentionConfig, DenseEncoder
+from maehub.dense.attention import AttentionConfig, attending
 from maehub.dense.decoders import Decoder, LinearDecoder, Norm, UPerNet
 from maehub.dense.windows import pixels_of, scaled_size, window_starts, windows_of
 from maehub.errors import UsageError
@@ -74,10 +74,7 @@ class Segmenter(nn.Module):
         if any(not -shape.depth <= layer < shape.depth for layer in config.layers):
             raise UsageError(f"there are no blocks {list(config.layers)} in an encoder of {shape.depth}")
         self.config = config
-        encoder = encoder.plain() if isinstance(encoder, DenseEncoder) else encoder
-        if config.attention != AttentionConfig():
-            encoder = DenseEncoder(encoder, config.attention)
-        self.encoder = encoder
+        self.encoder = encoder = attending(encoder, config.attention)
         self.decoder: LinearDecoder | UPerNet
         if config.decoder == "linear":
             self.decoder = LinearDecoder(shape.width, classes)

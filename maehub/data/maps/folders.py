@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,50 +43,72 @@ class MapFolders(NamedTuple):
     maps: str
 
 
-class FoundMaps(NamedTuple):
-    """Pictures with their label maps, by the side of a split that they were given for."""
+class Found(NamedTuple):
+    """Pictures with their label maps or objects."""
 
-    training: Labelled
-    testing: Labelled | None
-    """None where no split was given."""
+    sides: list[Labelled]
+    """To train and to measure on; all together where no split was given."""
     group_names: dict[int, str]
     wrong: list[str]
     """What is wrong with which files; those are not among the pictures."""
+    clipped: int = 0
+    """Objects that were cut at the edges of their pictures."""
+
+    @property
+    def training(self) -> Labelled:
+        """The first side."""
+        return self.sides[0]
+
+    @property
+    def testing(self) -> Labelled | None:
+        """The second one; None where no split was given."""
+        return self.sides[1] if len(self.sides) > 1 else None
 
 
-def map_folders(data: str) -> tuple[MapFolders, MapFolders | None] | None:
-    """The folders of a set, or of its training side and its testing one; None where it is no set with label maps.
+def refuse_wrong(wrong: Sequence[str], more: str, *, strict: bool) -> None:
+    """Of what is wrong, which is named in full by another command, make an error where it is to be one."""
+    if wrong and strict:
+        rest = f", and {len(wrong) - 1} more {more}; `maehub data check DATA` names all of them"
+        raise DataError(f"{wrong[0]}{rest if len(wrong) > 1 else ''}")
+
+
+def folders_in(folder: str) -> dict[str, str]:
+    """Paths of the folders in one, by their names in lower case."""
+    return {entry.name.casefold(): entry.path for entry in entries_in(folder) if entry.is_dir()}
+
+
+def map_folders(data: str) -> list[MapFolders]:
+    """The folders of a set, or of its training side and its testing one; none where it is no set with label maps.
 
     Raises:
         DataError: every folder is called like a part of a split, but they are not one.
     """
     if not os.path.isdir(data):
-        return None
+        return []
     if both := _beside(data):
         words = [split_folders(folder) for folder in both]
         if len(words[0]) > 1 and words[0].keys() == words[1].keys():
             names = two_sides(data, words[0])
-            training, testing = (MapFolders(*(os.path.join(folder, name) for folder in both)) for name in names)
-            return training, testing
-        return both, None
-    words_of = split_folders(data)
-    found = {name: both for name in words_of if (both := _beside(os.path.join(data, name)))}
-    if not found:
-        return None
-    if len(found) == 1 and words_of[next(iter(found))] in TRAINING:
-        return next(iter(found.values())), None
-    training_name, testing_name = two_sides(data, {name: words_of[name] for name in found})
-    return found[training_name], found[testing_name]
+            return [MapFolders(*(os.path.join(folder, name) for folder in both)) for name in names]
+        return [both]
+    named = split_folders(data)
+    found = {name: both for name in named if (both := _beside(os.path.join(data, name)))}
+    return [found[name] for name in sides_in(data, found, named)]
+
+
+def sides_in(data: str, found: Collection[str], words: dict[str, str]) -> tuple[str, ...]:
+    """Of folders in which something was found those to train and to measure on, by the words of a split that they are;
+    one of training alone is a whole."""
+    if not found or (len(found) == 1 and words[next(iter(found))] in TRAINING):
+        return tuple(found)
+    return two_sides(data, {name: words[name] for name in found})
 
 
 def _beside(folder: str) -> MapFolders | None:
-    names = {entry.name.casefold(): entry.name for entry in entries_in(folder) if entry.is_dir()}
-    pictures = next((names[name] for name in PICTURES if name in names), None)
-    there = [names[name] for name in _MAPS if name in names]
-    maps = next((name for name in there if _holds_maps(os.path.join(folder, name))), None)
-    if pictures is None or maps is None:
-        return None
-    return MapFolders(os.path.join(folder, pictures), os.path.join(folder, maps))
+    below = folders_in(folder)
+    pictures = next((below[name] for name in PICTURES if name in below), None)
+    maps = next((below[name] for name in _MAPS if name in below and _holds_maps(below[name])), None)
+    return None if pictures is None or maps is None else MapFolders(pictures, maps)
 
 
 def _holds_maps(folder: str) -> bool:
@@ -111,7 +133,7 @@ def find_label_maps(
     classes: MapClasses | None = None,
     strict: bool = True,
     side: str | None = None,
-) -> FoundMaps:
+) -> Found:
     """Pictures with their label maps; every map is read once, to see whether it can be used and what it holds.
 
     Of objects with outlines the maps are drawn: see `DrawnMaps`.
@@ -133,12 +155,11 @@ def find_label_maps(
     from maehub.data.objects.finding import drawn_maps  # which knows folders of maps
 
     text = os.fsdecode(data)
-    folders = map_folders(text)
-    if folders is None:
+    sides = map_folders(text)
+    if not sides:
         if drawn := drawn_maps(text, group=group, classes=classes, strict=strict, side=side):
-            return FoundMaps(*drawn)
+            return drawn
         raise UsageError(f"{printable(text)} holds no folders of pictures and label maps. {LAYOUT}")
-    sides = [one for one in folders if one is not None]
     if side == "testing":
         sides = sides[-1:]
     pairs = [_paired(*one) for one in sides]
@@ -148,11 +169,9 @@ def find_label_maps(
     known = classes_of(beside) or classes or found_classes([one for one in everything if not one.reason], text)
     wrong: list[str] = []
     found = [_labelled(*pair, part, known, group, wrong) for pair, part in zip(pairs, looked, strict=True)]
-    if wrong and strict:
-        more = f", and {len(wrong) - 1} more label maps cannot be used; `maehub data check DATA` names all of them"
-        raise DataError(f"{wrong[0]}{more if len(wrong) > 1 else ''}")
+    refuse_wrong(wrong, "label maps cannot be used", strict=strict)
     names = {number: name for _, some in found for number, name in some.items()}
-    return FoundMaps(found[0][0], found[1][0] if len(found) > 1 else None, names, wrong)
+    return Found([one for one, _ in found], names, wrong)
 
 
 def _paired(pictures: str, maps: str) -> tuple[Samples, Samples]:

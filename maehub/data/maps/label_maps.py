@@ -199,7 +199,7 @@ def read_classes(path: Path) -> MapClasses:
     where = printable(str(path))
     text = path.read_text(encoding="utf-8-sig")
     rows: list[tuple[str | None, Any]]
-    said = text.splitlines() if path.suffix == ".txt" else json.loads(text, object_pairs_hook=_pairs)
+    said = text.splitlines() if path.suffix == ".txt" else json.loads(text, object_pairs_hook=_Pairs)
     if isinstance(said, list) and all(isinstance(name, str | None) for name in said):
         while said and not said[-1]:
             said.pop()
@@ -241,10 +241,6 @@ def read_classes(path: Path) -> MapClasses:
 
 class _Pairs(list[tuple[str, Any]]):
     """An object of JSON with its keys as they stand there, twice or not."""
-
-
-def _pairs(items: list[tuple[str, Any]]) -> _Pairs:
-    return _Pairs(items)
 
 
 def _value(value: Any, where: str) -> tuple[int, bool]:

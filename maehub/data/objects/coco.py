@@ -8,8 +8,8 @@ from typing import Any
 
 from maehub.data.label_sources import label_name, split_word
 from maehub.data.listing import entries_in
-from maehub.data.maps.folders import PICTURES
-from maehub.data.objects.noted import Entry, Noted, json_object
+from maehub.data.maps.folders import PICTURES, folders_in
+from maehub.data.objects.noted import Entry, Noted, json_object, rows_of
 from maehub.data.objects.objects import Shape
 from maehub.data.objects.outlines import Thing, corners, numbers, run_length, same_size
 from maehub.errors import DataError, first_names, visible
@@ -26,7 +26,8 @@ def read_coco(path: str) -> Noted:
     """
     where = printable(path)
     said = json_object(path)
-    images, notes, categories = (_rows(said, key, where) for key in ("images", "annotations", "categories"))
+    lists = ("images", "annotations", "categories")
+    images, notes, categories = (rows_of(said, key, f"{where}: ", "COCO's") for key in lists)
     names: dict[str, int] = {}
     for row in categories:
         number, name = row.get("id"), row.get("name")
@@ -91,13 +92,6 @@ def _things(
     return things
 
 
-def _rows(said: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    rows = said.get(key)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{where}: {key} must be a list of objects, as in COCO's files")
-    return rows
-
-
 def _key(number: Any) -> str:
     """Ids are numbers, or texts where somebody made them so; whatever else stands there is another id."""
     return f"{number!r:.80}"
@@ -126,7 +120,7 @@ def _root(path: str, names: list[str]) -> str:
     word = split_word(os.path.splitext(os.path.basename(path))[0])
     folders: list[str] = []
     for near in (base, os.path.normpath(os.path.join(base, os.pardir))):
-        below = {entry.name.casefold(): entry.path for entry in entries_in(near) if entry.is_dir()}
+        below = folders_in(near)
         for folder in (near, *(below[name] for name in PICTURES if name in below)):
             folders.append(folder)
             inner = sorted(entry.path for entry in entries_in(folder) if word and entry.is_dir())

@@ -14,14 +14,13 @@ import numpy as np
 
 from maehub.data.labels import Labelled
 from maehub.data.listing import IMAGE_ENDINGS, Names, entries_in, search
-from maehub.data.maps.folders import group_numbers, map_folders
+from maehub.data.maps.folders import Found, group_numbers, map_folders, refuse_wrong
 from maehub.data.maps.label_maps import IGNORED, MapClasses
 from maehub.data.objects.coco import read_coco
-from maehub.data.objects.drawing import DrawnMaps
 from maehub.data.objects.folders import LAYOUT, object_files
 from maehub.data.objects.labelme import around
 from maehub.data.objects.noted import Entry, Noted
-from maehub.data.objects.objects import ObjectClasses, ObjectLabels, Objects, Shape
+from maehub.data.objects.objects import DrawnMaps, ObjectClasses, ObjectLabels, Objects, Shape
 from maehub.data.objects.outlines import Placed, place
 from maehub.data.sources import Samples
 from maehub.data.workers import core_count
@@ -31,30 +30,20 @@ from maehub.images import Size, printable, upright_size
 _BACKGROUND = "background"
 
 
-class FoundObjects(NamedTuple):
-    """Pictures with their objects, by the side of a split that they were given for."""
-
-    training: Labelled
-    testing: Labelled | None
-    """None where no split was given."""
-    group_names: dict[int, str]
-    wrong: list[str]
-    """What is wrong with which files; those are not among the pictures."""
-    clipped: int
-    """Objects that were cut at the edges of their pictures."""
-
-
 class Looked(NamedTuple):
     """A picture whose file and annotations can be used."""
 
     picture: bytes
     where: str
     size: Size
-    names: list[str | None]
-    ignored: list[bool]
     placed: list[Placed]
     flat: int
     """Points and lines that were left out."""
+
+    @property
+    def names(self) -> set[str]:
+        """Classes of what is to be found."""
+        return {thing.label for thing in self.placed if thing.label and not thing.ignored}
 
 
 def is_object_set(data: str | Path) -> bool:
@@ -63,13 +52,13 @@ def is_object_set(data: str | Path) -> bool:
     Raises:
         DataError: there are annotations of several formats, or the sides of a split are not clear.
     """
-    return object_files(os.fsdecode(data)) is not None
+    return bool(object_files(os.fsdecode(data)))
 
 
 def annotation_files(folder: str) -> Counter[bytes]:
     """How many files of each ending say which objects the pictures of a folder show; none where that is not clear."""
     with contextlib.suppress(DataError):
-        sides = [one for one in object_files(folder) or () if one is not None]
+        sides = object_files(folder)
         endings = {"COCO": b".json", "LabelMe": b".json", "YOLO": b".txt", "Pascal VOC": b".xml"}
         return Counter(
             {
@@ -89,7 +78,7 @@ def find_objects(
     classes: ObjectClasses | None = None,
     strict: bool = True,
     side: str | None = None,
-) -> FoundObjects:
+) -> Found:
     """Pictures with their objects; annotations are checked against the size of every picture.
 
     ``labels`` of the result are (n, C) bool, the classes that occur, ignored objects apart. Pictures without objects
@@ -108,11 +97,10 @@ def find_objects(
         DataError: annotations are broken, or say what cannot be; no object is left.
     """
     text = os.fsdecode(data)
-    files = object_files(text)
-    if files is None:
+    sides = object_files(text)
+    if not sides:
         maps = "It holds label maps: `maehub finetune DATA -o RUN --task segment` trains with them"
         raise UsageError(f"{printable(text)} holds no pictures with objects. {maps if map_folders(text) else LAYOUT}")
-    sides = [one for one in files if one is not None]
     if side == "testing":
         sides = sides[-1:]
     noted = [one.read(text) for one in sides]
@@ -122,16 +110,14 @@ def find_objects(
     looked = [_looked(one, wrong) for one in noted]
     known = classes or _classes(noted, looked, text)
     looked = [[one for one in part if _is_known(one, known, wrong)] for part in looked]
-    if wrong and strict:
-        more = f", and {len(wrong) - 1} more such things; `maehub data check DATA` names all of them"
-        raise DataError(f"{wrong[0]}{more if len(wrong) > 1 else ''}")
+    refuse_wrong(wrong, "such things", strict=strict)
     everything = [one for part in looked for one in part]
     clipped = _say(everything, sides[0].kind, text)
     outlines = _outlines(everything, sides[0].kind, text)
     found: list[Labelled] = []
     names: dict[int, str] = {}
     for one, part in zip(noted, looked, strict=True):
-        if not any(not ignored for row in part for ignored in row.ignored):
+        if not any(not thing.ignored for row in part for thing in row.placed):
             raise DataError(wrong[0] if wrong else f"{printable(one.root)}: not one of its pictures shows an object")
         pictures = Samples(one.root, Names.of(row.picture for row in part))
         rows = tuple(_objects(row, known, outlines) for row in part)
@@ -143,7 +129,7 @@ def find_objects(
         found.append(Labelled(pictures, labels, known.names, groups, objects=ObjectLabels(rows, known)))
         if empty := int((~labels.any(axis=1)).sum()):
             log.info("%s: %d of %d pictures show no object, and are kept", printable(one.root), empty, len(rows))
-    return FoundObjects(found[0], found[1] if len(found) > 1 else None, names, wrong, clipped)
+    return Found(found, names, wrong, clipped)
 
 
 def _looked(noted: Noted, wrong: list[str]) -> list[Looked]:
@@ -165,14 +151,12 @@ def _look(root: bytes, entry: Entry) -> Looked | str:
             raise DataError(f"the name of the class {odd[0]!a} has letters that cannot be shown")
     except DataError as error:
         return str(error) if str(error).startswith(entry.where) else f"{entry.where}: {error}"
-    names, ignored = [thing.label for thing in solid], [thing.ignored for thing in solid]
-    return Looked(entry.picture, entry.where, size, names, ignored, placed, len(things) - len(solid))
+    return Looked(entry.picture, entry.where, size, placed, len(things) - len(solid))
 
 
 def _classes(noted: list[Noted], looked: list[list[Looked]], data: str) -> ObjectClasses:
     """The classes that occur, with the numbers of the first file that has them."""
-    rows = [one for part in looked for one in part]
-    occur = {name for one in rows for name, off in zip(one.names, one.ignored, strict=True) if name and not off}
+    occur = {name for part in looked for one in part for name in one.names}
     numbers: dict[str, int] = {}
     for one in noted:
         numbers |= {name: number for name, number in (one.ids or {}).items() if name not in numbers}
@@ -185,8 +169,7 @@ def _classes(noted: list[Noted], looked: list[list[Looked]], data: str) -> Objec
 
 
 def _is_known(one: Looked, classes: ObjectClasses, wrong: list[str]) -> bool:
-    unknown = {name for name, off in zip(one.names, one.ignored, strict=True) if name is not None and not off}
-    if not (unknown := unknown - set(classes.names)):
+    if not (unknown := one.names - set(classes.names)):
         return True
     shown = first_names(sorted(unknown), 3)
     wrong.append(f"{one.where} has objects of {shown}; known classes are {first_names(classes.names, 3)}")
@@ -227,12 +210,13 @@ def _outlines(looked: list[Looked], kind: str, data: str) -> str:
 
 def _objects(one: Looked, classes: ObjectClasses, outlines: str) -> Objects:
     places: Mapping[str, int] = {name: place for place, name in enumerate(classes.names)}
-    labels = [places.get(name, -1) if name is not None else -1 for name in one.names]
+    labels = [places.get(thing.label or "", -1) for thing in one.placed]
     shapes: tuple[Shape, ...] | None = None
     if outlines != "dropped":
         shapes = tuple(around(thing.box) if thing.shape is None else thing.shape for thing in one.placed)
     boxes = np.array([thing.box for thing in one.placed], np.float32).reshape(-1, 4)
-    return Objects(one.size, boxes, np.array(labels, np.int64), np.array(one.ignored, bool), shapes)
+    ignored = np.array([thing.ignored for thing in one.placed], bool)
+    return Objects(one.size, boxes, np.array(labels, np.int64), ignored, shapes)
 
 
 def _say_unlisted(noted: list[Noted]) -> None:
@@ -252,7 +236,7 @@ def _say_unlisted(noted: list[Noted]) -> None:
 
 def drawn_maps(
     data: str, *, group: str | None, classes: MapClasses | None, strict: bool, side: str | None
-) -> tuple[Labelled, Labelled | None, dict[int, str], list[str]] | None:
+) -> Found | None:
     """What `find_label_maps` gives, of a set of objects with outlines; None where it is none.
 
     Raises:
@@ -265,8 +249,7 @@ def drawn_maps(
         raise DataError(f"{has}, which is not known: known are {first_names(classes.names, 3)}")
     known = None if classes is None else ObjectClasses(classes.names, tuple(range(len(classes.names))))
     found = find_objects(data, group=group, classes=known, strict=strict, side=side)
-    sides = [one for one in (found.training, found.testing) if one is not None]
-    if not all(one.objects is not None and one.objects.masked for one in sides):
+    if not all(one.objects is not None and one.objects.masked for one in found.sides):
         raise DataError(
             f"{printable(data)} has boxes alone, and which pixels in a box are of its class is not known. Give label "
             "maps, or outlines of every object, such as COCO's segmentation; or train a detector, "
@@ -275,8 +258,7 @@ def drawn_maps(
     names = (_BACKGROUND, *(name for name in found.training.classes if name != _BACKGROUND))
     names = names if classes is None else classes.names
     log.warning("%s: label maps are drawn from the outlines of objects; the rest is %s", printable(data), _BACKGROUND)
-    training, *testing = (_drawn(one, names) for one in sides)
-    return training, testing[0] if testing else None, found.group_names, found.wrong
+    return Found([_drawn(one, names) for one in found.sides], found.group_names, found.wrong)
 
 
 def _drawn(labelled: Labelled, names: tuple[str, ...]) -> Labelled:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from maehub.data.label_sources import TESTING, TRAINING, split_word
 from maehub.data.labels import split_folders
 from maehub.data.listing import IMAGE_ENDINGS, entries_in, search
-from maehub.data.maps.folders import PICTURES, two_sides
+from maehub.data.maps.folders import PICTURES, sides_in, two_sides
 from maehub.data.objects.coco import read_coco
 from maehub.data.objects.labelme import things_of_labelme
 from maehub.data.objects.noted import Noted, beside
@@ -56,35 +56,33 @@ class ObjectFiles(NamedTuple):
         return beside(self.pictures, self.notes, ".xml", things_of_voc, chosen=self.chosen)
 
 
-Sides = tuple[ObjectFiles, ObjectFiles | None]
-"""What is to train on and to measure on; the latter None where no split was given."""
+Sides = tuple[ObjectFiles, ...]
+"""What is to train on and to measure on; the former alone where no split was given."""
 
 
-def object_files(data: str) -> Sides | None:
-    """Where the annotations of a set lie; None where it is no set with objects. Looks at names, and into JSON files.
+def object_files(data: str) -> Sides:
+    """Where the annotations of a set lie; nothing where it is no set with objects. Looks at names, and into JSON files.
 
     Raises:
         DataError: there are annotations of several formats, or the sides of a split are not clear.
     """
     if not os.path.isdir(data):
         is_file = data.lower().endswith(".json") and os.path.isfile(data)
-        return (ObjectFiles("COCO", os.path.dirname(data), data), None) if is_file else None
+        return (ObjectFiles("COCO", os.path.dirname(data), data),) if is_file else ()
     words = split_folders(data)
     parts = {name: one for name in words if (one := _only(os.path.join(data, name), _inside(os.path.join(data, name))))}
     if not parts:
         return _only(data, _inside(data))
     if len({one[0].kind for one in parts.values()}) > 1:
         raise _several(data, [one[0] for one in parts.values()])
-    if len(parts) == 1 and words[next(iter(parts))] in TRAINING:
-        return next(iter(parts.values()))
-    training, testing = two_sides(data, {name: words[name] for name in parts})
-    return parts[training][0], parts[testing][0]
+    names = sides_in(data, parts, words)
+    return tuple(parts[name][0] for name in names) if len(names) > 1 else parts[names[0]]
 
 
-def _only(data: str, found: list[Sides]) -> Sides | None:
+def _only(data: str, found: list[Sides]) -> Sides:
     if len(found) > 1:
         raise _several(data, [one[0] for one in found])
-    return found[0] if found else None
+    return found[0] if found else ()
 
 
 def _several(data: str, found: list[ObjectFiles]) -> DataError:
@@ -110,7 +108,7 @@ def _inside(folder: str) -> list[Sides]:
         found.append(_coco(folder, coco))
     labelme = [os.path.dirname(path) for path, kind in kinds.items() if kind == "LabelMe"]
     if labelme or (not kinds and _kind(_first(pictures, b".json")) == "LabelMe"):
-        found.append((ObjectFiles("LabelMe", pictures, labelme[0] if labelme else pictures), None))
+        found.append((ObjectFiles("LabelMe", pictures, labelme[0] if labelme else pictures),))
     for kind, (ending, names) in _NOTES.items():
         notes = next((below[name] for name in names if name in below), None)
         if notes is None and kind == "Pascal VOC" and any(entry.name.lower().endswith(".xml") for entry in entries):
@@ -130,7 +128,7 @@ def _coco(folder: str, files: list[str]) -> Sides:
         log.warning("%s: objects are those of files called instances…; not read: %s", printable(folder), rest)
     sides = {path: ObjectFiles("COCO", os.path.dirname(path), path) for path in instances or files}
     if len(sides) == 1:
-        return next(iter(sides.values())), None
+        return tuple(sides.values())
     return _two(folder, {path: os.path.splitext(os.path.basename(path))[0] for path in sides}, sides.__getitem__)
 
 
@@ -157,19 +155,15 @@ def _parted(folder: str, whole: ObjectFiles) -> Sides:
     if both and len(words[0]) > 1:
         text = "%s: %s alone is read: the other folders of pictures have no annotations"
         log.warning(text, printable(folder), *both)
-    return (side(*both) if both else whole), None
+    return (side(*both) if both else whole,)
 
 
-def _listed(folder: str, whole: ObjectFiles) -> Sides | None:
-    """The sides that the lists of Pascal VOC name; None where they name none."""
+def _listed(folder: str, whole: ObjectFiles) -> Sides:
+    """The sides that the lists of Pascal VOC name; nothing where they name none."""
     lists = Path(folder, "ImageSets", "Main")
     called = {path.name: path.stem for path in sorted(lists.glob("*.txt")) if path.stem in (*TRAINING, *TESTING)}
-    if (
-        whole.kind != "Pascal VOC"
-        or not set(called.values()) & set(TRAINING)
-        or not set(called.values()) & set(TESTING)
-    ):
-        return None
+    if whole.kind != "Pascal VOC" or not all(set(called.values()) & set(words) for words in (TRAINING, TESTING)):
+        return ()
 
     def side(name: str) -> ObjectFiles:
         lines = read_small(lists / name, DataError).splitlines()

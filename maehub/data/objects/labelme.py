@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from maehub.data.label_sources import label_name
-from maehub.data.objects.noted import json_object
+from maehub.data.objects.noted import json_object, rows_of
 from maehub.data.objects.objects import Shape, coco_masks, code_of, outline_code
 from maehub.data.objects.outlines import Thing, cut, numbers, same_size
 from maehub.errors import DataError
@@ -27,11 +27,8 @@ def things_of_labelme(path: str, size: Size) -> list[Thing]:
     """
     said = json_object(path)
     same_size((said.get("imageHeight"), said.get("imageWidth")), size, "itself")
-    rows = said.get("shapes")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError("shapes must be a list of objects, as in LabelMe's files")
     groups: dict[tuple[Any, ...], list[Thing]] = {}
-    for place, row in enumerate(rows, 1):
+    for place, row in enumerate(rows_of(said, "shapes", "", "LabelMe's"), 1):
         label = label_name(row["label"]) if isinstance(row.get("label"), str) else ""
         group = row.get("group_id")
         if not label or not isinstance(group, int | str | None):

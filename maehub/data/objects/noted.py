@@ -51,6 +51,14 @@ def json_object(path: str) -> dict[str, Any]:
     return said
 
 
+def rows_of(said: dict[str, Any], key: str, where: str, whose: str) -> list[dict[str, Any]]:
+    """The objects in a list of a JSON file."""
+    rows = said.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{where}{key} must be a list of objects, as in {whose} files")
+    return rows
+
+
 def beside(
     pictures: str,
     folder: str,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from maehub.data.maps.label_maps import IGNORED, MapClasses
 from maehub.errors import MissingDependencyError, UsageError
 from maehub.images import Box, Size
 
@@ -104,6 +105,32 @@ class ObjectLabels:
         return found.hexdigest()
 
 
+@dataclass(frozen=True)
+class DrawnMaps:
+    """As `LabelMaps`, drawn from objects with outlines: smaller ones lie on larger ones, ignored ones are `IGNORED`."""
+
+    files: ObjectLabels
+    classes: MapClasses
+    values: tuple[int, ...]
+    """What no object covers is drawn as, and after it what each class of ``files`` is."""
+
+    def read(self, index: int) -> np.ndarray:
+        """Places of classes, (H, W) int16."""
+        row = self.files.rows[index]
+        assert row.shapes is not None or not len(row)
+        shapes, size = row.shapes or (), row.size
+        drawn = np.full(size, self.values[0], np.int64)
+        for at in sorted(range(len(row)), key=lambda place: -area(shapes[place])):
+            mask = masks_of([outline_code(shapes[at], size)])[0].view(bool)
+            np.copyto(drawn, IGNORED if row.ignored[at] else self.values[row.labels[at] + 1], where=mask)
+        found = self.classes.decode(drawn.clip(min=0))
+        found[drawn == IGNORED] = IGNORED
+        return found
+
+    def take(self, indices: np.ndarray) -> "DrawnMaps":
+        return replace(self, files=self.files.take(indices))
+
+
 def masks_of(codes: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """(n, H, W) uint8, 0 or 1, of compressed run-length codes of one picture, one at least."""
     return np.ascontiguousarray(np.moveaxis(coco_masks().decode(list(codes)), 2, 0))
@@ -134,3 +161,13 @@ def outline_code(shape: Shape, size: Size) -> dict[str, Any]:
     polygons = [polygon.reshape(-1).tolist() for polygon in shape]
     code: dict[str, Any] = coco_masks().merge(coco_masks().frPyObjects(polygons, *size))
     return code
+
+
+def area(shape: Shape) -> float:
+    """Pixels within an outline, overlaps of its polygons counted twice."""
+    if isinstance(shape, Mapping):
+        return float(coco_masks().area(dict(shape)))
+    turned = [np.roll(part, -1, axis=0) for part in shape]
+    return sum(
+        abs(float((a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]).sum())) / 2 for a, b in zip(shape, turned, strict=True)
+    )

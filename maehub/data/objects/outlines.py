@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maehub.data.objects.objects import Shape, coco_masks
+from maehub.data.objects.objects import Shape, area, coco_masks
 from maehub.errors import DataError
 from maehub.images import Size
 
@@ -29,6 +29,8 @@ class Thing(NamedTuple):
 class Placed(NamedTuple):
     """An object within its picture."""
 
+    label: str | None
+    ignored: bool
     box: np.ndarray
     shape: Shape | None
     beyond: bool
@@ -91,7 +93,7 @@ def place(thing: Thing, size: Size) -> Placed:
     if outside or box[2] <= box[0] or box[3] <= box[1]:
         size_text = f"{size[1]}×{size[0]}"
         raise DataError(f"{thing.what} lies outside of the picture, which is {size_text}: its edges are {shown}")
-    return Placed(box, shape, bool(over > _BEYOND), apart)
+    return Placed(thing.label, thing.ignored, box, shape, bool(over > _BEYOND), apart)
 
 
 def cut(polygon: np.ndarray, size: Size) -> np.ndarray:
@@ -117,16 +119,6 @@ def bounds(shape: Shape) -> np.ndarray:
         return np.array([left, top, left + width, top + height])
     points = np.concatenate(shape)
     return np.concatenate([points.min(axis=0), points.max(axis=0)])
-
-
-def area(shape: Shape) -> float:
-    """Pixels within an outline, overlaps of its polygons counted twice."""
-    if isinstance(shape, Mapping):
-        return float(coco_masks().area(dict(shape)))
-    turned = [np.roll(part, -1, axis=0) for part in shape]
-    return sum(
-        abs(float((a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1]).sum())) / 2 for a, b in zip(shape, turned, strict=True)
-    )
 
 
 def run_length(code: Mapping[str, Any], size: Size, what: str) -> dict[str, Any]:

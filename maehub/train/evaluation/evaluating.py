@@ -30,8 +30,7 @@ from maehub.train.evaluation.corruptions import (
     read_baseline,
     robustness_picture,
 )
-from maehub.train.evaluation.maps.evaluating import MapEvaluation, evaluate_maps, held_out_by
-from maehub.train.evaluation.objects.evaluating import ObjectEvaluation, evaluate_objects
+from maehub.train.evaluation.dense.evaluating import MapEvaluation, ObjectEvaluation, evaluate_dense, held_out_by
 from maehub.train.evaluation.plots import contact_sheet, overview
 from maehub.train.evaluation.scores import AnyScores, Scores, losses, probabilities, score_of
 from maehub.train.evaluation.text_tables import printable
@@ -114,10 +113,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation | MapEvaluation | ObjectEvalu
         DataError: the data have classes that the model does not know, or a picture cannot be read.
         HubError, IntegrityError, CheckpointError: as in `maehub.load` and `maehub.save`.
     """
-    if is_segmenter(config.model):
-        return evaluate_maps(config)
-    if is_detector(config.model):
-        return evaluate_objects(config)
+    if (segments := is_segmenter(config.model)) or is_detector(config.model):
+        return evaluate_dense(config, detects=not segments)
     if config.out is not None:
         check_free(config.out, config.overwrite, MEMBERS)
     device = usable_device(config.device)

@@ -16,14 +16,14 @@ from maehub.errors import UsageError, log
 from maehub.images import Preprocess
 from maehub.models import Precision, autocast
 from maehub.train.engine import Group
-from maehub.train.finetuning.maps.recipes import MapSettings
+from maehub.train.finetuning.dense.recipes import DenseSettings, MapSettings, ObjectSettings
 from maehub.train.finetuning.mixing import seeded_torch
 from maehub.train.finetuning.recipes import Settings
 
 MINUTES = 10.0
 """That ``auto`` may take on a CPU, where nothing else is said."""
 
-Recipe = TypeVar("Recipe", Settings, MapSettings)
+Recipe = TypeVar("Recipe", Settings, MapSettings, ObjectSettings)
 Made = Callable[[int], tuple[Tensor, Tensor]]
 """Gives so many images and targets, of no meaning."""
 
@@ -137,7 +137,7 @@ class Clock:
         self._tell(settings, steps, steps * step + beside, training)
         return replace(settings, steps=steps, epochs=steps * settings.batch_size / training)
 
-    def _tell(self, settings: Settings | MapSettings, steps: int, seconds: float, training: int) -> None:
+    def _tell(self, settings: Settings | DenseSettings, steps: int, seconds: float, training: int) -> None:
         if not steps:
             log.warning(
                 "%g minutes are too short for one pass over %d pictures, so nothing is trained: the probe is exported. "

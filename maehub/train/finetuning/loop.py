@@ -76,11 +76,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 def _job_of(task: str) -> Callable[[FinetuneConfig, Group, float], Job]:
     """What a task trains; networks of pixels and objects are imported where they are wanted, which takes a while."""
     if task == "segment":
-        from maehub.train.finetuning.maps.job import MapJob
+        from maehub.train.finetuning.dense.map_job import MapJob
 
         return MapJob
     if task == "detect":
-        from maehub.train.finetuning.objects.job import ObjectJob
+        from maehub.train.finetuning.dense.object_job import ObjectJob
 
         return ObjectJob
     return ClassifierJob

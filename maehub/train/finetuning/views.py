@@ -32,7 +32,7 @@ class LabelledBatch(NamedTuple):
     """Labelled crops of one step, or a part of them."""
 
     pixels: Tensor  # (B, H, W, C) uint8
-    targets: Tensor  # (B, classes) float32, 1 for the classes of a picture
+    targets: Any  # (B, classes) float32, 1 for the classes of a picture; or of parts of pictures, see `dense.views`
     seeds: Tensor  # (B,) int64 on the CPU, for what else is random about a crop
 
     def to(self, device: torch.device) -> Self:
@@ -67,7 +67,7 @@ class LabelledCrops(Dataset[LabelledBatch | DataError]):
     With ``cache`` every picture is decoded once, here; forked workers share the memory.
     """
 
-    def __init__(self, labelled: Labelled, transform: TrainTransform, cache: bool) -> None:
+    def __init__(self, labelled: Labelled, transform: Any, cache: bool) -> None:
         self.labelled = labelled
         self.transform = transform
         samples, channels = labelled.samples, transform.preprocess.channels
@@ -82,12 +82,19 @@ class LabelledCrops(Dataset[LabelledBatch | DataError]):
             try:
                 with naming(samples, key.sample):
                     source = self.decoded[key.sample] if self.decoded else samples.source(key.sample)
-                    crops.append(torch.from_numpy(self.transform.crop(source, key)))
+                    crops.append(self.crop(source, key))
             except DataError as error:
                 return error
+        return LabelledBatch(*self.joined(crops, keys), torch.tensor([key.crop for key in keys]))
+
+    def crop(self, source: Any, key: Key) -> Any:
+        """One crop, by its key."""
+        return torch.from_numpy(self.transform.crop(source, key))
+
+    def joined(self, crops: list[Any], keys: list[Key]) -> tuple[Tensor, Any]:
+        """Pixels and targets of all of them together."""
         labels = self.labelled.labels[[key.sample for key in keys]]
-        targets = targets_of(labels, len(self.labelled.classes))
-        return LabelledBatch(torch.stack(crops), targets, torch.tensor([key.crop for key in keys]))
+        return torch.stack(crops), targets_of(labels, len(self.labelled.classes))
 
 
 def policy_of(words: str, preprocess: Preprocess) -> Policy | None:

@@ -1,6 +1,7 @@
-"""The segmenter that is trained: its parameters by layers, its loss, and its start as the probe of single patches."""
+"""A segmenter in the loop of fine-tuning: its loss, and its start as the probe of single patches."""
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,17 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import maehub.train.engine as engine
 from maehub.data import IGNORED, Key
 from maehub.dense import LinearDecoder, Segmenter, SegmenterConfig
 from maehub.errors import DataError, log
+from maehub.hub import Located
 from maehub.models import Encoder
 from maehub.rng import sample_seed
 from maehub.train.engine import Group
-from maehub.train.evaluation import best, fit_at, sweep
-from maehub.train.finetuning.classifier import drop_paths
-from maehub.train.finetuning.dense_job import train_blocks
-from maehub.train.finetuning.maps.recipes import MapSettings
-from maehub.train.finetuning.maps.views import MapCrops
+from maehub.train.evaluation import MapMeasuring, MapScores, best, fit_at, sweep
+from maehub.train.finetuning.dense.job import DenseJob, built
+from maehub.train.finetuning.dense.recipes import DenseFacts, MapSettings, map_window, settle_maps, short_side_of
+from maehub.train.finetuning.dense.views import MapCrops, MapTransform
+from maehub.train.finetuning.views import LabelledBatch, LabelledCrops
 
 _PICTURES, _PATCHES = 400, 24_000  # that a probe is solved from, at most
 _PURE = 0.9  # share of a patch's pixels that are of one class
@@ -49,14 +52,89 @@ def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     return summed / targets.numel()
 
 
+class MapJob(DenseJob):
+    """A segmenter."""
+
+    task, kind, what, measuring = "segment", "segmenter", "every pixel", MapMeasuring()
+
+    def prepare(self, files: Located | None) -> None:
+        config, group, maps = self.config, self.group, self.training.maps
+        assert maps is not None
+        encoder, short_side = self._encoder(files)
+        shape = encoder.config
+        facts = DenseFacts(shape.width, shape.depth, len(self.training), self.trained)
+        self.settings: MapSettings = settle_maps(config.recipe, facts, self.asked(MapSettings))
+        settings = self.settings
+        whole = settings.norm == "batch" and settings.decoder == "upernet"  # batch statistics are of the whole batch
+        parts: Any = {name: getattr(settings, name) for name in ("layers", "width", "norm", "attention")}
+        described = SegmenterConfig(
+            maps.classes, settings.decoder, auxiliary=settings.side_loss > 0, short_side=short_side, **parts
+        )
+        network = build_segmenter(encoder, described, settings, config.seed)
+        views = partial(MapTransform, encoder.preprocess, short_side)
+        self.transform = views(
+            settings.resize, **self.turned, colours=settings.colours, most_of_one=settings.most_of_one
+        )
+        if settings.head_start == "probe" and not self.stored:
+            plain = views((1.0, 1.0), hflip=False, colours=False)
+            solve_decoder(network, MapCrops(self.training, plain, cache=False), group, self.precision, config.seed)
+        self.ready(
+            network,
+            MapObjective(network, settings.side_loss),
+            {"short_side": short_side} | settings.lasting,
+            whole=whole,
+        )
+
+    def _encoder(self, files: Located | None) -> tuple[Encoder, int | None]:
+        """The encoder with the window as its native size, and the shorter side that pictures are scaled to."""
+        config = self.config
+        middle = int(np.median(self.some_sizes().min(axis=1)))
+        small = config.recipe == "auto" and self.group.device.type == "cpu"
+        encoder = self.open_encoder(files, lambda patch: map_window(patch, middle, small=small))
+        short = config.short_side
+        if short is None and (short := short_side_of(min(encoder.config.size), middle)) and self.group.is_main:
+            log.warning(
+                "pictures are scaled to a shorter side of %d pixels, and the middle one of them has %d: --short-side 0 "
+                "keeps details, and takes longer; so does a larger --image-size, what is seen at once",
+                short,
+                middle,
+            )
+        return encoder, short or None
+
+    def rate(self, step: int) -> float:
+        if self.settings.falls == "cosine":
+            return super().rate(step)
+        settings = self.settings
+        peak = engine.peak_rate(settings.base_lr, settings.batch_size)
+        return engine.linear_rate(step, settings.steps, peak, settings.warmup)
+
+    def crops(self) -> LabelledCrops:
+        return MapCrops(self.training, self.transform, self.config.cache)
+
+    def inputs(self, part: LabelledBatch, seed: int) -> tuple[Tensor, Tensor]:
+        return self.transform.preprocess.normalise(part.pixels), part.targets.long()
+
+    def curves(self, scores: MapScores) -> dict[str, float]:
+        return {"val_miou": scores.miou, "val_pixel_accuracy": scores.pixel_accuracy}
+
+    def blank(self, count: int) -> Tensor:
+        return torch.zeros(count, *self.window, dtype=torch.long, device=self.group.device)  # of the first class
+
+    def described(self) -> tuple[str, str]:
+        return f"{self.settings.decoder} decoder", "pictures with label maps"
+
+    def announced(self) -> tuple[str, str]:
+        assert isinstance(self.model, Segmenter)
+        short = self.model.config.short_side
+        own = "pictures keep their own size" if short is None else f"pictures are scaled to a shorter side of {short}"
+        return f"{len(self.training.classes)} classes of pixels", own
+
+
 def build_segmenter(encoder: Encoder, config: SegmenterConfig, settings: MapSettings, seed: int) -> Segmenter:
     """A segmenter on the CPU with a fresh decoder, its positions trained, as published."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        model = Segmenter(encoder, config)
-    encoder = model.encoder
-    train_blocks(encoder, settings.blocks, last=max(model.layers), normed=model.decoder.normed)
-    drop_paths(list(encoder.blocks), settings.drop_path)
+    depth = encoder.config.depth
+    last, normed = max(layer % depth for layer in config.layers), config.decoder == "linear"
+    model = built(partial(Segmenter, encoder, config), settings, seed, last=last, normed=normed)
     for part in model.decoder.modules():
         if isinstance(part, nn.Dropout2d):
             part.p = settings.dropout

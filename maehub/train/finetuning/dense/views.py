@@ -1,43 +1,40 @@
-"""Crops of pictures with their label maps: the same part of both, scaled, turned, padded, its colours changed.
+"""Crops of pictures with their label maps or objects: the same part of both, scaled, turned, padded, recoloured.
 
 Everything random about a crop is a pure function of (seed, epoch, sample id), as of the crops of classifiers.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from maehub.data import IGNORED, Key, Labelled, naming
-from maehub.dense import scaled_size
-from maehub.errors import DataError
+from maehub.data import IGNORED, Key, Labelled, Objects
+from maehub.dense import Target, scaled_size
 from maehub.images import Box, Preprocess, Size, nearest, open_part, part_of, scaled
 from maehub.rng import random_uniform, sample_seed
-from maehub.train.pretraining import opened
+from maehub.train.finetuning.views import LabelledCrops
 
 _PLACE, _COLOUR = 9, 10  # views of `sample_seed`
 _TRIES = 10
+_LEAST = 1.0  # pixels of a side of what is left of an object
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 0.1  # of 255, factors, share of the circle
 
 
-class MapBatch(NamedTuple):
-    """Crops of one step, or a part of them."""
+class Targets(list[Target]):
+    """Of each image what it shows."""
 
-    pixels: Tensor  # (B, H, W, C) uint8
-    targets: Tensor  # (B, H, W) int16, places of classes
-    seeds: Tensor  # (B,) int64 on the CPU
+    def split(self, size: int) -> "list[Targets]":
+        """Parts of so many images, as of a tensor."""
+        return [Targets(self[first : first + size]) for first in range(0, len(self), size)]
 
-    def to(self, device: torch.device) -> Self:
-        """On a device, without waiting for it."""
-        pixels, targets = (field.to(device, non_blocking=True) for field in self[:2])
-        return type(self)(pixels, targets, self.seeds)
+    def to(self, device: torch.device, *, non_blocking: bool) -> "Targets":
+        """On a device, without waiting for masks, which are large."""
+        return Targets(one.to(device) for one in self)
 
 
 class View(NamedTuple):
@@ -124,16 +121,66 @@ class MapTransform(DenseTransform):
 
     def _placed(self, places: np.ndarray, taken: Size, draws: np.ndarray) -> Box:
         """The first of ten places where no class fills too much, else the last."""
-        height, width = places.shape
-        for down, right in draws.tolist():
-            top, left = int(down * (height - taken[0] + 1)), int(right * (width - taken[1] + 1))
-            box = Box(left, top, left + taken[1], top + taken[0])
+        for draw in draws:
+            box = _placed(sides(places.shape), taken, draw)
             if self.most_of_one >= 1:
                 break
             counts = np.bincount(places[box.top : box.bottom, box.left : box.right].reshape(-1) + 1)[1:]
             if counts.sum() and (counts > 0).sum() > 1 and counts.max() < self.most_of_one * counts.sum():
                 break
         return box
+
+
+def object_crop(
+    transform: DenseTransform, source: Any, objects: Objects, seed: int, *, masks: bool
+) -> tuple[np.ndarray, Any]:
+    """(H, W, C) uint8 of the size of the window, and what is left of the objects in it.
+
+    What is cut to less than a pixel is left out, and so is what is ignored. With ``masks`` a box is that of what is
+    left of its mask.
+    """
+    seen = transform.view(source, objects.size, seed, lambda taken, draws: _placed(objects.size, taken, draws[0]))
+    objects = objects.take(~objects.ignored)
+    drawn = None
+    if masks and len(objects):
+        flat = seen.turned(objects.masks(seen.box, seen.shown))
+        drawn = np.zeros((len(objects), *transform.preprocess.size), np.uint8)
+        drawn[:, : flat.shape[1], : flat.shape[2]] = flat
+        boxes = np.array([_bounds(mask) for mask in drawn], np.float32)
+    elif masks:
+        drawn, boxes = np.zeros((0, *transform.preprocess.size), np.uint8), objects.boxes
+    else:
+        boxes = moved(objects.boxes, seen)
+    kept = (boxes[:, 2:] - boxes[:, :2] >= _LEAST).all(axis=1)
+    labels = torch.from_numpy(objects.labels[kept])
+    mask = None if drawn is None else torch.from_numpy(drawn[kept])
+    return seen.canvas, Target(torch.from_numpy(boxes[kept]), labels, mask, seed)
+
+
+def moved(boxes: np.ndarray, seen: View) -> np.ndarray:
+    """Boxes (n, 4) of a picture in the pixels of a view of it, cut at its edges."""
+    part, (height, width) = seen.box, seen.shown
+    scale = np.array([width / (part.right - part.left), height / (part.bottom - part.top)] * 2)
+    found = (boxes - np.array([part.left, part.top] * 2)) * scale
+    left, top, right, bottom = np.clip(found, 0, [width, height] * 2).T
+    if seen.flips[0]:
+        top, bottom = height - bottom, height - top
+    if seen.flips[1]:
+        left, right = width - right, width - left
+    for _ in range(seen.turns):  # against the clock: what was right is on top
+        left, top, right, bottom = top, width - right, bottom, width - left
+        height, width = width, height
+    return np.stack([left, top, right, bottom], axis=1).astype(np.float32)
+
+
+def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
+
+
+def _placed(size: Size, taken: Size, draws: np.ndarray) -> Box:
+    top, left = (int(draw * (side - part + 1)) for draw, side, part in zip(draws, size, taken, strict=True))
+    return Box(left, top, left + taken[1], top + taken[0])
 
 
 def changed_colours(pixels: np.ndarray, seed: int) -> np.ndarray:
@@ -171,50 +218,38 @@ def sides(shape: Any) -> Size:
     return int(shape[0]), int(shape[1])
 
 
-class DenseCrops(Dataset[Any], ABC):
-    """Crops, a whole batch at a time; what cannot be read comes back as its error.
+class MapCrops(LabelledCrops):
+    """Crops of pictures and their label maps, which are decoded once too with ``cache``.
 
-    With ``cache`` every picture is decoded once, here; forked workers share the memory.
+    ``targets`` of a batch are places of classes, (B, H, W) int16.
     """
-
-    def __init__(self, labelled: Labelled, channels: int, cache: bool) -> None:
-        self.labelled = labelled
-        samples = labelled.samples
-        self.decoded = [opened(samples, index, channels) for index in range(len(samples))] if cache else None
-
-    def __getitems__(self, keys: list[Key]) -> Any:
-        samples, crops = self.labelled.samples, []
-        for key in keys:
-            try:
-                with naming(samples, key.sample):
-                    source = self.decoded[key.sample] if self.decoded else samples.source(key.sample)
-                    crops.append(self.crop(source, key))
-            except DataError as error:
-                return error
-        return self.batch(crops, torch.tensor([key.crop for key in keys]))
-
-    @abstractmethod
-    def crop(self, source: Any, key: Key) -> Any:
-        """One crop, by its key."""
-
-    @abstractmethod
-    def batch(self, crops: list[Any], seeds: Tensor) -> Any:
-        """All of them together."""
-
-
-class MapCrops(DenseCrops):
-    """Crops of pictures and their label maps, which are decoded once too with ``cache``."""
 
     def __init__(self, labelled: Labelled, transform: MapTransform, cache: bool) -> None:
         assert labelled.maps is not None
-        super().__init__(labelled, transform.preprocess.channels, cache)
-        self.maps, self.transform = labelled.maps, transform
+        super().__init__(labelled, transform, cache)
+        self.maps = labelled.maps
         self.places = [self.maps.read(index) for index in range(len(labelled))] if cache else None
 
     def crop(self, source: Any, key: Key) -> tuple[np.ndarray, np.ndarray]:
         places = self.places[key.sample] if self.places else self.maps.read(key.sample)
         return self.transform.crop(source, places, key.crop)
 
-    def batch(self, crops: list[tuple[np.ndarray, np.ndarray]], seeds: Tensor) -> MapBatch:
+    def joined(self, crops: list[Any], keys: list[Key]) -> tuple[Tensor, Tensor]:
         pixels, targets = (torch.from_numpy(np.stack(part)) for part in zip(*crops, strict=True))
-        return MapBatch(pixels, targets, seeds)
+        return pixels, targets
+
+
+class ObjectCrops(LabelledCrops):
+    """Crops of pictures and their objects; ``targets`` of a batch are `Targets`."""
+
+    def __init__(self, labelled: Labelled, transform: DenseTransform, masks: bool, cache: bool) -> None:
+        assert labelled.objects is not None
+        super().__init__(labelled, transform, cache)
+        self.rows, self.masks = labelled.objects.rows, masks
+
+    def crop(self, source: Any, key: Key) -> tuple[np.ndarray, Target]:
+        return object_crop(self.transform, source, self.rows[key.sample], key.crop, masks=self.masks)
+
+    def joined(self, crops: list[Any], keys: list[Key]) -> tuple[Tensor, Targets]:
+        pixels, targets = zip(*crops, strict=True)
+        return torch.from_numpy(np.stack(pixels)), Targets(targets)

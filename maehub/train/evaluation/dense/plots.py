@@ -1,4 +1,4 @@
-"""Pictures with their objects: what is there, and what a detector finds, misses and makes up."""
+"""Pictures with what is there and what a model says: label maps as colours; objects found, missed and made up."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,28 +6,97 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from maehub.data import MapClasses, ObjectClasses, Objects, coco_masks, masks_of
-from maehub.dense import Detections, colours_of
+from maehub.data import IGNORED, MapClasses, ObjectClasses, Objects, coco_masks, masks_of
+from maehub.dense import Detections, colours_of, scaled_size
 from maehub.images import Size, nearest, scaled
-from maehub.train.evaluation.maps.plots import fitted, overlay, panel_sheet
-from maehub.train.evaluation.objects.scores import coco_boxes
+from maehub.train.evaluation.dense.object_scores import coco_boxes
 from maehub.train.evaluation.text_tables import printable
 
 SURE = 0.5
 """The score from which on a detection is shown and counted."""
-_SIDE = 420  # pixels of a panel, the longer side
+_SHARE = 0.6  # of an overlay that is the colour of the class
+_MAP_SIDE, _OBJECT_SIDE = 300, 420  # pixels of a panel, the longer side
+_GAP, _LINE = 8, 20
+_INK, _GREY, _PAPER, _WRONG = (20, 20, 20), (95, 95, 95), (255, 255, 255), (200, 30, 30)
 _FALSE, _MISSED, _IGNORED = (215, 25, 28), (255, 255, 255), (140, 140, 140)
+_SWATCHES = 24  # classes in the legend
 
 Colour = tuple[int, int, int]
 
 
-class ObjectExample(NamedTuple):
-    """A picture with its objects, and what is found in it: those that are `SURE`."""
+class Example(NamedTuple):
+    """A picture, with what is there and what is found in it."""
 
     name: str
     pixels: np.ndarray  # (H, W, C) uint8
-    truth: Objects
-    found: Detections
+    truth: Any  # places of classes (H, W), or `Objects`
+    found: Any  # places of classes (H, W), or `Detections` that are `SURE`
+
+
+def overlay(pixels: np.ndarray, places: np.ndarray, palette: Sequence[Colour]) -> np.ndarray:
+    """A picture under the colours of its classes: (H, W, C) uint8 and (H, W) to (H, W, 3) uint8. What is ignored, and a
+    class whose colour is black, stay as they are."""
+    grey = pixels if pixels.shape[2] == 3 else pixels[:, :, :1].repeat(3, axis=2)
+    colours = np.array([*palette, (0, 0, 0)], np.float32)[places]  # −1 is the last
+    shown = _SHARE * colours + (1 - _SHARE) * grey
+    return np.where((colours > 0).any(axis=2, keepdims=True), shown, grey).round().astype(np.uint8)
+
+
+def map_sheet(examples: Sequence[Example], classes: Sequence[str], palette: Sequence[Colour]) -> Image.Image:
+    """One row a picture: itself, under its true classes, under those that are said, and where they differ (red)."""
+    used = sorted({int(place) for one in examples for map_ in (one.truth, one.found) for place in np.unique(map_)})
+    legend = [(classes[place], palette[place]) for place in used if place != IGNORED]
+    rows, captions = [], []
+    for one in examples:
+        counted = one.truth != IGNORED
+        right = 100 * float((one.truth == one.found)[counted].mean()) if counted.any() else 0.0
+        captions.append(f"{printable(one.name, 60)}: {right:.1f} % of the pixels right")
+        size = _fitted(one.pixels, _MAP_SIDE)
+        pixels = scaled(one.pixels, size).numpy()
+        truth, found, wrong = (nearest(values, size) for values in (one.truth, one.found, one.truth != one.found))
+        bare = overlay(pixels, np.full(size, IGNORED), palette)
+        differs = overlay(bare, np.where(wrong & (truth != IGNORED), 0, IGNORED), [_WRONG])
+        panels = (bare, overlay(pixels, truth, palette), overlay(pixels, found, palette), differs)
+        rows.append([Image.fromarray(panel) for panel in panels])
+    return panel_sheet(("picture", "true", "predicted", "wrong"), rows, captions, legend, _MAP_SIDE)
+
+
+def panel_sheet(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    legend: Sequence[tuple[str, tuple[int, int, int]]],
+    side: int,
+) -> Image.Image:
+    """Panels below their titles, ``side`` pixels wide at most, with a caption a row; colours and their names on top."""
+    font = ImageFont.load_default(13)
+    named = legend[:_SWATCHES]
+    width = max([len(titles) * (side + _GAP) + _GAP, *(sum(p.width + _GAP for p in row) + _GAP for row in rows)])
+    columns = max(1, width // 180)
+    top = -(-len(named) // columns) * _LINE + _GAP
+    height = top + _LINE + sum(row[0].height + _LINE + _GAP for row in rows)
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, colour) in enumerate(named):
+        x, y = _GAP + number % columns * 180, _GAP // 2 + number // columns * _LINE
+        draw.rectangle((x, y + 2, x + 14, y + 16), colour, _GREY)
+        draw.text((x + 20, y + 2), printable(name, 22), _INK, font)
+    y = top
+    for number, title in enumerate(titles):
+        draw.text((_GAP + number * (side + _GAP), y), title, _GREY, font)
+    y += _LINE
+    for row, caption in zip(rows, captions, strict=True):
+        for number, panel in enumerate(row):
+            sheet.paste(panel, (_GAP + number * (side + _GAP), y))
+        y += row[0].height
+        draw.text((_GAP, y + 2), caption, _INK, font)
+        y += _LINE + _GAP
+    return sheet
+
+
+def _fitted(pixels: np.ndarray, side: int) -> Size:
+    """(height, width) of a picture (H, W, C) whose longer side becomes ``side``."""
+    return scaled_size(pixels.shape[:2], None, (side, side))
 
 
 class Mark(NamedTuple):
@@ -119,7 +188,7 @@ def marked(pixels: np.ndarray, marks: Sequence[Mark], size: Size | None = None) 
     return picture
 
 
-def example_sheet(examples: Sequence[ObjectExample], classes: ObjectClasses) -> Image.Image:
+def object_sheet(examples: Sequence[Example], classes: ObjectClasses) -> Image.Image:
     """One row a picture: itself, its objects, and what is found in it; false alarms and missed ones stand out."""
     colours, rows, captions = object_colours(classes), [], []
     used = np.concatenate(
@@ -127,7 +196,7 @@ def example_sheet(examples: Sequence[ObjectExample], classes: ObjectClasses) -> 
     )
     names = [*(printable(name, 20) for name in classes.names), "no class"]  # the last of what is ignored
     for one in examples:
-        truth, size, owned = one.truth, fitted(one.pixels, _SIDE), owners(one.truth, one.found)
+        truth, size, owned = one.truth, _fitted(one.pixels, _OBJECT_SIDE), owners(one.truth, one.found)
         there = [
             Mark(box, _IGNORED if ignored else colours[label], "ignored: " * ignored + names[label], code)
             for box, label, ignored, code in zip(
@@ -148,7 +217,7 @@ def example_sheet(examples: Sequence[ObjectExample], classes: ObjectClasses) -> 
         captions.append(f"{printable(one.name, 60)}: {found} found, {lost} missed, {wrong} false alarms")
     titles = ("picture", "true", f"found (score {SURE} or more); red dashes: false alarm, white: missed")
     legend = [(classes.names[label], colours[label]) for label in np.unique(used[used >= 0]).tolist()]
-    return panel_sheet(titles, rows, captions, legend, _SIDE)
+    return panel_sheet(titles, rows, captions, legend, _OBJECT_SIDE)
 
 
 def _codes(truth: Objects) -> Sequence[Mapping[str, Any] | None]:

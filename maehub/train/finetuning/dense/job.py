@@ -3,26 +3,26 @@
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import maehub.train.engine as engine
-from maehub.data import Labelled, LabelledSplit, StepKeys
-from maehub.dense import DenseEncoder, Detector, Segmenter
+from maehub.data import LabelledSplit, StepKeys, split_label_maps, split_objects
+from maehub.dense import DenseEncoder, Detector, Segmenter, save_detector, save_segmenter
 from maehub.errors import UsageError, log
 from maehub.figures import save_figure
 from maehub.files import atomic_write
 from maehub.hub import Located
-from maehub.images import Size, upright_size
+from maehub.images import upright_size
 from maehub.models import Encoder
 from maehub.train.engine import Group, RunLog
+from maehub.train.evaluation import Measured, Measuring, worst
+from maehub.train.finetuning.classifier import drop_paths
 from maehub.train.finetuning.config import FinetuneConfig
 from maehub.train.finetuning.fitting import fitted_micro_batch, seconds_a_step
 from maehub.train.finetuning.job import VALIDATIONS, Job, tell_pictures
@@ -37,14 +37,7 @@ _SIZES = 500  # pictures whose sizes say how they are looked at
 _TIMED = 4  # pictures
 _UNFIT = ("pool", "label", "mixup", "cutmix", "smoothing", "erasing", "randaugment", "crop_scale")
 
-
-class Measured(NamedTuple):
-    """What is found in one held-out picture."""
-
-    place: int
-    found: Any  # that can be drawn
-    row: Any  # that is scored
-    right: float  # to show the worst ones by
+_Dense = TypeVar("_Dense", Segmenter, Detector)
 
 
 class DenseJob(Job):
@@ -57,8 +50,11 @@ class DenseJob(Job):
     """
 
     task: ClassVar[str]
+    kind: ClassVar[str]
+    """Of the model: ``segmenter``, or ``detector``."""
     what: ClassVar[str]
     """What it tells, in words: ``--task segment tells every pixel``."""
+    measuring: ClassVar[Measuring]
     tells_start = True
 
     def __init__(self, config: FinetuneConfig, group: Group, begun: float) -> None:
@@ -74,33 +70,22 @@ class DenseJob(Job):
         self.trained = not config.model.startswith("untrained/")
         self.prepare(files)
 
-    @abstractmethod
     def find_split(self) -> LabelledSplit:
         """Pictures to train and to measure on."""
+        config, find = self.config, split_label_maps if self.task == "segment" else split_objects
+        return find(config.data, seed=config.seed, share=config.val_share, group=config.group)
 
     @abstractmethod
     def prepare(self, files: Located | None) -> None:
         """Build the network and everything that is trained; ends with `ready`."""
 
     @abstractmethod
-    def measured_rows(self, single: nn.Module, places: Iterable[int]) -> Iterator[Measured]:
-        """Of these held-out pictures what the network finds."""
-
-    @abstractmethod
-    def scored(self, rows: Mapping[int, Any]) -> Any:
-        """Scores of some held-out pictures, by their places."""
-
-    @abstractmethod
-    def sheet(self, single: nn.Module, shown: list[tuple[int, Any]]) -> Image.Image:
-        """Some held-out pictures with what is found in them."""
+    def blank(self, count: int) -> Any:
+        """Targets of so many images, of no meaning."""
 
     @abstractmethod
     def curves(self, scores: Any) -> dict[str, float]:
         """What is drawn over the steps, by its name."""
-
-    @abstractmethod
-    def save(self, network: Any, folder: Path, card: str) -> None:
-        """Write the model's folder."""
 
     def _refuse_unfit(self) -> None:
         config = self.config
@@ -113,6 +98,11 @@ class DenseJob(Job):
                 )
         if config.class_weights != "none":
             raise UsageError(f"--class-weights is for classes of pictures, and --task {self.task} tells {self.what}")
+
+    @property
+    def turned(self) -> dict[str, Any]:
+        """How pictures may be turned in training."""
+        return {name: getattr(self.config, name) for name in ("hflip", "vflip", "rot90")}
 
     def asked(self, settings: type) -> dict[str, Any]:
         """What of a recipe the user decides."""
@@ -139,22 +129,13 @@ class DenseJob(Job):
         return encoder.resized(size).requires_grad_(False)
 
     def ready(
-        self,
-        model: nn.Module,
-        objective: nn.Module,
-        made: Callable[[int], tuple[Tensor, Any]],
-        groups: Callable[[], list[dict[str, Any]]],
-        derived: dict[str, Any],
-        *,
-        window: Size,
-        whole: bool = False,
+        self, model: Segmenter | Detector, objective: nn.Module, derived: dict[str, Any], *, whole: bool = False
     ) -> None:
-        """Take a network with its loss and the groups of its parameters, which are others once they are spread over
-        processes: agree on the start, and fit it to memory and time.
+        """Take a network with its loss: agree on the start, and fit it to memory and time.
 
         ``whole``: a batch is never computed in parts. ``derived``: what must be the same on resume.
         """
-        config, group, settings = self.config, self.group, self.settings
+        config, group, settings, window = self.config, self.group, self.settings, model.encoder.config.size
         if settings.batch_size % group.size:
             raise UsageError(f"--batch-size {settings.batch_size} must be a multiple of {group.size} processes")
         derived = {"classes": list(self.training.classes), "window": list(window)} | derived
@@ -162,6 +143,12 @@ class DenseJob(Job):
         self.model, self.window = model, window
         self.keep(model, settings.ema)
         objective.to(group.device)
+
+        def made(count: int) -> tuple[Tensor, Any]:
+            """Images (count, C, H, W), zeros, and targets of no meaning."""
+            images = torch.zeros(count, model.encoder.config.channels, *window, device=group.device)
+            return images, self.blank(count)
+
         asked, part = settings.batch_size if whole else config.micro_batch, settings.batch_size // group.size
         size, shard = "{}×{}".format(*window), config.fsdp
         micro = fitted_micro_batch(asked, objective, made, part, group, config.precision, size, shard=shard)
@@ -173,7 +160,7 @@ class DenseJob(Job):
             planned = replace(settings, **{name: stored[name] for name in names}) if stored else None
             self.settings = planned or self._fitted(objective, made, micro)
         self.wrap(objective)
-        self.optimizer = torch.optim.AdamW(groups(), lr=0.0, betas=(0.9, 0.999), fused=True)
+        self.optimizer = torch.optim.AdamW(dense_groups(model, settings), lr=0.0, betas=(0.9, 0.999), fused=True)
 
     def _fitted(self, objective: nn.Module, made: Any, micro: int) -> Any:
         """The settings with as many steps as there is time for."""
@@ -186,7 +173,7 @@ class DenseJob(Job):
                 seconds = seconds_a_step(objective, made, batch, crops, next(iter(keys)), *common)
                 tested = len(self.split.testing)
                 started, some = time.monotonic(), range(min(tested, _TIMED))
-                list(self.measured_rows(self.model, some))
+                list(self.measuring.each(self.model, self.split.testing, some, self.precision))
                 picture = (time.monotonic() - started) / len(some)
                 looked = int(_MEASURING * self.clock.left / (VALIDATIONS * picture))
                 settings = replace(settings, looked_at=max(_FEWEST, min(settings.looked_at, tested, looked)))
@@ -204,35 +191,39 @@ class DenseJob(Job):
         if not last:
             places = places[: self.settings.looked_at]
         mine = places[self.group.rank :: self.group.size] if self.empty is None else places
-        rows: list[tuple[int, Any]] = []
-        shown: list[tuple[int, Any]] = []
-        worst: list[Measured] = []
+        rows: dict[int, Any] = {}
+        shown: list[Measured] = []
+        wrong: list[Measured] = []
         with self.group.together("measuring"):
             if single is not None:
-                for one in self.measured_rows(single, mine.tolist()):
-                    rows.append((one.place, one.row))
+                for one in self.measuring.each(single, testing, mine.tolist(), self.precision):
+                    rows[one.place] = one.row
                     if one.place in first[:SHOWN]:
-                        shown.append((one.place, one.found))
-                    worst = sorted([*worst, one], key=_by_right)[:SHOWN]
-        parts = [part for part in self.group.all((rows, shown, worst), "measuring") if part[0]]
+                        shown.append(one)
+                    wrong = worst([*wrong, one], SHOWN)
+        parts = [part for part in self.group.all((rows, shown, wrong), "measuring") if part[0]]
         with self.group.together("drawing what was measured"):
             if not self.group.is_main or single is None:
                 return None
-            found = dict(row for part in parts for row in part[0])
-            scores = self.scored(found)
-            same = self.scored({index: found[index] for index in first})  # at every step
+            found = {place: row for part in parts for place, row in part[0].items()}
+            scores = self._scored(found, found)
+            same = self._scored(found, first)  # at every step
             run.note(step, **self.curves(same))
             of = "the held-out pictures" if len(found) == len(testing) else f"{len(found)} of the held-out pictures"
             log.info("step %d: %s on %s", step, scores.in_words, of)
             folder = run.folder / "pictures"
             folder.mkdir(exist_ok=True)
-            some = sorted((one for part in parts for one in part[1]), key=lambda one: one[0])
-            save_figure(self.sheet(single, some), folder / f"step-{step}.png")
+            some = sorted((one for part in parts for one in part[1]), key=lambda one: one.place)
+            save_figure(self.measuring.sheet(single, testing, some), folder / f"step-{step}.png")
             if last:
-                ranked = sorted((one for part in parts for one in part[2]), key=_by_right)[:SHOWN]
-                drawn = [(one.place, one.found) for one in ranked]
-                save_figure(self.sheet(single, drawn), folder / "mistakes.png")
+                ranked = worst((one for part in parts for one in part[2]), SHOWN)
+                save_figure(self.measuring.sheet(single, testing, ranked), folder / "mistakes.png")
             return scores
+
+    def _scored(self, rows: Mapping[int, Any], places: Iterable[int]) -> Any:
+        """Scores of some held-out pictures."""
+        some = sorted(places)
+        return self.measuring.scored(self.split.testing.take(np.array(some)), [rows[index] for index in some])
 
     def export(self, run: RunLog) -> Outcome:
         network = self.single()
@@ -253,35 +244,47 @@ class DenseJob(Job):
                 temporary.write_text(text)
             made = "a split by seed" if self.split.made else "a split that was given"
             told = f"{scores.in_words} on {scores.n:,} held-out pictures, {made}, measured at the last step."
-            self.save(network.eval(), run.folder / "model", f"{self.card()}\n\n{told}")
+            save: Any = save_segmenter if isinstance(network, Segmenter) else save_detector
+            save(network.eval(), run.folder / "model", card=f"{self.card()}\n\n{told}", overwrite=True)
             with atomic_write(run.folder / "model" / "metrics.json") as temporary:
                 temporary.write_text(text)
         return Outcome(scores)
 
-    @abstractmethod
     def card(self) -> str:
         """What the model card says of training; no names of files."""
+        settings, (parts, pictures) = self.settings, self.described()
+        return (
+            f"A {self.kind} of {len(self.training.classes)} classes ({parts}), fine-tuned from {self.config.model} by "
+            f"the recipe `{settings.recipe}` on {len(self.training):,} {pictures}: {settings.steps:,} steps of "
+            f"{settings.batch_size}. `maehub.load_{self.kind}` loads it; `maehub.load` and timm load its encoder."
+        )
 
     @abstractmethod
-    def announced(self) -> tuple[str, str, str]:
-        """What there is to tell, in words; how pictures are scaled; and the recipe, with %s for its batch."""
+    def described(self) -> tuple[str, str]:
+        """What the model has, and what it was trained on, in words."""
+
+    @abstractmethod
+    def announced(self) -> tuple[str, str]:
+        """What there is to tell, in words, and how pictures are scaled."""
 
     def announce(self, micro: int) -> None:
-        group, (what, scaled, recipe) = self.group, self.announced()
+        group, (what, scaled) = self.group, self.announced()
         tell_pictures(
             self.split, len(self.training), what, self.config.model, self.network, group, self.config.precision
         )
         log.info("windows of %d×%d pixels; %s", *self.window, scaled)
-        log.info(recipe, engine.batch_words(self.settings.batch_size, micro, group))
+        log.info(self.settings.describe(), engine.batch_words(self.settings.batch_size, micro, group))
 
 
-def _by_right(one: Measured) -> tuple[float, int]:
-    return one.right, one.place
-
-
-def in_groups(testing: Labelled, some: list[int]) -> np.ndarray | None:
-    """Groups of some pictures."""
-    return None if testing.groups is None else testing.groups[some]
+def built(make: Callable[[], _Dense], settings: Any, seed: int, *, last: int | None = None, normed: bool) -> _Dense:
+    """A network on the CPU with fresh parts, of whose encoder trains what `train_blocks` says."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = make()
+    encoder = model.encoder
+    train_blocks(encoder, settings.blocks, last=encoder.config.depth - 1 if last is None else last, normed=normed)
+    drop_paths(list(encoder.blocks), settings.drop_path)
+    return model
 
 
 def train_blocks(encoder: Encoder, blocks: float | None, *, last: int, normed: bool) -> None:

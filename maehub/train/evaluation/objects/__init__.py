@@ -1,1 +1,0 @@
-"""How well a detector does: average precision as COCO measures it, pictures of truth and detections, result files."""

@@ -1,1 +1,0 @@
-"""Fine-tuning detectors: recipes, views, and what the loop runs."""
