@@ -10,10 +10,8 @@ from .dense.evaluating import ObjectMeasuring as ObjectMeasuring
 from .dense.evaluating import worst as worst
 from .dense.map_scores import MapScores as MapScores
 from .dense.map_scores import score_maps as score_maps
-from .dense.object_scores import ObjectMeasure as ObjectMeasure
 from .dense.object_scores import ObjectScores as ObjectScores
 from .dense.object_scores import score_objects as score_objects
-from .dense.plots import SURE as SURE
 from .dense.predicting import MapPredictions as MapPredictions
 from .dense.predicting import ObjectPredictions as ObjectPredictions
 from .dense.predicting import predict_maps as predict_maps

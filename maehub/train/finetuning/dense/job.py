@@ -252,16 +252,16 @@ class DenseJob(Job):
 
     def card(self) -> str:
         """What the model card says of training; no names of files."""
-        settings, (parts, pictures) = self.settings, self.described()
+        settings, (parts, pictures, loader) = self.settings, self.described()
         return (
             f"A {self.kind} of {len(self.training.classes)} classes ({parts}), fine-tuned from {self.config.model} by "
             f"the recipe `{settings.recipe}` on {len(self.training):,} {pictures}: {settings.steps:,} steps of "
-            f"{settings.batch_size}. `maehub.load_{self.kind}` loads it; `maehub.load` and timm load its encoder."
+            f"{settings.batch_size}. `{loader}` loads it; `maehub.load` and timm load its encoder."
         )
 
     @abstractmethod
-    def described(self) -> tuple[str, str]:
-        """What the model has, and what it was trained on, in words."""
+    def described(self) -> tuple[str, str, str]:
+        """What the model has, and what it was trained on, in words; and the function that loads it."""
 
     @abstractmethod
     def announced(self) -> tuple[str, str]:

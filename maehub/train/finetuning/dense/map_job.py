@@ -120,8 +120,8 @@ class MapJob(DenseJob):
     def blank(self, count: int) -> Tensor:
         return torch.zeros(count, *self.window, dtype=torch.long, device=self.group.device)  # of the first class
 
-    def described(self) -> tuple[str, str]:
-        return f"{self.settings.decoder} decoder", "pictures with label maps"
+    def described(self) -> tuple[str, str, str]:
+        return f"{self.settings.decoder} decoder", "pictures with label maps", "maehub.load_segmenter"
 
     def announced(self) -> tuple[str, str]:
         assert isinstance(self.model, Segmenter)

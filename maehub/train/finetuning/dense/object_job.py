@@ -144,8 +144,8 @@ class ObjectJob(DenseJob):
         mask = torch.ones(1, height, width, dtype=torch.uint8, device=device) if self.masks else None
         return Targets(Target(box, label, mask, seed) for seed in range(count))
 
-    def described(self) -> tuple[str, str]:
-        return "boxes and masks" if self.masks else "boxes", "pictures"
+    def described(self) -> tuple[str, str, str]:
+        return "boxes and masks" if self.masks else "boxes", "pictures", "maehub.load_detector"
 
     def announced(self) -> tuple[str, str]:
         assert isinstance(self.model, Detector)
