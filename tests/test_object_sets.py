@@ -566,6 +566,8 @@ def test_annotations_are_not_passed_over(tmp_path, form, capsys):
     left = json.loads(capsys.readouterr().out.splitlines()[-1])["passed_over"]
     assert left.pop(".md") == 1
     assert set(left) <= {".yaml"} | ({".txt"} if form != "yolo" else set())
+    ending = {"yolo": ".txt", "voc": ".xml"}.get(form, ".json")
+    assert find_samples(tmp_path).passed_over[ending]  # of those who do not read annotations they are
 
 
 def test_data_check_shows_objects(tmp_path, capsys):

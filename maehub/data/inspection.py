@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from maehub.data.objects.finding import annotation_files
 from maehub.data.sources import Source, find_samples
 from maehub.data.workers import Examiners, Finding, reader_count
 from maehub.errors import DataError, UsageError, visible
@@ -171,7 +172,8 @@ def check_data(
     Raises:
         DataError: there are no pictures, or a process hangs.
     """
-    samples = find_samples(os.fsdecode(folder))
+    text = os.fsdecode(folder)
+    samples = find_samples(text, read=annotation_files(text))
     formats, warnings = Counter[str](), Counter[str]()
     bad: list[BadPicture] = []
     for index, finding in _findings(samples, range(len(samples)), workers, progress, statistics=False):

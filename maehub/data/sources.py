@@ -174,7 +174,9 @@ def find_images(source: ImagePath | Iterable[ImagePath]) -> Samples:
     return Samples(path, names, say_passed_over(printable(path), others))
 
 
-def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str | None = None) -> Source:
+def find_samples(
+    data: str | Path, *, index_dir: Path | None = None, column: str | None = None, read: Counter[bytes] | None = None
+) -> Source:
     """The pictures of a folder, a list, tar shards, Parquet files or a saved dataset: what ``data`` is decides.
 
     A folder is searched for pictures as `find_images` does; without any, for .tar files, then for .parquet files. A
@@ -182,8 +184,9 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
     with .tar or .parquet may have braces and wildcards: ``"shards/{000..099}.tar"``; shards may lie behind an address:
     ``"s3://bucket/shards-{000..003}.tar"``. What was found in the headers of shards, and copies of Parquet files as
     Arrow tables, are kept in ``index_dir``. The ``column`` of a table is the one with the pictures; None finds it.
+    ``read`` counts files in a folder, by ending, that the caller reads itself, so that they are not passed over.
     """
-    from maehub.data.objects.finding import annotation_files, listed_pictures  # which know `Source`, as these do
+    from maehub.data.objects.finding import listed_pictures  # which knows `Source`, as these do
     from maehub.data.shards import find_shards, shard_paths
     from maehub.data.tables import find_parquet, find_saved
 
@@ -194,7 +197,7 @@ def find_samples(data: str | Path, *, index_dir: Path | None = None, column: str
         path, others = os.fsencode(text), Counter[bytes]()
         names = Names.of(search(path, IMAGE_ENDINGS, others))
         if len(names):
-            return Samples(path, names, say_passed_over(printable(path), others - annotation_files(text)))
+            return Samples(path, names, say_passed_over(printable(path), others - (read or Counter())))
         if others[b".tar"]:
             return find_shards(_below(path, b".tar"), index_dir)
         if others[b".parquet"]:

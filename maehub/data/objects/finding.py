@@ -58,16 +58,11 @@ def is_object_set(data: str | Path) -> bool:
 def annotation_files(folder: str) -> Counter[bytes]:
     """How many files of each ending say which objects the pictures of a folder show; none where that is not clear."""
     with contextlib.suppress(DataError):
-        sides = object_files(folder)
-        endings = {"COCO": b".json", "LabelMe": b".json", "YOLO": b".txt", "Pascal VOC": b".xml"}
-        return Counter(
-            {
-                endings[one.kind]: len(sides)
-                if one.kind == "COCO"
-                else sum(1 for _ in search(os.fsencode(folder), frozenset([endings[one.kind]]), Counter()))
-                for one in sides
-            }
-        )
+        if sides := object_files(folder):
+            ending = {"YOLO": b".txt", "Pascal VOC": b".xml"}.get(sides[0].kind, b".json")
+            notes = {os.fsencode(one.notes) for one in sides}
+            files = [[one] if os.path.isfile(one) else search(one, frozenset([ending]), Counter()) for one in notes]
+            return Counter({ending: sum(1 for some in files for _ in some)})
     return Counter()
 
 
